@@ -1,0 +1,3 @@
+"""The language both houses speak: contract, codec, client. Never loads torch or ray."""
+
+PROTOCOL = 1

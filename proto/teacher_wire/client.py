@@ -1,0 +1,377 @@
+"""The student's half of the contract: one stream, many requests, reconnecting and resuming by itself.
+
+In: `TokenBatch` and `SignalSpec`; out: `TeacherSignals`, checked for shape and origin. It retries
+what is retryable for a stated time and never returns half an answer or one from another teacher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from teacher_wire import PROTOCOL, codec, status
+from teacher_wire.channel import Credentials, call_metadata, open_channel
+from teacher_wire.errors import (
+    CancelledRequestError,
+    LabelError,
+    LimitError,
+    NotFoundError,
+    OverloadedError,
+    TeacherWireError,
+    UnavailableError,
+)
+from teacher_wire.messages import ScoreCall, SignalSpec, TeacherHead, TeacherInfo, TeacherSignals, TokenBatch
+from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+
+log = logging.getLogger(__name__)
+
+DEFAULT_WINDOW_BYTES = 64 << 20
+BACKOFF_S = (1.0, 2.0)
+
+
+@dataclass
+class ClientStats:
+    """Counters of one client since it was made."""
+
+    requests: int = 0
+    replies: int = 0
+    payload_bytes: int = 0
+    reconnects: int = 0
+    retries: int = 0
+    resumed_chunks: int = 0
+
+
+@dataclass
+class _Pending:
+    """A request that is not answered yet, with the chunks that have come."""
+
+    call: ScoreCall
+    info: TeacherInfo
+    future: asyncio.Future[TeacherSignals]
+    give_up_at: float
+    reply_id: int = 0
+    parts: list[TeacherSignals] = field(default_factory=list)
+    resumed_at: int = 0
+
+    def message(self) -> pb.ScoreUp:
+        request = codec.encode_call(self.call)
+        self.resumed_at = len(self.parts)
+        if self.parts:
+            request.resume.CopyFrom(pb.Resume(reply_id=self.reply_id, next_chunk=len(self.parts)))
+        return pb.ScoreUp(request=request)
+
+
+class TeacherClient:
+    """An async client of one server; use it as an async context manager, in one event loop.
+
+    Args:
+        address: HOST:PORT.
+        credentials: TLS files and token.
+        window_bytes: reply bytes the server may have under way to us.
+        retry_for_s: how long a request is retried while the server is unreachable or overloaded.
+        backoff_s: shortest and longest pause before the next try.
+        on_trouble: told about every retry, for progress displays.
+
+    Raises:
+        RequestError: from the constructor, if the address is none or a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: Credentials | None = None,
+        window_bytes: int = DEFAULT_WINDOW_BYTES,
+        retry_for_s: float = 300.0,
+        backoff_s: tuple[float, float] = BACKOFF_S,
+        on_trouble: Callable[[TeacherWireError], None] | None = None,
+    ) -> None:
+        self.address = address
+        self.stats = ClientStats()
+        self._window_bytes = window_bytes
+        self._retry_for_s = retry_for_s
+        self._backoff_s = backoff_s
+        self._on_trouble = on_trouble or (lambda error: log.warning("%s; trying again", error))
+        self._channel = open_channel(address, credentials)
+        self._metadata = call_metadata(credentials)
+        self._stub = pb_grpc.TeacherStub(self._channel)
+        self._pending: dict[str, _Pending] = {}
+        self._up: asyncio.Queue[pb.ScoreUp] = asyncio.Queue()
+        self._stream: asyncio.Task[None] | None = None
+        self._delayed: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def __aenter__(self) -> TeacherClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the stream; unanswered requests fail with CancelledRequestError."""
+        self._closed = True
+        for task in (self._stream, *self._delayed):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._fail_all(CancelledRequestError("the client was closed"))
+        await self._channel.close()
+
+    # ------------------------------------------------------------ unary calls
+
+    async def describe(self, timeout_s: float = 10.0, wait_for_s: float = 0.0) -> list[TeacherInfo]:
+        """Every teacher behind the address.
+
+        Args:
+            timeout_s: of one try.
+            wait_for_s: how long to keep trying while nobody answers.
+
+        Raises:
+            UnavailableError: nobody answers.
+            CapabilityError: another version of the contract, or no teacher server at all.
+        """
+        give_up_at = time.monotonic() + wait_for_s
+        while True:
+            try:
+                reply = await self._stub.Describe(
+                    pb.DescribeRequest(), timeout=timeout_s, metadata=self._metadata, wait_for_ready=False
+                )
+                return codec.decode_description(reply)
+            except grpc.RpcError as error:
+                problem = status.from_rpc(error, self.address)
+                if not isinstance(problem, status.RETRYABLE) or time.monotonic() >= give_up_at:
+                    raise problem from None
+                await asyncio.sleep(self._pause(problem))
+
+    async def teacher(self, name: str = "", wait_for_s: float = 0.0) -> TeacherInfo:
+        """The teacher of that name; the empty name means the only one.
+
+        Raises:
+            NotFoundError: no such teacher, or several and no name.
+        """
+        teachers = {info.name: info for info in await self.describe(wait_for_s=wait_for_s)}
+        if not name and len(teachers) == 1:
+            return next(iter(teachers.values()))
+        if name not in teachers:
+            raise NotFoundError(
+                f"no teacher of that name at {self.address}",
+                field="teacher.name", value=name or "(none given)", limit="|".join(sorted(teachers)),
+            )  # fmt: skip
+        return teachers[name]
+
+    async def head(self, info: TeacherInfo, progress: Callable[[int, int], None] | None = None) -> TeacherHead:
+        """The teacher's output head, its digest checked.
+
+        Args:
+            info: whose.
+            progress: called with bytes received and bytes in all.
+
+        Raises:
+            LabelError: it does not match `info.head_sha256`.
+            CapabilityError: this teacher does not give its head away.
+        """
+        request = pb.HeadRequest(teacher=info.name, fingerprint=info.fingerprint)
+        header = None
+        weight = bytearray()
+        try:
+            async for chunk in self._stub.Head(request, metadata=self._metadata):
+                if chunk.HasField("header"):
+                    header = codec.decode_head_header(chunk.header)
+                    continue
+                if header is None or chunk.offset != len(weight):
+                    raise LabelError(
+                        "head chunks out of order", field="head.offset", value=chunk.offset, limit=len(weight)
+                    )
+                weight += chunk.data
+                if progress:
+                    progress(len(weight), header.weight_bytes)
+        except grpc.RpcError as error:
+            raise status.from_rpc(error, self.address) from None
+        if header is None:
+            raise LabelError("no header", field="head.header")
+        head = codec.assemble_head(header, weight)
+        if head.header.sha256 != info.head_sha256:
+            raise LabelError(
+                "not the head that was described", field="head.sha256", value=head.header.sha256, limit=info.head_sha256
+            )
+        return head
+
+    # ----------------------------------------------------------------- labels
+
+    async def score(
+        self, info: TeacherInfo, spec: SignalSpec, batch: TokenBatch, *, timeout_s: float = 0.0
+    ) -> TeacherSignals:
+        """The teacher's labels for the wanted rows of `batch`.
+
+        Args:
+            info: the teacher, as `describe` gave it; its fingerprint is part of the request.
+            spec: which signal.
+            batch: which tokens and rows.
+            timeout_s: after which the server may drop the request; 0 for none.
+
+        Raises:
+            RequestError, LimitError: `batch` breaks a limit; checked before anything is sent.
+            LabelError: an answer that must not be learned from.
+            MismatchError: the teacher behind the address is another one now.
+            UnavailableError: nobody answered for `retry_for_s`.
+        """
+        if self._closed:
+            raise CancelledRequestError("the client was closed")
+        call = ScoreCall(uuid.uuid4().hex, info.name, info.fingerprint, spec, batch, timeout_s)
+        codec.check_call(call, info)
+        needed = codec.reply_bytes(call, info)
+        if needed > self._window_bytes:
+            raise LimitError(
+                "the reply is larger than the client's window",
+                field="window_bytes",
+                value=self._window_bytes,
+                limit=needed,
+            )
+        pending = _Pending(call, info, asyncio.get_running_loop().create_future(), time.monotonic() + self._retry_for_s)
+        self._pending[call.request_id] = pending
+        self.stats.requests += 1
+        if self._stream is None or self._stream.done():
+            self._stream = asyncio.create_task(self._keep_stream())
+        else:
+            self._up.put_nowait(pending.message())
+        try:
+            return await pending.future
+        except asyncio.CancelledError:
+            self._up.put_nowait(pb.ScoreUp(cancel=pb.Cancel(request_id=call.request_id)))
+            raise
+        finally:
+            self._pending.pop(call.request_id, None)
+
+    async def _keep_stream(self) -> None:
+        """Holds one stream open while requests are pending, and opens the next when it breaks."""
+        while not self._closed:
+            try:
+                await self._run_stream()
+                problem: TeacherWireError = UnavailableError(f"{self.address}: the server ended the stream")
+            except grpc.RpcError as error:
+                problem = status.from_rpc(error, self.address)
+            except TeacherWireError as error:
+                problem = error
+            if not isinstance(problem, status.RETRYABLE):
+                self._fail_all(problem)
+                return
+            self._fail_overdue(problem)
+            if not self._pending:
+                return
+            self.stats.reconnects += 1
+            self._on_trouble(problem)
+            await asyncio.sleep(self._pause(problem))
+
+    async def _run_stream(self) -> None:
+        self._up = asyncio.Queue()
+        self._up.put_nowait(pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=self._window_bytes)))
+        for pending in self._pending.values():
+            self._up.put_nowait(pending.message())
+        call = self._stub.Score(metadata=self._metadata)
+        writer = asyncio.create_task(self._write(call))
+        try:
+            async for down in call:
+                self._take(down)
+        finally:
+            writer.cancel()
+            call.cancel()
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[pb.ScoreUp, pb.ScoreDown]) -> None:
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reading side reports it
+            while True:
+                await call.write(await self._up.get())
+
+    def _take(self, down: pb.ScoreDown) -> None:
+        kind = down.WhichOneof("message")
+        if kind == "chunk":
+            payload = codec.payload_bytes(down.chunk)
+            self.stats.payload_bytes += payload
+            self._up.put_nowait(pb.ScoreUp(credit=pb.Credit(bytes=payload)))
+            self._take_chunk(down.chunk)
+        elif kind == "done":
+            self._take_done(down.done)
+        elif kind == "failed":
+            self._take_failed(down.failed)
+
+    def _take_chunk(self, chunk: pb.ScoreChunk) -> None:
+        pending = self._pending.get(chunk.request_id)
+        if pending is None:  # taken back by us while it was on its way
+            return
+        if pending.reply_id != chunk.reply_id:
+            pending.reply_id = chunk.reply_id
+            pending.parts = []
+        elif chunk.index == len(pending.parts) == pending.resumed_at != 0:
+            self.stats.resumed_chunks += chunk.index
+        try:
+            if chunk.index != len(pending.parts) or chunk.first_row != sum(part.rows for part in pending.parts):
+                raise LabelError(
+                    "chunks out of order", field="chunk.index", value=chunk.index, limit=len(pending.parts)
+                )
+            pending.parts.append(codec.decode_chunk(chunk, pending.call.spec, pending.info))
+        except LabelError as error:
+            self._resolve(pending, error)
+
+    def _take_done(self, done: pb.ScoreDone) -> None:
+        pending = self._pending.get(done.request_id)
+        if pending is None:
+            return
+        self._up.put_nowait(pb.ScoreUp(ack=pb.Ack(request_id=done.request_id)))
+        try:
+            self._resolve(pending, codec.finish_reply(pending.parts, done, pending.call))
+            self.stats.replies += 1
+        except LabelError as error:
+            self._resolve(pending, error)
+
+    def _take_failed(self, failed: pb.ScoreFailed) -> None:
+        pending = self._pending.get(failed.request_id)
+        if pending is None:
+            return
+        problem = status.from_detail(failed.error)
+        pause = self._pause(problem)
+        if isinstance(problem, status.RETRYABLE) and time.monotonic() + pause < pending.give_up_at:
+            self.stats.retries += 1
+            self._on_trouble(problem)
+            task = asyncio.create_task(self._send_later(pending, pause))
+            self._delayed.add(task)
+            task.add_done_callback(self._delayed.discard)
+        else:
+            self._resolve(pending, problem)
+
+    async def _send_later(self, pending: _Pending, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        if pending.call.request_id in self._pending:
+            self._up.put_nowait(pending.message())
+
+    def _pause(self, problem: TeacherWireError) -> float:
+        """The server's own delay if it gave one, else 1-2 s, never the same for all students at once."""
+        if isinstance(problem, OverloadedError) and problem.retry_after_s > 0:
+            return problem.retry_after_s * random.uniform(1.0, 1.1)
+        return random.uniform(*self._backoff_s)
+
+    def _resolve(self, pending: _Pending, outcome: TeacherSignals | TeacherWireError) -> None:
+        self._pending.pop(pending.call.request_id, None)
+        if pending.future.done():
+            return
+        if isinstance(outcome, TeacherWireError):
+            pending.future.set_exception(outcome)
+        else:
+            pending.future.set_result(outcome)
+
+    def _fail_all(self, error: TeacherWireError) -> None:
+        for pending in list(self._pending.values()):
+            self._resolve(pending, error)
+
+    def _fail_overdue(self, error: TeacherWireError) -> None:
+        for pending in list(self._pending.values()):
+            if time.monotonic() >= pending.give_up_at:
+                self._resolve(pending, error)

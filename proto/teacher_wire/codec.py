@@ -1,0 +1,360 @@
+"""The only mapper between the house's messages and the generated protocol classes.
+
+Encoding trusts its own side; decoding checks everything that the other machine could have got
+wrong and raises a RequestError (towards a server) or a LabelError (towards a student).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from teacher_wire import PROTOCOL, tensors
+from teacher_wire.errors import CapabilityError, LabelError, LimitError, MismatchError, RequestError, TensorError
+from teacher_wire.identity import head_sha256
+from teacher_wire.messages import (
+    FLOATS,
+    HeadHeader,
+    Limits,
+    ScoreCall,
+    SignalSpec,
+    TeacherHead,
+    TeacherInfo,
+    TeacherSignals,
+    Tensor,
+    Timing,
+    TokenBatch,
+    Transport,
+    token_id_dtype,
+)
+from teacher_wire.v1 import teacher_pb2 as pb
+
+CHUNK_BYTES = 1 << 20
+MAX_ID_CHARS = 64
+
+_TRANSPORT_CODE: dict[Transport, pb.Transport] = {"top_k": pb.TOP_K, "hidden": pb.HIDDEN, "full": pb.FULL}
+_TRANSPORT_NAME = {code: name for name, code in _TRANSPORT_CODE.items()}
+# attribute of TeacherSignals -> field of ScoreChunk
+_WIRE_FIELD = {
+    "lse_N": "lse",
+    "label_logp_N": "label_logp",
+    "topk_ids_NK": "topk_ids",
+    "topk_logits_NK": "topk_logits",
+    "tail_logp_N": "tail_logp",
+    "hidden_ND": "hidden",
+    "logits_NV": "logits",
+}
+_EXPECTED = {
+    "top_k": {"lse_N", "label_logp_N", "topk_ids_NK", "topk_logits_NK", "tail_logp_N"},
+    "hidden": {"lse_N", "label_logp_N", "hidden_ND"},
+    "full": {"lse_N", "label_logp_N", "logits_NV"},
+}
+
+
+# ------------------------------------------------------------------ describe
+
+
+def encode_description(teachers: list[TeacherInfo], server_version: str) -> pb.DescribeReply:
+    """What Describe answers."""
+    return pb.DescribeReply(
+        protocol=PROTOCOL, server_version=server_version, teachers=[_encode_info(info) for info in teachers]
+    )
+
+
+def decode_description(reply: pb.DescribeReply) -> list[TeacherInfo]:
+    """The teachers behind an address.
+
+    Raises:
+        CapabilityError: the server speaks another version of the contract.
+    """
+    if reply.protocol != PROTOCOL:
+        raise CapabilityError(
+            "the server speaks another protocol version", field="protocol", value=reply.protocol, limit=PROTOCOL
+        )
+    return [_decode_info(info) for info in reply.teachers]
+
+
+def _encode_info(info: TeacherInfo) -> pb.TeacherInfo:
+    values = {name: getattr(info, name) for name in _INFO_FIELDS}
+    return pb.TeacherInfo(**values, limits=pb.Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
+
+
+def _decode_info(info: pb.TeacherInfo) -> TeacherInfo:
+    if info.dtype not in FLOATS:
+        raise LabelError("unknown dtype of a teacher", field="dtype", value=info.dtype, limit="|".join(FLOATS))
+    values = {name: getattr(info, name) for name in _INFO_FIELDS}
+    values["transports"] = tuple(info.transports)
+    return TeacherInfo(**values, limits=Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
+
+
+_INFO_FIELDS = [f.name for f in pb.TeacherInfo.DESCRIPTOR.fields if f.name != "limits"]
+_LIMIT_FIELDS = [f.name for f in pb.Limits.DESCRIPTOR.fields]
+
+
+# ------------------------------------------------------------------- request
+
+
+def encode_call(call: ScoreCall) -> pb.ScoreRequest:
+    """A request on its way up."""
+    batch = call.batch
+    return pb.ScoreRequest(
+        request_id=call.request_id,
+        teacher=call.teacher,
+        fingerprint=call.fingerprint,
+        spec=pb.SignalSpec(
+            transport=_TRANSPORT_CODE[call.spec.transport], k=call.spec.k, vocab_rows=call.spec.vocab_rows
+        ),
+        token_ids=tensors.encode(Tensor("int32", batch.token_ids_T)),
+        cu_lengths=tensors.encode(Tensor("int32", batch.cu_lengths_B1)),
+        wanted=tensors.encode(Tensor("uint8", batch.wanted_T.view(np.uint8))),
+        timeout_ms=round(call.timeout_s * 1000),
+    )
+
+
+def decode_call(request: pb.ScoreRequest, tenant: str) -> ScoreCall:
+    """A request that arrived, checked for form (not against a teacher: see `check_call`).
+
+    Raises:
+        RequestError: naming the field.
+    """
+    for field in ("request_id", "teacher", "fingerprint"):
+        text = getattr(request, field)
+        if len(text) > MAX_ID_CHARS or not text.isprintable():
+            raise RequestError(
+                "not a printable name",
+                field=field,
+                value=ascii(text[:MAX_ID_CHARS]),
+                limit=f"{MAX_ID_CHARS} characters",
+            )
+    if not request.request_id:
+        raise RequestError("missing", field="request_id")
+    if request.spec.transport not in _TRANSPORT_NAME:
+        raise RequestError("unknown transport", field="spec.transport", value=request.spec.transport)
+    spec = SignalSpec(_TRANSPORT_NAME[request.spec.transport], vocab_rows=request.spec.vocab_rows, k=request.spec.k)
+    wanted = _decode_as(request.wanted, "wanted", "uint8")
+    if wanted.size and wanted.max() > 1:
+        raise RequestError("flags are 0 or 1", field="wanted", value=int(wanted.max()), limit=1)
+    batch = TokenBatch(
+        token_ids_T=_decode_as(request.token_ids, "token_ids", "int32"),
+        cu_lengths_B1=_decode_as(request.cu_lengths, "cu_lengths", "int32"),
+        wanted_T=wanted.view(np.bool_),
+    )
+    return ScoreCall(
+        request_id=request.request_id,
+        teacher=request.teacher,
+        fingerprint=request.fingerprint,
+        spec=spec,
+        batch=batch,
+        timeout_s=request.timeout_ms / 1000,
+        tenant=tenant,
+    )
+
+
+def _decode_as(message: pb.Tensor, field: str, dtype: str) -> np.ndarray:
+    tensor = tensors.decode(message, field)
+    if tensor.dtype != dtype:
+        raise TensorError("wrong dtype", field=field, value=tensor.dtype, limit=dtype)
+    return tensor.array
+
+
+def reply_bytes(call: ScoreCall, info: TeacherInfo) -> int:
+    """Payload bytes that the answer to `call` takes on the wire."""
+    return call.batch.rows * call.spec.row_bytes(info.hidden_size, info.value_bytes)
+
+
+def check_call(call: ScoreCall, info: TeacherInfo) -> None:
+    """Refuses a request that this teacher cannot answer, before any work is done for it.
+
+    Raises:
+        MismatchError: another teacher was meant.
+        CapabilityError: the transport is not offered.
+        RequestError, LimitError: naming field, value and limit.
+    """
+    batch, spec, limits = call.batch, call.spec, info.limits
+    if call.fingerprint and call.fingerprint != info.fingerprint:
+        raise MismatchError(
+            f"teacher {info.name!r} has other weights than the request expects",
+            field="fingerprint", value=info.fingerprint, limit=call.fingerprint,
+        )  # fmt: skip
+    if spec.transport not in info.transports:
+        raise CapabilityError(
+            f"teacher {info.name!r} does not offer this transport",
+            field="transport", value=spec.transport, limit="|".join(info.transports),
+        )  # fmt: skip
+    if spec.vocab_rows > info.vocab_rows:
+        raise RequestError(
+            "above the teacher's vocabulary", field="vocab_rows", value=spec.vocab_rows, limit=info.vocab_rows
+        )
+    longest = int(np.argmax(batch.lengths_B))
+    for field, value, limit in (
+        (f"sequence {longest} tokens", int(batch.lengths_B[longest]), limits.max_sequence_tokens),
+        ("request tokens", batch.tokens, limits.max_request_tokens),
+        ("request sequences", batch.sequences, limits.max_request_sequences),
+        ("k", spec.k, limits.max_k),
+        ("reply bytes", reply_bytes(call, info), limits.max_reply_bytes),
+    ):
+        if value > limit:
+            raise LimitError(f"above the limit of teacher {info.name!r}", field=field, value=value, limit=limit)
+    top = int(np.argmax(batch.token_ids_T))
+    if batch.token_ids_T[top] >= info.vocab_rows:
+        raise RequestError(
+            "token id outside the teacher's vocabulary",
+            field=f"token_ids[{top}]",
+            value=int(batch.token_ids_T[top]),
+            limit=info.vocab_rows - 1,
+        )
+    labels = batch.labels_N()
+    worst = int(np.argmax(labels))
+    if labels[worst] >= spec.vocab_rows:
+        raise RequestError(
+            "label outside vocab_rows",
+            field=f"label of row {worst}",
+            value=int(labels[worst]),
+            limit=spec.vocab_rows - 1,
+        )
+
+
+# --------------------------------------------------------------------- reply
+
+
+def encode_chunks(
+    request_id: str, reply_id: int, signals: TeacherSignals, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[pb.ScoreChunk]:
+    """The answer as chunks of whole rows, about `chunk_bytes` of payload each."""
+    row_bytes = max(1, signals.payload_bytes // max(1, signals.rows))
+    step = max(1, chunk_bytes // row_bytes)
+    for index, start in enumerate(range(0, signals.rows, step)):
+        part = signals.slice(start, min(start + step, signals.rows))
+        yield pb.ScoreChunk(
+            request_id=request_id,
+            reply_id=reply_id,
+            index=index,
+            first_row=start,
+            rows=part.rows,
+            **{_WIRE_FIELD[name]: tensors.encode(tensor) for name, tensor in part.tensors().items()},
+        )
+
+
+def payload_bytes(chunk: pb.ScoreChunk) -> int:
+    """Payload of a chunk, the unit of credits."""
+    return sum(len(getattr(chunk, field).data) for field in _WIRE_FIELD.values())
+
+
+def decode_chunk(chunk: pb.ScoreChunk, spec: SignalSpec, info: TeacherInfo) -> TeacherSignals:
+    """The rows of one chunk, with dtypes and widths checked against what was asked.
+
+    Raises:
+        LabelError: something is missing, superfluous, of another type or width.
+    """
+    found = {name: field for name, field in _WIRE_FIELD.items() if chunk.HasField(field)}
+    if set(found) != _EXPECTED[spec.transport]:
+        raise LabelError(
+            "the answer holds other tensors than asked",
+            field="chunk",
+            value=sorted(found),
+            limit=sorted(_EXPECTED[spec.transport]),
+        )
+    ids = token_id_dtype(spec.vocab_rows)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "lse_N": ((chunk.rows,), "float32"),
+        "label_logp_N": ((chunk.rows,), "float32"),
+        "tail_logp_N": ((chunk.rows,), "float32"),
+        "topk_ids_NK": ((chunk.rows, spec.k), ids),
+        "topk_logits_NK": ((chunk.rows, spec.k), info.dtype),
+        "hidden_ND": ((chunk.rows, info.hidden_size), info.dtype),
+        "logits_NV": ((chunk.rows, spec.vocab_rows), info.dtype),
+    }
+    parts = {}
+    for name, field in found.items():
+        try:
+            tensor = tensors.decode(getattr(chunk, field), field)
+        except TensorError as error:
+            raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
+        if (tensor.shape, tensor.dtype) != shapes[name]:
+            raise LabelError(
+                "wrong shape or dtype", field=field, value=(tensor.shape, tensor.dtype), limit=shapes[name]
+            )
+        parts[name] = tensor
+    return TeacherSignals.of(parts)
+
+
+def encode_timing(timing: Timing) -> pb.Timing:
+    """Server-side times of one request."""
+    return pb.Timing(
+        queue_us=timing.queue_us,
+        forward_us=timing.forward_us,
+        reduce_us=timing.reduce_us,
+        batch_tokens=timing.batch_tokens,
+    )
+
+
+def finish_reply(parts: list[TeacherSignals], done: pb.ScoreDone, call: ScoreCall) -> TeacherSignals:
+    """The whole answer out of its chunks.
+
+    Raises:
+        LabelError: rows are missing, or another teacher answered.
+    """
+    rows = sum(part.rows for part in parts)
+    if rows != done.rows or rows != call.batch.rows or len(parts) != done.chunks:
+        raise LabelError("the answer is incomplete", field="rows", value=rows, limit=call.batch.rows)
+    if call.fingerprint and done.fingerprint != call.fingerprint:
+        raise LabelError(
+            "another teacher answered", field="fingerprint", value=done.fingerprint, limit=call.fingerprint
+        )
+    timing = Timing(done.timing.queue_us, done.timing.forward_us, done.timing.reduce_us, done.timing.batch_tokens)
+    return replace(TeacherSignals.join(parts), fingerprint=done.fingerprint, timing=timing)
+
+
+# ---------------------------------------------------------------------- head
+
+
+def encode_head_header(header: HeadHeader) -> pb.HeadChunk:
+    """The first chunk of a head."""
+    message = pb.HeadHeader(
+        dtype=tensors.dtype_code(header.dtype),
+        rows=header.rows,
+        columns=header.columns,
+        logit_scale=header.logit_scale,
+        final_softcap=header.final_softcap,
+        sha256=header.sha256,
+    )
+    if header.bias_V is not None:
+        message.bias.CopyFrom(tensors.encode(header.bias_V))
+    return pb.HeadChunk(header=message)
+
+
+def decode_head_header(message: pb.HeadHeader) -> HeadHeader:
+    """The header of a streamed head.
+
+    Raises:
+        LabelError: unknown dtype or a broken bias.
+    """
+    try:
+        dtype = tensors.dtype_name(message.dtype, "head")
+        bias = tensors.decode(message.bias, "head.bias") if message.HasField("bias") else None
+    except TensorError as error:
+        raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
+    return HeadHeader(
+        dtype, int(message.rows), int(message.columns), bias, message.logit_scale, message.final_softcap, message.sha256
+    )
+
+
+def assemble_head(header: HeadHeader, weight: bytes | bytearray) -> TeacherHead:
+    """The head out of its header and all bytes of its weight.
+
+    Raises:
+        LabelError: truncated, or its digest is not the announced one.
+    """
+    message = pb.Tensor(dtype=tensors.dtype_code(header.dtype), shape=[header.rows, header.columns], data=bytes(weight))
+    try:
+        weight_VD = tensors.decode(message, "head.weight")
+    except TensorError as error:
+        raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
+    digest = head_sha256(weight_VD, header.bias_V, header.logit_scale, header.final_softcap)
+    if digest != header.sha256:
+        raise LabelError(
+            "the head's digest differs from the announced one", field="head.sha256", value=digest, limit=header.sha256
+        )
+    return TeacherHead(header, weight_VD)

@@ -1,0 +1,165 @@
+"""A teacher in forty lines of numpy that speaks the real wire: for tests, examples and first steps without a GPU.
+
+Deterministic and causal: the state at token t depends on tokens 0..t and the seed. `mistake` makes it
+answer wrongly in one named way, so that a student's refusals can be tested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from teacher_wire.errors import NotFoundError, ServerError
+from teacher_wire.identity import head_sha256
+from teacher_wire.messages import (
+    HeadHeader,
+    Limits,
+    ScoreCall,
+    SignalSpec,
+    TeacherInfo,
+    TeacherSignals,
+    Tensor,
+    TokenBatch,
+    float32,
+    token_id_dtype,
+)
+
+MISTAKES = ("", "shifted", "truncated", "nan", "foreign", "unsorted", "duplicate", "mass", "state", "crash")
+
+
+@dataclass
+class FakeTeacher:
+    """A `TeacherService` with one teacher.
+
+    Attributes:
+        vocab_rows, hidden_size, seed: its shape and weights.
+        delay_s: pause before each answer.
+        mistake: one of MISTAKES.
+        calls, tokens: what it has been asked so far.
+    """
+
+    name: str = "fake"
+    vocab_rows: int = 64
+    hidden_size: int = 16
+    seed: int = 0
+    delay_s: float = 0.0
+    mistake: str = ""
+    tokenizer_sha256: str = ""
+    chat_template_sha256: str = ""
+    max_reply_bytes: int = 32 << 20
+    calls: int = field(default=0, init=False)
+    tokens: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.mistake not in MISTAKES:
+            raise ValueError(f"mistake must be one of {'|'.join(MISTAKES)}, not {self.mistake!r}")
+        rng = np.random.default_rng(self.seed)
+        self.embedding_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
+        self.weight_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
+
+    def teacher_info(self) -> TeacherInfo:
+        weight = float32(self.weight_VD)
+        return TeacherInfo(
+            name=self.name,
+            model="fake",
+            fingerprint=hashlib.sha256(self.embedding_VD.tobytes() + self.weight_VD.tobytes()).hexdigest(),
+            architecture="FakeTeacher",
+            dtype="float32",
+            vocab_rows=self.vocab_rows,
+            tokenizer_size=self.vocab_rows,
+            tokenizer_sha256=self.tokenizer_sha256,
+            chat_template_sha256=self.chat_template_sha256,
+            hidden_size=self.hidden_size,
+            layers=1,
+            head_sha256=head_sha256(weight, None, 1.0, 0.0),
+            transports=("top_k", "hidden", "full"),
+            deterministic=True,
+            limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes),
+        )
+
+    async def describe(self) -> list[TeacherInfo]:
+        return [self.teacher_info()]
+
+    async def info(self, teacher: str) -> TeacherInfo:
+        if teacher not in ("", self.name):
+            raise NotFoundError("no such teacher", field="teacher", value=teacher, limit=self.name)
+        return self.teacher_info()
+
+    async def score(self, call: ScoreCall) -> TeacherSignals:
+        self.calls += 1
+        self.tokens += call.batch.tokens
+        await asyncio.sleep(self.delay_s)
+        if self.mistake == "crash":
+            raise ServerError("the fake was told to crash")
+        signals = self.signals(call.spec, call.batch)
+        return _spoil(replace(signals, fingerprint=self.teacher_info().fingerprint), self.mistake)
+
+    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
+        info = await self.info(teacher)
+        return HeadHeader("float32", self.vocab_rows, self.hidden_size, None, 1.0, 0.0, info.head_sha256)
+
+    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
+        return self.weight_VD.tobytes()[offset : offset + size]
+
+    def states(self, batch: TokenBatch) -> np.ndarray:
+        """float32 [T, D]: a small recurrence over each sequence."""
+        states_TD = np.empty((batch.tokens, self.hidden_size), np.float32)
+        for start, stop in zip(batch.cu_lengths_B1[:-1], batch.cu_lengths_B1[1:], strict=True):
+            state_D = np.zeros(self.hidden_size, np.float32)
+            for t in range(start, stop):
+                state_D = np.tanh(self.embedding_VD[batch.token_ids_T[t]] + 0.5 * np.roll(state_D, 1))
+                states_TD[t] = state_D
+        return states_TD
+
+    def signals(self, spec: SignalSpec, batch: TokenBatch) -> TeacherSignals:
+        """The right answer, in float32."""
+        hidden_ND = self.states(batch)[batch.rows_of()]
+        logits_NV = hidden_ND @ self.weight_VD[: spec.vocab_rows].T
+        lse_N = _lse(logits_NV)
+        rows = np.arange(batch.rows)
+        signals = TeacherSignals(float32(lse_N), float32(logits_NV[rows, batch.labels_N()] - lse_N))
+        if spec.transport == "hidden":
+            return replace(signals, hidden_ND=float32(hidden_ND))
+        if spec.transport == "full":
+            return replace(signals, logits_NV=float32(logits_NV))
+        order_NV = np.argsort(-logits_NV, axis=-1, kind="stable")  # equal logits: rising id
+        kept_NK, rest = order_NV[:, : spec.k], order_NV[:, spec.k :]
+        tail_N = _lse(np.take_along_axis(logits_NV, rest, -1)) - lse_N if rest.size else np.full(batch.rows, -np.inf)
+        ids = token_id_dtype(spec.vocab_rows)
+        return replace(
+            signals,
+            topk_ids_NK=Tensor(ids, kept_NK.astype(np.uint16 if ids == "uint16" else np.uint32)),
+            topk_logits_NK=float32(np.take_along_axis(logits_NV, kept_NK, -1)),
+            tail_logp_N=float32(tail_N),
+        )
+
+
+def _lse(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(-1)
+    return top + np.log(np.exp(logits - top[..., None]).sum(-1))
+
+
+def _spoil(signals: TeacherSignals, mistake: str) -> TeacherSignals:
+    """`signals` with one fault that a student must notice."""
+    arrays = {name: tensor.array.copy() for name, tensor in signals.tensors().items()}
+    if mistake == "shifted":
+        arrays = {name: np.roll(array, 1, axis=0) for name, array in arrays.items()}
+    elif mistake == "truncated":
+        arrays = {name: array[:-1] for name, array in arrays.items()}
+    elif mistake == "nan":
+        arrays["label_logp_N"][-1] = np.nan
+    elif mistake == "unsorted" and "topk_ids_NK" in arrays:
+        for name in ("topk_ids_NK", "topk_logits_NK"):
+            arrays[name] = arrays[name][:, ::-1].copy()
+    elif mistake == "duplicate" and "topk_ids_NK" in arrays:
+        arrays["topk_ids_NK"][:, 1] = arrays["topk_ids_NK"][:, 0]
+    elif mistake == "mass" and "tail_logp_N" in arrays:
+        arrays["tail_logp_N"][:] = -0.01
+    elif mistake == "state" and "hidden_ND" in arrays:
+        arrays["hidden_ND"] *= 1.5  # as if it were taken before the final norm
+    tensors = {name: Tensor(signals.tensors()[name].dtype, array) for name, array in arrays.items()}
+    fingerprint = "0" * 64 if mistake == "foreign" else signals.fingerprint
+    return TeacherSignals.of(tensors, fingerprint, signals.timing)

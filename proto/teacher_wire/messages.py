@@ -1,0 +1,369 @@
+"""The things that travel, as frozen dataclasses; the floor everything else stands on.
+
+Axes: B sequences, T packed tokens, N wanted rows, K kept ids, V vocabulary rows, D hidden width.
+bfloat16 arrays are held as their uint16 bit patterns, since numpy has no such type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import numpy as np
+
+from teacher_wire.errors import LabelError, RequestError, TensorError
+
+Transport = Literal["top_k", "hidden", "full"]
+TRANSPORTS: tuple[Transport, ...] = ("top_k", "hidden", "full")
+
+# wire dtype -> (numpy dtype in memory, bytes an element on the wire)
+DTYPES: dict[str, tuple[str, int]] = {
+    "uint8": ("uint8", 1),
+    "uint16": ("uint16", 2),
+    "uint24": ("uint32", 3),
+    "int32": ("int32", 4),
+    "int8": ("int8", 1),
+    "float16": ("float16", 2),
+    "bfloat16": ("uint16", 2),
+    "float32": ("float32", 4),
+}
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An array and the type it has on the wire (`bfloat16` is held as uint16 bits)."""
+
+    dtype: str
+    array: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise TensorError("unknown dtype", field="dtype", value=self.dtype, limit="|".join(DTYPES))
+        if self.array.dtype != np.dtype(DTYPES[self.dtype][0]):
+            raise TensorError(
+                f"{self.dtype} is held as {DTYPES[self.dtype][0]}", field="array.dtype", value=self.array.dtype
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the data on the wire."""
+        return self.array.size * DTYPES[self.dtype][1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop of the first axis, without a copy."""
+        return Tensor(self.dtype, self.array[start:stop])
+
+    def as_float32(self) -> np.ndarray:
+        """The values as float32, same shape."""
+        if self.dtype == "bfloat16":
+            return (self.array.astype(np.uint32) << 16).view(np.float32)
+        return self.array.astype(np.float32)
+
+
+def float32(array: np.ndarray) -> Tensor:
+    """A float32 tensor of `array`."""
+    return Tensor("float32", np.ascontiguousarray(array, dtype=np.float32))
+
+
+def token_id_dtype(vocab_rows: int) -> str:
+    """The narrowest wire type that holds every id below `vocab_rows`."""
+    return "uint16" if vocab_rows <= 1 << 16 else "uint24"
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B sequences packed into T tokens, and which of their rows are wanted.
+
+    Attributes:
+        token_ids_T: int32 ids.
+        cu_lengths_B1: int32, rising from 0 to T; sequence b is [cu[b], cu[b+1]).
+        wanted_T: bool; row t describes token t+1, so the last token of a sequence cannot be wanted.
+
+    Raises:
+        RequestError: the three do not fit together.
+    """
+
+    token_ids_T: np.ndarray
+    cu_lengths_B1: np.ndarray
+    wanted_T: np.ndarray
+
+    def __post_init__(self) -> None:
+        ids, cu, wanted = self.token_ids_T, self.cu_lengths_B1, self.wanted_T
+        for name, array, dtype in (
+            ("token_ids", ids, np.int32),
+            ("cu_lengths", cu, np.int32),
+            ("wanted", wanted, np.bool_),
+        ):
+            if array.ndim != 1 or array.dtype != dtype:
+                raise RequestError(
+                    "wrong type", field=name, value=f"{array.dtype}{list(array.shape)}", limit=f"{np.dtype(dtype)}[n]"
+                )
+        if cu.size < 2 or cu[0] != 0 or cu[-1] != ids.size or np.any(np.diff(cu) < 2):
+            raise RequestError(
+                "cu_lengths must rise from 0 to the number of tokens in steps of at least 2",
+                field="cu_lengths", value=_short(cu), limit=f"0..{ids.size}",
+            )  # fmt: skip
+        if wanted.size != ids.size:
+            raise RequestError("one flag a token", field="wanted", value=wanted.size, limit=ids.size)
+        if np.any(wanted[cu[1:] - 1]):
+            sequence = int(np.argmax(wanted[cu[1:] - 1]))
+            raise RequestError("the last token of a sequence has no row", field="wanted", value=f"sequence {sequence}")
+        if not wanted.any():
+            raise RequestError("no row is wanted", field="wanted", value=0, limit=">= 1")
+        if np.any(ids < 0):
+            raise RequestError("negative token id", field="token_ids", value=int(ids.min()), limit=">= 0")
+
+    @classmethod
+    def pack(cls, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[bool]] | None = None) -> TokenBatch:
+        """Packs sequences of ids; by default every row that has a next token is wanted."""
+        lengths = [len(s) for s in sequences]
+        cu = np.zeros(len(sequences) + 1, np.int32)
+        cu[1:] = np.cumsum(lengths, dtype=np.int32)
+        ids = np.fromiter((i for s in sequences for i in s), np.int32, int(cu[-1]))
+        if wanted is None:
+            flags = np.ones(ids.size, np.bool_)
+            flags[cu[1:] - 1] = False
+        else:
+            flags = np.fromiter((bool(w) for s in wanted for w in s), np.bool_)
+        return cls(ids, cu, flags)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.token_ids_T.size)
+
+    @property
+    def sequences(self) -> int:
+        return int(self.cu_lengths_B1.size - 1)
+
+    @property
+    def rows(self) -> int:
+        """N, the number of wanted rows."""
+        return int(np.count_nonzero(self.wanted_T))
+
+    @property
+    def lengths_B(self) -> np.ndarray:
+        return np.diff(self.cu_lengths_B1)
+
+    def rows_of(self) -> np.ndarray:
+        """Packed positions [N] of the wanted rows."""
+        return np.flatnonzero(self.wanted_T)
+
+    def labels_N(self) -> np.ndarray:
+        """int32 [N]: the token each wanted row describes."""
+        return self.token_ids_T[self.rows_of() + 1]
+
+    def sequence_of_row(self, row: int) -> int:
+        """The sequence that wanted row number `row` belongs to."""
+        return int(np.searchsorted(self.cu_lengths_B1, self.rows_of()[row], side="right") - 1)
+
+
+def _short(array: np.ndarray) -> str:
+    return np.array2string(array, threshold=8, edgeitems=3)
+
+
+@dataclass(frozen=True)
+class SignalSpec:
+    """Which signal of the teacher, over which part of its vocabulary.
+
+    Attributes:
+        transport: `top_k` (k logits and the exact tail mass), `hidden` (state after the final norm), `full`.
+        vocab_rows: V; the distribution is over ids 0..V-1 (algorithms.md 1.6).
+        k: entries kept by `top_k`; 0 for the others.
+    """
+
+    transport: Transport
+    vocab_rows: int
+    k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise RequestError("unknown transport", field="transport", value=self.transport, limit="|".join(TRANSPORTS))
+        if self.vocab_rows < 2:
+            raise RequestError("vocabulary too small", field="vocab_rows", value=self.vocab_rows, limit=">= 2")
+        if self.transport == "top_k" and not 1 <= self.k <= self.vocab_rows:
+            raise RequestError(
+                "k must lie within the vocabulary", field="k", value=self.k, limit=f"1..{self.vocab_rows}"
+            )
+        if self.transport != "top_k" and self.k:
+            raise RequestError(f"{self.transport} takes no k", field="k", value=self.k, limit=0)
+
+    def row_bytes(self, hidden_size: int, value_bytes: int) -> int:
+        """Payload bytes of one row on the wire."""
+        ids = DTYPES[token_id_dtype(self.vocab_rows)][1]
+        widths = {
+            "top_k": self.k * (ids + value_bytes) + 4,
+            "hidden": hidden_size * value_bytes,
+            "full": self.vocab_rows * value_bytes,
+        }
+        return 8 + widths[self.transport]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the server's time went, in microseconds; `batch_tokens` shared one forward pass."""
+
+    queue_us: int = 0
+    forward_us: int = 0
+    reduce_us: int = 0
+    batch_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TeacherSignals:
+    """The teacher's answer: N rows, in packed order of the wanted rows.
+
+    Attributes:
+        lse_N: float32, log-sum-exp of the logits at temperature 1 over the first V ids.
+        label_logp_N: float32, log-probability of the token the row describes.
+        topk_ids_NK, topk_logits_NK, tail_logp_N: `top_k`; ids by falling logit, then rising id.
+        hidden_ND: `hidden`, after the final norm.
+        logits_NV: `full`.
+        fingerprint: of the teacher that computed them.
+    """
+
+    lse_N: Tensor
+    label_logp_N: Tensor
+    topk_ids_NK: Tensor | None = None
+    topk_logits_NK: Tensor | None = None
+    tail_logp_N: Tensor | None = None
+    hidden_ND: Tensor | None = None
+    logits_NV: Tensor | None = None
+    fingerprint: str = ""
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def rows(self) -> int:
+        return self.lse_N.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The present tensors by attribute name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(t.payload_bytes for t in self.tensors().values())
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], fingerprint: str = "", timing: Timing | None = None) -> TeacherSignals:
+        """An answer from its tensors by attribute name."""
+        return cls(**tensors, fingerprint=fingerprint, timing=timing or Timing())
+
+    def slice(self, start: int, stop: int) -> TeacherSignals:
+        """Rows start..stop, without a copy."""
+        parts = {name: tensor.rows(start, stop) for name, tensor in self.tensors().items()}
+        return TeacherSignals.of(parts, self.fingerprint, self.timing)
+
+    @classmethod
+    def join(cls, parts: Sequence[TeacherSignals]) -> TeacherSignals:
+        """One answer from consecutive slices of it.
+
+        Raises:
+            LabelError: the parts do not hold the same tensors.
+        """
+        names = [set(part.tensors()) for part in parts]
+        if not parts or any(n != names[0] for n in names):
+            raise LabelError("chunks of one reply hold different tensors", field="chunk")
+        if len(parts) == 1:
+            return parts[0]
+        joined = {}
+        for name, first in parts[0].tensors().items():
+            arrays = [part.tensors()[name] for part in parts]
+            if any(a.dtype != first.dtype or a.shape[1:] != first.shape[1:] for a in arrays):
+                raise LabelError("chunks of one reply differ in dtype or width", field=name)
+            joined[name] = Tensor(first.dtype, np.concatenate([a.array for a in arrays]))
+        return cls.of(joined, parts[-1].fingerprint, parts[-1].timing)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    max_sequence_tokens: int
+    max_request_tokens: int
+    max_request_sequences: int
+    max_k: int
+    max_reply_bytes: int
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """Who a teacher is and what it can do (proto: TeacherInfo)."""
+
+    name: str
+    model: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    vocab_rows: int
+    tokenizer_size: int
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    hidden_size: int
+    layers: int
+    head_sha256: str
+    transports: tuple[str, ...]
+    deterministic: bool
+    limits: Limits
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one logit or state entry in this teacher's dtype."""
+        return DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class HeadHeader:
+    """All of an output head but its weight.
+
+    Attributes:
+        dtype, rows, columns: of the weight [V, D].
+        bias_V: or None.
+        logit_scale: multiplier, 1.0 for most models.
+        final_softcap: 0.0 for none, else c in c * tanh(z / c).
+        sha256: over everything, see `teacher_wire.identity.head_sha256`.
+    """
+
+    dtype: str
+    rows: int
+    columns: int
+    bias_V: Tensor | None
+    logit_scale: float
+    final_softcap: float
+    sha256: str
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.rows * self.columns * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """The output head: logits = softcap(logit_scale * (h W^T + b)); weight_VD in the model's dtype."""
+
+    header: HeadHeader
+    weight_VD: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreCall:
+    """One request as the server sees it.
+
+    Attributes:
+        timeout_s: seconds the student waits; 0 for no limit.
+        tenant: who asks, for fairness and quotas.
+    """
+
+    request_id: str
+    teacher: str
+    fingerprint: str
+    spec: SignalSpec
+    batch: TokenBatch
+    timeout_s: float = 0.0
+    tenant: str = ""

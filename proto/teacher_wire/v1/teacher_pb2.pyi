@@ -1,0 +1,317 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    UINT8: _ClassVar[DType]
+    UINT16: _ClassVar[DType]
+    UINT24: _ClassVar[DType]
+    INT32: _ClassVar[DType]
+    INT8: _ClassVar[DType]
+    FLOAT16: _ClassVar[DType]
+    BFLOAT16: _ClassVar[DType]
+    FLOAT32: _ClassVar[DType]
+
+class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
+    TOP_K: _ClassVar[Transport]
+    HIDDEN: _ClassVar[Transport]
+    FULL: _ClassVar[Transport]
+DTYPE_UNSPECIFIED: DType
+UINT8: DType
+UINT16: DType
+UINT24: DType
+INT32: DType
+INT8: DType
+FLOAT16: DType
+BFLOAT16: DType
+FLOAT32: DType
+TRANSPORT_UNSPECIFIED: Transport
+TOP_K: Transport
+HIDDEN: Transport
+FULL: Transport
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "data")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeReply(_message.Message):
+    __slots__ = ("protocol", "server_version", "teachers")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TEACHERS_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    server_version: str
+    teachers: _containers.RepeatedCompositeFieldContainer[TeacherInfo]
+    def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., teachers: _Optional[_Iterable[_Union[TeacherInfo, _Mapping]]] = ...) -> None: ...
+
+class TeacherInfo(_message.Message):
+    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "head_sha256", "transports", "deterministic", "limits")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    model: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    vocab_rows: int
+    tokenizer_size: int
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    hidden_size: int
+    layers: int
+    head_sha256: str
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    deterministic: bool
+    limits: Limits
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., head_sha256: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes")
+    MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_K_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_sequence_tokens: int
+    max_request_tokens: int
+    max_request_sequences: int
+    max_k: int
+    max_reply_bytes: int
+    def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ...) -> None: ...
+
+class SignalSpec(_message.Message):
+    __slots__ = ("transport", "k", "vocab_rows")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_ROWS_FIELD_NUMBER: _ClassVar[int]
+    transport: Transport
+    k: int
+    vocab_rows: int
+    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., k: _Optional[int] = ..., vocab_rows: _Optional[int] = ...) -> None: ...
+
+class ScoreUp(_message.Message):
+    __slots__ = ("open", "request", "credit", "ack", "cancel")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    request: ScoreRequest
+    credit: Credit
+    ack: Ack
+    cancel: Cancel
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., request: _Optional[_Union[ScoreRequest, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("protocol", "window_bytes")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    window_bytes: int
+    def __init__(self, protocol: _Optional[int] = ..., window_bytes: _Optional[int] = ...) -> None: ...
+
+class ScoreRequest(_message.Message):
+    __slots__ = ("request_id", "teacher", "fingerprint", "spec", "token_ids", "cu_lengths", "wanted", "timeout_ms", "resume")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CU_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    teacher: str
+    fingerprint: str
+    spec: SignalSpec
+    token_ids: Tensor
+    cu_lengths: Tensor
+    wanted: Tensor
+    timeout_ms: int
+    resume: Resume
+    def __init__(self, request_id: _Optional[str] = ..., teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., spec: _Optional[_Union[SignalSpec, _Mapping]] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., cu_lengths: _Optional[_Union[Tensor, _Mapping]] = ..., wanted: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("reply_id", "next_chunk")
+    REPLY_ID_FIELD_NUMBER: _ClassVar[int]
+    NEXT_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    reply_id: int
+    next_chunk: int
+    def __init__(self, reply_id: _Optional[int] = ..., next_chunk: _Optional[int] = ...) -> None: ...
+
+class Credit(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ScoreDown(_message.Message):
+    __slots__ = ("chunk", "done", "failed")
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    chunk: ScoreChunk
+    done: ScoreDone
+    failed: ScoreFailed
+    def __init__(self, chunk: _Optional[_Union[ScoreChunk, _Mapping]] = ..., done: _Optional[_Union[ScoreDone, _Mapping]] = ..., failed: _Optional[_Union[ScoreFailed, _Mapping]] = ...) -> None: ...
+
+class ScoreChunk(_message.Message):
+    __slots__ = ("request_id", "reply_id", "index", "first_row", "rows", "lse", "label_logp", "topk_ids", "topk_logits", "tail_logp", "hidden", "logits")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REPLY_ID_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LSE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_LOGP_FIELD_NUMBER: _ClassVar[int]
+    TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    TAIL_LOGP_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    reply_id: int
+    index: int
+    first_row: int
+    rows: int
+    lse: Tensor
+    label_logp: Tensor
+    topk_ids: Tensor
+    topk_logits: Tensor
+    tail_logp: Tensor
+    hidden: Tensor
+    logits: Tensor
+    def __init__(self, request_id: _Optional[str] = ..., reply_id: _Optional[int] = ..., index: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ..., label_logp: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., topk_logits: _Optional[_Union[Tensor, _Mapping]] = ..., tail_logp: _Optional[_Union[Tensor, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class ScoreDone(_message.Message):
+    __slots__ = ("request_id", "reply_id", "chunks", "rows", "fingerprint", "timing")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REPLY_ID_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    reply_id: int
+    chunks: int
+    rows: int
+    fingerprint: str
+    timing: Timing
+    def __init__(self, request_id: _Optional[str] = ..., reply_id: _Optional[int] = ..., chunks: _Optional[int] = ..., rows: _Optional[int] = ..., fingerprint: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+
+class Timing(_message.Message):
+    __slots__ = ("queue_us", "forward_us", "reduce_us", "batch_tokens")
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_US_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_US_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    queue_us: int
+    forward_us: int
+    reduce_us: int
+    batch_tokens: int
+    def __init__(self, queue_us: _Optional[int] = ..., forward_us: _Optional[int] = ..., reduce_us: _Optional[int] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
+
+class ScoreFailed(_message.Message):
+    __slots__ = ("request_id", "error")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    error: ErrorDetail
+    def __init__(self, request_id: _Optional[str] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
+
+class ErrorDetail(_message.Message):
+    __slots__ = ("kind", "message", "field", "value", "limit", "retry_after_s")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    message: str
+    field: str
+    value: str
+    limit: str
+    retry_after_s: float
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., value: _Optional[str] = ..., limit: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
+class HeadRequest(_message.Message):
+    __slots__ = ("teacher", "fingerprint")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    fingerprint: str
+    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class HeadChunk(_message.Message):
+    __slots__ = ("header", "offset", "data")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    header: HeadHeader
+    offset: int
+    data: bytes
+    def __init__(self, header: _Optional[_Union[HeadHeader, _Mapping]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class HeadHeader(_message.Message):
+    __slots__ = ("dtype", "rows", "columns", "bias", "logit_scale", "final_softcap", "sha256")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_SCALE_FIELD_NUMBER: _ClassVar[int]
+    FINAL_SOFTCAP_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    rows: int
+    columns: int
+    bias: Tensor
+    logit_scale: float
+    final_softcap: float
+    sha256: str
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., bias: _Optional[_Union[Tensor, _Mapping]] = ..., logit_scale: _Optional[float] = ..., final_softcap: _Optional[float] = ..., sha256: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,47 @@
+"""What a backend is: a model that turns packed tokens into signals, and says honestly what it can.
+
+Calls come from one thread at a time. A backend knows nothing of queues, tenants or the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from teacher_wire.messages import SignalSpec, TeacherHead, TeacherSignals, TokenBatch
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a loaded model says of itself; see TeacherInfo for the fields."""
+
+    model: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    vocab_rows: int
+    tokenizer_size: int
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    hidden_size: int
+    layers: int
+    head_sha256: str
+    transports: tuple[str, ...]
+    max_sequence_tokens: int
+
+
+class Backend(Protocol):
+    """A loaded model."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Constant while the backend lives."""
+
+    def score(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> list[TeacherSignals]:
+        """The signals of each job, from as few forward passes as fit.
+
+        The same list of jobs gives the same bits; other company may move them within rounding.
+        """
+
+    def head(self) -> TeacherHead:
+        """The output head. Raises CapabilityError if it is not given away."""

@@ -1,0 +1,34 @@
+"""The fake of the wire as a backend, so that the whole server runs without a model."""
+
+from __future__ import annotations
+
+import time
+
+from teacher_server.backends.base import ModelFacts
+from teacher_server.config import FakeBackend
+from teacher_wire.fake import FakeTeacher
+from teacher_wire.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, TokenBatch, float32
+
+
+class FakeModel:
+    """See `teacher_wire.fake.FakeTeacher`."""
+
+    def __init__(self, config: FakeBackend) -> None:
+        self._delay_s = config.delay_s
+        self._teacher = FakeTeacher(vocab_rows=config.vocab_rows, hidden_size=config.hidden_size, seed=config.seed)
+        info = self._teacher.teacher_info()
+        kept = {name: getattr(info, name) for name in ModelFacts.__dataclass_fields__ if name != "max_sequence_tokens"}
+        self._facts = ModelFacts(**kept, max_sequence_tokens=info.limits.max_sequence_tokens)
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self._facts
+
+    def score(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> list[TeacherSignals]:
+        time.sleep(self._delay_s)
+        return [self._teacher.signals(spec, batch) for batch, spec in jobs]
+
+    def head(self) -> TeacherHead:
+        weight = float32(self._teacher.weight_VD)
+        rows, columns = weight.shape
+        return TeacherHead(HeadHeader("float32", rows, columns, None, 1.0, 0.0, self._facts.head_sha256), weight)

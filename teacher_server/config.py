@@ -1,0 +1,241 @@
+"""The server's configuration: frozen, strict, parsed before torch or ray is imported.
+
+In: a YAML file and `section.field=value` overrides; out: `ServerConfig`. An unknown key is an error
+that names the key; nothing here builds anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from teacher_server.errors import ServerConfigError
+from teacher_wire.channel import is_loopback
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class TlsConfig(_Strict):
+    """Certificates of the edge. With `client_ca_file` every student must show a certificate signed by it."""
+
+    cert_file: Path
+    key_file: Path
+    client_ca_file: Path | None = None
+
+
+class EdgeConfig(_Strict):
+    """Where students connect.
+
+    Attributes:
+        host, port: loopback unless TLS and tokens are set.
+        tls: certificates, or plain text.
+        tokens_file: lines of `TENANT TOKEN`; with it, every call needs a token.
+        drain_s: how long in-flight requests may finish when the server goes down.
+        window_mb: largest reply window a student may open.
+        reflection: serve grpc reflection, for grpcurl.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 50051
+    tls: TlsConfig | None = None
+    tokens_file: Path | None = None
+    drain_s: Annotated[float, Field(ge=0, le=600)] = 20.0
+    window_mb: Annotated[int, Field(ge=1, le=4096)] = 256
+    reflection: bool = False
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _safe(self) -> EdgeConfig:
+        if not is_loopback(self.address) and (
+            self.tls is None or (self.tokens_file is None and self.tls.client_ca_file is None)
+        ):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines: set tls, and tokens_file or tls.client_ca_file"
+            )
+        if self.reflection and self.tokens_file is not None:
+            raise ValueError("reflection answers without a token: switch it off, or remove tokens_file")
+        return self
+
+
+class RayConfig(_Strict):
+    """The Ray cluster: our own on this machine, or a running one at `address`."""
+
+    address: str | None = None
+    num_cpus: Annotated[int, Field(ge=1)] | None = None
+    object_store_mb: Annotated[int, Field(ge=80)] = 512
+
+
+class TransformersBackend(_Strict):
+    """A causal language model that transformers loads, with every signal.
+
+    Attributes:
+        model: hub id or local folder.
+        revision: of a hub id.
+        dtype: of weights and arithmetic.
+        device: `auto` is cuda when there is one.
+        threads: torch threads of a replica on CPU.
+        attention: transformers' attn_implementation.
+        serve_head: students may fetch the output head (needed for `hidden`).
+        reduce_mb: bound on logits held at a time while reducing.
+    """
+
+    kind: Literal["transformers"] = "transformers"
+    model: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=1)] = 1
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    serve_head: bool = True
+    reduce_mb: Annotated[int, Field(ge=1)] = 64
+
+
+class FakeBackend(_Strict):
+    """The deterministic fake of `teacher_wire.fake`, for trying things out without a model."""
+
+    kind: Literal["fake"] = "fake"
+    vocab_rows: Annotated[int, Field(ge=2)] = 64
+    hidden_size: Annotated[int, Field(ge=1)] = 16
+    seed: int = 0
+    delay_s: Annotated[float, Field(ge=0)] = 0.0
+
+
+class BatchConfig(_Strict):
+    """How requests share forward passes.
+
+    Attributes:
+        max_tokens: token budget of one forward pass; a larger request has one of its own.
+        max_queue_tokens: beyond it a request is refused as overloaded.
+    """
+
+    max_tokens: Annotated[int, Field(ge=1)] = 16_384
+    max_queue_tokens: Annotated[int, Field(ge=1)] = 1_048_576
+
+
+class LimitsConfig(_Strict):
+    """What one request may ask for. `max_sequence_tokens` defaults to the model's own limit."""
+
+    max_sequence_tokens: Annotated[int, Field(ge=2)] | None = None
+    max_request_tokens: Annotated[int, Field(ge=2)] = 65_536
+    max_request_sequences: Annotated[int, Field(ge=1)] = 1_024
+    max_k: Annotated[int, Field(ge=1)] = 4_096
+    max_reply_mb: Annotated[int, Field(ge=1)] = 64
+
+
+class AutoscalingConfig(_Strict):
+    """Ray Serve's autoscaling of one teacher, on the number of ongoing requests a replica."""
+
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8.0
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 60.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        return self
+
+
+class TeacherConfig(_Strict):
+    """One teacher: its own Serve deployment.
+
+    Attributes:
+        name: what students call it.
+        deterministic: a forward pass holds exactly one request's sequences, in order, so that the same
+            request always gets the same bits.
+        num_cpus, num_gpus: Ray's share of a replica.
+        max_ongoing_requests: requests a replica holds, queued ones included.
+    """
+
+    name: Name
+    backend: Annotated[TransformersBackend | FakeBackend, Field(discriminator="kind")]
+    deterministic: bool = False
+    batch: BatchConfig = BatchConfig()
+    limits: LimitsConfig = LimitsConfig()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    max_ongoing_requests: Annotated[int, Field(ge=1)] = 256
+
+
+class ServerConfig(_Strict):
+    """Everything `teacher-server up` needs."""
+
+    edge: EdgeConfig = EdgeConfig()
+    ray: RayConfig = RayConfig()
+    teachers: Annotated[tuple[TeacherConfig, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ServerConfig:
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"teachers need distinct names, got {', '.join(names)}")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> ServerConfig:
+    """Reads a config file and applies `section.field=value` overrides.
+
+    Raises:
+        ServerConfigError: one line that names file and key.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ServerConfigError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ServerConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ServerConfigError(f"{path}: must hold sections, not {type(tree).__name__}")
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return ServerConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ServerConfigError(f"{path}: {describe_errors(error)}") from error
+
+
+def describe_errors(error: ValidationError) -> str:
+    """Every problem of a validation on one line: key, complaint, value."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if part not in ("transformers", "fake")) or "config"
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{key}: unknown key")
+        elif item["type"] == "missing":
+            problems.append(f"{key}: missing")
+        else:
+            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"[:300])
+    return "; ".join(problems)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Sets one dotted key; a number steps into a list."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ServerConfigError(f"override {override!r}: expected section.field=value")
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    for key in parents:
+        node = node[_index(node, key, dotted)] if isinstance(node, list) else node.setdefault(key, {})
+        if not isinstance(node, dict | list):
+            raise ServerConfigError(f"override {dotted}: {key} is not a section")
+    node[_index(node, last, dotted) if isinstance(node, list) else last] = yaml.safe_load(text)
+
+
+def _index(node: list[Any], key: str, dotted: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ServerConfigError(f"override {dotted}: {key} is not an index below {len(node)}")
+    return int(key)

@@ -1,0 +1,138 @@
+"""The grpc.aio server students talk to: contract, health.v1, TLS, tokens, drain. No Ray here.
+
+In: an EdgeConfig and a TeacherService; out: an open port. It refuses new work while draining and lets old work end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from teacher_server import __version__
+from teacher_server.config import EdgeConfig, TlsConfig
+from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
+from teacher_server.errors import ServerConfigError
+from teacher_wire.channel import SERVER_OPTIONS
+from teacher_wire.errors import UnavailableError
+from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.servicer import StreamLimits, TeacherService, TeacherServicer
+from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
+_HTTP2_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
+
+
+class EdgeServer:
+    """A listening edge.
+
+    Args:
+        config: where and how to listen.
+        service: what answers.
+    """
+
+    def __init__(self, config: EdgeConfig, service: TeacherService) -> None:
+        self._config = config
+        self._gate = _Gate(service)
+        tokens = TokenFile(config.tokens_file) if config.tokens_file else None
+        self._servicer = TeacherServicer(
+            self._gate,
+            server_version=__version__,
+            limits=StreamLimits(max_window_bytes=config.window_mb << 20),
+            tenant_of=tenant_of(tokens),
+        )
+        self._health = health_aio.HealthServicer()
+        interceptors = [TokenInterceptor(tokens)] if tokens else []
+        self._server = grpc.aio.server(interceptors=interceptors, options=[*SERVER_OPTIONS, *_HTTP2_OPTIONS])
+        pb_grpc.add_TeacherServicer_to_server(self._servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if config.reflection:
+            from grpc_reflection.v1alpha import reflection
+
+            reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> None:
+        """Opens the port and says SERVING.
+
+        Raises:
+            ServerConfigError: the port is taken, or a certificate cannot be read.
+        """
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            if self._config.tls:
+                self._server.add_secure_port(self._config.address, _credentials(self._config.tls))
+            else:
+                self._server.add_insecure_port(self._config.address)
+        except RuntimeError as error:
+            raise ServerConfigError(f"edge.port: cannot listen on {self._config.address} (is it taken?)") from error
+        await self._server.start()
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING, refuses new requests as unavailable, waits for open ones, then closes the port."""
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._gate.closed = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_s):
+                while self._servicer.open_requests:
+                    await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)  # what was just answered still has to leave
+        await self._server.stop(grace=0.5)
+
+    async def _say(self, status: int) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    def counters(self) -> dict[str, int]:
+        """Open streams and requests."""
+        return {"open_streams": self._servicer.open_streams, "open_requests": self._servicer.open_requests}
+
+
+def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    key, cert = _read(tls.key_file, "key_file"), _read(tls.cert_file, "cert_file")
+    client_ca = _read(tls.client_ca_file, "client_ca_file") if tls.client_ca_file else None
+    return grpc.ssl_server_credentials(
+        [(key, cert)], root_certificates=client_ca, require_client_auth=client_ca is not None
+    )
+
+
+def _read(path: Path, field: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ServerConfigError(f"edge.tls.{field} {path}: {error.strerror}") from error
+
+
+class _Gate:
+    """The service, until it closes: then new requests are refused and old ones go on."""
+
+    def __init__(self, service: TeacherService) -> None:
+        self._service = service
+        self.closed = False
+
+    async def describe(self) -> list[TeacherInfo]:
+        self._check()
+        return await self._service.describe()
+
+    async def info(self, teacher: str) -> TeacherInfo:
+        return await self._service.info(teacher)
+
+    async def score(self, call: ScoreCall) -> TeacherSignals:
+        self._check()
+        return await self._service.score(call)
+
+    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
+        self._check()
+        return await self._service.head_header(teacher, fingerprint)
+
+    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
+        return await self._service.head_bytes(teacher, fingerprint, offset, size)
+
+    def _check(self) -> None:
+        if self.closed:
+            raise UnavailableError("the server is going down")

@@ -1,0 +1,186 @@
+"""One backend and its queue, as an asyncio object: requests of many students in, shared forward passes, answers out.
+
+The batcher decides, the backend computes in a thread of its own; this room only carries between them.
+No Ray here: `teacher.py` puts an engine into a Serve deployment, benches use it bare.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from teacher_server.backends import Backend, build_backend
+from teacher_server.batcher import Batcher, Job
+from teacher_server.config import TeacherConfig
+from teacher_wire import codec
+from teacher_wire.errors import CapabilityError, DeadlineError, ServerError, TeacherWireError, UnavailableError
+from teacher_wire.messages import HeadHeader, Limits, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Waiting:
+    """A request in the queue or in a forward pass."""
+
+    call: ScoreCall
+    future: asyncio.Future[TeacherSignals]
+    queued_s: float
+
+
+class TeacherEngine:
+    """Serves one teacher; `run()` must be running for answers to come.
+
+    Args:
+        config: of this teacher.
+        backend: a loaded model; loaded from `config` if not given.
+    """
+
+    def __init__(self, config: TeacherConfig, backend: Backend | None = None) -> None:
+        self._config = config
+        self._backend = backend or build_backend(config.backend, deterministic=config.deterministic)
+        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, exclusive=config.deterministic)
+        self._ids = itertools.count()
+        self._waiting: dict[int, _Waiting] = {}
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self._task: asyncio.Task[None] | None = None
+        self._head: TeacherHead | None = None
+        self.info = self._describe()
+        self.forward_tokens = 0
+        self.forwards = 0
+
+    def _describe(self) -> TeacherInfo:
+        facts, limits = self._backend.facts, self._config.limits
+        sequence = min(limits.max_sequence_tokens or facts.max_sequence_tokens, facts.max_sequence_tokens)
+        shared = {name: getattr(facts, name) for name in facts.__dataclass_fields__ if name != "max_sequence_tokens"}
+        return TeacherInfo(
+            name=self._config.name,
+            deterministic=self._config.deterministic,
+            limits=Limits(
+                max_sequence_tokens=sequence,
+                max_request_tokens=limits.max_request_tokens,
+                max_request_sequences=limits.max_request_sequences,
+                max_k=min(limits.max_k, facts.vocab_rows),
+                max_reply_bytes=limits.max_reply_mb << 20,
+            ),
+            **shared,
+        )
+
+    def start(self) -> None:
+        """Begins taking batches, in the running event loop."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Ends; what still waits fails as unavailable."""
+        if self._task is not None:
+            self._task.cancel()
+        for waiting in self._waiting.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(UnavailableError(f"teacher {self._config.name!r} is going away"))
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def score(self, call: ScoreCall) -> TeacherSignals:
+        """The labels of one request.
+
+        Raises:
+            TeacherWireError: refused, overloaded, or failed; see `teacher_wire.errors`.
+        """
+        codec.check_call(call, self.info)
+        now = time.monotonic()
+        job_id = next(self._ids)
+        deadline = now + call.timeout_s if call.timeout_s else math.inf
+        self._batcher.add(Job(job_id, call.tenant, call.batch.tokens, deadline))
+        waiting = _Waiting(call, asyncio.get_running_loop().create_future(), now)
+        self._waiting[job_id] = waiting
+        self._wake.set()
+        try:
+            return await waiting.future
+        finally:
+            self._waiting.pop(job_id, None)
+            self._batcher.cancel(job_id)  # no effect once it is in a batch
+
+    async def head_header(self, fingerprint: str) -> HeadHeader:
+        """All of the output head but the weight. Raises CapabilityError."""
+        return (await self._loaded_head(fingerprint)).header
+
+    async def head_bytes(self, fingerprint: str, offset: int, size: int) -> bytes:
+        """A slice of the head's weight bytes."""
+        weight = (await self._loaded_head(fingerprint)).weight_VD.array
+        return bytes(weight.data.cast("B")[offset : offset + size])
+
+    async def _loaded_head(self, fingerprint: str) -> TeacherHead:
+        if fingerprint and fingerprint != self.info.fingerprint:
+            raise CapabilityError(
+                "no head of that teacher here", field="fingerprint", value=self.info.fingerprint, limit=fingerprint
+            )
+        if self._head is None:
+            self._head = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.head)
+        return self._head
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._batcher.queued_jobs:
+                jobs, expired = self._batcher.next_batch(time.monotonic())
+                for job in expired:
+                    self._fail(
+                        job.job_id,
+                        DeadlineError(
+                            "dropped from the queue unscored", field="timeout_s", value=self._waited(job.job_id)
+                        ),
+                    )
+                batch = [self._waiting[job.job_id] for job in jobs if job.job_id in self._waiting]
+                if batch:
+                    await self._score_batch(batch)
+
+    def _waited(self, job_id: int) -> str:
+        return f"{time.monotonic() - self._waiting[job_id].queued_s:.3f}" if job_id in self._waiting else ""
+
+    async def _score_batch(self, batch: list[_Waiting]) -> None:
+        started = time.monotonic()
+        jobs = [(waiting.call.batch, waiting.call.spec) for waiting in batch]
+        self.forwards += 1
+        self.forward_tokens += sum(tokens.tokens for tokens, _ in jobs)
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, jobs)
+        except Exception as error:
+            log.exception("forward pass of %d requests failed", len(batch))
+            if len(batch) > 1:  # one of them may be the cause: the others must not pay for it
+                for waiting in batch:
+                    await self._score_batch([waiting])
+            elif not batch[0].future.done():
+                known = (
+                    error if isinstance(error, TeacherWireError) else ServerError(f"{type(error).__name__}: {error}")
+                )
+                batch[0].future.set_exception(known)
+            return
+        for waiting, signals in zip(batch, answers, strict=True):
+            queue_us = round((started - waiting.queued_s) * 1e6)
+            if not waiting.future.done():
+                waiting.future.set_result(
+                    replace(
+                        signals, timing=replace(signals.timing, queue_us=queue_us), fingerprint=self.info.fingerprint
+                    )
+                )
+
+    def _fail(self, job_id: int, error: TeacherWireError) -> None:
+        waiting = self._waiting.get(job_id)
+        if waiting is not None and not waiting.future.done():
+            waiting.future.set_exception(error)
+
+    def counters(self) -> dict[str, int]:
+        """What this replica has done and holds, for status displays and tests."""
+        return {
+            "queued_tokens": self._batcher.queued_tokens,
+            "queued_jobs": self._batcher.queued_jobs,
+            "waiting": len(self._waiting),
+            "forwards": self.forwards,
+            "forward_tokens": self.forward_tokens,
+        }
