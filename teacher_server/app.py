@@ -76,7 +76,7 @@ def running(config: ServerConfig, say: Callable[[str], None]) -> Iterator[None]:
         serve.get_deployment_handle("edge", APPLICATION).drain.remote().result(timeout_s=config.edge.drain_s + 5)
     finally:
         with contextlib.suppress(Exception):  # on the way out; what is left is ended below
-            serve.shutdown() if own_cluster else serve.delete(APPLICATION)
+            serve.delete(APPLICATION)  # of our own cluster the rest goes with it
         children += psutil.Process().children(recursive=True) if own_cluster else []
         ray.shutdown()
         _end(children)

@@ -1,0 +1,341 @@
+"""The trainer's configuration: frozen, strict, parsed before torch is imported.
+
+In: a YAML file and `section.field=value` overrides; out: `TrainConfig`. An unknown key is an error
+that names the key; nothing here builds anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from student_trainer.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(_Strict):
+    """Where the run lives and what makes it repeatable.
+
+    Attributes:
+        output_dir: folder of this run; must not hold another run.
+        seed: of initialisation, order and dropout.
+        cache_dir: shared by all runs of this machine (output heads).
+    """
+
+    output_dir: Path
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    cache_dir: Path = Path("~/.cache/lyceum")
+
+
+class LoraSettings(_Strict):
+    """Low-rank adapters (peft)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class ModelConfig(_Strict):
+    """The student.
+
+    Attributes:
+        path: hub id or local folder.
+        lora: adapters, or null to train every weight.
+        threads: torch threads on CPU.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: LoraSettings | None = LoraSettings()
+    gradient_checkpointing: bool = False
+    threads: Positive = 1
+
+
+class SourceConfig(_Strict):
+    """One file, folder or hub data set; `path#N` (or `sample`) takes N rows, `split` is of a folder or hub id."""
+
+    path: str
+    format: str = "auto"
+    sample: Positive | None = None
+    split: str = "train"
+
+
+class DataConfig(_Strict):
+    """What is learned from.
+
+    Attributes:
+        train, eval: sources, in this order.
+        template: `chat` (the tokenizer's), `plain`, or `auto`.
+        max_tokens: longest sequence.
+        overlong: what to do with a longer one; `drop` counts and reports them.
+    """
+
+    train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    eval: tuple[SourceConfig, ...] = ()
+    template: Literal["auto", "chat", "plain"] = "auto"
+    system_prompt: str | None = None
+    max_tokens: Annotated[int, Field(ge=2)] = 2048
+    overlong: Literal["refuse", "drop"] = "refuse"
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _plain_paths(cls, value: Any) -> Any:
+        return (
+            [{"path": item} if isinstance(item, str) else item for item in value]
+            if isinstance(value, list | tuple)
+            else value
+        )
+
+
+class TeacherConfig(_Strict):
+    """Whom to learn from: a server at `address`, or one started beside us from `embedded`.
+
+    Attributes:
+        name: which teacher of the server; may be left out if it has one.
+        embedded: a teacher-server config; needs the teacher extra.
+        ca_file, cert_file, key_file: TLS.
+        token_env: environment variable that holds our token.
+        wait_s: how long to wait for the server at the start.
+        retry_s: how long a request is retried while the server is away.
+        allow_template_mismatch: learn although the teacher's chat template differs from ours.
+    """
+
+    address: str | None = None
+    embedded: Path | None = None
+    name: str = ""
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    token_env: str = "LYCEUM_TOKEN"
+    wait_s: Annotated[float, Field(ge=0)] = 5.0
+    retry_s: Annotated[float, Field(ge=0)] = 300.0
+    allow_template_mismatch: bool = False
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TeacherConfig:
+        if (self.address is None) == (self.embedded is None):
+            raise ValueError("set exactly one of address and embedded")
+        return self
+
+
+class LabelConfig(_Strict):
+    """How labels travel (algorithms.md 2, 3).
+
+    Attributes:
+        transport: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass;
+            `full` sends every logit, for small vocabularies.
+        k: kept entries of `top_k`.
+    """
+
+    transport: Literal["hidden", "top_k", "full"] = "hidden"
+    k: Positive = 128
+
+
+class ScheduleConfig(_Strict):
+    """A number that changes with the optimizer step (algorithms.md 11)."""
+
+    kind: Literal["constant", "linear", "cosine", "exponential"] = "linear"
+    start: Annotated[float, Field(gt=0)]
+    end: Annotated[float, Field(gt=0)]
+    steps: Positive
+
+
+class OutputLossConfig(_Strict):
+    """Divergence of the output distributions (algorithms.md 1).
+
+    Attributes:
+        weight: of this term.
+        beta: of `jsd`; 0 is forward KL, 1 reverse KL, exactly.
+        alpha: of `skew_kl`, `skew_rkl` (0.1 if null) and `adaptive_kl` (0.5 if null).
+        normalization: `paper`, or `unit` = D / (beta (1 - beta)), comparable across beta.
+        temperature: of the loss, constant or a schedule. Not the temperature of sampling.
+        tau_squared: multiply by temperature squared; null means: under a schedule.
+        tempered_head: with `top_k`, the other objective of algorithms.md 2.4 that has a meaning at any temperature.
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "adaptive_kl"] = "forward_kl"
+    beta: Fraction = 0.5
+    alpha: Fraction | None = None
+    normalization: Literal["paper", "unit"] = "paper"
+    temperature: Annotated[float, Field(gt=0)] | ScheduleConfig = 1.0
+    tau_squared: bool | None = None
+    tempered_head: bool = False
+
+
+class LossConfig(_Strict):
+    """The training objective: distillation, hard labels, or both.
+
+    Attributes:
+        output: the distillation term, or null.
+        sft_weight: of the cross-entropy with the data's own tokens.
+        chunk_mb: bound on logits held at a time.
+    """
+
+    output: OutputLossConfig | None = OutputLossConfig()
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    chunk_mb: Positive = 256
+
+    @model_validator(mode="after")
+    def _something(self) -> LossConfig:
+        if self.output is None and self.sft_weight == 0:
+            raise ValueError("nothing to learn: set output, or sft_weight above 0")
+        return self
+
+
+class OptimizationConfig(_Strict):
+    """How long and how fast.
+
+    Attributes:
+        batch_size: sequences of one micro-batch.
+        accumulation: micro-batches of one optimizer step.
+        max_steps: optimizer steps; null means `epochs` over the data.
+        warmup_steps, schedule, min_lr_share: of the learning rate.
+        log_steps, eval_steps, save_steps: in optimizer steps; 0 is never (the end always counts).
+        keep_checkpoints: how many to keep.
+        report_to: trackers of transformers, such as tensorboard or wandb.
+    """
+
+    batch_size: Positive = 2
+    accumulation: Positive = 8
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    min_lr_share: Fraction = 0.0
+    bf16: bool = False
+    log_steps: Positive = 10
+    eval_steps: Annotated[int, Field(ge=0)] = 0
+    eval_batch_size: Positive = 8
+    save_steps: Annotated[int, Field(ge=0)] = 0
+    keep_checkpoints: Positive = 2
+    report_to: tuple[str, ...] = ()
+    deterministic: bool = True
+
+
+class FeedConfig(_Strict):
+    """How far labels are fetched ahead of the step that needs them.
+
+    Attributes:
+        max_mb: bytes of labels requested or waiting.
+        max_batches: micro-batches requested or waiting.
+        window_mb: reply bytes the server may have under way.
+    """
+
+    max_mb: Positive = 256
+    max_batches: Positive = 64
+    window_mb: Positive = 64
+
+
+class TrainConfig(_Strict):
+    """Everything `student-trainer train` needs."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    labels: LabelConfig = LabelConfig()
+    loss: LossConfig = LossConfig()
+    train: OptimizationConfig = OptimizationConfig()
+    feed: FeedConfig = FeedConfig()
+
+    @model_validator(mode="after")
+    def _teacher_for_distillation(self) -> TrainConfig:
+        if self.loss.output is not None and self.teacher is None:
+            raise ValueError("loss.output needs a teacher: set the section teacher, or loss.output to null")
+        if self.train.eval_steps and not self.data.eval:
+            raise ValueError("train.eval_steps needs data.eval")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Reads a config file and applies `section.field=value` overrides.
+
+    Raises:
+        ConfigError: one line that names file and key.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold sections, not {type(tree).__name__}")
+    for override in overrides or []:
+        _override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], origin: str) -> TrainConfig:
+    """A config from plain data.
+
+    Raises:
+        ConfigError: one line that names `origin` and every wrong key.
+    """
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_describe(error)}") from error
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _describe(error: ValidationError) -> str:
+    """Every problem of a validation on one line: key, complaint, value."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{key}: unknown key")
+        elif item["type"] == "missing":
+            problems.append(f"{key}: missing")
+        else:
+            value = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{value}"[:300])
+    return "; ".join(problems)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Sets one dotted key; a number steps into a list."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {override!r}: expected section.field=value")
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    for key in parents:
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[_index(node, key, dotted)] if isinstance(node, list) else node[key]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {dotted}: {key} is not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {dotted}: not a YAML value: {text}") from error
+    node[_index(node, last, dotted) if isinstance(node, list) else last] = value
+
+
+def _index(node: list[Any], key: str, dotted: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"override {dotted}: {key} is not an index below {len(node)}")
+    return int(key)

@@ -1,0 +1,74 @@
+"""The teacher's output head on the student's side: fetched once, kept on disk by its digest, checked on every load.
+
+In: TeacherInfo and a client; out: tensors in the teacher's dtype. The file is safetensors; a damaged one is fetched again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save_file
+
+from student_trainer.feed.arrays import to_torch
+from teacher_wire.client import TeacherClient
+from teacher_wire.identity import head_sha256
+from teacher_wire.messages import HeadHeader, TeacherHead, TeacherInfo, Tensor
+
+
+async def fetch_head(
+    client: TeacherClient, info: TeacherInfo, cache_dir: Path, progress: Callable[[int, int], None] | None = None
+) -> TeacherHead:
+    """The head of a teacher, from disk if it is there.
+
+    Raises:
+        LabelError: what came is not what the teacher described.
+        CapabilityError: the teacher does not give its head away.
+    """
+    path = cache_dir.expanduser() / "heads" / f"{info.head_sha256}.safetensors"
+    if path.is_file():
+        cached = _read(path)
+        if cached is not None and cached.header.sha256 == info.head_sha256:
+            return cached
+        path.unlink()
+    head = await client.head(info, progress)
+    _write(path, head)
+    return head
+
+
+def _write(path: Path, head: TeacherHead) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = head.header
+    tensors = {"weight": to_torch(head.weight_VD)}
+    if header.bias_V is not None:
+        tensors["bias"] = to_torch(header.bias_V)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    scales = {"logit_scale": header.logit_scale, "final_softcap": header.final_softcap}
+    save_file(tensors, str(partial), metadata={"scales": json.dumps(scales)})
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> TeacherHead | None:
+    """The head in a file, with the digest of what is really in it; None if it cannot be read."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            scales = json.loads(file.metadata()["scales"])
+            weight = _to_wire(file.get_tensor("weight"))
+            bias = _to_wire(file.get_tensor("bias")) if "bias" in file.keys() else None  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+    scale, softcap = float(scales["logit_scale"]), float(scales["final_softcap"])
+    rows, columns = weight.shape
+    digest = head_sha256(weight, bias, scale, softcap)
+    return TeacherHead(HeadHeader(weight.dtype, rows, columns, bias, scale, softcap, digest), weight)
+
+
+def _to_wire(tensor: torch.Tensor) -> Tensor:
+    if tensor.dtype == torch.bfloat16:
+        return Tensor("bfloat16", tensor.view(torch.int16).numpy().view(np.uint16))
+    return Tensor(str(tensor.dtype).removeprefix("torch."), tensor.numpy())

@@ -1,0 +1,199 @@
+"""Labels ahead of the step that needs them: one thread, one event loop, one client; the only bridge to async code.
+
+In: numbered requests, asked for in order; out: `take(number)`, which waits and says how long. Bytes under way are bounded:
+a request is sent only when its whole answer fits into what is left. A failed request fails the step that needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from teacher_wire import codec
+from teacher_wire.client import TeacherClient
+from teacher_wire.errors import LimitError, TeacherWireError
+from teacher_wire.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, TokenBatch
+
+
+@dataclass(frozen=True)
+class LabelRequest:
+    """One micro-batch to be labelled.
+
+    Attributes:
+        batch: its tokens and wanted rows.
+        names: of its sequences, for errors.
+    """
+
+    batch: TokenBatch
+    names: tuple[str, ...]
+
+
+@dataclass
+class FeedStats:
+    """What the feed has done since it was made."""
+
+    batches: int = 0
+    rows: int = 0
+    payload_bytes: int = 0
+    wait_s: float = 0.0
+    queue_s: float = 0.0
+    forward_s: float = 0.0
+
+
+class LabelFeed:
+    """Fetches labels of the requests `first .. count-1`, in order, ahead of `take`.
+
+    Args:
+        connect: makes the client; called in the feed's own thread.
+        info: the teacher.
+        spec: which signal.
+        request: number -> what to ask; must be a pure function, it runs in the feed's thread.
+        check: raises LabelError for an answer that must not be learned from.
+        first, count: the range of numbers.
+        max_bytes, max_batches: bounds on answers asked for and not yet taken.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], TeacherClient],
+        info: TeacherInfo,
+        spec: SignalSpec,
+        request: Callable[[int], LabelRequest],
+        check: Callable[[TeacherSignals, LabelRequest], None],
+        *,
+        first: int,
+        count: int,
+        max_bytes: int,
+        max_batches: int,
+    ) -> None:
+        self._connect = connect
+        self._info = info
+        self._spec = spec
+        self._request = request
+        self._check = check
+        self._count = count
+        self._next = first
+        self._max_bytes = max_bytes
+        self._max_batches = max_batches
+        self._promises: dict[int, Future[TeacherSignals]] = {}
+        self._lock = threading.Condition()
+        self._held: dict[int, int] = {}
+        self._closed = False
+        self._error: BaseException | None = None
+        self._loop = asyncio.new_event_loop()
+        self.stats = FeedStats()
+        self._thread = threading.Thread(target=self._run, name="label-feed", daemon=True)
+        self._thread.start()
+
+    def take(self, number: int) -> TeacherSignals:
+        """The checked labels of request `number`; each can be taken once.
+
+        Raises:
+            TeacherWireError: the request failed, or its answer was refused.
+        """
+        started = time.perf_counter()
+        with self._lock:
+            while number not in self._promises:
+                if self._error is not None:
+                    raise self._error
+                self._lock.wait()
+            promise = self._promises[number]
+        try:
+            signals = promise.result()
+        finally:
+            self.stats.wait_s += time.perf_counter() - started
+            with self._lock:
+                self._promises.pop(number, None)
+                self._held.pop(number, None)
+                self._lock.notify_all()
+        self._count_in(signals)
+        return signals
+
+    def _count_in(self, signals: TeacherSignals) -> None:
+        stats = self.stats
+        stats.batches += 1
+        stats.rows += signals.rows
+        stats.payload_bytes += signals.payload_bytes
+        stats.queue_s += signals.timing.queue_us / 1e6
+        stats.forward_s += signals.timing.forward_us / 1e6
+
+    def close(self) -> None:
+        """Ends the thread; open requests are taken back."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+        self._thread.join(timeout=30)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._feed())
+        except BaseException as error:
+            with self._lock:
+                self._error = error
+                self._lock.notify_all()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+    async def _feed(self) -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        async with self._connect() as client:
+            while self._next < self._count and not self._closed:
+                number = self._next
+                request = self._request(number)
+                size = self._reply_bytes(request)
+                if not await self._loop.run_in_executor(None, self._wait_for_room, size):
+                    break
+                with self._lock:
+                    self._held[number] = size
+                    self._promises[number] = Future()
+                    self._lock.notify_all()
+                self._next += 1
+                task = asyncio.create_task(self._fetch(client, number, request))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await self._loop.run_in_executor(None, self._wait_for_end)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _fetch(self, client: TeacherClient, number: int, request: LabelRequest) -> None:
+        promise = self._promises[number]
+        try:
+            signals = await client.score(self._info, self._spec, request.batch)
+            self._check(signals, request)
+            promise.set_result(signals)
+        except asyncio.CancelledError:
+            promise.cancel()
+            raise
+        except Exception as error:
+            promise.set_exception(_with_names(error, request))
+
+    def _reply_bytes(self, request: LabelRequest) -> int:
+        return codec.reply_bytes(ScoreCall("", "", "", self._spec, request.batch), self._info)
+
+    def _wait_for_room(self, size: int) -> bool:
+        """Blocks until `size` more bytes may be under way; False when the feed is closed."""
+        with self._lock:
+            while not self._closed and self._held:
+                if len(self._held) < self._max_batches and sum(self._held.values()) + size <= self._max_bytes:
+                    break
+                self._lock.wait()
+            return not self._closed
+
+    def _wait_for_end(self) -> None:
+        """Blocks until everything asked for is taken, or the feed is closed."""
+        with self._lock:
+            while self._promises and not self._closed:
+                self._lock.wait()
+
+
+def _with_names(error: Exception, request: LabelRequest) -> Exception:
+    """Says of a refused request which samples it held."""
+    if isinstance(error, TeacherWireError) and not isinstance(error, LimitError):
+        error.add_note(f"samples: {', '.join(request.names[:4])}{', …' if len(request.names) > 4 else ''}")
+    return error

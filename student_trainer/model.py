@@ -1,0 +1,146 @@
+"""The student: model, tokenizer, adapters; and the two things a loss needs of it, states and head.
+
+In: ModelConfig; out: `Student`. The body is run without its output head: logits are made in chunks inside the loss.
+Axes: B sequences, L padded length, D width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from student_trainer.config import LoraSettings, ModelConfig
+from student_trainer.errors import ModelError
+from student_trainer.losses.head import Head, Lora
+
+
+@dataclass
+class Student:
+    """A model to be trained.
+
+    Attributes:
+        model: the causal language model, wrapped by peft if it has adapters.
+        tokenizer: its tokenizer.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def causal_lm(self) -> Any:
+        """The model under the adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def vocab_rows(self) -> int:
+        """V, rows of the output head."""
+        return int(self.causal_lm.get_output_embeddings().weight.shape[0])
+
+    def states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """[B, L, D] after the final norm, with gradients if training."""
+        body = self.causal_lm.get_decoder()
+        return body(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False).last_hidden_state
+
+    def head(self, vocab_rows: int) -> Head:
+        """The output head over the first `vocab_rows` ids: frozen, trained, tied or with adapters, as it is now."""
+        layer = self.causal_lm.get_output_embeddings()
+        config = self.causal_lm.config.get_text_config()
+        base = getattr(layer, "base_layer", layer)
+        head = Head(
+            base.weight,
+            getattr(base, "bias", None),
+            logit_scale=_logit_scale(config),
+            final_softcap=_softcap(config),
+            lora=_lora_of(layer),
+        )
+        return head.slice(vocab_rows)
+
+
+def load_student(config: ModelConfig, seed: int) -> Student:
+    """Loads model and tokenizer and adds adapters.
+
+    Raises:
+        ModelError: missing folder, unknown architecture, remote code needed, no fast tokenizer, unknown target modules.
+    """
+    folder = _find(config.path)
+    torch.manual_seed(seed)  # adapters start from it
+    transformers_logging.disable_progress_bar()
+    try:
+        AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.path {config.path}: cannot be loaded: {str(error)[:400]}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"model.path {config.path}: has no fast tokenizer (tokenizer.json), which the handshake needs")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path {config.path}: its tokenizer has neither a pad nor an eos token")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Student(_with_adapters(model, config.lora, config.gradient_checkpointing), tokenizer)
+
+
+def _find(path: str) -> str:
+    """The folder, or the hub id if it is none; a path that is clearly meant to be local must exist."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path {folder}: has no config.json")
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"model.path {folder}: no such folder")
+    return path
+
+
+def _with_adapters(model: Any, settings: LoraSettings | None, checkpointing: bool) -> Any:
+    if settings is None:
+        return model
+    if checkpointing:
+        model.enable_input_require_grads()
+    targets = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules {targets}: {error}") from error
+
+
+def _lora_of(layer: Any) -> Lora | None:
+    """The low-rank factors of an adapted output head."""
+    if not hasattr(layer, "lora_A") or not layer.lora_A:
+        return None
+    (name,) = layer.active_adapters
+    return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor an architecture multiplies logits with: Cohere `logit_scale`, Granite `logits_scaling` (a divisor)."""
+    if getattr(config, "logit_scale", None):
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)
+    return 1.0
+
+
+def _softcap(config: Any) -> float:
+    return float(getattr(config, "final_logit_softcapping", None) or 0.0)

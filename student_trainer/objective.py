@@ -1,0 +1,116 @@
+"""What is minimised at a step: the loss section of a config as numbers, pure functions of the optimizer step.
+
+In: LossConfig and the vocabulary both sides share; out: an OutputLossSpec, and teacher rows as the losses want them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from student_trainer.config import LabelConfig, LossConfig, OutputLossConfig, ScheduleConfig
+from student_trainer.errors import ConfigError
+from student_trainer.feed.arrays import to_torch
+from student_trainer.losses.divergence import Divergence, advice
+from student_trainer.losses.head import Head
+from student_trainer.losses.output import OutputLossSpec
+from student_trainer.losses.rows import FullRows, HiddenRows, TopKRows
+from student_trainer.losses.truncated import check_temperature
+from student_trainer.schedules import Schedule
+from teacher_wire.messages import TeacherHead, TeacherSignals
+
+TeacherRows = HiddenRows | FullRows | TopKRows
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a run.
+
+    Attributes:
+        loss: as configured.
+        vocab_rows: V, ids that student, teacher and tokenizer share.
+    """
+
+    loss: LossConfig
+    vocab_rows: int
+
+    def at(self, step: int) -> OutputLossSpec:
+        """The figures of optimizer step `step`, counted from 0."""
+        output = self.loss.output
+        if output is None:
+            return OutputLossSpec(
+                Divergence(), kd_weight=0.0, sft_weight=self.loss.sft_weight, chunk_bytes=self._chunk_bytes
+            )
+        return OutputLossSpec(
+            divergence=_divergence(output),
+            temperature=_temperature(output).at(step),
+            tau_squared=_tau_squared(output),
+            kd_weight=output.weight,
+            sft_weight=self.loss.sft_weight,
+            tempered_head=output.tempered_head,
+            chunk_bytes=self._chunk_bytes,
+        )
+
+    @property
+    def _chunk_bytes(self) -> int:
+        return self.loss.chunk_mb << 20
+
+
+def check_loss(loss: LossConfig, labels: LabelConfig) -> str | None:
+    """Refuses a loss that these labels cannot give; returns advice for one that is legal but rarely meant.
+
+    Raises:
+        ConfigError: naming the setting and the choices.
+    """
+    output = loss.output
+    if output is None:
+        return None
+    try:
+        divergence = _divergence(output)
+        schedule = _temperature(output)
+        for temperature in (schedule.start, schedule.end):
+            check_temperature(labels.transport, temperature, output.tempered_head)
+    except ValueError as error:
+        raise ConfigError(f"loss.output: {error}") from error
+    return advice(divergence)
+
+
+def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
+    """The teacher's output head on the student's device, over the shared ids."""
+    header = head.header
+    bias = None if header.bias_V is None else to_torch(header.bias_V, device)
+    whole = Head(to_torch(head.weight_VD, device), bias, header.logit_scale, header.final_softcap)
+    return whole.slice(vocab_rows)
+
+
+def rows_on(signals: TeacherSignals, head: Head | None, device: torch.device) -> TeacherRows:
+    """An answer as the losses want it, on the student's device."""
+    lse_N, label_N = to_torch(signals.lse_N, device), to_torch(signals.label_logp_N, device)
+    if signals.hidden_ND is not None:
+        assert head is not None, "hidden labels need the teacher's head"
+        return HiddenRows(to_torch(signals.hidden_ND, device), head, lse_N, label_N)
+    if signals.logits_NV is not None:
+        return FullRows(to_torch(signals.logits_NV, device), lse_N, label_N)
+    assert signals.topk_ids_NK is not None and signals.topk_logits_NK is not None and signals.tail_logp_N is not None
+    ids_NK, logits_NK = to_torch(signals.topk_ids_NK, device), to_torch(signals.topk_logits_NK, device)
+    return TopKRows(ids_NK, logits_NK, to_torch(signals.tail_logp_N, device), lse_N, label_N)
+
+
+def _divergence(output: OutputLossConfig) -> Divergence:
+    alpha = output.alpha if output.alpha is not None else (0.5 if output.divergence == "adaptive_kl" else 0.1)
+    return Divergence(output.divergence, output.beta, alpha, output.normalization)
+
+
+def _temperature(output: OutputLossConfig) -> Schedule:
+    temperature = output.temperature
+    if isinstance(temperature, ScheduleConfig):
+        return Schedule(temperature.kind, temperature.start, temperature.end, temperature.steps)
+    return Schedule("constant", temperature, temperature, 1)
+
+
+def _tau_squared(output: OutputLossConfig) -> bool:
+    """Without it a temperature schedule would be a learning-rate schedule (algorithms.md 1.4)."""
+    if output.tau_squared is not None:
+        return output.tau_squared
+    return isinstance(output.temperature, ScheduleConfig) and output.temperature.kind != "constant"

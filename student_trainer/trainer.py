@@ -1,0 +1,287 @@
+"""The training loop: transformers' Trainer, with labels joined per window and our chunked loss in place of the model's.
+
+In: a student, data in the order of the run, a feed of labels; out: checkpoints and a log. It never asks a teacher
+itself, and nothing in it draws a random number outside the model.
+Axes: B sequences, L padded length, N supervised rows, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from student_trainer import checkpoint
+from student_trainer.config import OptimizationConfig, TrainConfig
+from student_trainer.data.dataset import TokenizedDataset, collate
+from student_trainer.feed.order import OrderedDataset, RunOrder
+from student_trainer.feed.packing import pack
+from student_trainer.feed.prefetch import LabelFeed
+from student_trainer.losses.align import row_index
+from student_trainer.losses.head import Head
+from student_trainer.losses.output import LossParts, output_loss
+from student_trainer.model import Student
+from student_trainer.objective import Objective, rows_on
+
+LOG_NAME = "train_log.jsonl"
+
+
+@dataclass
+class _Meter:
+    """What happened since the last log entry; device tensors, so that a step waits for nothing."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    waited_s: float = 0.0
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def add(self, parts: LossParts) -> None:
+        for name, value in vars(parts).items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def figures(self) -> dict[str, float]:
+        """Means over rows, rates over seconds."""
+        seconds = max(time.perf_counter() - self.started_s, 1e-9)
+        sums = {name: float(value) for name, value in self.sums.items()}
+        rows = max(sums.get("rows", 0.0), 1.0)
+        means = {name: sums[part] / rows for name, part in _LOGGED.items() if part in sums}
+        return means | {"tokens_per_s": self.tokens / seconds, "wait_share": self.waited_s / seconds}
+
+
+# name in the log -> part of the loss it is the mean of
+_LOGGED = {"kd_loss": "kd_sum", "sft_loss": "ce_sum", "acc1": "acc1_hits", "acc3": "acc3_hits"}
+# What the clock decides; everything else in the log is the same whenever the run is repeated.
+TIMED = ("tokens_per_s", "wait_share", "runtime_s")
+
+
+class DistillationTrainer(Trainer):
+    """See module; built by `train.py`.
+
+    Args:
+        config: of the run.
+        student: what is trained.
+        data: tokenised rows.
+        order: which rows when.
+        objective: which losses at which step.
+        open_feed: makes a feed that starts at a micro-batch; None if no loss needs a teacher.
+        teacher_head: the teacher's output head, for `hidden` labels.
+        measure: figures of the held-out data; None if there are none.
+        callbacks: transformers callbacks.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Student,
+        data: TokenizedDataset,
+        order: RunOrder,
+        objective: Objective,
+        *,
+        open_feed: Callable[[int], LabelFeed] | None = None,
+        teacher_head: Head | None = None,
+        measure: Callable[[], dict[str, float]] | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        self._config = config
+        self._student = student
+        self._data = data
+        self._order = order
+        self._objective = objective
+        self._open_feed = open_feed
+        self._feed: LabelFeed | None = None
+        self._teacher_head = teacher_head
+        self._measure = measure
+        self._meter = _Meter()
+        pad_id = student.tokenizer.pad_token_id
+        pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
+        super().__init__(
+            model=student.model,
+            args=training_arguments(config, order.steps, evaluates=measure is not None),
+            train_dataset=OrderedDataset(data, order),
+            eval_dataset=[] if measure is None else [None],  # only asked whether there is one: see `evaluate`
+            data_collator=lambda examples: collate(examples, pad_id),
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = True  # our loss divides by the rows of the whole window
+        self.can_return_loss = True
+
+    # ------------------------------------------------------------------ data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one window with their labels, and Z, the window's supervised rows (algorithms.md 1.5)."""
+        first = self.state.global_step * self._order.accumulation
+        batches = [self._joined(number, dict(next(epoch_iterator))) for number in range(first, first + num_batches)]
+        rows = sum(batch["labels_N"].numel() for batch in batches)
+        return batches, torch.tensor(float(rows), device=device)
+
+    def _joined(self, number: int, batch: dict[str, Any]) -> dict[str, Any]:
+        """One padded micro-batch with its supervised rows and the teacher's answer about them."""
+        indices = self._order.batch(number)
+        assert batch.pop("indices").tolist() == indices, "the data loader left the order of the run"
+        del batch["loss_mask"]
+        packed = pack([self._data[index].example for index in indices]).batch
+        batch["row_index_N"] = torch.from_numpy(
+            row_index(packed.cu_lengths_B1, packed.wanted_T, batch["input_ids"].shape[1])
+        )
+        batch["labels_N"] = torch.from_numpy(packed.labels_N()).long()
+        self._meter.tokens += packed.tokens
+        if self._open_feed is not None:
+            if self._feed is None:
+                self._feed = self._open_feed(number)
+            before_s = self._feed.stats.wait_s
+            batch["signals"] = self._feed.take(number)
+            self._meter.waited_s += self._feed.stats.wait_s - before_s
+        return batch
+
+    # ------------------------------------------------------------------ loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The objective on one micro-batch, normalised by the rows of its window.
+
+        Raises:
+            TeacherHeadMismatch: the labels are not what the teacher's head makes of its states.
+        """
+        with self.accelerator.autocast():
+            state_BLD = self._student.states(inputs["input_ids"], inputs["attention_mask"])
+        state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[inputs["row_index_N"]]
+        signals = inputs.get("signals")
+        teacher = None if signals is None else rows_on(signals, self._teacher_head, state_ND.device)
+        labels_N = inputs["labels_N"]
+        result = output_loss(
+            state_ND,
+            self._student.head(self._objective.vocab_rows),
+            teacher,
+            labels_N,
+            torch.ones_like(labels_N, dtype=torch.float32),
+            num_items_in_batch,
+            self._objective.at(self.state.global_step),
+        )
+        if result.integrity is not None:
+            result.integrity.check()
+        self._meter.add(result.parts)
+        return result.total
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate as a pure function of the step."""
+        settings = self._config.train
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: learning_rate_share(step, num_training_steps, settings)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # -------------------------------------------------------- evaluation, logs
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Figures of the held-out data, logged as `eval_*`."""
+        assert self._measure is not None
+        began_s = time.perf_counter()
+        self.model.eval()
+        metrics = {f"eval_{name}": value for name, value in self._measure().items()}
+        self.model.train()
+        self.log(dict(metrics))
+        self._meter.started_s += time.perf_counter() - began_s  # rates are of training alone
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss and the rates, and writes one line of train_log.jsonl."""
+        if "loss" in logs:
+            logs |= self._meter.figures()
+            self._meter = _Meter()
+        super().log(logs, start_time)
+        logs["epoch"] = self.state.log_history[-1]["epoch"] = self._order.epoch_at(self.state.global_step)
+        with (Path(self.args.output_dir) / LOG_NAME).open("a") as file:
+            file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoint.mark_complete(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        self._student.tokenizer.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoint.save_state(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is not None:
+            checkpoint.load_state(Path(checkpoint_dir), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpoint.save_random(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is not None:
+            checkpoint.load_random(Path(checkpoint_dir))
+
+    def close(self) -> None:
+        """Ends the feed."""
+        if self._feed is not None:
+            self._feed.close()
+
+
+def learning_rate_share(step: int, steps: int, settings: OptimizationConfig) -> float:
+    """The share of the peak learning rate at optimizer step `step` of `steps`."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    falling = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[settings.schedule]
+    return settings.min_lr_share + (1 - settings.min_lr_share) * falling
+
+
+def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> TrainingArguments:
+    """Our settings in transformers' words; what it would do on its own and we do ourselves is switched off."""
+    settings = config.train
+    return TrainingArguments(
+        output_dir=str(config.run.output_dir),
+        seed=config.run.seed,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.log_steps,
+        eval_strategy="steps" if evaluates and settings.eval_steps else "no",
+        eval_steps=settings.eval_steps or None,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=settings.keep_checkpoints,
+        report_to=list(settings.report_to) or "none",
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        optim="adamw_torch",
+        disable_tqdm=True,
+        dataloader_num_workers=0,  # labels are joined in this process; workers after a channel may crash (grpc#32992)
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="no",
+        log_level="error",
+        full_determinism=False,
+    )

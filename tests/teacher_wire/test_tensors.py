@@ -1,0 +1,59 @@
+"""The tensor format: what goes in comes out, and every broken rule is refused by name."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from teacher_wire import tensors
+from teacher_wire.errors import TensorError
+from teacher_wire.messages import DTYPES, Tensor
+from teacher_wire.v1 import teacher_pb2 as pb
+
+WIRE_MAX = {"uint24": (1 << 24) - 1}
+
+
+@given(st.data(), st.sampled_from(sorted(DTYPES)))
+def test_round_trip(data, name):
+    dtype = np.dtype(DTYPES[name][0])
+    elements = {"elements": st.integers(0, WIRE_MAX[name])} if name in WIRE_MAX else {}
+    array = data.draw(hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5), **elements))
+    message = pb.Tensor.FromString(tensors.encode(Tensor(name, array)).SerializeToString())
+    back = tensors.decode(message, "x")
+    assert back.dtype == name and back.array.dtype == dtype
+    np.testing.assert_array_equal(back.array, array)
+    assert len(message.data) == Tensor(name, array).payload_bytes
+
+
+def test_non_contiguous_arrays_are_encoded_in_c_order():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4).T[::2]
+    np.testing.assert_array_equal(tensors.decode(tensors.encode(Tensor("float32", array)), "x").array, array)
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.Tensor(dtype=pb.FLOAT32, shape=[2], data=b"\0" * 7), "ids.data"),
+        (pb.Tensor(dtype=pb.FLOAT32, shape=[2], data=b"\0" * 9), "ids.data"),
+        (pb.Tensor(dtype=pb.UINT24, shape=[2], data=b"\0" * 8), "ids.data"),
+        (pb.Tensor(dtype=99, shape=[0], data=b""), "ids.dtype"),
+        (pb.Tensor(shape=[0], data=b""), "ids.dtype"),
+        (pb.Tensor(dtype=pb.INT8, shape=[1] * 5, data=b"\0"), "ids.shape"),
+        (pb.Tensor(dtype=pb.INT8, shape=[1 << 63, 1 << 63], data=b""), "ids.data"),
+    ],
+)
+def test_broken_tensors_are_refused_by_field(message, field):
+    with pytest.raises(TensorError) as caught:
+        tensors.decode(message, "ids")
+    assert caught.value.field == field
+
+
+def test_bfloat16_reads_as_the_numbers_it_means():
+    bits = np.array([0x3F80, 0xC000, 0x0000, 0x7F80], np.uint16)  # 1, -2, 0, inf
+    np.testing.assert_array_equal(Tensor("bfloat16", bits).as_float32(), np.float32([1, -2, 0, np.inf]))
+
+
+def test_a_tensor_says_when_its_array_has_another_type():
+    with pytest.raises(TensorError, match="held as uint16"):
+        Tensor("bfloat16", np.zeros(1, np.float32))
