@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -74,18 +75,24 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     transformers_logging.disable_progress_bar()
     try:
         AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=config.revision,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.path {config.path}: cannot be loaded: {str(error)[:400]}") from error
-    if not getattr(tokenizer, "is_fast", False):
+    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if absent:  # transformers would start these at random and only warn
+        raise ModelError(f"model.path {config.path}: lacks {len(absent)} weights, {absent[0]} first")
+    if not getattr(tokenizer, "is_fast", False) or not tokenizer.backend_tokenizer.get_vocab_size(
+        with_added_tokens=False
+    ):
         raise ModelError(f"model.path {config.path}: has no fast tokenizer (tokenizer.json), which the handshake needs")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"model.path {config.path}: its tokenizer has neither a pad nor an eos token")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor as Torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -76,18 +77,28 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
     dtype = getattr(torch, config.dtype)
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=config.attention, trust_remote_code=False, use_safetensors=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ServerConfigError(
             f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:400]}"
         ) from error
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(tokenizer, "is_fast", False) or not tokenizer.backend_tokenizer.get_vocab_size(
+        with_added_tokens=False
+    ):
         raise ServerConfigError(
             f"model {config.model!r} has no fast tokenizer (tokenizer.json), which the handshake needs"
         )
+    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if absent:  # transformers would start these at random and only warn
+        raise ServerConfigError(f"model {config.model!r} lacks {len(absent)} weights, {absent[0]} first")
     model = model.to(device).eval().requires_grad_(False)
     return TransformersModel(config, model, model_config, tokenizer, fingerprint(folder, config.dtype))
 

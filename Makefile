@@ -1,0 +1,55 @@
+# make demo | make test | make lint | make bench | make soak: each sets up what it needs by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PROTO_TOOLS := .tools/proto
+STUBS := proto/teacher_wire/v1/teacher.proto
+
+.PHONY: setup demo test lint format bench soak stubs clean
+
+setup: $(STAMP)
+
+# torch first and pinned: a range would admit a newer build that brings gigabytes of CUDA to a machine without a GPU.
+$(STAMP): pyproject.toml deploy/constraints.txt
+	@echo "== installing into $(VENV) (a few minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lyceum needs Python 3.11 or newer")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade "pip>=25"
+	@$(PIP) install $$(grep '^torch==' deploy/constraints.txt)
+	@$(PIP) install --constraint deploy/constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m deploy.demo
+
+test: $(STAMP) $(PROTO_TOOLS)
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@$(BIN)/python -m tests.bench.wire
+
+# The generator is pinned apart from the runtime: its stubs import under protobuf 5.29 and newer, those of later
+# generators demand 7.35 or newer; and it needs a protobuf older than the one we run with.
+$(PROTO_TOOLS):
+	@echo "== installing the stub generator into $@"
+	@$(PIP) install --target $@.partial grpcio-tools==1.71.2 'protobuf==5.29.6' 'setuptools<81'
+	@mv $@.partial $@
+
+stubs: $(STAMP) $(PROTO_TOOLS)
+	@PYTHONPATH=$(PROTO_TOOLS) $(BIN)/python -m grpc_tools.protoc -I proto \
+	    --python_out=proto --pyi_out=proto --grpc_python_out=proto $(STUBS)
+
+clean:
+	rm -rf $(VENV) .tools build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,95 @@
+"""The batcher's policy: budgets, order, fairness, expiry; in ints."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teacher_server.batcher import Batcher, Job
+from teacher_wire.errors import OverloadedError
+
+
+def drain(batcher, now_s=0.0):
+    batches = []
+    while batcher.queued_jobs:
+        batch, _ = batcher.next_batch(now_s)
+        batches.append(batch)
+    return batches
+
+
+jobs_strategy = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 150)), min_size=1, max_size=40)
+
+
+@given(jobs_strategy)
+def test_every_job_leaves_once_in_its_tenants_order_and_within_the_budget(jobs):
+    batcher = Batcher(max_tokens=100, max_queue_tokens=10**9)
+    for i, (tenant, tokens) in enumerate(jobs):
+        batcher.add(Job(i, tenant, tokens))
+    batches = drain(batcher)
+    left = [job for batch in batches for job in batch]
+    assert sorted(job.job_id for job in left) == list(range(len(jobs)))
+    for tenant in "abc":
+        ids = [job.job_id for job in left if job.tenant == tenant]
+        assert ids == sorted(ids)
+    for batch in batches:
+        assert len(batch) == 1 or sum(job.tokens for job in batch) <= 100
+    assert batcher.queued_tokens == batcher.queued_jobs == 0
+
+
+@given(jobs_strategy)
+def test_deterministic_serving_never_mixes_requests(jobs):
+    batcher = Batcher(max_tokens=100, max_queue_tokens=10**9, exclusive=True)
+    for i, (tenant, tokens) in enumerate(jobs):
+        batcher.add(Job(i, tenant, tokens))
+    assert all(len(batch) == 1 for batch in drain(batcher))
+
+
+def served_tokens(weights, batches=60):
+    batcher = Batcher(max_tokens=1000, max_queue_tokens=10**9, weights=weights)
+    for i in range(4000):
+        batcher.add(Job(2 * i, "a", 37))
+        batcher.add(Job(2 * i + 1, "b", 111))
+    served = {"a": 0, "b": 0}
+    for _ in range(batches):
+        for job in batcher.next_batch(0.0)[0]:
+            served[job.tenant] += job.tokens
+    return served
+
+
+def test_tenants_share_by_tokens_not_by_requests():
+    served = served_tokens({})
+    assert served["a"] == pytest.approx(served["b"], rel=0.05)
+
+
+def test_weights_are_shares_of_tokens():
+    served = served_tokens({"a": 3.0, "b": 1.0})
+    assert served["a"] / served["b"] == pytest.approx(3, rel=0.1)
+
+
+def test_a_flood_does_not_delay_a_newcomer_beyond_a_batch():
+    batcher = Batcher(max_tokens=1000, max_queue_tokens=10**9)
+    for i in range(1000):
+        batcher.add(Job(i, "flood", 100))
+    batcher.next_batch(0.0)
+    batcher.add(Job(5000, "newcomer", 100))
+    assert 5000 in [job.job_id for _ in range(2) for job in batcher.next_batch(0.0)[0]]
+
+
+def test_expired_and_cancelled_jobs_get_no_forward_pass():
+    batcher = Batcher(max_tokens=100, max_queue_tokens=1000)
+    batcher.add(Job(1, "a", 10, deadline_s=5.0))
+    batcher.add(Job(2, "a", 10))
+    batcher.add(Job(3, "a", 10))
+    batcher.cancel(3)
+    batch, expired = batcher.next_batch(now_s=6.0)
+    assert [job.job_id for job in batch] == [2]
+    assert [job.job_id for job in expired] == [1]
+    assert batcher.queued_tokens == 0
+
+
+def test_a_full_queue_refuses_with_a_delay_and_forgets_nothing():
+    batcher = Batcher(max_tokens=100, max_queue_tokens=150)
+    batcher.add(Job(1, "a", 200))  # an empty queue takes any single job
+    with pytest.raises(OverloadedError) as caught:
+        batcher.add(Job(2, "a", 1))
+    assert caught.value.retry_after_s > 0
+    assert [[job.job_id for job in batch] for batch in drain(batcher)] == [[1]]
