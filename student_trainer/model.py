@@ -21,6 +21,9 @@ from student_trainer.config import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head, Lora
 
+# One of these makes a tokenizer; without any, transformers builds an empty one and says nothing.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 @dataclass
 class Student:
@@ -90,9 +93,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if absent:  # transformers would start these at random and only warn
         raise ModelError(f"model.path {config.path}: lacks {len(absent)} weights, {absent[0]} first")
-    if not getattr(tokenizer, "is_fast", False) or not tokenizer.backend_tokenizer.get_vocab_size(
-        with_added_tokens=False
-    ):
+    if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"model.path {config.path}: has no fast tokenizer (tokenizer.json), which the handshake needs")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"model.path {config.path}: its tokenizer has neither a pad nor an eos token")
@@ -107,6 +108,8 @@ def _find(path: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.path {folder}: has no config.json")
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise ModelError(f"model.path {folder}: has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path {folder}: no such folder")

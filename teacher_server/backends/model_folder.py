@@ -12,6 +12,8 @@ from pathlib import Path
 from teacher_server.errors import ServerConfigError
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# One of these makes a tokenizer; without any, transformers builds an empty one and says nothing.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _READ_BYTES = 8 << 20
 
 
@@ -35,6 +37,8 @@ def check_local(model: str) -> None:
         raise ServerConfigError(f"model folder {folder} has no config.json")
     if not list(folder.glob("*.safetensors")):
         raise ServerConfigError(f"model folder {folder} has no *.safetensors")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ServerConfigError(f"model folder {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
 
 
 def fetch(model: str, revision: str | None) -> Path:
