@@ -39,7 +39,7 @@ def train(
     if resume not in ("auto", "no"):
         raise ConfigError(f"--resume {resume}: choose auto or no")
     loaded = load_config(config, overrides)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     from student_trainer.train import train as run
 
     try:

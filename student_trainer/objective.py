@@ -14,13 +14,12 @@ from student_trainer.errors import ConfigError
 from student_trainer.feed.arrays import to_torch
 from student_trainer.losses.divergence import Divergence, advice
 from student_trainer.losses.head import Head
+from student_trainer.losses.integrity import BFLOAT16, FLOAT32
 from student_trainer.losses.output import OutputLossSpec
-from student_trainer.losses.rows import FullRows, HiddenRows, TopKRows
+from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
 from student_trainer.losses.truncated import check_temperature
 from student_trainer.schedules import Schedule
 from teacher_wire.messages import TeacherHead, TeacherSignals
-
-TeacherRows = HiddenRows | FullRows | TopKRows
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,16 @@ def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
 def rows_on(signals: TeacherSignals, head: Head | None, device: torch.device) -> TeacherRows:
     """An answer as the losses want it, on the student's device."""
     lse_N, label_N = to_torch(signals.lse_N, device), to_torch(signals.label_logp_N, device)
+    values = signals.hidden_ND or signals.logits_NV or signals.topk_logits_NK
+    tolerance = FLOAT32 if values is not None and values.dtype == "float32" else BFLOAT16
     if signals.hidden_ND is not None:
         assert head is not None, "hidden labels need the teacher's head"
-        return HiddenRows(to_torch(signals.hidden_ND, device), head, lse_N, label_N)
+        return HiddenRows(to_torch(signals.hidden_ND, device), head, lse_N, label_N, tolerance)
     if signals.logits_NV is not None:
-        return FullRows(to_torch(signals.logits_NV, device), lse_N, label_N)
+        return FullRows(to_torch(signals.logits_NV, device), lse_N, label_N, tolerance)
     assert signals.topk_ids_NK is not None and signals.topk_logits_NK is not None and signals.tail_logp_N is not None
     ids_NK, logits_NK = to_torch(signals.topk_ids_NK, device), to_torch(signals.topk_logits_NK, device)
-    return TopKRows(ids_NK, logits_NK, to_torch(signals.tail_logp_N, device), lse_N, label_N)
+    return TopKRows(ids_NK, logits_NK, to_torch(signals.tail_logp_N, device), lse_N, label_N, tolerance)
 
 
 def _divergence(output: OutputLossConfig) -> Divergence:

@@ -27,9 +27,11 @@ from student_trainer.feed.packing import pack
 from student_trainer.feed.prefetch import LabelFeed
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
+from student_trainer.losses.integrity import Integrity, TeacherHeadMismatch
 from student_trainer.losses.output import LossParts, output_loss
 from student_trainer.model import Student
 from student_trainer.objective import Objective, rows_on
+from teacher_wire.messages import TokenBatch
 
 LOG_NAME = "train_log.jsonl"
 
@@ -133,7 +135,9 @@ class DistillationTrainer(Trainer):
         indices = self._order.batch(number)
         assert batch.pop("indices").tolist() == indices, "the data loader left the order of the run"
         del batch["loss_mask"]
-        packed = pack([self._data[index].example for index in indices]).batch
+        request = pack([self._data[index].example for index in indices])
+        packed = request.batch
+        batch["packed"], batch["names"] = packed, request.names
         batch["row_index_N"] = torch.from_numpy(
             row_index(packed.cu_lengths_B1, packed.wanted_T, batch["input_ids"].shape[1])
         )
@@ -173,9 +177,17 @@ class DistillationTrainer(Trainer):
             self._objective.at(self.state.global_step),
         )
         if result.integrity is not None:
-            result.integrity.check()
+            self._check_integrity(result.integrity, inputs["packed"], inputs["names"])
         self._meter.add(result.parts)
         return result.total
+
+    def _check_integrity(self, integrity: Integrity, packed: TokenBatch, names: tuple[str, ...]) -> None:
+        """Stops the run before the step, and says which sample it was."""
+        try:
+            integrity.check()
+        except TeacherHeadMismatch as error:
+            error.add_note(f"sample {names[packed.sequence_of_row(error.row)]}")
+            raise
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate as a pure function of the step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,6 +102,7 @@ def _start_ray(config: ServerConfig) -> bool:
         return False
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     needed = sum(t.num_cpus * t.autoscaling.min_replicas for t in config.teachers) + _EDGE_CPUS
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ray.init(
         num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, int(needed) + 1),
         object_store_memory=config.ray.object_store_mb << 20,
@@ -108,6 +110,8 @@ def _start_ray(config: ServerConfig) -> bool:
         _node_ip_address="127.0.0.1",  # nothing of Ray's is reachable from outside
         **quiet,
     )
+    for number, handler in handlers.items():  # Ray puts its own in their place, which abort
+        signal.signal(number, handler)
     return True
 
 

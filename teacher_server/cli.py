@@ -9,6 +9,7 @@ import asyncio
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,21 +38,31 @@ def up(config: ConfigPath, overrides: Overrides = None) -> None:
     from teacher_server.app import check, running
 
     check(loaded)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
 
     def say(text: str) -> None:
         console.print(f"[dim]teacher-server[/] {text}")
 
-    with running(loaded, say):
-        say(
-            f"[bold green]ready[/] on {loaded.edge.address} ({'TLS' if loaded.edge.tls else 'plain text, loopback only'})"
-        )
-        while not stop.wait(0.2):
-            pass
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for the drain
+    def on_signal(action: Callable[..., object]) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, action)
+
+    def give_up(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    on_signal(give_up)
+    try:
+        with running(loaded, say):
+            on_signal(lambda *_: stop.set())
+            how = "TLS" if loaded.edge.tls else "plain text, loopback only"
+            say(f"[bold green]ready[/] on {loaded.edge.address} ({how})")
+            while not stop.wait(0.2):
+                pass
+            on_signal(give_up)  # a second Ctrl-C does not wait for the drain
+    except KeyboardInterrupt:
+        say("stopped at once")
+        raise SystemExit(130) from None
     say("stopped")
 
 

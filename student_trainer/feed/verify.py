@@ -111,9 +111,7 @@ def _check_full(signals: TeacherSignals, batch: TokenBatch, report: _Reporter) -
     assert signals.logits_NV is not None
     logits_NV = signals.logits_NV.as_float32()
     lse_N, label_N = signals.lse_N.array, signals.label_logp_N.array
-    report.refuse(
-        np.isnan(logits_NV).any(-1) | (logits_NV == np.inf).any(-1), "logits", "holds NaN or infinity", lse_N
-    )
+    report.refuse(np.isnan(logits_NV).any(-1) | (logits_NV == np.inf).any(-1), "logits", "holds NaN or infinity", lse_N)
     top_N = logits_NV.max(-1)
     own_N = top_N + np.log(np.exp(logits_NV - top_N[:, None]).sum(-1))
     difference_N = np.abs(own_N - lse_N)

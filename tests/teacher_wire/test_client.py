@@ -72,7 +72,9 @@ async def test_answers_of_many_requests_come_in_chunks_and_find_their_requests()
         batches = [big_batch(seed=i) for i in range(8)]
         answers = await asyncio.gather(*(client.score(info, SignalSpec("full", 64), batch) for batch in batches))
         for batch, answer in zip(batches, answers, strict=True):
-            np.testing.assert_array_equal(answer.logits_NV.array, fake.signals(SignalSpec("full", 64), batch).logits_NV.array)
+            np.testing.assert_array_equal(
+                answer.logits_NV.array, fake.signals(SignalSpec("full", 64), batch).logits_NV.array
+            )
 
 
 async def test_the_head_arrives_and_its_digest_is_checked():
@@ -249,7 +251,9 @@ async def test_a_server_that_goes_and_comes_back_loses_nothing():
         await asyncio.sleep(0.2)
         await asyncio.to_thread(server.start)
         for i, task in enumerate(tasks):
-            np.testing.assert_array_equal((await task).logits_NV.array, fake.signals(SPECS[1], big_batch(seed=i)).logits_NV.array)
+            np.testing.assert_array_equal(
+                (await task).logits_NV.array, fake.signals(SPECS[1], big_batch(seed=i)).logits_NV.array
+            )
         assert client.stats.reconnects >= 1
     await asyncio.to_thread(server.stop)
 

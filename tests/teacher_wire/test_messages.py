@@ -55,7 +55,13 @@ def test_what_does_not_fit_is_refused_by_field(ids, cu, wanted, field):
 
 @pytest.mark.parametrize(
     ("arguments", "field"),
-    [(("top_k", 10, 0), "k"), (("top_k", 10, 11), "k"), (("full", 10, 1), "k"), (("hidden", 1), "vocab_rows"), (("logits", 10), "transport")],
+    [
+        (("top_k", 10, 0), "k"),
+        (("top_k", 10, 11), "k"),
+        (("full", 10, 1), "k"),
+        (("hidden", 1), "vocab_rows"),
+        (("logits", 10), "transport"),
+    ],
 )
 def test_a_spec_that_means_nothing_is_refused(arguments, field):
     with pytest.raises(RequestError) as caught:
@@ -83,4 +89,6 @@ def test_parts_of_different_answers_do_not_join():
     fake = FakeTeacher()
     batch = TokenBatch.pack([[1, 2, 3]])
     with pytest.raises(LabelError):
-        TeacherSignals.join([fake.signals(SignalSpec("hidden", 64), batch), fake.signals(SignalSpec("full", 64), batch)])
+        TeacherSignals.join(
+            [fake.signals(SignalSpec("hidden", 64), batch), fake.signals(SignalSpec("full", 64), batch)]
+        )

@@ -1,0 +1,1 @@
+"""Rows to token ids with loss masks: sources -> formats -> templates -> dataset."""

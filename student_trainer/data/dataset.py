@@ -1,0 +1,217 @@
+"""Tokenised rows with loss masks, and the batches made of them.
+
+In: sources, a tokenizer, a template. Out: a map-style dataset of `Example`s, and `collate`.
+Must never use a random number (a resumed run sees the same rows), nor shorten or skip a row without counting it.
+
+Axes: B examples of a batch, L tokens of one example, Lmax of the longest in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from student_trainer.data.formats import Row, parse_rows
+from student_trainer.data.sources import DataSource, read_source
+from student_trainer.data.templates import Segment, Template, choose
+from student_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+Overlong = Literal["refuse", "drop"]
+ROWS_PER_CALL = 1_024  # rows tokenised in one call: enough for the tokenizer's threads, little enough for memory
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One tokenised conversation.
+
+    Attributes:
+        token_ids: int32 [L].
+        loss_mask: bool [L]; True where the token is a target: the assistant's contents and their ends of turn.
+        target_bytes: UTF-8 bytes of the supervised contents, for losses per byte. An end-of-turn token counts 0 bytes,
+            though its loss is part of the sum: a model must also know when to stop.
+        key: "file:line" of the row.
+    """
+
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    target_bytes: int
+    key: str
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedExample:
+    """What a dataset gives for an index: the index, by which labels are joined, and the example."""
+
+    index: int
+    example: Example
+
+
+class Overlength(NamedTuple):
+    """A row left out for its length."""
+
+    key: str
+    tokens: int
+
+
+class Batch(TypedDict):
+    """Right-padded tensors of one batch."""
+
+    input_ids: torch.Tensor  # int64 [B, Lmax]
+    attention_mask: torch.Tensor  # int64 [B, Lmax], 1 at tokens
+    loss_mask: torch.Tensor  # bool [B, Lmax], True at target tokens; the token, not the row that predicts it
+    indices: torch.Tensor  # int64 [B], positions in the dataset
+
+
+class TokenizedDataset:
+    """Map-style dataset in the order of the sources and their rows.
+
+    Attributes:
+        dropped: the rows left out as too long, in order; always empty under overlong="refuse".
+    """
+
+    def __init__(self, examples: Sequence[Example], dropped: Sequence[Overlength] = ()) -> None:
+        self._examples = tuple(examples)
+        self.dropped = tuple(dropped)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> IndexedExample:
+        return IndexedExample(range(len(self))[index], self._examples[index])
+
+    def __iter__(self) -> Iterator[IndexedExample]:
+        return (IndexedExample(i, example) for i, example in enumerate(self._examples))
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, prompts included."""
+        return sum(example.token_ids.size for example in self._examples)
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens under the loss mask, ends of turn included."""
+        return sum(int(example.loss_mask.sum()) for example in self._examples)
+
+    @property
+    def target_bytes(self) -> int:
+        """UTF-8 bytes of all supervised contents."""
+        return sum(example.target_bytes for example in self._examples)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(example.token_ids.size for example in self._examples)
+
+
+def build_dataset(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "auto",
+    system_prompt: str = "",
+    max_tokens: int,
+    overlong: Overlong = "refuse",
+) -> TokenizedDataset:
+    """Read, parse and tokenise every source.
+
+    Args:
+        template: a key of `templates.TEMPLATES`, or "auto".
+        system_prompt: for conversations that have no system turn of their own; "" for none.
+        max_tokens: most tokens of one example.
+        overlong: "refuse" stops at the first longer example; "drop" leaves it out and counts it in `dropped`.
+    Raises:
+        DataError: anything wrong with a source, a row or the template; an overlong row; or no row left.
+    """
+    if overlong not in get_args(Overlong):
+        raise DataError(f"must be one of {', '.join(get_args(Overlong))}", field="overlong", value=overlong)
+    if not sources:
+        raise DataError("there is no source of data", field="sources")
+    chosen = choose(template, tokenizer)
+    examples: list[Example] = []
+    dropped: list[Overlength] = []
+    for source in sources:
+        for example in _examples(source, tokenizer, chosen, system_prompt):
+            tokens = example.token_ids.size
+            if tokens <= max_tokens:
+                examples.append(example)
+            elif overlong == "drop":
+                dropped.append(Overlength(example.key, tokens))
+            else:
+                message = f"{example.key}: {tokens} tokens are above the limit of {max_tokens}"
+                raise DataError(f"{message}; raise max_tokens or set overlong=drop", field="max_tokens")
+    if not examples:
+        shortest = min(row.tokens for row in dropped)
+        raise DataError(f"all {len(dropped)} rows are above {max_tokens} tokens; the shortest has {shortest}")
+    return TokenizedDataset(examples, dropped)
+
+
+def encode(
+    conversations: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids int32 [L] and loss mask bool [L] of each list of segments; every segment is tokenised by itself."""
+    texts = [segment.text for segments in conversations for segment in segments]
+    # verbose=False: the limit is max_tokens of the config, not the tokenizer's idea of its model.
+    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    encoded = []
+    for segments in conversations:
+        parts = list(islice(ids, len(segments)))
+        mask = np.repeat([segment.supervised for segment in segments], [len(part) for part in parts])
+        encoded.append((np.array([i for part in parts for i in part], dtype=np.int32), mask))
+    return encoded
+
+
+def collate(items: Sequence[IndexedExample], pad_id: int) -> Batch:
+    """Right-pad examples into one batch.
+
+    Args:
+        items: what the dataset gave; at least one.
+        pad_id: the id written behind the shorter examples; masked in `attention_mask` and `loss_mask`.
+    """
+    import torch
+
+    shape = len(items), max(item.example.token_ids.size for item in items)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=np.bool_)
+    for b, item in enumerate(items):
+        example, length = item.example, item.example.token_ids.size
+        input_ids[b, :length] = example.token_ids
+        attention_mask[b, :length] = 1
+        loss_mask[b, :length] = example.loss_mask
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "loss_mask": torch.from_numpy(loss_mask),
+        "indices": torch.tensor([item.index for item in items], dtype=torch.int64),
+    }
+
+
+def _examples(
+    source: DataSource, tokenizer: PreTrainedTokenizerBase, template: Template, system_prompt: str
+) -> Iterator[Example]:
+    rows = read_source(source)
+    conversations = parse_rows(rows, source.format, system_prompt)
+    for start in range(0, len(rows), ROWS_PER_CALL):
+        some = rows[start : start + ROWS_PER_CALL]
+        segmented = []
+        for row, conversation in zip(some, conversations[start : start + ROWS_PER_CALL], strict=True):
+            try:
+                segmented.append(template(conversation, tokenizer))
+            except DataError as error:  # templates know conversations, not rows: the place is added here
+                raise row.error(str(error)) from error
+        for row, segments, (token_ids, loss_mask) in zip(some, segmented, encode(segmented, tokenizer), strict=True):
+            yield _example(row, segments, token_ids, loss_mask)
+
+
+def _example(row: Row, segments: Sequence[Segment], token_ids: np.ndarray, loss_mask: np.ndarray) -> Example:
+    if loss_mask[0]:
+        raise row.error("the answer has no token before it, so nothing can predict its first token")
+    return Example(token_ids, loss_mask, sum(segment.content_bytes for segment in segments), row.key)

@@ -1,0 +1,67 @@
+"""What can go wrong in the student's house, as one tree.
+
+    StudentError
+    ├── ConfigError   a setting is wrong                              (ValueError)
+    ├── DataError     a row, a file or a template breaks a rule       (ValueError)
+    ├── ModelError    a model or tokenizer cannot be loaded or used
+    └── RunError      a run cannot start, continue or be resumed
+
+The text of each is one clear line naming what and where; the CLI prints it and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class StudentError(Exception):
+    """Base of every error that a user of the student trainer can cause or mend.
+
+    Args:
+        message: one sentence for a person; line breaks in it (quoted causes) become spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(StudentError, ValueError):
+    """A setting is wrong; names the field, its value and what it may be."""
+
+
+class DataError(StudentError, ValueError):
+    """A row, a file or a template breaks a rule.
+
+    Args:
+        message: what is wrong, without the place.
+        file: the source as the config names it; empty where no file is to blame.
+        line: its line (or row, in a source without lines) from 1; 0 for the file as a whole.
+        field: the field at fault, such as `messages[1].content`.
+        value: what it holds; long values are shown shortened.
+    """
+
+    def __init__(self, message: str, *, file: str = "", line: int = 0, field: str = "", value: object = None) -> None:
+        place = file + (f":{line}" if line else "") + (": " if file else "")
+        named = [f"field={field}"] * bool(field) + [f"value={_shown(value)}"] * (value is not None)
+        super().__init__(place + message + (f" ({', '.join(named)})" if named else ""))
+        self.file, self.line, self.field, self.value = file, line, field, value
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), str(self), self.__dict__))
+
+
+class ModelError(StudentError):
+    """A model, adapter or tokenizer cannot be loaded, or does not fit the task."""
+
+
+class RunError(StudentError):
+    """A run cannot start, continue or be resumed."""
+
+
+def _shown(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+
+
+def _rebuild(cls: type[DataError], text: str, state: dict[str, object]) -> DataError:
+    error = cls(text)
+    error.__dict__.update(state)
+    return error

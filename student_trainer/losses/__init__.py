@@ -1,0 +1,1 @@
+"""What is minimised: align -> rows -> divergence | truncated -> output; `measure` for evaluation."""

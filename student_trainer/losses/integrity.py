@@ -1,0 +1,92 @@
+"""Are these labels the teacher's word on these tokens? Two numbers a row, recomputed and compared.
+
+In: log-sum-exp and logp(label) as served and as seen by the student. Out: nothing, or `TeacherHeadMismatch`.
+Must never wait for the device before `check()`, nor let a NaN pass.
+
+Axes: N rows of one call. Catches shifted rows, a state before the final norm, a foreign head, an unsliced vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teacher_wire.errors import LabelError
+
+FORGIVEN_SHARE = 0.001  # of rows out of tolerance; one row is forgiven in any call
+GROSS = 10.0  # a single row this many tolerances off is never forgiven
+
+
+class TeacherHeadMismatch(LabelError):  # noqa: N818
+    """Served rows disagree with what the student recomputes from them: wrong rows, head, norm or vocabulary.
+
+    Attributes:
+        row: number of the worst row in its call, for whoever knows which sample that is.
+    """
+
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Nats by which served and recomputed figures may differ (algorithms.md 3.6).
+
+    |d lse| <= lse_abs + lse_rel |lse| and |d logp| <= logp_abs + logp_rel |lse|. The defaults, `BFLOAT16`, allow for a
+    teacher whose logits are rounded to bfloat16, by up to 2^-8 of themselves: one such error in lse, two in logp. That
+    is wider than algorithms.md says, which would refuse true rows; a shifted row is off by nats.
+    """
+
+    lse_abs: float = 0.02
+    lse_rel: float = 2**-8
+    logp_abs: float = 0.05
+    logp_rel: float = 2**-7
+
+
+BFLOAT16 = Tolerance()
+FLOAT32 = Tolerance(lse_abs=1e-3, lse_rel=1e-4, logp_abs=2e-3, logp_rel=1e-4)
+
+
+@dataclass(frozen=True, eq=False)
+class Integrity:
+    """Evidence of one call; all tensors [N] on the student's device, `row_N` numbers the rows of the call."""
+
+    row_N: Tensor
+    served_lse_N: Tensor
+    seen_lse_N: Tensor
+    served_logp_N: Tensor
+    seen_logp_N: Tensor
+    tolerance: Tolerance = BFLOAT16
+
+    def check(self) -> None:
+        """Compares; waits for the device once.
+
+        Raises:
+            TeacherHeadMismatch: more than 0.1 % of the rows (and more than one) are out of tolerance, or one is out
+                by ten times the tolerance; names the worst row and its figures.
+        """
+        if not self.row_N.numel():
+            return
+        allowed = self.tolerance
+        size_N = self.served_lse_N.abs()
+        lse_N = (self.seen_lse_N - self.served_lse_N).abs() / (allowed.lse_abs + allowed.lse_rel * size_N)
+        logp_N = (self.seen_logp_N - self.served_logp_N).abs() / (allowed.logp_abs + allowed.logp_rel * size_N)
+        error_N = torch.maximum(lse_N, logp_N).nan_to_num(nan=torch.inf)  # NaN must fail every comparison below
+        worst = error_N.argmax()
+        figures = (self.row_N, self.served_lse_N, self.seen_lse_N, self.served_logp_N, self.seen_logp_N, error_N)
+        told = torch.stack([(error_N > 1).sum().double(), *(figure[worst].double() for figure in figures)]).tolist()
+        failing, row, served_lse, seen_lse, served_logp, seen_logp, error = told
+        rows = self.row_N.numel()
+        if failing <= max(1, FORGIVEN_SHARE * rows) and error <= GROSS:
+            return
+        mismatch = TeacherHeadMismatch(
+            f"{int(failing)} of {rows} teacher rows do not belong to these tokens or this output head",
+            field=f"row {int(row)}",
+            value=f"served lse {served_lse:.4g} and logp(label) {served_logp:.4g}, "
+            f"recomputed {seen_lse:.4g} and {seen_logp:.4g}",
+            limit=f"|d lse| <= {allowed.lse_abs:g} + {allowed.lse_rel:.2g} |lse|, "
+            f"|d logp| <= {allowed.logp_abs:g} + {allowed.logp_rel:.2g} |lse|",
+        )
+        mismatch.row = int(row)
+        raise mismatch

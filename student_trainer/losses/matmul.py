@@ -1,0 +1,75 @@
+"""The three products of an output head with float32 (or float64) results, whatever the weights are held in.
+
+In: states, weights and gradients of any float dtype. Out: float32, or float64 if an operand is.
+Must never round a logit to bfloat16 (a softmax of rounded logits is off by percents), nor obey autocast, which would.
+
+Axes: C rows of a chunk, V vocabulary rows, D width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 64 << 20  # of a float32 tile [some of V, D], where a whole one would be made only to be thrown away
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 if a tensor is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def project(h_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """h W^T: [C, V]."""
+    with _no_autocast(h_CD):
+        if _tensor_cores(h_CD, weight_VD):
+            return torch.mm(h_CD, weight_VD.T, out_dtype=torch.float32)
+        dtype = wide(h_CD, weight_VD)
+        h_CD = h_CD.to(dtype)
+        if weight_VD.dtype == dtype:
+            return h_CD @ weight_VD.T
+        z_CV = h_CD.new_empty(h_CD.shape[0], weight_VD.shape[0])
+        for tile in _tiles(weight_VD):
+            torch.mm(h_CD, weight_VD[tile].to(dtype).T, out=z_CV[:, tile])
+        return z_CV
+
+
+def project_back(g_CV: Tensor, weight_VD: Tensor) -> Tensor:
+    """g W: [C, D]. `g_CV` is wide; it is rounded to bfloat16 only where the weight is and tensor cores multiply."""
+    with _no_autocast(g_CV):
+        if g_CV.is_cuda and weight_VD.dtype == torch.bfloat16:
+            return torch.mm(g_CV.bfloat16(), weight_VD, out_dtype=torch.float32)
+        dtype = wide(g_CV, weight_VD)
+        g_CV = g_CV.to(dtype)
+        if weight_VD.dtype == dtype:
+            return g_CV @ weight_VD
+        h_CD = g_CV.new_zeros(g_CV.shape[0], weight_VD.shape[1])
+        for tile in _tiles(weight_VD):
+            h_CD.addmm_(g_CV[:, tile], weight_VD[tile].to(dtype))
+        return h_CD
+
+
+def add_outer(sum_VD: Tensor, g_CV: Tensor, h_CD: Tensor) -> None:
+    """sum += g^T h, in place; the sum is wide."""
+    with _no_autocast(g_CV):
+        if not (g_CV.is_cuda and h_CD.dtype == torch.bfloat16):
+            sum_VD.addmm_(g_CV.to(sum_VD.dtype).T, h_CD.to(sum_VD.dtype))
+            return
+        g_CV = g_CV.bfloat16()
+        for tile in _tiles(sum_VD):  # the product cannot be added by the kernel, and whole it is as large as the sum
+            sum_VD[tile].add_(torch.mm(g_CV[:, tile].T, h_CD, out_dtype=torch.float32))
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _tensor_cores(a: Tensor, b: Tensor) -> bool:
+    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+
+
+def _tiles(weight_VD: Tensor) -> Iterator[slice]:
+    rows = max(1, TILE_BYTES // (4 * weight_VD.shape[1]))
+    return (slice(start, min(start + rows, weight_VD.shape[0])) for start in range(0, weight_VD.shape[0], rows))

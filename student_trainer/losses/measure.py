@@ -1,0 +1,85 @@
+"""Figures for evaluation: how likely the data is, and how far from the teacher, over chunks of rows.
+
+In: as for `output.output_loss`. Out: sums over rows, on the device.
+Must never build a graph, weigh rows, or soften anything: all figures are at temperature 1, in nats.
+
+Axes: N rows, C rows of a chunk, V vocabulary rows, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student_trainer.errors import DataError
+from student_trainer.losses.divergence import Divergence, divergence_and_grad
+from student_trainer.losses.head import Head
+from student_trainer.losses.rows import TeacherRows, TopKRows, check_vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """Figures of N rows.
+
+    Attributes:
+        nll_N: -log q(label) of every row; its sum is the file's nats, its mean the log of the perplexity.
+        kl_sum: sum of KL(teacher | student), exact; None without a teacher or with top-k rows, which only bound it.
+        acc1_hits, acc3_hits: rows whose label is the student's first, or among its first three.
+        teacher_nll_sum: what the teacher scores on the same rows, or None.
+        rows: N.
+    """
+
+    nll_N: Tensor
+    kl_sum: Tensor | None
+    acc1_hits: Tensor
+    acc3_hits: Tensor
+    teacher_nll_sum: Tensor | None
+    rows: int
+
+    @property
+    def nll_sum(self) -> Tensor:
+        return self.nll_N.sum()
+
+
+@torch.no_grad()
+def measure(
+    student_hidden_ND: Tensor,
+    head: Head,
+    rows: TeacherRows | None,
+    label_ids_N: Tensor,
+    chunk_rows: int = 256,
+) -> Measures:
+    """Figures of N rows against their labels and, if given, the teacher.
+
+    Args:
+        student_hidden_ND: states after the final norm.
+        head: the student's, sliced to the V of the labels.
+        rows: the teacher's, in the same order, or None.
+        label_ids_N: int64; every row counts.
+        chunk_rows: rows projected at a time.
+    Raises:
+        DataError: a vocabulary or a number of rows that does not fit.
+    """
+    exact = rows is not None and not isinstance(rows, TopKRows)
+    if rows is not None:
+        check_vocabulary(rows, head)
+    count = student_hidden_ND.shape[0]
+    if label_ids_N.numel() != count or (rows is not None and rows.lse_N.numel() != count):
+        raise DataError(f"labels and teacher rows must number {count}, as the student's states do")
+    sums_3 = torch.zeros(3, dtype=torch.float64, device=student_hidden_ND.device)
+    nll: list[Tensor] = [sums_3[:0]]
+    for index_C in torch.arange(count, device=student_hidden_ND.device).split(chunk_rows) if count else ():
+        z_CV = head.logits(student_hidden_ND[index_C])
+        log_q_CV = z_CV.log_softmax(-1)
+        label_C1 = label_ids_N[index_C][:, None]
+        nll.append(-log_q_CV.gather(-1, label_C1)[:, 0].double())
+        hits_C3 = z_CV.topk(min(3, z_CV.shape[-1]), -1).indices == label_C1
+        kl_C = sums_3[:1]
+        if rows is not None and not isinstance(rows, TopKRows):
+            log_p_CV = rows.take(index_C).logits(z_CV.dtype).log_softmax(-1)
+            kl_C, _ = divergence_and_grad(log_p_CV, log_q_CV, Divergence("forward_kl"))
+        sums_3 = sums_3 + torch.stack([kl_C.double().sum() * exact, hits_C3[:, 0].sum(), hits_C3.sum()])
+    teacher_nll_sum = None if rows is None else -rows.label_logp_N.double().sum()
+    return Measures(torch.cat(nll), sums_3[0] if exact else None, sums_3[1], sums_3[2], teacher_nll_sum, count)

@@ -1,0 +1,299 @@
+"""The loss on output distributions: teacher against student, and the data's own tokens, over chunks of rows.
+
+In: the student's states after its final norm, its head, the teacher's rows. Out: one differentiable number, its parts.
+Must never hold more than a chunk of logits, nor wait for the device after the rows of weight 0 are dropped.
+
+Axes: N rows, C rows of a chunk, V vocabulary rows, K kept ids, D width, R rank. Source: algorithms.md 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from student_trainer.errors import ConfigError, DataError
+from student_trainer.losses.divergence import Divergence, divergence_and_grad
+from student_trainer.losses.head import Head, if_trained
+from student_trainer.losses.integrity import Integrity
+from student_trainer.losses.matmul import add_outer, project, project_back, wide
+from student_trainer.losses.rows import Seen, TeacherRows, TopKRows, check_vocabulary, seen_in_logits
+from student_trainer.losses.truncated import bucket_and_grad, check_temperature, tempered_head_and_grad
+
+
+@dataclass(frozen=True)
+class OutputLossSpec:
+    """What is computed; total = (kd_weight * kd_sum + sft_weight * ce_sum) / normalizer.
+
+    Attributes:
+        divergence: of teacher and student.
+        temperature: of the divergence; hard labels are always at 1.
+        tau_squared: multiply the divergence, and so its gradient, by temperature squared (algorithms.md 1.4).
+        kd_weight, sft_weight: of the two terms; a weight of 0 leaves the sum in the parts.
+        tempered_head: the objective of `truncated.tempered_head_and_grad`, for top-k rows only.
+        chunk_bytes: logits held at a time, roughly; sets the rows of a chunk.
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    divergence: Divergence = field(default_factory=Divergence)
+    temperature: float = 1.0
+    tau_squared: bool = False
+    kd_weight: float = 1.0
+    sft_weight: float = 0.0
+    tempered_head: bool = False
+    chunk_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        positive, weights = ("temperature", "chunk_bytes"), ("kd_weight", "sft_weight")
+        for name in (*positive, *weights):
+            value = getattr(self, name)
+            if not (value > 0 or (name in weights and value == 0)):
+                raise ConfigError(f"{name} must be {'at least' if name in weights else 'above'} 0, not {value}")
+
+    def chunk_rows(self, vocab_rows: int) -> int:
+        """C: four float32 buffers [C, V] fill `chunk_bytes` (algorithms.md 3.3)."""
+        return max(16, min(1024, self.chunk_bytes // (16 * vocab_rows)))
+
+
+@dataclass(frozen=True, eq=False)
+class LossParts:
+    """Sums over the rows of weight above 0, detached, on the device.
+
+    Attributes:
+        kd_sum: sum of w_n s(tau) D_n in nats, without kd_weight; 0 without a teacher.
+        ce_sum: sum of w_n (-log q(label)) in nats at temperature 1, without sft_weight.
+        acc1_hits, acc3_hits: rows whose label is the student's first, or among its first three.
+        rows: how many there are.
+    """
+
+    kd_sum: Tensor
+    ce_sum: Tensor
+    acc1_hits: Tensor
+    acc3_hits: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class OutputLoss:
+    """`total` carries the graph; call `integrity.check()` before the optimizer's step (None without a teacher)."""
+
+    total: Tensor
+    parts: LossParts
+    integrity: Integrity | None
+
+
+def output_loss(
+    student_hidden_ND: Tensor,
+    head: Head,
+    rows: TeacherRows | None,
+    label_ids_N: Tensor,
+    weights_N: Tensor,
+    normalizer: float | Tensor,
+    spec: OutputLossSpec,
+) -> OutputLoss:
+    """Distillation and cross-entropy of N rows.
+
+    Args:
+        student_hidden_ND: states after the final norm, any float dtype.
+        head: the student's, sliced to the V of the labels. What of it requires a gradient gets one; the weight may be
+            the embedding (tied).
+        rows: the teacher's, in the same order; None for hard labels only (then kd_weight must be 0).
+        label_ids_N: int64, the token each row describes; read where the weight is not 0.
+        weights_N: >= 0; rows of weight 0 are never projected.
+        normalizer: Z of the whole accumulation window over all ranks, not of this call (algorithms.md 1.5).
+        spec: what to compute.
+    Returns:
+        A loss whose gradients are computed here, in the forward pass, and scaled by grad_out in the backward pass.
+        With no row left it is 0 and every gradient is 0.
+    Raises:
+        ConfigError: labels that do not determine the loss asked for.
+        DataError: lengths, a vocabulary, a label or a weight that does not fit.
+    """
+    _check_call(student_hidden_ND, head, rows, label_ids_N, weights_N, spec)
+    kept_N = weights_N.detach().nonzero()[:, 0]  # the one wait for the device: shapes depend on it
+    _check_values(label_ids_N[kept_N], weights_N[kept_N], normalizer, head.vocab_rows)
+    dtype = wide(student_hidden_ND, head.weight_VD)
+    trained = (if_trained(student_hidden_ND), *head.trained())
+    gradients = _Gradients(*(None if t is None else torch.zeros_like(t, dtype=dtype) for t in trained))
+    sums_4 = torch.zeros(4, dtype=torch.float64, device=student_hidden_ND.device)
+    seen: list[Seen] = []
+    with torch.no_grad():
+        for index_C in kept_N.split(spec.chunk_rows(head.vocab_rows)) if kept_N.numel() else ():
+            h_CD = student_hidden_ND[index_C]
+            chunk = None if rows is None else rows.take(index_C)
+            coefficient_C = weights_N[index_C].to(dtype) / normalizer
+            z_CV = head.logits(h_CD)
+            terms = _chunk_terms(z_CV, chunk, label_ids_N[index_C], coefficient_C, spec)
+            sums_4 += terms.sums(weights_N[index_C])
+            seen += [] if terms.seen is None else [terms.seen]
+            if any(t is not None for t in trained):
+                gradients.add(head.pull_back_(terms.grad_CV, z_CV), h_CD, index_C, head)
+        kd_sum, ce_sum, acc1_hits, acc3_hits = sums_4.unbind()
+        total = (spec.kd_weight * kd_sum + spec.sft_weight * ce_sum) / (normalizer if kept_N.numel() else 1)
+    total = _Attach.apply(total.to(dtype), *gradients.all(), *trained)
+    parts = LossParts(kd_sum, ce_sum, acc1_hits, acc3_hits, sums_4.new_tensor(kept_N.numel()))
+    return OutputLoss(total, parts, None if rows is None else _evidence(rows, kept_N, seen))
+
+
+@dataclass(frozen=True, eq=False)
+class _ChunkTerms:
+    """Loss a row of both terms, hits, and the gradient on the student's logits with every factor in it."""
+
+    kd_C: Tensor
+    ce_C: Tensor
+    hits_C3: Tensor
+    grad_CV: Tensor
+    seen: Seen | None
+
+    def sums(self, weights_C: Tensor) -> Tensor:
+        w_C, hits_C3 = weights_C.double(), self.hits_C3.double()
+        return torch.stack([w_C @ self.kd_C.double(), w_C @ self.ce_C.double(), hits_C3[:, 0].sum(), hits_C3.sum()])
+
+
+def _chunk_terms(
+    z_CV: Tensor, chunk: TeacherRows | None, label_ids_C: Tensor, coefficient_C: Tensor, spec: OutputLossSpec
+) -> _ChunkTerms:
+    """Both terms from one set of logits; leaves `z_CV` as it is."""
+    label_C1 = label_ids_C[:, None]
+    log_q_CV = z_CV.log_softmax(-1)
+    ce_C = -log_q_CV.gather(-1, label_C1)[:, 0]
+    hits_C3 = z_CV.topk(min(3, z_CV.shape[-1]), -1).indices == label_C1
+    if chunk is None:
+        kd_C, kd_grad_CV, seen = torch.zeros_like(ce_C), None, None
+    else:
+        kd_C, kd_grad_CV, seen = _kd(z_CV, log_q_CV, chunk, label_ids_C, spec)
+        kd_grad_CV.mul_((spec.kd_weight * coefficient_C)[:, None])
+    if spec.sft_weight or kd_grad_CV is None:
+        sft_C1 = spec.sft_weight * coefficient_C[:, None]
+        grad_CV = log_q_CV.exp_().mul_(sft_C1).scatter_add_(-1, label_C1, -sft_C1)  # (q - onehot), weighted
+        kd_grad_CV = grad_CV if kd_grad_CV is None else kd_grad_CV.add_(grad_CV)
+    return _ChunkTerms(kd_C, ce_C, hits_C3, kd_grad_CV, seen)
+
+
+def _kd(
+    z_CV: Tensor, log_q_CV: Tensor, chunk: TeacherRows, label_ids_C: Tensor, spec: OutputLossSpec
+) -> tuple[Tensor, Tensor, Seen]:
+    """s(tau) D a row, its gradient on the student's logits, and the evidence; leaves its arguments as they are."""
+    tau = spec.temperature
+    if isinstance(chunk, TopKRows):
+        ids_CK, labels = chunk.topk_ids_NK, chunk.bucket(z_CV.dtype)
+        if spec.tempered_head:
+            kd = tempered_head_and_grad(ids_CK, *labels, log_q_CV, tau, spec.tau_squared, spec.divergence)
+        else:
+            kd = bucket_and_grad(ids_CK, *labels, log_q_CV, spec.divergence)
+        return *kd, chunk.seen(label_ids_C)
+    teacher_CV = chunk.logits(z_CV.dtype)
+    seen = seen_in_logits(teacher_CV, label_ids_C)
+    log_p_CV = (teacher_CV / tau).log_softmax(-1)
+    del teacher_CV
+    loss_C, grad_CV = divergence_and_grad(
+        log_p_CV, log_q_CV if tau == 1 else (z_CV / tau).log_softmax(-1), spec.divergence
+    )
+    scale = tau**2 if spec.tau_squared else 1.0
+    return loss_C * scale, grad_CV.mul_(scale / tau), seen
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """Sums in the wide dtype, zero at first; None for what is not trained. Written once a row, summed over chunks."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+    a_RD: Tensor | None
+    b_VR: Tensor | None
+
+    def all(self) -> tuple[Tensor | None, ...]:
+        return self.hidden_ND, self.weight_VD, self.bias_V, self.a_RD, self.b_VR
+
+    def add(self, grad_CV: Tensor, h_CD: Tensor, index_C: Tensor, head: Head) -> None:
+        """Adds a chunk's share; `grad_CV` is on h W^T (algorithms.md 3.2)."""
+        lora = head.lora
+        if self.weight_VD is not None:
+            add_outer(self.weight_VD, grad_CV, h_CD)
+        if self.bias_V is not None:
+            self.bias_V.add_(grad_CV.sum(0))
+        if self.hidden_ND is not None:
+            self.hidden_ND[index_C] = project_back(grad_CV, head.weight_VD)
+        if lora is None or (self.hidden_ND is None and self.a_RD is None and self.b_VR is None):
+            return
+        if self.b_VR is not None:
+            add_outer(self.b_VR, grad_CV, lora.scaling * project(h_CD, lora.a_RD))
+        grad_CR = lora.scaling * project_back(grad_CV, lora.b_VR)
+        if self.a_RD is not None:
+            add_outer(self.a_RD, grad_CR, h_CD)
+        if self.hidden_ND is not None:
+            self.hidden_ND[index_C] += project_back(grad_CR, lora.a_RD)
+
+
+class _Attach(torch.autograd.Function):
+    """Gives a number the gradients that were computed along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *gradients_and_inputs: Tensor | None) -> Tensor:
+        half = len(gradients_and_inputs) // 2
+        ctx.save_for_backward(*gradients_and_inputs[:half])
+        ctx.dtypes = [None if t is None else t.dtype for t in gradients_and_inputs[half:]]
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        # Scaled before it is narrowed: a loss scaler exists because float16 cannot hold the unscaled ones.
+        scaled = [None if sum_ is None else _scaled(sum_, grad_out, dtype) for sum_, dtype in saved]
+        return (None, *(None for _ in scaled), *scaled)
+
+
+def _scaled(wide_sum: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in `dtype`, without a wide copy in between."""
+    return torch.mul(wide_sum, factor, out=torch.empty_like(wide_sum, dtype=dtype))
+
+
+def _evidence(rows: TeacherRows, kept_N: Tensor, seen: list[Seen]) -> Integrity:
+    """What `Integrity.check` will compare, for the rows that were used."""
+    empty = rows.lse_N.new_zeros(0)
+    lse_N = torch.cat([s.lse_C for s in seen]) if seen else empty
+    logp_N = torch.cat([s.label_logp_C for s in seen]) if seen else empty
+    return Integrity(kept_N, rows.lse_N[kept_N], lse_N, rows.label_logp_N[kept_N], logp_N, rows.tolerance)
+
+
+def _check_call(
+    hidden_ND: Tensor,
+    head: Head,
+    rows: TeacherRows | None,
+    label_ids_N: Tensor,
+    weights_N: Tensor,
+    spec: OutputLossSpec,
+) -> None:
+    """What can be told from shapes and settings, without waiting for the device."""
+    lengths = {"labels": label_ids_N.numel(), "weights": weights_N.numel(), "rows": rows and rows.lse_N.numel()}
+    for name, length in lengths.items():
+        if length is not None and length != hidden_ND.shape[0]:
+            raise DataError(f"{length} {name} for {hidden_ND.shape[0]} student states")
+    if rows is None:
+        if spec.kd_weight or not spec.sft_weight:
+            raise ConfigError("without teacher rows set kd_weight to 0 and sft_weight above 0")
+        return
+    transport = "top_k" if isinstance(rows, TopKRows) else "hidden or full"
+    check_temperature(transport, spec.temperature, spec.tempered_head)
+    check_vocabulary(rows, head)
+
+
+def _check_values(label_ids_N: Tensor, weights_N: Tensor, normalizer: float | Tensor, vocab_rows: int) -> None:
+    """What must be read from the device; it has just been waited for, so this costs next to nothing."""
+    if not label_ids_N.numel():
+        return
+    z = torch.as_tensor(normalizer, device=weights_N.device)
+    extremes = [value.double() for value in (*label_ids_N.aminmax(), *weights_N.aminmax(), z)]
+    low, high, lightest, heaviest, z_value = torch.stack(extremes).tolist()
+    if low < 0 or high >= vocab_rows:
+        raise DataError(f"label id {int(low if low < 0 else high)} lies outside 0..{vocab_rows - 1}, the student's V")
+    if not 0 < lightest <= heaviest < float("inf"):
+        raise DataError(f"weights must be finite and not negative, found {lightest:g} and {heaviest:g}")
+    if not 0 < z_value < float("inf"):
+        raise DataError(f"the normalizer must be finite and above 0, not {z_value:g}")

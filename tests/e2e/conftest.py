@@ -1,0 +1,118 @@
+"""Real servers: `teacher-server up` as a user starts it, on Ray Serve, in processes of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+START_LIMIT_S = 180
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A running `teacher-server up`."""
+
+    def __init__(self, folder: Path, config: dict) -> None:
+        self.port = config["edge"]["port"]
+        self.address = f"127.0.0.1:{self.port}"
+        self.config_file = folder / "server.yaml"
+        self.config_file.write_text(yaml.safe_dump(config))
+        self.log_file = folder / "server.log"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> Server:
+        with self.log_file.open("w") as log:
+            command = [sys.executable, "-m", "teacher_server.cli", "up", str(self.config_file)]
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        deadline = time.monotonic() + START_LIMIT_S
+        while "ready" not in self.log():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.1)
+        return self
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def stop(self, number: int = signal.SIGINT, limit_s: float = 60) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=limit_s)
+
+
+def server_config(*teachers: dict, **edge) -> dict:
+    return {
+        "edge": {"port": free_port(), "drain_s": 10, **edge},
+        "ray": {"num_cpus": 2, "object_store_mb": 100},
+        "teachers": list(teachers),
+    }
+
+
+def transformers_teacher(name: str, model: Path, **changes) -> dict:
+    backend = {"kind": "transformers", "model": str(model), "dtype": "float32", "device": "cpu", "threads": 1}
+    return {"name": name, "num_cpus": 0.2, "backend": backend, **changes}
+
+
+@contextlib.contextmanager
+def serving(folder: Path, config: dict):
+    server = Server(folder, config).start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory, model_factory):
+    """One server with two teachers of the same weights: `exact` is deterministic, `shared` batches across callers."""
+    model = model_factory("qwen2", seed=5, hidden=48)
+    config = server_config(
+        transformers_teacher("exact", model, deterministic=True), transformers_teacher("shared", model)
+    )
+    with serving(tmp_path_factory.mktemp("server"), config) as server:
+        server.model = model
+        yield server
+
+
+def call_cli(capsys, monkeypatch, *arguments) -> tuple[int, str]:
+    """The trainer's command in this process: exit code and what it wrote to stderr; seconds faster than a new one."""
+    from student_trainer import cli
+
+    monkeypatch.setattr(sys, "argv", ["student-trainer", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return code, capsys.readouterr().err
+
+
+def run_cli(*arguments, house="student_trainer", timeout=240, **options) -> subprocess.CompletedProcess:
+    """A command as a user types it."""
+    env = {**os.environ, "COLUMNS": "200"}
+    command = [sys.executable, "-m", f"{house}.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=env, stdin=subprocess.DEVNULL, **options
+    )

@@ -1,0 +1,130 @@
+"""The feed: order, bounds, failures, and what the server is left holding."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from student_trainer.feed.prefetch import LabelFeed, LabelRequest
+from student_trainer.feed.verify import check_signals
+from teacher_wire.client import TeacherClient
+from teacher_wire.errors import LabelError, UnavailableError
+from teacher_wire.fake import FakeTeacher
+from teacher_wire.loopback import LoopbackServer, serve
+from teacher_wire.messages import SignalSpec, TokenBatch
+
+SPEC = SignalSpec("full", 64)
+
+
+def request(number):
+    rng = np.random.default_rng(number)
+    return LabelRequest(
+        TokenBatch.pack([rng.integers(0, 64, 30).tolist() for _ in range(2)]), (f"a:{number}", f"b:{number}")
+    )
+
+
+ROW_BYTES = SPEC.row_bytes(16, 4)
+REPLY_BYTES = 58 * ROW_BYTES
+
+
+def open_feed(address, fake, *, count=12, first=0, max_bytes=1 << 30, max_batches=100, retry_for_s=20.0):
+    return LabelFeed(
+        lambda: TeacherClient(address, retry_for_s=retry_for_s, backoff_s=(0.02, 0.05), on_trouble=lambda error: None),
+        fake.teacher_info(),
+        SPEC,
+        request,
+        lambda signals, asked: check_signals(signals, SPEC, asked.batch, asked.names),
+        first=first,
+        count=count,
+        max_bytes=max_bytes,
+        max_batches=max_batches,
+    )
+
+
+def test_labels_come_by_number_whatever_the_order_of_answers():
+    fake = FakeTeacher()
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake, first=3)
+        for number in range(3, 12):
+            np.testing.assert_array_equal(
+                feed.take(number).logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
+            )
+        feed.close()
+    assert feed.stats.batches == 9 and feed.stats.rows == 9 * 58
+    assert fake.calls == 9, "every batch is asked for once"
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "max_batches", "expected"), [(3 * REPLY_BYTES, 100, 3), (1 << 30, 2, 2), (1, 100, 1)]
+)
+def test_what_is_fetched_ahead_is_bounded(max_bytes, max_batches, expected):
+    fake = FakeTeacher()
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake, max_bytes=max_bytes, max_batches=max_batches)
+        time.sleep(0.5)
+        assert fake.calls == expected
+        feed.take(0)
+        time.sleep(0.3)
+        assert fake.calls == expected + 1
+        feed.close()
+
+
+def test_waiting_is_measured():
+    fake = FakeTeacher(delay_s=0.3)
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake)
+        feed.take(0)
+        assert 0.2 < feed.stats.wait_s < 2
+        time.sleep(0.5)
+        before = feed.stats.wait_s
+        feed.take(1)
+        assert feed.stats.wait_s - before < 0.1, "the second was there already"
+        feed.close()
+
+
+def test_a_refused_answer_fails_the_step_that_needs_it():
+    fake = FakeTeacher(mistake="shifted")
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake)
+        with pytest.raises(LabelError, match="a:0"):
+            feed.take(0)
+        feed.close()
+
+
+def test_a_teacher_that_stays_away_fails_with_its_address():
+    fake = FakeTeacher()
+    feed = open_feed("127.0.0.1:1", fake, retry_for_s=0.1)
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
+        feed.take(0)
+    feed.close()
+
+
+def test_a_teacher_that_comes_back_is_waited_for():
+    fake = FakeTeacher(delay_s=0.1)
+    server = LoopbackServer(fake).start()
+    feed = open_feed(server.address, fake, max_batches=2)
+    feed.take(0)
+    server.stop()
+    back = threading.Timer(0.5, server.start)
+    back.start()
+    for number in range(1, 12):
+        np.testing.assert_array_equal(
+            feed.take(number).logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
+        )
+    feed.close()
+    back.join()
+    server.stop()
+
+
+def test_closing_early_leaves_nothing_on_the_server():
+    fake = FakeTeacher(delay_s=0.2)
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake, count=100)
+        feed.take(0)
+        feed.close()
+        deadline = time.monotonic() + 5
+        while server.servicer.open_requests and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server.servicer.open_requests == 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "label-feed"]

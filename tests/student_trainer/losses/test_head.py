@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from student_trainer.losses import matmul
+from student_trainer.losses.head import Head, Lora
+from tests.student_trainer.losses.worlds import world
+
+W = world()
+
+
+def test_logits_follow_the_formula() -> None:
+    g = torch.Generator().manual_seed(1)
+    bias, a, b = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((23,), (2, 6), (23, 2)))
+    head = Head(W.weight_VD, bias, logit_scale=0.5, final_softcap=3.0, lora=Lora(a, b, 2.0))
+    raw = W.hidden_ND @ (W.weight_VD + 2.0 * b @ a).T + bias
+    torch.testing.assert_close(head.logits(W.hidden_ND), 3.0 * torch.tanh(0.5 * raw / 3.0))
+    torch.testing.assert_close(head.slice(7).logits(W.hidden_ND), head.logits(W.hidden_ND)[:, :7])
+    assert head.slice(23) is head
+    assert head.slice(7).weight_VD.data_ptr() == W.weight_VD.data_ptr()
+
+
+@pytest.mark.parametrize("rows", [0, 24])
+def test_slice_names_the_limit(rows: int) -> None:
+    with pytest.raises(ValueError, match=rf"1\.\.23.*not {rows}"):
+        Head(W.weight_VD).slice(rows)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 100, 64 << 20])
+def test_half_weights_give_float32_results(monkeypatch: pytest.MonkeyPatch, tile_bytes: int) -> None:
+    monkeypatch.setattr(matmul, "TILE_BYTES", tile_bytes)
+    h, w = W.hidden_ND.bfloat16(), W.weight_VD.bfloat16()
+    z = matmul.project(h, w)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z, h.float() @ w.float().T)
+    g = torch.randn(40, 23, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(matmul.project_back(g, w), g @ w.float())
+    total = torch.ones(23, 6)
+    matmul.add_outer(total, g, h)
+    torch.testing.assert_close(total, 1 + g.T @ h.float())
+
+
+def test_autocast_does_not_round_logits() -> None:
+    h, w = W.hidden_ND.float(), W.weight_VD.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (h @ w.T).dtype == torch.bfloat16
+        assert torch.equal(Head(w).logits(h), h.mm(w.T).float()) is False
+        z = Head(w).logits(h)
+    assert torch.equal(z, h @ w.T)

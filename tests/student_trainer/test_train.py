@@ -1,0 +1,240 @@
+"""Whole runs against a teacher behind the real wire: right losses, resumption, refusals, nothing half-written."""
+
+import hashlib
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from student_trainer import checkpoint
+from student_trainer.data.dataset import build_dataset
+from student_trainer.data.sources import parse_source
+from student_trainer.errors import ConfigError, RunError
+from student_trainer.feed.order import RunOrder
+from student_trainer.feed.packing import pack
+from student_trainer.model import load_student
+from student_trainer.train import train
+from student_trainer.trainer import TIMED, learning_rate_share
+from teacher_wire.errors import LabelError, MismatchError
+from teacher_wire.loopback import serve
+from teacher_wire.messages import SignalSpec
+from tests.student_trainer.conftest import fake_for, run_config
+
+QUIET = Console(file=io.StringIO())
+
+
+def losses(folder):
+    """Everything in the log that the clock does not decide."""
+    entries = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if k not in TIMED and not k.startswith("train_")} for e in entries]
+
+
+def adapter_hash(folder):
+    return hashlib.sha256((folder / "final" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "lora", [None, {"rank": 4}, {"rank": 4, "target_modules": ["q_proj", "lm_head"]}], ids=["full", "lora", "lora_head"]
+)
+@pytest.mark.parametrize(
+    ("transport", "divergence"), [("hidden", "forward_kl"), ("top_k", "jsd"), ("full", "reverse_kl")]
+)
+def test_a_run_learns_and_leaves_a_model(config_of, transport, divergence, lora):
+    model = {"lora": lora}
+    config = config_of(
+        model=model,
+        labels={"transport": transport, "k": 20},
+        loss={"output": {"divergence": divergence, "beta": 0.5}, "sft_weight": 0.1},
+        train={"max_steps": 12, "eval_steps": 6, "learning_rate": 5e-3},
+    )
+    result = train(config, console=QUIET)
+    logged = [e for e in result.curve if "loss" in e]
+    assert logged[-1]["kd_loss"] < logged[0]["kd_loss"]
+    assert logged[0]["loss"] == pytest.approx(logged[0]["kd_loss"] + 0.1 * logged[0]["sft_loss"], rel=1e-5)
+    assert result.metrics["kl_to_teacher"] > 0 and 0 <= result.metrics["acc1"] <= result.metrics["acc3"] <= 1
+    assert [e["step"] for e in result.curve if "eval_nll_per_byte" in e] == [6, 12, 12]
+    names = {path.name for path in (result.output_dir / "final").iterdir()}
+    assert ("adapter_model.safetensors" if lora else "model.safetensors") in names
+    assert not list(result.output_dir.rglob("*.bin")) + list(result.output_dir.rglob("*.pt*")), "no pickle anywhere"
+
+
+def test_the_first_loss_is_the_divergence_of_student_and_teacher(config_of, fake):
+    """The logged figure against both models asked directly, without feed, wire or chunked loss."""
+    config = config_of(train={"max_steps": 1}, model={"lora": None})
+    result = train(config, console=QUIET)
+    student = load_student(config.model, config.run.seed)
+    data = build_dataset([parse_source(str(config.data.train[0].path))], student.tokenizer, max_tokens=100)
+    order = RunOrder(len(data), batch_size=2, accumulation=2, epochs=1, max_steps=1, seed=config.run.seed)
+    total, rows = 0.0, 0
+    vocab = len(student.tokenizer)
+    for index in [i for number in range(2) for i in order.batch(number)]:
+        packed = pack([data[index].example]).batch
+        teacher = (
+            torch.from_numpy(fake.signals(SignalSpec("full", vocab), packed).logits_NV.array).double().log_softmax(-1)
+        )
+        with torch.no_grad():
+            logits = student.model(torch.from_numpy(packed.token_ids_T).long()[None]).logits[
+                0, packed.rows_of(), :vocab
+            ]
+        total += float((teacher.exp() * (teacher - logits.double().log_softmax(-1))).sum())
+        rows += packed.rows
+    assert result.curve[0]["loss"] == pytest.approx(total / rows, rel=1e-4)
+
+
+def test_accumulation_changes_nothing_but_memory(config_of, tmp_path):
+    """One window of 4 sequences, cut 1x4, 2x2 or 4x1, of different lengths: the same step."""
+    logs = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        config = config_of(
+            run={"output_dir": str(tmp_path / f"run{batch_size}"), "cache_dir": str(tmp_path / "cache")},
+            model={"lora": None},
+            train={"max_steps": 3, "batch_size": batch_size, "accumulation": accumulation},
+        )
+        logs.append([e for e in train(config, console=QUIET).curve if "loss" in e])
+    for log in logs[1:]:  # the norm tells what Adam would hide: it divides by the gradient's own scale
+        for name in ("loss", "grad_norm", "kd_loss", "sft_loss"):
+            assert [e[name] for e in log] == pytest.approx([e[name] for e in logs[0]], rel=1e-4), name
+
+
+class _Stop(Exception):
+    """Stands for a kill between two steps."""
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 5])
+def test_a_resumed_run_is_the_uninterrupted_one(config_of, tmp_path, fake, monkeypatch, killed_at):
+    """With adapter dropout, against bit-equal labels: same weights, same log."""
+    sections = {
+        "train": {"max_steps": 8, "save_steps": 2, "log_steps": 1, "eval_steps": 4, "batch_size": 2, "accumulation": 2}
+    }
+    straight = config_of(
+        run={"output_dir": str(tmp_path / "straight"), "cache_dir": str(tmp_path / "cache")}, **sections
+    )
+    broken = config_of(run={"output_dir": str(tmp_path / "broken"), "cache_dir": str(tmp_path / "cache")}, **sections)
+    train(straight, console=QUIET)
+    from student_trainer.trainer import DistillationTrainer
+
+    original = DistillationTrainer.compute_loss
+
+    def dying(self, *args, **kwargs):
+        if self.state.global_step == killed_at:
+            raise _Stop
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", dying)
+    with pytest.raises(_Stop):
+        train(broken, console=QUIET)
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", original)
+    half = tmp_path / "broken" / "checkpoint-99"
+    half.mkdir()
+    (half / "model.safetensors").write_text("torn")
+    train(broken, resume=True, console=QUIET)
+    assert not half.exists(), "a checkpoint without its marker is no checkpoint"
+    assert adapter_hash(tmp_path / "broken") == adapter_hash(tmp_path / "straight")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+
+
+def test_resuming_a_finished_run_changes_nothing(config_of):
+    config = config_of()
+    first = train(config, console=QUIET)
+    before = adapter_hash(first.output_dir)
+    train(config, resume=True, console=QUIET)
+    assert adapter_hash(first.output_dir) == before
+
+
+def test_a_second_run_does_not_overwrite_the_first(config_of):
+    config = config_of()
+    train(config, console=QUIET)
+    with pytest.raises(ConfigError, match=r"run\.output_dir.*--resume auto"):
+        train(config, console=QUIET)
+
+
+def test_a_run_is_not_resumed_with_other_settings_or_another_teacher(config_of, model_factory, tmp_path, rows_file):
+    train(config_of(), console=QUIET)
+    with pytest.raises(RunError, match=r"train\.learning_rate: 0\.01 -> 0\.5"):
+        train(
+            config_of(train={"max_steps": 6, "learning_rate": 0.5, "batch_size": 2, "accumulation": 2, "log_steps": 1}),
+            resume=True,
+            console=QUIET,
+        )
+    with serve(fake_for(model_factory("qwen2"), seed=7)) as other:
+        config = config_of(teacher={"address": other.address})
+        with pytest.raises(RunError, match="another teacher"):
+            train(config, resume=True, console=QUIET)
+
+
+def test_where_and_how_fast_may_change_on_resumption(config_of):
+    train(config_of(), console=QUIET)
+    config = config_of(feed={"max_mb": 1}, teacher={"address": config_of().teacher.address, "retry_s": 5})
+    train(config, resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "transport"),
+    [("shifted", "full"), ("nan", "hidden"), ("foreign", "hidden"), ("state", "hidden"), ("shifted", "hidden")],
+)
+def test_labels_that_lie_stop_the_run_before_a_step(config_of, fake, mistake, transport):
+    """`hidden` labels give nothing away until the head is applied: the loss itself must notice."""
+    config = config_of(labels={"transport": transport}, data={"train": config_of().data.train, "max_tokens": 100})
+    fake.mistake = mistake
+    with pytest.raises(LabelError):
+        train(config, console=QUIET)
+    assert not (config.run.output_dir / "train_log.jsonl").exists()
+    assert checkpoint.newest_complete(config.run.output_dir) is None
+
+
+def test_another_tokenizer_is_refused_before_anything_is_written(tmp_path, model_factory, rows_file):
+    fake = fake_for(model_factory("qwen2"))
+    fake.tokenizer_sha256 = "0" * 64
+    from student_trainer.config import parse_config
+
+    with serve(fake) as server:
+        config = parse_config(run_config(tmp_path, model_factory("qwen2"), rows_file, server.address), "test")
+        with pytest.raises(MismatchError, match="tokenizer"):
+            train(config, console=QUIET)
+    assert not config.run.output_dir.exists()
+    assert fake.calls == 0
+
+
+def test_plain_fine_tuning_needs_no_teacher(tmp_path, model_factory, rows_file):
+    from student_trainer.config import parse_config
+
+    tree = run_config(tmp_path, model_factory("qwen2"), rows_file, loss={"output": None, "sft_weight": 1.0})
+    result = train(parse_config(tree, "test"), console=QUIET)
+    logged = [e for e in result.curve if "loss" in e]
+    assert logged[-1]["sft_loss"] < logged[0]["sft_loss"] == pytest.approx(logged[0]["loss"], rel=1e-5)
+    assert "kl_to_teacher" not in result.metrics
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "glm", "glm4"])
+def test_students_of_every_family(tmp_path, model_factory, rows_file, family):
+    from student_trainer.config import parse_config
+
+    folder = model_factory(family)
+    fake = fake_for(folder)
+    with serve(fake) as server:
+        tree = run_config(
+            tmp_path, folder, rows_file, server.address, train={"max_steps": 4, "log_steps": 1, "learning_rate": 1e-2}
+        )
+        result = train(parse_config(tree, "test"), console=QUIET)
+    logged = [e for e in result.curve if "loss" in e]
+    assert np.isfinite([e["loss"] for e in logged]).all() and logged[-1]["loss"] != logged[0]["loss"]
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    from student_trainer.config import OptimizationConfig
+
+    settings = OptimizationConfig(warmup_steps=4, schedule="cosine", min_lr_share=0.1)
+    shares = [learning_rate_share(step, 20, settings) for step in range(21)]
+    assert shares[:4] == [0.2, 0.4, 0.6, 0.8] and shares[4] == 1.0
+    assert shares[20] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(shares[4:]))
+
+
+def test_report_to_is_used(config_of):
+    config = config_of(train={"max_steps": 2, "log_steps": 1, "report_to": ["tensorboard"]})
+    result = train(config, console=QUIET)
+    assert list(result.output_dir.rglob("events.out.tfevents*"))
