@@ -51,7 +51,7 @@ def measure(
     Returns:
         `nll_per_byte` (nats per UTF-8 byte of the supervised text), `nll_per_token`, `acc1`, `acc3` (share of rows whose
         token is the first, among the first three) and, with a teacher, `kl_to_teacher` (nats a row, KL(teacher || student); not from `top_k` labels, which
-        only bound it) and `teacher_nll_per_byte`.
+        only bound it), `teacher_nll_per_byte`, `teacher_acc1` and `teacher_acc3`.
     """
     sums: dict[str, float] = {}
     pad_id = student.tokenizer.pad_token_id
@@ -70,7 +70,16 @@ def measure(
         labels_N = torch.from_numpy(packed.labels_N()).long().to(device)
         teacher = None if labels is None else rows_on(labels(number), teacher_head, device)
         found = measure_rows(state_ND, head, teacher, labels_N, chunk_rows=max(16, chunk_bytes // (16 * vocab_rows)))
-        for name in ("nll_sum", "kl_sum", "acc1_hits", "acc3_hits", "teacher_nll_sum", "rows"):
+        for name in (
+            "nll_sum",
+            "kl_sum",
+            "acc1_hits",
+            "acc3_hits",
+            "teacher_nll_sum",
+            "teacher_acc1_hits",
+            "teacher_acc3_hits",
+            "rows",
+        ):
             value = getattr(found, name)
             if value is not None:
                 sums[name] = sums.get(name, 0.0) + float(value)
@@ -85,4 +94,6 @@ def measure(
         figures["teacher_nll_per_byte"] = sums["teacher_nll_sum"] / max(1, data.target_bytes)
     if "kl_sum" in sums:
         figures["kl_to_teacher"] = sums["kl_sum"] / rows_seen
+        figures["teacher_acc1"] = sums["teacher_acc1_hits"] / rows_seen
+        figures["teacher_acc3"] = sums["teacher_acc3_hits"] / rows_seen
     return figures

@@ -18,7 +18,8 @@ class ModelSize:
 
     Attributes:
         init_std: standard deviation of the initial weights. A narrow model trained for 200 steps learns far faster
-            from 0.06 than from the library's 0.02: an SFT student reached about 1.53 against 1.76 nats per byte.
+            from 0.06-0.08 than from the library's 0.02: a 3-layer SFT student (one seed, learning rate 1e-2) reached
+            1.57 nats per byte from 0.08 and 1.78 from 0.02.
     """
 
     hidden_size: int

@@ -28,6 +28,7 @@ class Measures:
         kl_sum: sum of KL(teacher | student), exact; None without a teacher or with top-k rows, which only bound it.
         acc1_hits, acc3_hits: rows whose label is the student's first, or among its first three.
         teacher_nll_sum: what the teacher scores on the same rows, or None.
+        teacher_acc1_hits, teacher_acc3_hits: its hits, as the student's; None as for `kl_sum`.
         rows: N.
     """
 
@@ -36,6 +37,8 @@ class Measures:
     acc1_hits: Tensor
     acc3_hits: Tensor
     teacher_nll_sum: Tensor | None
+    teacher_acc1_hits: Tensor | None
+    teacher_acc3_hits: Tensor | None
     rows: int
 
     @property
@@ -68,18 +71,33 @@ def measure(
     count = student_hidden_ND.shape[0]
     if label_ids_N.numel() != count or (rows is not None and rows.lse_N.numel() != count):
         raise DataError(f"labels and teacher rows must number {count}, as the student's states do")
-    sums_3 = torch.zeros(3, dtype=torch.float64, device=student_hidden_ND.device)
-    nll: list[Tensor] = [sums_3[:0]]
+    sums_5 = torch.zeros(5, dtype=torch.float64, device=student_hidden_ND.device)
+    nll: list[Tensor] = [sums_5[:0]]
     for index_C in torch.arange(count, device=student_hidden_ND.device).split(chunk_rows) if count else ():
         z_CV = head.logits(student_hidden_ND[index_C])
         log_q_CV = z_CV.log_softmax(-1)
         label_C1 = label_ids_N[index_C][:, None]
         nll.append(-log_q_CV.gather(-1, label_C1)[:, 0].double())
-        hits_C3 = z_CV.topk(min(3, z_CV.shape[-1]), -1).indices == label_C1
-        kl_C = sums_3[:1]
+        figures = [*_hits(z_CV, label_C1), *sums_5.new_zeros(3)]
         if rows is not None and not isinstance(rows, TopKRows):
             log_p_CV = rows.take(index_C).logits(z_CV.dtype).log_softmax(-1)
             kl_C, _ = divergence_and_grad(log_p_CV, log_q_CV, Divergence("forward_kl"))
-        sums_3 = sums_3 + torch.stack([kl_C.double().sum() * exact, hits_C3[:, 0].sum(), hits_C3.sum()])
-    teacher_nll_sum = None if rows is None else -rows.label_logp_N.double().sum()
-    return Measures(torch.cat(nll), sums_3[0] if exact else None, sums_3[1], sums_3[2], teacher_nll_sum, count)
+            figures[2:] = [kl_C.double().sum(), *_hits(log_p_CV, label_C1)]
+        sums_5 = sums_5 + torch.stack(figures)
+    acc1, acc3, kl, teacher_acc1, teacher_acc3 = sums_5
+    return Measures(
+        nll_N=torch.cat(nll),
+        kl_sum=kl if exact else None,
+        acc1_hits=acc1,
+        acc3_hits=acc3,
+        teacher_nll_sum=None if rows is None else -rows.label_logp_N.double().sum(),
+        teacher_acc1_hits=teacher_acc1 if exact else None,
+        teacher_acc3_hits=teacher_acc3 if exact else None,
+        rows=count,
+    )
+
+
+def _hits(z_CV: Tensor, label_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose label is first, and among the first three."""
+    hits_C3 = z_CV.topk(min(3, z_CV.shape[-1]), -1).indices == label_C1
+    return hits_C3[:, 0].sum().double(), hits_C3.sum().double()

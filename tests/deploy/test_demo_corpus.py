@@ -120,3 +120,21 @@ def test_tokenizer_and_model_folders_load(stdlib: Path, tmp_path: Path) -> None:
     assert model.num_parameters() == parameters and model.config.tie_word_embeddings
     assert model.config.eos_token_id == tokenizer.eos_token_id and model.config.vocab_size == len(tokenizer)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_tokenizer_folder_and_a_model_folder_make_the_same_ids(tmp_path):
+    """transformers picks a class by the model's type: a teacher trained on other ids than it is asked about teaches nonsense."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    from deploy.demo.models import ModelSize, write_model
+
+    rows = tmp_path / "train.jsonl"
+    code = "def run(self, x=10):\n    if x > 2_000:\n        return [f'{y!r}' for y in self.items() if y != 'it\u0301']\n\n    # done\n"
+    rows.write_text(json.dumps({"instruction": "Go.", "input": code, "output": code * 2}) + "\n")
+    train_tokenizer(rows, tmp_path / "tokenizer", vocab_size=300)
+    write_model(tmp_path / "model", tmp_path / "tokenizer", ModelSize(8, 1, 2, 1, 8, 0.02), seed=0)
+    alone, beside = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "model"))
+    for text in (code, "    x = 1\n\n\n    y='\u65e5\u672c'", "don't 12345 \U0001f600\r\n"):
+        assert alone(text)["input_ids"] == beside(text)["input_ids"]

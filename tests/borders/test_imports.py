@@ -1,0 +1,70 @@
+"""The borders of architecture.md 4: who may import whom, seen from clean interpreters and from the import contracts."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "ray", "transformers", "vllm", "peft"}
+
+
+def loaded_by(code: str, *arguments: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after `code`."""
+    script = f"import sys\n{code}\nprint('\\n'.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("code", "never"),
+    [
+        (
+            "import teacher_wire.client, teacher_wire.servicer, teacher_wire.loopback, teacher_wire.fake",
+            HEAVY | {"pydantic", "rich", "typer"},
+        ),
+        ("import teacher_server.cli, teacher_server.config", HEAVY | {"student_trainer"}),
+        ("import student_trainer.cli, student_trainer.config", HEAVY | {"teacher_server"}),
+        ("import teacher_server.batcher", HEAVY),
+        ("import teacher_server.app, teacher_server.edge.server, teacher_server.engine", {"student_trainer", "torch"}),
+        ("import teacher_server.backends.transformers_backend", {"student_trainer", "ray"}),
+        ("import student_trainer.train, student_trainer.report", {"teacher_server", "ray"}),
+        ("import student_trainer.losses.output", {"teacher_server", "ray", "transformers", "peft", "grpc"}),
+    ],
+)
+def test_importing_a_room_loads_only_what_it_may(code, never):
+    assert not loaded_by(code) & never
+
+
+@pytest.mark.parametrize("house", ["teacher_server", "student_trainer"])
+@pytest.mark.parametrize("arguments", [["--help"], ["up", "--help"], ["train", "--help"], ["describe", "--help"]])
+def test_help_is_light(house, arguments):
+    code = (
+        f"import sys; sys.argv = ['x', *{arguments!r}]\n"
+        f"from {house}.cli import main\n"
+        "import contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    main()"
+    )
+    assert not loaded_by(code) & HEAVY
+
+
+def test_the_import_contracts_hold():
+    result = subprocess.run(["lint-imports"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_nothing_loads_code_from_data():
+    """No pickle, no torch.load, no remote code on wire, cache or checkpoint (architecture.md 7)."""
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    for folder in ("proto", "teacher_server", "student_trainer"):
+        for file in (root / folder).rglob("*.py"):
+            text = file.read_text()
+            for word in ("import pickle", "torch.load(", "torch.save(", "trust_remote_code=True", "eval(", "exec("):
+                found = [
+                    line
+                    for line in text.splitlines()
+                    if word in line and f".{word}" not in line and f"_{word}" not in line
+                ]
+                assert not found, f"{file}: {found}"
