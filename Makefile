@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench | make soak: each sets up what it needs by itself.
+# make demo | make test | make lint | make bench | make extras: each sets up what it needs by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PROTO_TOOLS := .tools/proto
 STUBS := proto/teacher_wire/v1/teacher.proto
 
-.PHONY: setup demo test lint format bench soak stubs clean
+.PHONY: setup demo test lint format bench extras stubs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m tests.bench.wire
+
+# Each house installed alone; by hand, it needs a few minutes and 3 GB.
+extras: $(STAMP)
+	@$(BIN)/python -m tests.e2e.check_extras
 
 # The generator is pinned apart from the runtime: its stubs import under protobuf 5.29 and newer, those of later
 # generators demand 7.35 or newer; and it needs a protobuf older than the one we run with.

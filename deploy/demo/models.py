@@ -46,7 +46,9 @@ def write_model(folder: Path, tokenizer_folder: Path, size: ModelSize, seed: int
     """
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

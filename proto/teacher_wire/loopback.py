@@ -53,8 +53,7 @@ class LoopbackServer:
                 return
             finally:
                 ready.set()
-            loop.run_forever()
-            loop.close()
+            loop.run_forever()  # and never closed: grpc's poller may still have word for it
 
         self._thread = threading.Thread(target=run, name="loopback-teacher", daemon=True)
         self._thread.start()

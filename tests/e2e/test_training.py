@@ -152,7 +152,7 @@ def test_a_sequence_above_the_teachers_limit(teachers, model_factory, tmp_path):
 def test_a_teacher_with_another_tokenizer(teachers, model_factory, rows_file, tmp_path):
     import shutil
 
-    from tests.conftest import make_tokenizer
+    from tests.tiny import make_tokenizer
 
     model = shutil.copytree(model_factory("qwen2"), tmp_path / "other")
     make_tokenizer(model, seed_text="quite other words for other merges")
