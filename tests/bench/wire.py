@@ -44,7 +44,10 @@ def answers() -> dict[str, TeacherSignals]:
     bits = lambda *shape: Tensor("bfloat16", rng.integers(0, 1 << 14, shape, dtype=np.uint16))  # noqa: E731
     ids = Tensor("uint24", rng.integers(0, VOCAB, (rows, 64)).astype(np.uint32))
     top = {**two, "topk_ids_NK": ids, "topk_logits_NK": bits(rows, 64), "tail_logp_N": float32(-rng.random(rows))}
-    return {"hidden": TeacherSignals.of({**two, "hidden_ND": bits(rows, WIDTH)}, "f"), "top_k": TeacherSignals.of(top, "f")}
+    return {
+        "hidden": TeacherSignals.of({**two, "hidden_ND": bits(rows, WIDTH)}, "f"),
+        "top_k": TeacherSignals.of(top, "f"),
+    }
 
 
 def main() -> None:
@@ -78,7 +81,8 @@ def main() -> None:
             paths = {
                 "one copy (reference)": reference,
                 "encode + serialise + parse + decode + join": seconds(through_codec),
-                "gRPC on loopback, 8 requests under way": seconds(lambda c=client, s=spec: c.score(info, s, batch, 8)) / 8,
+                "gRPC on loopback, 8 requests under way": seconds(lambda c=client, s=spec: c.score(info, s, batch, 8))
+                / 8,
             }
             client.close()
         for path, took in paths.items():
