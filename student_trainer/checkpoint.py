@@ -83,6 +83,14 @@ def mark_complete(folder: Path) -> None:
     _sync(folder)
 
 
+def rotate(run_folder: Path, keep: int) -> None:
+    """Removes all but the `keep` newest complete checkpoints, the marker of each first: a torn one must not count."""
+    complete = sorted((f for f in run_folder.glob("checkpoint-*") if (f / MARKER).is_file()), key=step_of)
+    for folder in complete[:-keep]:
+        (folder / MARKER).unlink()
+        shutil.rmtree(folder)
+
+
 def newest_complete(run_folder: Path) -> Path | None:
     """The last checkpoint that was written to its end; unfinished ones are removed."""
     complete = []

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend (one line s
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,7 @@ def train(
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     from student_trainer.train import train as run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word: end in order, as on Ctrl-C
     try:
         result = run(loaded, resume=resume == "auto", console=console)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from student_trainer.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -135,12 +136,27 @@ class LabelConfig(_Strict):
 
     Attributes:
         transport: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass;
-            `full` sends every logit, for small vocabularies.
+            `full` sends every logit, for small vocabularies; `auto` picks the exact one that fits card and link.
         k: kept entries of `top_k`.
+        extra_ids: of `top_k`, the student's own likeliest ids a row that are kept too, for divergences that weigh by the
+            student (reverse KL, JSD). Asked for when the student has seen the batch, so not ahead.
+        compression: of `hidden`: int8 in blocks takes half the bytes (algorithms.md 3.4).
     """
 
-    transport: Literal["hidden", "top_k", "full"] = "hidden"
+    transport: Literal["hidden", "top_k", "full", "auto"] = "hidden"
     k: Positive = 128
+    extra_ids: Annotated[int, Field(ge=0)] = 0
+    compression: Literal["none", "int8"] = "none"
+
+    @model_validator(mode="after")
+    def _fitting(self) -> LabelConfig:
+        if self.extra_ids and self.transport != "top_k":
+            raise ValueError(f"extra_ids belong to transport top_k, not {self.transport}")
+        if self.compression != "none" and self.transport != "hidden":
+            raise ValueError(
+                f"compression belongs to transport hidden, not {self.transport} (auto decides it by itself)"
+            )
+        return self
 
 
 class ScheduleConfig(_Strict):
@@ -214,7 +230,7 @@ class OptimizationConfig(_Strict):
     max_steps: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -261,6 +277,11 @@ class TrainConfig(_Strict):
             raise ValueError("loss.output needs a teacher: set the section teacher, or loss.output to null")
         if self.train.eval_steps and not self.data.eval:
             raise ValueError("train.eval_steps needs data.eval")
+        if self.train.save_steps % self.train.log_steps:
+            # A log entry is a mean since the last one: after a resumption between two entries it would be another mean.
+            raise ValueError(
+                f"train.save_steps={self.train.save_steps} must be a multiple of train.log_steps={self.train.log_steps}"
+            )
         return self
 
 
@@ -274,6 +295,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

@@ -43,13 +43,15 @@ def embedded_teacher(config: Path) -> Iterator[str]:
         "-m",
         "teacher_server.cli",
         "up",
+        "--until-stdin-closes",
         str(config),
         f"edge.port={port}",
         "edge.host=127.0.0.1",
     ]
     with tempfile.TemporaryFile("w+") as log:
         # A session of its own: Ctrl-C reaches the trainer first, which then stops the server in order.
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        # The pipe closes even when we are killed without a word: then the server goes too.
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True)
         try:
             _wait_until_open(process, port, log)
             yield f"127.0.0.1:{port}"

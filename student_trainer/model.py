@@ -6,6 +6,7 @@ Axes: B sequences, L padded length, D width, V vocabulary rows.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from student_trainer import internlm
 from student_trainer.config import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head, Lora
@@ -32,10 +34,12 @@ class Student:
     Attributes:
         model: the causal language model, wrapped by peft if it has adapters.
         tokenizer: its tokenizer.
+        sha256: of the weights it started from, adapters included.
     """
 
     model: Any
     tokenizer: Any
+    sha256: str = ""
 
     @property
     def causal_lm(self) -> Any:
@@ -76,6 +80,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     folder = _find(config.path)
     torch.manual_seed(seed)  # adapters start from it
     transformers_logging.disable_progress_bar()
+    internlm.register()
     try:
         AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -99,7 +104,17 @@ def load_student(config: ModelConfig, seed: int) -> Student:
         raise ModelError(f"model.path {config.path}: its tokenizer has neither a pad nor an eos token")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Student(_with_adapters(model, config.lora, config.gradient_checkpointing), tokenizer)
+    model = _with_adapters(model, config.lora, config.gradient_checkpointing)
+    return Student(model, tokenizer, _sha256(model))
+
+
+def _sha256(model: Any) -> str:
+    """Digest of every parameter by name."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _find(path: str) -> str:

@@ -11,10 +11,10 @@ import torch
 
 from student_trainer.config import LabelConfig, LossConfig, OutputLossConfig, ScheduleConfig
 from student_trainer.errors import ConfigError
-from student_trainer.feed.arrays import to_torch
+from student_trainer.feed.arrays import to_torch, unpack_state
 from student_trainer.losses.divergence import Divergence, advice
 from student_trainer.losses.head import Head
-from student_trainer.losses.integrity import BFLOAT16, FLOAT32
+from student_trainer.losses.integrity import BFLOAT16, FLOAT32, Tolerance
 from student_trainer.losses.output import OutputLossSpec
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
 from student_trainer.losses.truncated import check_temperature
@@ -75,6 +75,14 @@ def check_loss(loss: LossConfig, labels: LabelConfig) -> str | None:
     return advice(divergence)
 
 
+def is_softened(loss: LossConfig) -> bool:
+    """Whether the output loss ever has a temperature other than 1."""
+    if loss.output is None:
+        return False
+    schedule = _temperature(loss.output)
+    return (schedule.start, schedule.end) != (1.0, 1.0)
+
+
 def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
     """The teacher's output head on the student's device, over the shared ids."""
     header = head.header
@@ -83,19 +91,25 @@ def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
     return whole.slice(vocab_rows)
 
 
-def rows_on(signals: TeacherSignals, head: Head | None, device: torch.device) -> TeacherRows:
-    """An answer as the losses want it, on the student's device."""
+def rows_on(signals: TeacherSignals, head: Head | None, device: torch.device, likeliest: int = 0) -> TeacherRows:
+    """An answer as the losses want it, on the student's device; `likeliest` is k if the student named ids beside them."""
     lse_N, label_N = to_torch(signals.lse_N, device), to_torch(signals.label_logp_N, device)
-    values = signals.hidden_ND or signals.logits_NV or signals.topk_logits_NK
-    tolerance = FLOAT32 if values is not None and values.dtype == "float32" else BFLOAT16
-    if signals.hidden_ND is not None:
+    if signals.hidden_ND is not None or signals.state_int8_ND is not None:
         assert head is not None, "hidden labels need the teacher's head"
-        return HiddenRows(to_torch(signals.hidden_ND, device), head, lse_N, label_N, tolerance)
+        dtype = head.weight_VD.dtype  # the teacher's
+        return HiddenRows(unpack_state(signals, dtype, device), head, lse_N, label_N, _tolerance(str(dtype)))
     if signals.logits_NV is not None:
+        tolerance = _tolerance(signals.logits_NV.dtype)
         return FullRows(to_torch(signals.logits_NV, device), lse_N, label_N, tolerance)
     assert signals.topk_ids_NK is not None and signals.topk_logits_NK is not None and signals.tail_logp_N is not None
+    tolerance = _tolerance(signals.topk_logits_NK.dtype)
     ids_NK, logits_NK = to_torch(signals.topk_ids_NK, device), to_torch(signals.topk_logits_NK, device)
-    return TopKRows(ids_NK, logits_NK, to_torch(signals.tail_logp_N, device), lse_N, label_N, tolerance)
+    return TopKRows(ids_NK, logits_NK, to_torch(signals.tail_logp_N, device), lse_N, label_N, tolerance, likeliest)
+
+
+def _tolerance(dtype: str) -> Tolerance:
+    """How closely two computations in the teacher's dtype must agree."""
+    return FLOAT32 if dtype.endswith("float32") else BFLOAT16
 
 
 def _divergence(output: OutputLossConfig) -> Divergence:

@@ -11,10 +11,11 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -22,16 +23,17 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from student_trainer import checkpoint
 from student_trainer.config import OptimizationConfig, TrainConfig
 from student_trainer.data.dataset import TokenizedDataset, collate
+from student_trainer.errors import RunError
 from student_trainer.feed.order import OrderedDataset, RunOrder
 from student_trainer.feed.packing import pack
-from student_trainer.feed.prefetch import LabelFeed
+from student_trainer.feed.prefetch import LabelFeed, LabelRequest
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity, TeacherHeadMismatch
 from student_trainer.losses.output import LossParts, output_loss
 from student_trainer.model import Student
 from student_trainer.objective import Objective, rows_on
-from teacher_wire.messages import TokenBatch
+from teacher_wire.messages import TeacherSignals, TokenBatch
 
 LOG_NAME = "train_log.jsonl"
 
@@ -74,6 +76,7 @@ class DistillationTrainer(Trainer):
         order: which rows when.
         objective: which losses at which step.
         open_feed: makes a feed that starts at a micro-batch; None if no loss needs a teacher.
+        ask: hands the feed a request it cannot make itself; None if it can make them all.
         teacher_head: the teacher's output head, for `hidden` labels.
         measure: figures of the held-out data; None if there are none.
         callbacks: transformers callbacks.
@@ -88,6 +91,7 @@ class DistillationTrainer(Trainer):
         objective: Objective,
         *,
         open_feed: Callable[[int], LabelFeed] | None = None,
+        ask: Callable[[int, LabelRequest], None] | None = None,
         teacher_head: Head | None = None,
         measure: Callable[[], dict[str, float]] | None = None,
         callbacks: list[Any] | None = None,
@@ -98,10 +102,13 @@ class DistillationTrainer(Trainer):
         self._order = order
         self._objective = objective
         self._open_feed = open_feed
+        self._ask = ask
         self._feed: LabelFeed | None = None
         self._teacher_head = teacher_head
         self._measure = measure
+        self._likeliest = config.labels.k if config.labels.extra_ids else 0
         self._meter = _Meter()
+        self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
         pad_id = student.tokenizer.pad_token_id
         pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
         super().__init__(
@@ -126,30 +133,54 @@ class DistillationTrainer(Trainer):
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of one window with their labels, and Z, the window's supervised rows (algorithms.md 1.5)."""
         first = self.state.global_step * self._order.accumulation
-        batches = [self._joined(number, dict(next(epoch_iterator))) for number in range(first, first + num_batches)]
+        numbers = range(first, first + num_batches)
+        batches = [self._padded(number, dict(next(epoch_iterator))) for number in numbers]
+        if self._ask is not None:
+            for number, batch in zip(numbers, batches, strict=True):
+                self._ask(number, replace(batch["request"], batch=self._with_own_ids(batch)))
+        if self._open_feed is not None:
+            for number, batch in zip(numbers, batches, strict=True):
+                batch["signals"] = self._take(number)
         rows = sum(batch["labels_N"].numel() for batch in batches)
         return batches, torch.tensor(float(rows), device=device)
 
-    def _joined(self, number: int, batch: dict[str, Any]) -> dict[str, Any]:
-        """One padded micro-batch with its supervised rows and the teacher's answer about them."""
+    def _padded(self, number: int, batch: dict[str, Any]) -> dict[str, Any]:
+        """One padded micro-batch with its supervised rows."""
         indices = self._order.batch(number)
         assert batch.pop("indices").tolist() == indices, "the data loader left the order of the run"
         del batch["loss_mask"]
-        request = pack([self._data[index].example for index in indices])
+        batch["request"] = request = pack([self._data[index].example for index in indices])
         packed = request.batch
-        batch["packed"], batch["names"] = packed, request.names
-        batch["row_index_N"] = torch.from_numpy(
-            row_index(packed.cu_lengths_B1, packed.wanted_T, batch["input_ids"].shape[1])
-        )
+        padded_length = batch["input_ids"].shape[1]
+        batch["row_index_N"] = torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded_length))
         batch["labels_N"] = torch.from_numpy(packed.labels_N()).long()
         self._meter.tokens += packed.tokens
-        if self._open_feed is not None:
-            if self._feed is None:
-                self._feed = self._open_feed(number)
-            before_s = self._feed.stats.wait_s
-            batch["signals"] = self._feed.take(number)
-            self._meter.waited_s += self._feed.stats.wait_s - before_s
         return batch
+
+    def _take(self, number: int) -> TeacherSignals:
+        """The teacher's answer about micro-batch `number`, and how long it was waited for."""
+        if self._feed is None:
+            assert self._open_feed is not None
+            self._feed = self._open_feed(number)
+        before_s = self._feed.stats.wait_s
+        signals = self._feed.take(number)
+        self._meter.waited_s += self._feed.stats.wait_s - before_s
+        return signals
+
+    @torch.no_grad()
+    def _with_own_ids(self, batch: dict[str, Any]) -> TokenBatch:
+        """The tokens of a micro-batch with the student's own likeliest ids of each row, as it is now (algorithms.md 2.1)."""
+        self.model.eval()
+        head = self._student.head(self._objective.vocab_rows)
+        device = head.weight_VD.device
+        with self.accelerator.autocast():
+            state_BLD = self._student.states(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[batch["row_index_N"].to(device)]
+        self.model.train()
+        step = self._objective.at(self.state.global_step).chunk_rows(self._objective.vocab_rows)
+        count = self._config.labels.extra_ids
+        ids = [head.logits(chunk_CD).topk(count, dim=-1).indices for chunk_CD in state_ND.split(step)]
+        return replace(batch["request"].batch, extra_ids_NM=torch.cat(ids).cpu().numpy().astype(np.int32))
 
     # ------------------------------------------------------------------ loss
 
@@ -165,7 +196,7 @@ class DistillationTrainer(Trainer):
             state_BLD = self._student.states(inputs["input_ids"], inputs["attention_mask"])
         state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[inputs["row_index_N"]]
         signals = inputs.get("signals")
-        teacher = None if signals is None else rows_on(signals, self._teacher_head, state_ND.device)
+        teacher = None if signals is None else rows_on(signals, self._teacher_head, state_ND.device, self._likeliest)
         labels_N = inputs["labels_N"]
         result = output_loss(
             state_ND,
@@ -177,16 +208,16 @@ class DistillationTrainer(Trainer):
             self._objective.at(self.state.global_step),
         )
         if result.integrity is not None:
-            self._check_integrity(result.integrity, inputs["packed"], inputs["names"])
+            self._check_integrity(result.integrity, inputs["request"])
         self._meter.add(result.parts)
         return result.total
 
-    def _check_integrity(self, integrity: Integrity, packed: TokenBatch, names: tuple[str, ...]) -> None:
+    def _check_integrity(self, integrity: Integrity, request: LabelRequest) -> None:
         """Stops the run before the step, and says which sample it was."""
         try:
             integrity.check()
         except TeacherHeadMismatch as error:
-            error.add_note(f"sample {names[packed.sequence_of_row(error.row)]}")
+            error.add_note(f"sample {request.names[request.batch.sequence_of_row(error.row)]}")
             raise
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -210,7 +241,13 @@ class DistillationTrainer(Trainer):
         self.log(dict(metrics))
         self._meter.started_s += time.perf_counter() - began_s  # rates are of training alone
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._last_metrics = (self.state.global_step, metrics)
         return metrics
+
+    def last_metrics(self) -> dict[str, float]:
+        """Figures of the model as it is now; measured unless the last step was followed by an evaluation."""
+        step, metrics = self._last_metrics
+        return metrics if step == self.state.global_step else self.evaluate()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss and the rates, and writes one line of train_log.jsonl."""
@@ -226,8 +263,9 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        checkpoint.mark_complete(folder)
+        run_folder = Path(self.args.output_dir)
+        checkpoint.mark_complete(run_folder / f"checkpoint-{self.state.global_step}")
+        checkpoint.rotate(run_folder, self._config.train.keep_checkpoints)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -267,7 +305,7 @@ def learning_rate_share(step: int, steps: int, settings: OptimizationConfig) -> 
 def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> TrainingArguments:
     """Our settings in transformers' words; what it would do on its own and we do ourselves is switched off."""
     settings = config.train
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.run.output_dir),
         seed=config.run.seed,
         max_steps=steps,
@@ -283,7 +321,7 @@ def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> T
         eval_steps=settings.eval_steps or None,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        save_total_limit=settings.keep_checkpoints,
+        save_total_limit=None,  # ours are rotated only after the new one counts
         report_to=list(settings.report_to) or "none",
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
@@ -295,5 +333,8 @@ def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> T
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="no",
         log_level="error",
-        full_determinism=False,
     )
+    if arguments.world_size > 1:
+        raise RunError(f"WORLD_SIZE={arguments.world_size}: several processes are not supported yet; start one")
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would change what a micro-batch is
+    return arguments

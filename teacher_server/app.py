@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from teacher_server.backends.model_folder import check_local
-from teacher_server.config import ServerConfig, TransformersBackend
+from teacher_server.config import EDGE_NAME, ServerConfig, TransformersBackend
 from teacher_server.edge.auth import TokenFile
 from teacher_server.errors import ServerConfigError
 
@@ -69,18 +69,38 @@ def running(config: ServerConfig, say: Callable[[str], None]) -> Iterator[None]:
     children = psutil.Process().children(recursive=True) if own_cluster else []
     try:
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+        _check_room(config, ray.cluster_resources())
         say("loading " + ", ".join(f"{teacher.name} ({_model(teacher.backend)})" for teacher in config.teachers))
         _deploy(config)
         children += psutil.Process().children(recursive=True) if own_cluster else []
         yield
         say("draining")
-        serve.get_deployment_handle("edge", APPLICATION).drain.remote().result(timeout_s=config.edge.drain_s + 5)
+        try:
+            serve.get_deployment_handle(EDGE_NAME, APPLICATION).drain.remote().result(timeout_s=config.edge.drain_s + 5)
+        except Exception as error:  # going down all the same
+            say(f"the edge could not drain: {type(error).__name__}")
     finally:
         with contextlib.suppress(Exception):  # on the way out; what is left is ended below
             serve.delete(APPLICATION)  # of our own cluster the rest goes with it
         children += psutil.Process().children(recursive=True) if own_cluster else []
         ray.shutdown()
         _end(children)
+
+
+def _check_room(config: ServerConfig, cluster: dict[str, float]) -> None:
+    """Refuses teachers that this cluster can never place: Serve would wait for room without a word.
+
+    Raises:
+        ServerConfigError: naming what is asked for and what there is.
+    """
+    for resource, field, own in (("CPU", "num_cpus", _EDGE_CPUS), ("GPU", "num_gpus", 0.0)):
+        asked = sum(getattr(t, field) * t.autoscaling.min_replicas for t in config.teachers) + own
+        there = cluster.get(resource, 0.0)
+        if asked > there + 1e-9:
+            told = ", ".join(f"{t.name} {getattr(t, field):g} x {t.autoscaling.min_replicas}" for t in config.teachers)
+            raise ServerConfigError(
+                f"teachers.*.{field}: {told} take {asked:g} {resource}s with the edge, the cluster has {there:g}"
+            )
 
 
 def _model(backend: Any) -> str:
@@ -125,7 +145,7 @@ def _deploy(config: ServerConfig) -> None:
     names = [teacher.name for teacher in config.teachers]
     edge = serve.deployment(
         Edge,
-        name="edge",
+        name=EDGE_NAME,
         ray_actor_options={"num_cpus": _EDGE_CPUS},
         graceful_shutdown_timeout_s=1,
         graceful_shutdown_wait_loop_s=0.1,

@@ -32,7 +32,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value
 
 
 @app.command()
-def up(config: ConfigPath, overrides: Overrides = None) -> None:
+def up(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    until_stdin_closes: Annotated[
+        bool, typer.Option(help="also stop when standard input ends; for a parent process")
+    ] = False,
+) -> None:
     """Start every teacher and the edge; Ctrl-C drains and ends all of it."""
     loaded = load_config(config, overrides)
     from teacher_server.app import check, running
@@ -55,6 +61,8 @@ def up(config: ConfigPath, overrides: Overrides = None) -> None:
     try:
         with running(loaded, say):
             on_signal(lambda *_: stop.set())
+            if until_stdin_closes:
+                threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
             how = "TLS" if loaded.edge.tls else "plain text, loopback only"
             say(f"[bold green]ready[/] on {loaded.edge.address} ({how})")
             while not stop.wait(0.2):
@@ -101,6 +109,11 @@ def describe(
                 Console().print(table)
 
     asyncio.run(ask())
+
+
+def _stop_at_end_of_input(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()
 
 
 def _summary(config: ServerConfig) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from teacher_server.errors import ServerConfigError
 from teacher_wire.channel import is_loopback
 
+EDGE_NAME = "edge"  # of the endpoint among the application's deployments
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
@@ -52,7 +53,7 @@ class EdgeConfig(_Strict):
 
     @property
     def address(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @model_validator(mode="after")
     def _safe(self) -> EdgeConfig:
@@ -182,6 +183,8 @@ class ServerConfig(_Strict):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError(f"teachers need distinct names, got {', '.join(names)}")
+        if EDGE_NAME in names:
+            raise ValueError(f"the name {EDGE_NAME!r} is the endpoint's own: call the teacher otherwise")
         return self
 
 
@@ -195,6 +198,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> ServerConfig:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ServerConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ServerConfigError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ServerConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -232,7 +237,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
         node = node[_index(node, key, dotted)] if isinstance(node, list) else node.setdefault(key, {})
         if not isinstance(node, dict | list):
             raise ServerConfigError(f"override {dotted}: {key} is not a section")
-    node[_index(node, last, dotted) if isinstance(node, list) else last] = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ServerConfigError(f"override {dotted}: not a YAML value: {text}") from error
+    node[_index(node, last, dotted) if isinstance(node, list) else last] = value
 
 
 def _index(node: list[Any], key: str, dotted: str) -> int:

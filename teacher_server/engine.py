@@ -150,6 +150,7 @@ class TeacherEngine:
         self.forward_tokens += sum(tokens.tokens for tokens, _ in jobs)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, jobs)
+            answered = list(zip(batch, answers, strict=True))
         except Exception as error:
             log.exception("forward pass of %d requests failed", len(batch))
             if len(batch) > 1:  # one of them may be the cause: the others must not pay for it
@@ -161,7 +162,7 @@ class TeacherEngine:
                 )
                 batch[0].future.set_exception(known)
             return
-        for waiting, signals in zip(batch, answers, strict=True):
+        for waiting, signals in answered:
             queue_us = round((started - waiting.queued_s) * 1e6)
             if not waiting.future.done():
                 waiting.future.set_result(
@@ -174,6 +175,11 @@ class TeacherEngine:
         waiting = self._waiting.get(job_id)
         if waiting is not None and not waiting.future.done():
             waiting.future.set_exception(error)
+
+    def check_health(self) -> None:
+        """Raises RuntimeError if no answer can ever come again."""
+        if self._task is None or self._task.done():
+            raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
 
     def counters(self) -> dict[str, int]:
         """What this replica has done and holds, for status displays and tests."""

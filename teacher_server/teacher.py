@@ -35,6 +35,10 @@ class TeacherReplica:
     async def head_bytes(self, fingerprint: str, offset: int, size: int) -> bytes:
         return await self._engine.head_bytes(fingerprint, offset, size)
 
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica that raises."""
+        self._engine.check_health()
+
     async def counters(self) -> dict[str, int]:
         return self._engine.counters()
 

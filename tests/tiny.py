@@ -47,6 +47,7 @@ def make_model(
     extra = {
         "qwen2": {"tie_word_embeddings": True},
         "llama": {},
+        "internlm3": {},
         "glm": {"head_dim": hidden // 4},
         "glm4": {"head_dim": hidden // 4},
         "gemma2": {
@@ -58,6 +59,10 @@ def make_model(
         "cohere": {"logit_scale": 0.25},
         "granite": {"logits_scaling": 4.0},
     }[family]
+    if family == "internlm3":
+        from teacher_server.backends import internlm
+
+        internlm.register()
     config = tf.AutoConfig.for_model(family, **{**shape, **extra, **changes})
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)

@@ -24,6 +24,7 @@ from rich.console import Console
 from deploy.demo.corpus import CorpusConfig, build_corpus, train_tokenizer
 from deploy.demo.models import SIZES, write_model
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SEEDS = (0, 1, 2)
 STEPS = 200
 BATCH_SIZE = 16
@@ -55,13 +56,9 @@ def main() -> None:
         data, tokenizer = _data(options.cache.resolve(), console)
     with _step(console, "2/5 teacher"):
         teacher = _teacher(options.cache.resolve(), data, tokenizer, console)
-    with _step(console, "3/5 serving the teacher on Ray Serve"):
-        server, address = _serve(options.output.resolve(), teacher, console)
-    try:
-        with _step(console, "4/5 students: three arms, three seeds, equal batches and steps"):
-            results = _arms(options, data, tokenizer, address, console)
-    finally:
-        _stop(server)
+    students = "4/5 students: three arms, three seeds, equal batches and steps"
+    with _serving(options.output.resolve(), teacher, console) as address, _step(console, students):
+        results = _arms(options, data, tokenizer, address, console)
     with _step(console, "5/5 report"):
         _report(options.output, results, time.monotonic() - started, console)
 
@@ -103,37 +100,41 @@ def _teacher(cache: Path, data: Path, tokenizer: Path, console: Console) -> Path
     return train_teacher(cache, data / "train.jsonl", tokenizer, rows, TeacherRecipe(), console)
 
 
-def _serve(folder: Path, teacher: Path, console: Console) -> tuple[subprocess.Popen[str], str]:
-    """The same command a user types, as a process of its own."""
+@contextmanager
+def _serving(folder: Path, teacher: Path, console: Console) -> Iterator[str]:
+    """The same command a user types, as a process of its own; the address it serves at, until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = yaml.safe_load((Path(__file__).parents[1] / "examples" / "teacher-cpu.yaml").read_text())
+    config = yaml.safe_load((EXAMPLES / "teacher-cpu.yaml").read_text())
     config["edge"] = {"port": port}
     config["teachers"][0]["backend"]["model"] = str(teacher)
     file = folder / "teacher.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "teacher_server.cli", "up", str(file)]
-    console.print(f"teacher-server up {file}")
-    server = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, start_new_session=True
-    )
+    command = [sys.executable, "-m", "teacher_server.cli", "up", "--until-stdin-closes", str(file)]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        with _step(console, "3/5 serving the teacher on Ray Serve"):
+            console.print(f"teacher-server up {file}")
+            _wait_until_ready(server, console)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _wait_until_ready(server: subprocess.Popen[str], console: Console) -> None:
     assert server.stderr is not None
     lines = []
     for line in server.stderr:
         lines.append(line)
         console.print(f"  [dim]{line.rstrip()}[/]")
         if "ready" in line:
-            return server, f"127.0.0.1:{port}"
+            return
     raise SystemExit(f"the server did not come up: {''.join(lines)}")
-
-
-def _stop(server: subprocess.Popen[str]) -> None:
-    server.send_signal(signal.SIGINT)
-    try:
-        server.communicate(timeout=90)
-    except subprocess.TimeoutExpired:
-        server.kill()
 
 
 def _arms(options: argparse.Namespace, data: Path, tokenizer: Path, address: str, console: Console) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _arms(options: argparse.Namespace, data: Path, tokenizer: Path, address: str
     values: dict[str, dict[str, list[float]]] = {arm: {metric: [] for metric in METRICS} for arm in LOSSES}
     curves = []
     teacher: dict[str, float] = {}
-    example = yaml.safe_load((Path(__file__).parents[1] / "examples" / "student-cpu.yaml").read_text())
+    example = yaml.safe_load((EXAMPLES / "student-cpu.yaml").read_text())
     for seed in SEEDS:
         student = options.output / "students" / f"seed{seed}"
         write_model(student, tokenizer, SIZES["student"], seed)

@@ -66,7 +66,7 @@ def train_teacher(
     folder = cache / f"teacher-{recipe.digest(data, tokenizer)}"
     if (folder / "model.safetensors").is_file():
         console.print(f"teacher: taken from {folder}")
-        return folder
+        return _link(cache / "teacher", folder)
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -112,6 +112,15 @@ def train_teacher(
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     console.print(f"teacher: {parameters:,} parameters trained, kept in {folder}")
+    return _link(cache / "teacher", folder)
+
+
+def _link(link: Path, folder: Path) -> Path:
+    """Makes `link` the name of the current teacher, which the example configs use; returns the folder."""
+    fresh = link.with_name(f"{link.name}.link")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    os.replace(fresh, link)
     return folder
 
 

@@ -5,6 +5,7 @@ Keepalive finds a dead or frozen peer within 40 s; reconnects back off 1-2 s (re
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,10 @@ class Credentials:
 def is_loopback(address: str) -> bool:
     """Whether HOST:PORT stays on this machine."""
     host = address.rsplit(":", 1)[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: only this one is known to stay here
+        return host == "localhost"
 
 
 def check_address(address: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 import uuid
@@ -25,6 +26,7 @@ from teacher_wire.errors import (
     LimitError,
     NotFoundError,
     OverloadedError,
+    ServerError,
     TeacherWireError,
     UnavailableError,
 )
@@ -57,7 +59,7 @@ class _Pending:
     call: ScoreCall
     info: TeacherInfo
     future: asyncio.Future[TeacherSignals]
-    give_up_at: float
+    failing_since: float = math.inf  # of the clock; infinite while all goes well
     reply_id: int = 0
     parts: list[TeacherSignals] = field(default_factory=list)
     resumed_at: int = 0
@@ -122,7 +124,7 @@ class TeacherClient:
         for task in (self._stream, *self._delayed):
             if task is not None:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
+                with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
         self._fail_all(CancelledRequestError("the client was closed"))
         await self._channel.close()
@@ -237,7 +239,7 @@ class TeacherClient:
                 value=self._window_bytes,
                 limit=needed,
             )
-        pending = _Pending(call, info, asyncio.get_running_loop().create_future(), time.monotonic() + self._retry_for_s)
+        pending = _Pending(call, info, asyncio.get_running_loop().create_future())
         self._pending[call.request_id] = pending
         self.stats.requests += 1
         if self._stream is None or self._stream.done():
@@ -262,6 +264,9 @@ class TeacherClient:
                 problem = status.from_rpc(error, self.address)
             except TeacherWireError as error:
                 problem = error
+            except Exception as error:  # nobody may wait for ever because of a fault of ours
+                log.exception("the stream to %s failed", self.address)
+                problem = ServerError(f"{type(error).__name__}: {error}")
             if not isinstance(problem, status.RETRYABLE):
                 self._fail_all(problem)
                 return
@@ -273,6 +278,8 @@ class TeacherClient:
             await asyncio.sleep(self._pause(problem))
 
     async def _run_stream(self) -> None:
+        for task in self._delayed:  # everything pending is sent again right now
+            task.cancel()
         self._up = asyncio.Queue()
         self._up.put_nowait(pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=self._window_bytes)))
         for pending in self._pending.values():
@@ -307,6 +314,7 @@ class TeacherClient:
         pending = self._pending.get(chunk.request_id)
         if pending is None:  # taken back by us while it was on its way
             return
+        pending.failing_since = math.inf
         if pending.reply_id != chunk.reply_id:
             pending.reply_id = chunk.reply_id
             pending.parts = []
@@ -338,7 +346,7 @@ class TeacherClient:
             return
         problem = status.from_detail(failed.error)
         pause = self._pause(problem)
-        if isinstance(problem, status.RETRYABLE) and time.monotonic() + pause < pending.give_up_at:
+        if isinstance(problem, status.RETRYABLE) and not self._is_overdue(pending, pause):
             self.stats.retries += 1
             self._on_trouble(problem)
             task = asyncio.create_task(self._send_later(pending, pause))
@@ -373,5 +381,11 @@ class TeacherClient:
 
     def _fail_overdue(self, error: TeacherWireError) -> None:
         for pending in list(self._pending.values()):
-            if time.monotonic() >= pending.give_up_at:
+            if self._is_overdue(pending):
                 self._resolve(pending, error)
+
+    def _is_overdue(self, pending: _Pending, pause_s: float = 0.0) -> bool:
+        """Whether it has failed for longer than we try; the clock starts with the first failure since anything came."""
+        now = time.monotonic()
+        pending.failing_since = min(pending.failing_since, now)
+        return now + pause_s - pending.failing_since >= self._retry_for_s

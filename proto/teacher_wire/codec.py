@@ -16,6 +16,7 @@ from teacher_wire.errors import CapabilityError, LabelError, LimitError, Mismatc
 from teacher_wire.identity import head_sha256
 from teacher_wire.messages import (
     FLOATS,
+    Compression,
     HeadHeader,
     Limits,
     ScoreCall,
@@ -27,6 +28,8 @@ from teacher_wire.messages import (
     Timing,
     TokenBatch,
     Transport,
+    blocks_of,
+    outliers_of,
     token_id_dtype,
 )
 from teacher_wire.v1 import teacher_pb2 as pb
@@ -36,6 +39,8 @@ MAX_ID_CHARS = 64
 
 _TRANSPORT_CODE: dict[Transport, pb.Transport] = {"top_k": pb.TOP_K, "hidden": pb.HIDDEN, "full": pb.FULL}
 _TRANSPORT_NAME = {code: name for name, code in _TRANSPORT_CODE.items()}
+_COMPRESSION_CODE: dict[Compression, pb.Compression] = {"none": pb.NONE, "int8": pb.INT8_BLOCKS}
+_COMPRESSION_NAME = {code: name for name, code in _COMPRESSION_CODE.items()}
 # attribute of TeacherSignals -> field of ScoreChunk
 _WIRE_FIELD = {
     "lse_N": "lse",
@@ -45,11 +50,17 @@ _WIRE_FIELD = {
     "tail_logp_N": "tail_logp",
     "hidden_ND": "hidden",
     "logits_NV": "logits",
+    "state_int8_ND": "state_int8",
+    "state_scales_NG": "state_scales",
+    "outlier_ids_NO": "outlier_ids",
+    "outlier_values_NO": "outlier_values",
 }
+_ALWAYS = {"lse_N", "label_logp_N"}
 _EXPECTED = {
-    "top_k": {"lse_N", "label_logp_N", "topk_ids_NK", "topk_logits_NK", "tail_logp_N"},
-    "hidden": {"lse_N", "label_logp_N", "hidden_ND"},
-    "full": {"lse_N", "label_logp_N", "logits_NV"},
+    ("top_k", "none"): _ALWAYS | {"topk_ids_NK", "topk_logits_NK", "tail_logp_N"},
+    ("hidden", "none"): _ALWAYS | {"hidden_ND"},
+    ("hidden", "int8"): _ALWAYS | {"state_int8_ND", "state_scales_NG", "outlier_ids_NO", "outlier_values_NO"},
+    ("full", "none"): _ALWAYS | {"logits_NV"},
 }
 
 
@@ -104,12 +115,17 @@ def encode_call(call: ScoreCall) -> pb.ScoreRequest:
         teacher=call.teacher,
         fingerprint=call.fingerprint,
         spec=pb.SignalSpec(
-            transport=_TRANSPORT_CODE[call.spec.transport], k=call.spec.k, vocab_rows=call.spec.vocab_rows
+            transport=_TRANSPORT_CODE[call.spec.transport],
+            k=call.spec.k,
+            vocab_rows=call.spec.vocab_rows,
+            extra=call.spec.extra,
+            compression=_COMPRESSION_CODE[call.spec.compression],
         ),
         token_ids=tensors.encode(Tensor("int32", batch.token_ids_T)),
         cu_lengths=tensors.encode(Tensor("int32", batch.cu_lengths_B1)),
         wanted=tensors.encode(Tensor("uint8", batch.wanted_T.view(np.uint8))),
         timeout_ms=round(call.timeout_s * 1000),
+        extra_ids=None if batch.extra_ids_NM is None else tensors.encode(Tensor("int32", batch.extra_ids_NM)),
     )
 
 
@@ -132,7 +148,15 @@ def decode_call(request: pb.ScoreRequest, tenant: str) -> ScoreCall:
         raise RequestError("missing", field="request_id")
     if request.spec.transport not in _TRANSPORT_NAME:
         raise RequestError("unknown transport", field="spec.transport", value=request.spec.transport)
-    spec = SignalSpec(_TRANSPORT_NAME[request.spec.transport], vocab_rows=request.spec.vocab_rows, k=request.spec.k)
+    if request.spec.compression not in _COMPRESSION_NAME:
+        raise RequestError("unknown compression", field="spec.compression", value=request.spec.compression)
+    spec = SignalSpec(
+        _TRANSPORT_NAME[request.spec.transport],
+        vocab_rows=request.spec.vocab_rows,
+        k=request.spec.k,
+        extra=request.spec.extra,
+        compression=_COMPRESSION_NAME[request.spec.compression],
+    )
     wanted = _decode_as(request.wanted, "wanted", "uint8")
     if wanted.size and wanted.max() > 1:
         raise RequestError("flags are 0 or 1", field="wanted", value=int(wanted.max()), limit=1)
@@ -140,6 +164,7 @@ def decode_call(request: pb.ScoreRequest, tenant: str) -> ScoreCall:
         token_ids_T=_decode_as(request.token_ids, "token_ids", "int32"),
         cu_lengths_B1=_decode_as(request.cu_lengths, "cu_lengths", "int32"),
         wanted_T=wanted.view(np.bool_),
+        extra_ids_NM=_decode_as(request.extra_ids, "extra_ids", "int32") if request.HasField("extra_ids") else None,
     )
     return ScoreCall(
         request_id=request.request_id,
@@ -192,7 +217,7 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
         (f"sequence {longest} tokens", int(batch.lengths_B[longest]), limits.max_sequence_tokens),
         ("request tokens", batch.tokens, limits.max_request_tokens),
         ("request sequences", batch.sequences, limits.max_request_sequences),
-        ("k", spec.k, limits.max_k),
+        ("k", spec.kept, limits.max_k),
         ("reply bytes", reply_bytes(call, info), limits.max_reply_bytes),
     ):
         if value > limit:
@@ -204,6 +229,13 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
             field=f"token_ids[{top}]",
             value=int(batch.token_ids_T[top]),
             limit=info.vocab_rows - 1,
+        )
+    named = 0 if batch.extra_ids_NM is None else batch.extra_ids_NM.shape[1]
+    if named != spec.extra:
+        raise RequestError("extra_ids do not fit the spec", field="extra_ids", value=named, limit=spec.extra)
+    if batch.extra_ids_NM is not None and batch.extra_ids_NM.max() >= spec.vocab_rows:
+        raise RequestError(
+            "id outside vocab_rows", field="extra_ids", value=int(batch.extra_ids_NM.max()), limit=spec.vocab_rows - 1
         )
     labels = batch.labels_N()
     worst = int(np.argmax(labels))
@@ -249,22 +281,27 @@ def decode_chunk(chunk: pb.ScoreChunk, spec: SignalSpec, info: TeacherInfo) -> T
         LabelError: something is missing, superfluous, of another type or width.
     """
     found = {name: field for name, field in _WIRE_FIELD.items() if chunk.HasField(field)}
-    if set(found) != _EXPECTED[spec.transport]:
+    expected = _EXPECTED[spec.transport, spec.compression]
+    if set(found) != expected:
         raise LabelError(
             "the answer holds other tensors than asked",
             field="chunk",
             value=sorted(found),
-            limit=sorted(_EXPECTED[spec.transport]),
+            limit=sorted(expected),
         )
     ids = token_id_dtype(spec.vocab_rows)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "lse_N": ((chunk.rows,), "float32"),
         "label_logp_N": ((chunk.rows,), "float32"),
         "tail_logp_N": ((chunk.rows,), "float32"),
-        "topk_ids_NK": ((chunk.rows, spec.k), ids),
-        "topk_logits_NK": ((chunk.rows, spec.k), info.dtype),
+        "topk_ids_NK": ((chunk.rows, spec.kept), ids),
+        "topk_logits_NK": ((chunk.rows, spec.kept), info.dtype),
         "hidden_ND": ((chunk.rows, info.hidden_size), info.dtype),
         "logits_NV": ((chunk.rows, spec.vocab_rows), info.dtype),
+        "state_int8_ND": ((chunk.rows, info.hidden_size), "int8"),
+        "state_scales_NG": ((chunk.rows, blocks_of(info.hidden_size)), "float16"),
+        "outlier_ids_NO": ((chunk.rows, outliers_of(info.hidden_size)), "uint16"),
+        "outlier_values_NO": ((chunk.rows, outliers_of(info.hidden_size)), "bfloat16"),
     }
     parts = {}
     for name, field in found.items():

@@ -15,6 +15,7 @@ import numpy as np
 from teacher_wire.errors import NotFoundError, ServerError
 from teacher_wire.identity import head_sha256
 from teacher_wire.messages import (
+    BLOCK_CHANNELS,
     HeadHeader,
     Limits,
     ScoreCall,
@@ -24,6 +25,7 @@ from teacher_wire.messages import (
     Tensor,
     TokenBatch,
     float32,
+    outliers_of,
     token_id_dtype,
 )
 
@@ -117,24 +119,67 @@ class FakeTeacher:
     def signals(self, spec: SignalSpec, batch: TokenBatch) -> TeacherSignals:
         """The right answer, in float32."""
         hidden_ND = self.states(batch)[batch.rows_of()]
+        if spec.compression == "int8":
+            packed, hidden_ND = _pack_state(hidden_ND)
         logits_NV = hidden_ND @ self.weight_VD[: spec.vocab_rows].T
         lse_N = _lse(logits_NV)
         rows = np.arange(batch.rows)
-        signals = TeacherSignals(float32(lse_N), float32(logits_NV[rows, batch.labels_N()] - lse_N))
-        if spec.transport == "hidden":
-            return replace(signals, hidden_ND=float32(hidden_ND))
-        if spec.transport == "full":
-            return replace(signals, logits_NV=float32(logits_NV))
-        order_NV = np.argsort(-logits_NV, axis=-1, kind="stable")  # equal logits: rising id
-        kept_NK, rest = order_NV[:, : spec.k], order_NV[:, spec.k :]
-        tail_N = _lse(np.take_along_axis(logits_NV, rest, -1)) - lse_N if rest.size else np.full(batch.rows, -np.inf)
-        ids = token_id_dtype(spec.vocab_rows)
-        return replace(
-            signals,
-            topk_ids_NK=Tensor(ids, kept_NK.astype(np.uint16 if ids == "uint16" else np.uint32)),
-            topk_logits_NK=float32(np.take_along_axis(logits_NV, kept_NK, -1)),
-            tail_logp_N=float32(tail_N),
-        )
+        tensors = {"lse_N": float32(lse_N), "label_logp_N": float32(logits_NV[rows, batch.labels_N()] - lse_N)}
+        if spec.compression == "int8":
+            tensors |= packed
+        elif spec.transport == "hidden":
+            tensors["hidden_ND"] = float32(hidden_ND)
+        elif spec.transport == "full":
+            tensors["logits_NV"] = float32(logits_NV)
+        else:
+            tensors |= _top_k(logits_NV, lse_N, spec, batch.extra_ids_NM)
+        return TeacherSignals.of(tensors)
+
+
+def _pack_state(state_ND: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
+    """States compressed (proto: Compression), and what a student makes of them again."""
+    rows, width = state_ND.shape
+    ids_NO = np.sort(np.argsort(-np.abs(state_ND), axis=-1)[:, : outliers_of(width)], axis=-1)
+    bits_NO = (np.take_along_axis(state_ND, ids_NO, -1).view(np.uint32) >> 16).astype(np.uint16)
+    values_NO = Tensor("bfloat16", bits_NO)
+    bulk_ND = state_ND.copy()
+    np.put_along_axis(bulk_ND, ids_NO, 0, -1)
+    bulk_NGS = np.pad(bulk_ND, ((0, 0), (0, -width % BLOCK_CHANNELS))).reshape(rows, -1, BLOCK_CHANNELS)
+    scales_NG = np.maximum(np.abs(bulk_NGS).max(-1) / 127, 2.0**-24).astype(np.float16)
+    steps_NGS = np.clip(np.rint(bulk_NGS / scales_NG.astype(np.float32)[..., None]), -127, 127).astype(np.int8)
+    seen_ND = (steps_NGS * scales_NG.astype(np.float32)[..., None]).reshape(rows, -1)[:, :width]
+    np.put_along_axis(seen_ND, ids_NO, values_NO.as_float32(), -1)
+    tensors = {
+        "state_int8_ND": Tensor("int8", np.ascontiguousarray(steps_NGS.reshape(rows, -1)[:, :width])),
+        "state_scales_NG": Tensor("float16", scales_NG),
+        "outlier_ids_NO": Tensor("uint16", ids_NO.astype(np.uint16)),
+        "outlier_values_NO": values_NO,
+    }
+    return tensors, seen_ND
+
+
+def _top_k(
+    logits_NV: np.ndarray, lse_N: np.ndarray, spec: SignalSpec, extra_NM: np.ndarray | None
+) -> dict[str, Tensor]:
+    """The kept entries and their tail: the named ids first of all, then the likeliest of the others."""
+    first_NV = -logits_NV.astype(np.float64)
+    if extra_NM is not None:
+        np.put_along_axis(first_NV, extra_NM.astype(np.int64), -np.inf, -1)
+    kept_NK = np.argsort(first_NV, axis=-1, kind="stable")[:, : spec.kept]
+    rest_NV = logits_NV.copy()
+    np.put_along_axis(rest_NV, kept_NK, -np.inf, -1)
+    kept_NK = np.sort(kept_NK, axis=-1)  # equal logits: rising id
+    kept_logits_NK = np.take_along_axis(logits_NV, kept_NK, -1)
+    order_NK = np.argsort(-kept_logits_NK, axis=-1, kind="stable")
+    kept_NK, kept_logits_NK = (np.take_along_axis(array, order_NK, -1) for array in (kept_NK, kept_logits_NK))
+    everything = spec.kept == logits_NV.shape[-1]
+    tail_N = np.full(len(lse_N), -np.inf) if everything else _lse(rest_NV) - lse_N
+    ids = token_id_dtype(spec.vocab_rows)
+    return {
+        "topk_ids_NK": Tensor(ids, kept_NK.astype(np.uint16 if ids == "uint16" else np.uint32)),
+        "topk_logits_NK": float32(kept_logits_NK),
+        "tail_logp_N": float32(tail_N),
+    }
 
 
 def _lse(logits: np.ndarray) -> np.ndarray:

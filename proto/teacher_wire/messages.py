@@ -16,6 +16,11 @@ from teacher_wire.errors import LabelError, RequestError, TensorError
 
 Transport = Literal["top_k", "hidden", "full"]
 TRANSPORTS: tuple[Transport, ...] = ("top_k", "hidden", "full")
+Compression = Literal["none", "int8"]
+
+# States as int8: channels of one scale, and the channels of largest magnitude that are sent as they are (algorithms.md 3.4).
+BLOCK_CHANNELS = 128
+OUTLIER_CHANNELS = 16
 
 # wire dtype -> (numpy dtype in memory, bytes an element on the wire)
 DTYPES: dict[str, tuple[str, int]] = {
@@ -84,6 +89,7 @@ class TokenBatch:
         token_ids_T: int32 ids.
         cu_lengths_B1: int32, rising from 0 to T; sequence b is [cu[b], cu[b+1]).
         wanted_T: bool; row t describes token t+1, so the last token of a sequence cannot be wanted.
+        extra_ids_NM: int32 ids, distinct in a row, whose logits the student wants beside the likeliest ones; or None.
 
     Raises:
         RequestError: the three do not fit together.
@@ -92,6 +98,7 @@ class TokenBatch:
     token_ids_T: np.ndarray
     cu_lengths_B1: np.ndarray
     wanted_T: np.ndarray
+    extra_ids_NM: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         ids, cu, wanted = self.token_ids_T, self.cu_lengths_B1, self.wanted_T
@@ -104,7 +111,7 @@ class TokenBatch:
                 raise RequestError(
                     "wrong type", field=name, value=f"{array.dtype}{list(array.shape)}", limit=f"{np.dtype(dtype)}[n]"
                 )
-        if cu.size < 2 or cu[0] != 0 or cu[-1] != ids.size or np.any(np.diff(cu) < 2):
+        if cu.size < 2 or cu[0] != 0 or cu[-1] != ids.size or np.any(np.diff(cu.astype(np.int64)) < 2):
             raise RequestError(
                 "cu_lengths must rise from 0 to the number of tokens in steps of at least 2",
                 field="cu_lengths", value=_short(cu), limit=f"0..{ids.size}",
@@ -118,6 +125,15 @@ class TokenBatch:
             raise RequestError("no row is wanted", field="wanted", value=0, limit=">= 1")
         if np.any(ids < 0):
             raise RequestError("negative token id", field="token_ids", value=int(ids.min()), limit=">= 0")
+        if self.extra_ids_NM is not None:
+            self._check_extra(self.extra_ids_NM)
+
+    def _check_extra(self, extra_NM: np.ndarray) -> None:
+        if extra_NM.ndim != 2 or extra_NM.dtype != np.int32 or extra_NM.shape[0] != self.rows or not extra_NM.shape[1]:
+            shown = f"{extra_NM.dtype}{list(extra_NM.shape)}"
+            raise RequestError("wrong type", field="extra_ids", value=shown, limit=f"int32[{self.rows}, M]")
+        if np.any(extra_NM < 0) or np.any(np.diff(np.sort(extra_NM, axis=-1), axis=-1) == 0):
+            raise RequestError("ids of a row must be distinct and not negative", field="extra_ids")
 
     @classmethod
     def pack(cls, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[bool]] | None = None) -> TokenBatch:
@@ -175,33 +191,58 @@ class SignalSpec:
         transport: `top_k` (k logits and the exact tail mass), `hidden` (state after the final norm), `full`.
         vocab_rows: V; the distribution is over ids 0..V-1 (algorithms.md 1.6).
         k: entries kept by `top_k`; 0 for the others.
+        extra: ids a row that the student names (`TokenBatch.extra_ids_NM`), kept beside the k likeliest others.
+        compression: of `hidden` states.
     """
 
     transport: Transport
     vocab_rows: int
     k: int = 0
+    extra: int = 0
+    compression: Compression = "none"
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise RequestError("unknown transport", field="transport", value=self.transport, limit="|".join(TRANSPORTS))
         if self.vocab_rows < 2:
             raise RequestError("vocabulary too small", field="vocab_rows", value=self.vocab_rows, limit=">= 2")
-        if self.transport == "top_k" and not 1 <= self.k <= self.vocab_rows:
+        if self.transport == "top_k" and not (self.k >= 1 and self.extra >= 0 and self.kept <= self.vocab_rows):
+            limit = f"1..{self.vocab_rows - self.extra}"
+            raise RequestError("k must lie within the vocabulary", field="k", value=self.k, limit=limit)
+        if self.transport != "top_k" and (self.k or self.extra):
+            raise RequestError(f"{self.transport} takes no k", field="k", value=self.k or self.extra, limit=0)
+        if self.compression not in ("none", "int8"):
+            raise RequestError("unknown compression", field="compression", value=self.compression, limit="none|int8")
+        if self.compression != "none" and self.transport != "hidden":
             raise RequestError(
-                "k must lie within the vocabulary", field="k", value=self.k, limit=f"1..{self.vocab_rows}"
+                f"{self.transport} is not compressed", field="compression", value=self.compression, limit="none"
             )
-        if self.transport != "top_k" and self.k:
-            raise RequestError(f"{self.transport} takes no k", field="k", value=self.k, limit=0)
+
+    @property
+    def kept(self) -> int:
+        """K, ids a row of a `top_k` answer."""
+        return self.k + self.extra
 
     def row_bytes(self, hidden_size: int, value_bytes: int) -> int:
         """Payload bytes of one row on the wire."""
         ids = DTYPES[token_id_dtype(self.vocab_rows)][1]
+        packed = hidden_size + 2 * blocks_of(hidden_size) + 4 * outliers_of(hidden_size)
         widths = {
-            "top_k": self.k * (ids + value_bytes) + 4,
-            "hidden": hidden_size * value_bytes,
+            "top_k": self.kept * (ids + value_bytes) + 4,
+            "hidden": packed if self.compression == "int8" else hidden_size * value_bytes,
             "full": self.vocab_rows * value_bytes,
         }
         return 8 + widths[self.transport]
+
+
+def blocks_of(hidden_size: int) -> int:
+    """Scales a row of a compressed state."""
+    return -(-hidden_size // BLOCK_CHANNELS)
+
+
+def outliers_of(hidden_size: int) -> int:
+    """Channels a row of a compressed state that are sent as they are."""
+    return min(OUTLIER_CHANNELS, hidden_size)
 
 
 @dataclass(frozen=True)
@@ -224,6 +265,7 @@ class TeacherSignals:
         topk_ids_NK, topk_logits_NK, tail_logp_N: `top_k`; ids by falling logit, then rising id.
         hidden_ND: `hidden`, after the final norm.
         logits_NV: `full`.
+        state_int8_ND, state_scales_NG, outlier_ids_NO, outlier_values_NO: `hidden` compressed (proto: Compression).
         fingerprint: of the teacher that computed them.
     """
 
@@ -234,6 +276,10 @@ class TeacherSignals:
     tail_logp_N: Tensor | None = None
     hidden_ND: Tensor | None = None
     logits_NV: Tensor | None = None
+    state_int8_ND: Tensor | None = None
+    state_scales_NG: Tensor | None = None
+    outlier_ids_NO: Tensor | None = None
+    outlier_values_NO: Tensor | None = None
     fingerprint: str = ""
     timing: Timing = field(default_factory=Timing)
 

@@ -25,6 +25,7 @@ from teacher_wire.errors import (
     RequestError,
     ServerError,
     TeacherWireError,
+    UnavailableError,
 )
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
 from teacher_wire.v1 import teacher_pb2 as pb
@@ -267,7 +268,11 @@ class _Stream:
                 self._out.put_nowait(pb.ScoreDown(chunk=chunk))
             self._out.put_nowait(pb.ScoreDown(done=reply.done))
         except asyncio.CancelledError:
-            raise
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # The service gave up by itself: the student must not wait for ever.
+            self._fail(request.request_id, UnavailableError("the server dropped the request"))
         except Exception as error:
             self._fail(request.request_id, _known(error))
 
@@ -370,6 +375,7 @@ class _KeptReplies:
         return self._replies.get(key)
 
     def keep(self, key: str, reply: _Reply) -> None:
+        self.forget(key)  # two streams may have computed the same
         self._replies[key] = reply
         self.kept_bytes += reply.payload_bytes
         self._expire()
@@ -399,6 +405,7 @@ def _content_key(request: pb.ScoreRequest, tenant: str) -> str:
         request.fingerprint.encode(),
     ]
     parts += [spec, request.token_ids.data, request.cu_lengths.data, request.wanted.data]
+    parts.append(request.extra_ids.data)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

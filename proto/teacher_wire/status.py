@@ -49,6 +49,9 @@ ERROR_OF: dict[grpc.StatusCode, type[TeacherWireError]] = {
     _Code.DEADLINE_EXCEEDED: errors.DeadlineError,
     _Code.CANCELLED: errors.CancelledRequestError,
     _Code.DATA_LOSS: errors.LabelError,
+    # Our server never ends a call so without a detail: a transport that broke does (RST_STREAM, a proxy, a dying peer).
+    _Code.INTERNAL: errors.UnavailableError,
+    _Code.UNKNOWN: errors.UnavailableError,
 }
 RETRYABLE = (errors.UnavailableError, errors.OverloadedError)
 

@@ -63,6 +63,8 @@ def decode(message: pb.Tensor, field: str) -> Tensor:
         raise TensorError("too many axes", field=f"{field}.shape", value=len(shape), limit=MAX_AXES)
     width = DTYPES[name][1]
     expected = math.prod(shape) * width  # Python ints: no overflow to hide in
+    if any(axis >= 1 << 40 for axis in shape):  # empty, and yet more than numpy can count
+        raise TensorError("axis too long", field=f"{field}.shape", value=list(shape), limit="2^40")
     if expected != len(message.data):
         raise TensorError(
             f"{name}{list(shape)} takes {expected} bytes",

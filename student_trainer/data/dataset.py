@@ -8,8 +8,10 @@ Axes: B examples of a batch, L tokens of one example, Lmax of the longest in the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
 
@@ -89,6 +91,16 @@ class TokenizedDataset:
 
     def __iter__(self) -> Iterator[IndexedExample]:
         return (IndexedExample(i, example) for i, example in enumerate(self._examples))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of every id and mask, in order: the same rows, tokenised the same way."""
+        digest = hashlib.sha256()
+        for example in self._examples:
+            digest.update(len(example.token_ids).to_bytes(8, "little"))
+            digest.update(example.token_ids.tobytes())
+            digest.update(example.loss_mask.tobytes())
+        return digest.hexdigest()
 
     @property
     def tokens(self) -> int:

@@ -44,6 +44,13 @@ class StudentFacts:
         )
 
 
+def shared_rows(info: TeacherInfo, student: StudentFacts) -> int:
+    """V: ids that both heads and the tokenizer have. Rows beyond the tokenizer are untrained padding and differ between
+    sizes of one family (algorithms.md 1.6).
+    """
+    return min(student.vocab_rows, info.vocab_rows, student.tokenizer_size)
+
+
 def agree(
     info: TeacherInfo,
     student: StudentFacts,
@@ -81,22 +88,24 @@ def agree(
             "set teacher.allow_template_mismatch=true if its labels for our rendering are what you want",
             field="chat_template_sha256", value=info.chat_template_sha256[:16] or "none", limit=student.chat_template_sha256[:16],
         )  # fmt: skip
+    assert labels.transport != "auto", "chosen before: see feed/choose.py"
     if labels.transport not in info.transports:
         raise CapabilityError(
             f"{asked_by} asks for labels.transport={labels.transport}, which teacher {info.name!r} does not offer",
             field="labels.transport", value=labels.transport, limit="|".join(info.transports),
         )  # fmt: skip
-    # Rows beyond the tokenizer are untrained padding and differ between sizes of one family (algorithms.md 1.6).
-    vocab_rows = min(student.vocab_rows, info.vocab_rows, student.tokenizer_size)
+    vocab_rows = shared_rows(info, student)
     if labels.transport == "top_k":
-        limit = min(vocab_rows, info.limits.max_k)
+        limit = min(vocab_rows, info.limits.max_k) - labels.extra_ids
         if labels.k > limit:
             what = "the vocabulary" if vocab_rows <= info.limits.max_k else f"the limit of teacher {info.name!r}"
-            raise ConfigError(f"labels.k={labels.k} is above {what}: at most {limit}")
+            beside = f" beside extra_ids={labels.extra_ids}" if labels.extra_ids else ""
+            raise ConfigError(f"labels.k={labels.k} is above {what}: at most {limit}{beside}")
     name, tokens = longest
     if tokens > info.limits.max_sequence_tokens:
         raise LimitError(
             f"{name} is longer than teacher {info.name!r} accepts; lower data.max_tokens",
             field="tokens", value=tokens, limit=info.limits.max_sequence_tokens,
         )  # fmt: skip
-    return SignalSpec(labels.transport, vocab_rows, labels.k if labels.transport == "top_k" else 0)
+    kept = labels.k if labels.transport == "top_k" else 0
+    return SignalSpec(labels.transport, vocab_rows, kept, labels.extra_ids, labels.compression)

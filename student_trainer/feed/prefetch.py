@@ -1,4 +1,4 @@
-"""Labels ahead of the step that needs them: one thread, one event loop, one client; the only bridge to async code.
+"""Labels ahead of the step that needs them: one client on the background loop; the bridge between steps and async code.
 
 In: numbered requests, asked for in order; out: `take(number)`, which waits and says how long. Bytes under way are bounded:
 a request is sent only when its whole answer fits into what is left. A failed request fails the step that needs it.
@@ -7,15 +7,17 @@ a request is sent only when its whole answer fits into what is left. A failed re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from student_trainer.feed import background
 from teacher_wire import codec
 from teacher_wire.client import TeacherClient
-from teacher_wire.errors import LimitError, TeacherWireError
+from teacher_wire.errors import CancelledRequestError, LimitError, TeacherWireError
 from teacher_wire.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, TokenBatch
 
 
@@ -48,13 +50,14 @@ class LabelFeed:
     """Fetches labels of the requests `first .. count-1`, in order, ahead of `take`.
 
     Args:
-        connect: makes the client; called in the feed's own thread.
+        connect: makes the client; called on the background loop.
         info: the teacher.
         spec: which signal.
-        request: number -> what to ask; must be a pure function, it runs in the feed's thread.
+        request: number -> what to ask; called in a thread of the feed, may wait.
         check: raises LabelError for an answer that must not be learned from.
         first, count: the range of numbers.
         max_bytes, max_batches: bounds on answers asked for and not yet taken.
+        on_close: wakes a `request` that is waiting.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class LabelFeed:
         count: int,
         max_bytes: int,
         max_batches: int,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._connect = connect
         self._info = info
@@ -79,15 +83,14 @@ class LabelFeed:
         self._next = first
         self._max_bytes = max_bytes
         self._max_batches = max_batches
+        self._on_close = on_close
         self._promises: dict[int, Future[TeacherSignals]] = {}
         self._lock = threading.Condition()
         self._held: dict[int, int] = {}
         self._closed = False
         self._error: BaseException | None = None
-        self._loop = asyncio.new_event_loop()
         self.stats = FeedStats()
-        self._thread = threading.Thread(target=self._run, name="label-feed", daemon=True)
-        self._thread.start()
+        self._work = background.start(self._run())
 
     def take(self, number: int) -> TeacherSignals:
         """The checked labels of request `number`; each can be taken once.
@@ -104,6 +107,8 @@ class LabelFeed:
             promise = self._promises[number]
         try:
             signals = promise.result()
+        except CancelledRequestError as error:
+            raise (self._error or error) from None  # the feed ended for a reason: say that one
         finally:
             self.stats.wait_s += time.perf_counter() - started
             with self._lock:
@@ -122,31 +127,31 @@ class LabelFeed:
         stats.forward_s += signals.timing.forward_us / 1e6
 
     def close(self) -> None:
-        """Ends the thread; open requests are taken back."""
+        """Ends; open requests are taken back."""
         with self._lock:
             self._closed = True
             self._lock.notify_all()
-        self._thread.join(timeout=30)
+        self._on_close()
+        with contextlib.suppress(Exception):  # whoever needed an answer has been told
+            self._work.result(timeout=30)
 
-    def _run(self) -> None:
+    async def _run(self) -> None:
         try:
-            self._loop.run_until_complete(self._feed())
+            await self._feed()
         except BaseException as error:
             with self._lock:
-                self._error = error
+                self._error = self._error or error
                 self._lock.notify_all()
-        finally:
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.close()
+            raise
 
     async def _feed(self) -> None:
         tasks: set[asyncio.Task[None]] = set()
-        async with self._connect() as client:
+        async with self._connect() as client, _remembered(self):
             while self._next < self._count and not self._closed:
                 number = self._next
-                request = self._request(number)
+                request = await asyncio.get_running_loop().run_in_executor(None, self._request, number)
                 size = self._reply_bytes(request)
-                if not await self._loop.run_in_executor(None, self._wait_for_room, size):
+                if not await asyncio.get_running_loop().run_in_executor(None, self._wait_for_room, size):
                     break
                 with self._lock:
                     self._held[number] = size
@@ -156,7 +161,7 @@ class LabelFeed:
                 task = asyncio.create_task(self._fetch(client, number, request))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-            await self._loop.run_in_executor(None, self._wait_for_end)
+            await asyncio.get_running_loop().run_in_executor(None, self._wait_for_end)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -190,6 +195,16 @@ class LabelFeed:
         with self._lock:
             while self._promises and not self._closed:
                 self._lock.wait()
+
+
+@contextlib.asynccontextmanager
+async def _remembered(feed: LabelFeed) -> AsyncIterator[None]:
+    """Keeps what ends the feed before the client is closed and fails everything under way with a lesser word."""
+    try:
+        yield
+    except BaseException as error:
+        feed._error = error
+        raise
 
 
 def _with_names(error: Exception, request: LabelRequest) -> Exception:

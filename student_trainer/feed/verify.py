@@ -46,9 +46,15 @@ def check_signals(signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, 
         _check_top_k(signals, spec, batch, report)
     elif spec.transport == "full":
         _check_full(signals, batch, report)
-    elif signals.hidden_ND is not None:
-        state_ND = signals.hidden_ND.as_float32()
-        report.refuse(~np.isfinite(state_ND).all(-1), "hidden", "holds NaN or infinity", lse_N)
+    for name in ("hidden_ND", "state_scales_NG", "outlier_values_NO"):
+        found = signals.tensors().get(name)
+        if found is not None:
+            report.refuse(~np.isfinite(found.as_float32()).all(-1), name, "holds NaN or infinity", lse_N)
+    if signals.outlier_ids_NO is not None:
+        top_N = signals.outlier_ids_NO.array.max(-1)
+        assert signals.state_int8_ND is not None
+        width = signals.state_int8_ND.shape[1]
+        report.refuse(top_N >= width, "outlier_ids", "a channel outside the state", top_N, width - 1)
 
 
 class _Reporter:
@@ -85,6 +91,9 @@ def _check_top_k(signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, r
     report.refuse(np.isnan(tail_N) | (tail_N > 1e-4), "tail_logp", "not a log-probability", tail_N)
     mass_N = np.exp(logits_NK.astype(np.float64) - lse_N[:, None]).sum(-1) + np.exp(tail_N.astype(np.float64))
     report.refuse(np.abs(mass_N - 1) > MASS_TOLERANCE, "tail_logp", "kept and tail mass do not sum to 1", mass_N, "1")
+    if batch.extra_ids_NM is not None:
+        named_NM = (ids_NK[:, :, None] == batch.extra_ids_NM[:, None, :]).any(1)
+        report.refuse(~named_NM.all(-1), "topk_ids", "an id that the student named is missing", ids_NK[:, 0])
     labels_N = batch.labels_N()
     place_NK = ids_NK == labels_N[:, None]
     kept_N = place_NK.any(-1)
@@ -98,7 +107,8 @@ def _check_top_k(signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, r
         LOGP_TOLERANCE,
     )
     # A next token outside the kept ids cannot be likelier than the last of them.
-    above_N = ~kept_N & (label_N > logits_NK[:, -1] - lse_N + LOGP_TOLERANCE)
+    # (with ids named by the student among them: than the k-th).
+    above_N = ~kept_N & (label_N > logits_NK[:, spec.k - 1] - lse_N + LOGP_TOLERANCE)
     report.refuse(
         above_N,
         "label_logp",

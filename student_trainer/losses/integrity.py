@@ -9,6 +9,7 @@ Axes: N rows of one call. Catches shifted rows, a state before the final norm, a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,25 +60,24 @@ class Integrity:
     seen_logp_N: Tensor
     tolerance: Tolerance = BFLOAT16
 
+    def begin(self) -> None:
+        """Compares on the device and sends the result on its way, so that a later `check` waits for nothing else."""
+        _ = self._compared
+
     def check(self) -> None:
-        """Compares; waits for the device once.
+        """Compares; waits once, for the device to reach `begin` (or now, if that was not called).
 
         Raises:
             TeacherHeadMismatch: more than 0.1 % of the rows (and more than one) are out of tolerance, or one is out
                 by ten times the tolerance; names the worst row and its figures.
         """
-        if not self.row_N.numel():
+        rows, allowed = self.row_N.numel(), self.tolerance
+        if not rows:
             return
-        allowed = self.tolerance
-        size_N = self.served_lse_N.abs()
-        lse_N = (self.seen_lse_N - self.served_lse_N).abs() / (allowed.lse_abs + allowed.lse_rel * size_N)
-        logp_N = (self.seen_logp_N - self.served_logp_N).abs() / (allowed.logp_abs + allowed.logp_rel * size_N)
-        error_N = torch.maximum(lse_N, logp_N).nan_to_num(nan=torch.inf)  # NaN must fail every comparison below
-        worst = error_N.argmax()
-        figures = (self.row_N, self.served_lse_N, self.seen_lse_N, self.served_logp_N, self.seen_logp_N, error_N)
-        told = torch.stack([(error_N > 1).sum().double(), *(figure[worst].double() for figure in figures)]).tolist()
-        failing, row, served_lse, seen_lse, served_logp, seen_logp, error = told
-        rows = self.row_N.numel()
+        told, arrived = self._compared
+        if arrived is not None:
+            arrived.synchronize()
+        failing, row, served_lse, seen_lse, served_logp, seen_logp, error = told.tolist()
         if failing <= max(1, FORGIVEN_SHARE * rows) and error <= GROSS:
             return
         mismatch = TeacherHeadMismatch(
@@ -90,3 +90,23 @@ class Integrity:
         )
         mismatch.row = int(row)
         raise mismatch
+
+    @cached_property
+    def _compared(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Rows out of tolerance and the figures of the worst one; on a GPU, on their way to the host until the event."""
+        if not self.row_N.numel():
+            return self.served_lse_N.double(), None
+        allowed = self.tolerance
+        size_N = self.served_lse_N.abs()
+        lse_N = (self.seen_lse_N - self.served_lse_N).abs() / (allowed.lse_abs + allowed.lse_rel * size_N)
+        logp_N = (self.seen_logp_N - self.served_logp_N).abs() / (allowed.logp_abs + allowed.logp_rel * size_N)
+        error_N = torch.maximum(lse_N, logp_N).nan_to_num(nan=torch.inf)  # NaN must fail every comparison in `check`
+        figures = (self.row_N, self.served_lse_N, self.seen_lse_N, self.served_logp_N, self.seen_logp_N, error_N)
+        worst_6 = torch.stack([figure.double() for figure in figures])[:, error_N.argmax()[None]][:, 0]
+        told_7 = torch.cat([(error_N > 1).sum().double()[None], worst_6])
+        if not told_7.is_cuda:
+            return told_7, None
+        host_7 = torch.empty_like(told_7, device="cpu", pin_memory=True).copy_(told_7, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return host_7, arrived

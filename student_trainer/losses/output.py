@@ -3,19 +3,20 @@
 In: the student's states after its final norm, its head, the teacher's rows. Out: one differentiable number, its parts.
 Must never hold more than a chunk of logits, nor wait for the device after the rows of weight 0 are dropped.
 
-Axes: N rows, C rows of a chunk, V vocabulary rows, K kept ids, D width, R rank. Source: algorithms.md 3.2.
+Axes: N rows, M rows of weight above 0, C rows of a chunk, V vocabulary rows, K kept ids, D width, R rank. Source: algorithms.md 3.2.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from student_trainer.errors import ConfigError, DataError
+from student_trainer.losses import fused
 from student_trainer.losses.divergence import Divergence, divergence_and_grad
 from student_trainer.losses.head import Head, if_trained
 from student_trainer.losses.integrity import Integrity
@@ -54,9 +55,13 @@ class OutputLossSpec:
             if not (value > 0 or (name in weights and value == 0)):
                 raise ConfigError(f"{name} must be {'at least' if name in weights else 'above'} 0, not {value}")
 
-    def chunk_rows(self, vocab_rows: int) -> int:
-        """C: four float32 buffers [C, V] fill `chunk_bytes` (algorithms.md 3.3)."""
-        return max(16, min(1024, self.chunk_bytes // (16 * vocab_rows)))
+    def chunk_rows(self, vocab_rows: int, bytes_each: int = 16) -> int:
+        """C: [C, V] fills `chunk_bytes`; four float32 buffers unless said otherwise (algorithms.md 3.3).
+
+        Whole tiles of a matrix product where there are some.
+        """
+        rows = max(16, min(1024, self.chunk_bytes // (bytes_each * vocab_rows)))
+        return rows - rows % 128 if rows > 128 else rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,54 +119,66 @@ def output_loss(
         DataError: lengths, a vocabulary, a label or a weight that does not fit.
     """
     _check_call(student_hidden_ND, head, rows, label_ids_N, weights_N, spec)
-    kept_N = weights_N.detach().nonzero()[:, 0]  # the one wait for the device: shapes depend on it
-    _check_values(label_ids_N[kept_N], weights_N[kept_N], normalizer, head.vocab_rows)
+    kept_M = weights_N.detach().nonzero()[:, 0]  # the one wait for the device: shapes depend on it
+    labels_M, weights_M, count = label_ids_N[kept_M], weights_N[kept_M], kept_M.numel()
+    _check_values(labels_M, weights_M, normalizer, head.vocab_rows)
     dtype = wide(student_hidden_ND, head.weight_VD)
+    grad_dtype = torch.bfloat16 if _narrow(student_hidden_ND, head) else dtype
+    is_fused = dtype == torch.float32 and fused.usable(student_hidden_ND) and _has_kernel(rows, spec)
+    bytes_each = 16 if not is_fused else 4 + grad_dtype.itemsize + (0 if _is_short(rows) else 4)
+    chunk_rows = spec.chunk_rows(head.vocab_rows, bytes_each)
     trained = (if_trained(student_hidden_ND), *head.trained())
     gradients = _Gradients(*(None if t is None else torch.zeros_like(t, dtype=dtype) for t in trained))
-    sums_4 = torch.zeros(4, dtype=torch.float64, device=student_hidden_ND.device)
-    seen: list[Seen] = []
+    figures: list[_RowFigures] = []
     with torch.no_grad():
-        for index_C in kept_N.split(spec.chunk_rows(head.vocab_rows)) if kept_N.numel() else ():
-            h_CD = student_hidden_ND[index_C]
-            chunk = None if rows is None else rows.take(index_C)
-            coefficient_C = weights_N[index_C].to(dtype) / normalizer
+        coefficient_M = weights_M.to(dtype) / normalizer
+        for start in range(0, count, chunk_rows):
+            part = slice(start, min(start + chunk_rows, count))
+            index_C = part if count == weights_N.numel() else kept_M[part]  # a slice of all is no copy and no launch
+            h_CD, chunk = student_hidden_ND[index_C], rows and rows.take(index_C)
             z_CV = head.logits(h_CD)
-            terms = _chunk_terms(z_CV, chunk, label_ids_N[index_C], coefficient_C, spec)
-            sums_4 += terms.sums(weights_N[index_C])
-            seen += [] if terms.seen is None else [terms.seen]
+            if is_fused:
+                row, grad_CV = _fused_terms(z_CV, chunk, labels_M[part], coefficient_M[part], spec, grad_dtype)
+            else:
+                row, grad_CV = _chunk_terms(z_CV, chunk, labels_M[part], coefficient_M[part], spec)
+            figures.append(row)
             if any(t is not None for t in trained):
-                gradients.add(head.pull_back_(terms.grad_CV, z_CV), h_CD, index_C, head)
-        kd_sum, ce_sum, acc1_hits, acc3_hits = sums_4.unbind()
-        total = (spec.kd_weight * kd_sum + spec.sft_weight * ce_sum) / (normalizer if kept_N.numel() else 1)
+                gradients.add(head.pull_back_(grad_CV, z_CV), h_CD, index_C, head)
+            del z_CV, grad_CV  # not held while the next chunk's are made
+        kd_sum, ce_sum, acc1_hits, acc3_hits = _sums(figures, weights_M)
+        total = (spec.kd_weight * kd_sum + spec.sft_weight * ce_sum) / (normalizer if count else 1)
     total = _Attach.apply(total.to(dtype), *gradients.all(), *trained)
-    parts = LossParts(kd_sum, ce_sum, acc1_hits, acc3_hits, sums_4.new_tensor(kept_N.numel()))
-    return OutputLoss(total, parts, None if rows is None else _evidence(rows, kept_N, seen))
+    parts = LossParts(kd_sum, ce_sum, acc1_hits, acc3_hits, torch.full_like(kd_sum, count))
+    return OutputLoss(total, parts, None if rows is None else _evidence(rows, kept_M, labels_M, figures))
 
 
-@dataclass(frozen=True, eq=False)
-class _ChunkTerms:
-    """Loss a row of both terms, hits, and the gradient on the student's logits with every factor in it."""
+class _RowFigures(NamedTuple):
+    """Of a chunk: both losses a row, ids before the label, and what the teacher's logits say of the label."""
 
     kd_C: Tensor
     ce_C: Tensor
-    hits_C3: Tensor
-    grad_CV: Tensor
+    ahead_C: Tensor
     seen: Seen | None
 
-    def sums(self, weights_C: Tensor) -> Tensor:
-        w_C, hits_C3 = weights_C.double(), self.hits_C3.double()
-        return torch.stack([w_C @ self.kd_C.double(), w_C @ self.ce_C.double(), hits_C3[:, 0].sum(), hits_C3.sum()])
+
+def _sums(figures: list[_RowFigures], weights_M: Tensor) -> tuple[Tensor, ...]:
+    """The four sums of `LossParts`, in float64."""
+    if not figures:
+        return weights_M.new_zeros(4, dtype=torch.float64).unbind()
+    kd_M, ce_M, ahead_M = (torch.cat(column) for column in list(zip(*figures, strict=True))[:3])
+    w_M = weights_M.double()
+    return w_M @ kd_M.double(), w_M @ ce_M.double(), (ahead_M < 1).sum().double(), (ahead_M < 3).sum().double()
 
 
 def _chunk_terms(
     z_CV: Tensor, chunk: TeacherRows | None, label_ids_C: Tensor, coefficient_C: Tensor, spec: OutputLossSpec
-) -> _ChunkTerms:
-    """Both terms from one set of logits; leaves `z_CV` as it is."""
+) -> tuple[_RowFigures, Tensor]:
+    """Both terms from one set of logits, and the gradient on them with every factor in it; leaves `z_CV` as it is."""
     label_C1 = label_ids_C[:, None]
     log_q_CV = z_CV.log_softmax(-1)
     ce_C = -log_q_CV.gather(-1, label_C1)[:, 0]
-    hits_C3 = z_CV.topk(min(3, z_CV.shape[-1]), -1).indices == label_C1
+    label_z_C1, ids_V = z_CV.gather(-1, label_C1), torch.arange(z_CV.shape[-1], device=z_CV.device)
+    ahead_C = ((z_CV > label_z_C1) | ((z_CV == label_z_C1) & (ids_V < label_C1))).sum(-1)  # cheaper than a topk
     if chunk is None:
         kd_C, kd_grad_CV, seen = torch.zeros_like(ce_C), None, None
     else:
@@ -171,12 +188,12 @@ def _chunk_terms(
         sft_C1 = spec.sft_weight * coefficient_C[:, None]
         grad_CV = log_q_CV.exp_().mul_(sft_C1).scatter_add_(-1, label_C1, -sft_C1)  # (q - onehot), weighted
         kd_grad_CV = grad_CV if kd_grad_CV is None else kd_grad_CV.add_(grad_CV)
-    return _ChunkTerms(kd_C, ce_C, hits_C3, kd_grad_CV, seen)
+    return _RowFigures(kd_C, ce_C, ahead_C, seen), kd_grad_CV
 
 
 def _kd(
     z_CV: Tensor, log_q_CV: Tensor, chunk: TeacherRows, label_ids_C: Tensor, spec: OutputLossSpec
-) -> tuple[Tensor, Tensor, Seen]:
+) -> tuple[Tensor, Tensor, Seen | None]:
     """s(tau) D a row, its gradient on the student's logits, and the evidence; leaves its arguments as they are."""
     tau = spec.temperature
     if isinstance(chunk, TopKRows):
@@ -185,7 +202,7 @@ def _kd(
             kd = tempered_head_and_grad(ids_CK, *labels, log_q_CV, tau, spec.tau_squared, spec.divergence)
         else:
             kd = bucket_and_grad(ids_CK, *labels, log_q_CV, spec.divergence)
-        return *kd, chunk.seen(label_ids_C)
+        return *kd, None  # `_evidence` sees it without logits
     teacher_CV = chunk.logits(z_CV.dtype)
     seen = seen_in_logits(teacher_CV, label_ids_C)
     log_p_CV = (teacher_CV / tau).log_softmax(-1)
@@ -195,6 +212,90 @@ def _kd(
     )
     scale = tau**2 if spec.tau_squared else 1.0
     return loss_C * scale, grad_CV.mul_(scale / tau), seen
+
+
+def _fused_terms(
+    z_CV: Tensor,
+    chunk: TeacherRows | None,
+    label_ids_C: Tensor,
+    coefficient_C: Tensor,
+    spec: OutputLossSpec,
+    grad_dtype: torch.dtype,
+) -> tuple[_RowFigures, Tensor]:
+    """What `_chunk_terms` computes, with kernels in place of passes over [C, V]."""
+    kd_C, sft_C = spec.kd_weight * coefficient_C, spec.sft_weight * coefficient_C
+    label_z_C = z_CV.gather(-1, label_ids_C[:, None])[:, 0]
+    if isinstance(chunk, TopKRows):
+        return _fused_bucket(z_CV, chunk, label_ids_C, label_z_C, kd_C, sft_C, spec, grad_dtype)
+    lse_C, ahead_C = fused.row_figures(z_CV, label_ids_C, label_z_C)
+    ce_C = lse_C - label_z_C
+    if chunk is None:
+        grad_CV = fused.softmax_grad(z_CV, lse_C, sft_C, label_ids_C, sft_C, grad_dtype)
+        return _RowFigures(torch.zeros_like(ce_C), ce_C, ahead_C, None), grad_CV
+    tau, teacher_CV = spec.temperature, chunk.logits(z_CV.dtype)
+    teacher_z_C = teacher_CV.gather(-1, label_ids_C[:, None])[:, 0]
+    seen_lse_C = teacher_lse_C = fused.row_figures(teacher_CV, label_ids_C, teacher_z_C)[0]
+    tempered_C = lse_C
+    if tau != 1:
+        teacher_lse_C = fused.row_figures(teacher_CV, label_ids_C, teacher_z_C, tau)[0]
+        tempered_C = fused.row_figures(z_CV, label_ids_C, label_z_C, tau)[0]
+    scale = tau**2 if spec.tau_squared else 1.0
+    loss_C, grad_CV = fused.divergence_grad(
+        *(teacher_CV, teacher_lse_C, z_CV, tempered_C, kd_C * (scale / tau), spec.divergence, tau),
+        *(lse_C, label_ids_C, sft_C if spec.sft_weight else None, grad_dtype),
+    )
+    loss_C = loss_C if scale == 1 else loss_C * scale
+    return _RowFigures(loss_C, ce_C, ahead_C, Seen(seen_lse_C, teacher_z_C - seen_lse_C)), grad_CV
+
+
+def _fused_bucket(
+    z_CV: Tensor,
+    chunk: TopKRows,
+    label_ids_C: Tensor,
+    label_z_C: Tensor,
+    kd_C: Tensor,
+    sft_C: Tensor,
+    spec: OutputLossSpec,
+    grad_dtype: torch.dtype,
+) -> tuple[_RowFigures, Tensor]:
+    """`truncated.bucket_and_grad` and the cross-entropy: outside the kept ids both are multiples of the student."""
+    ids_CK, label_C1 = chunk.topk_ids_NK, label_ids_C[:, None]
+    z_CK = z_CV.gather(-1, ids_CK)
+    z_CV.scatter_(-1, ids_CK, -torch.inf)
+    rest_C, ahead_C = fused.row_figures(z_CV, label_ids_C, label_z_C)
+    ahead_C += ((z_CK > label_z_C[:, None]) | ((z_CK == label_z_C[:, None]) & (ids_CK < label_C1))).sum(-1)
+    lse_C = torch.logaddexp(rest_C, z_CK.logsumexp(-1))
+    topk_logp_CK, tail_logp_C = chunk.bucket(z_CV.dtype)
+    log_q_CK = z_CK - lse_C[:, None]
+    loss_C, slope_CK1 = divergence_and_grad(
+        torch.cat([topk_logp_CK, tail_logp_C[:, None]], -1),
+        torch.cat([log_q_CK, (rest_C - lse_C)[:, None]], -1),
+        spec.divergence,
+    )
+    empty_C = torch.isneginf(rest_C)  # K = V: no tail token, and a slope that may be NaN
+    tail_C = (kd_C * slope_CK1[:, -1] + sft_C * (rest_C - lse_C).exp()).masked_fill_(empty_C, 0)
+    grad_CV = fused.softmax_grad(z_CV, rest_C.masked_fill(empty_C, 0), tail_C, label_ids_C, sft_C, grad_dtype)
+    z_CV.scatter_(-1, ids_CK, z_CK)
+    onehot_CK = (ids_CK == label_C1).to(z_CV.dtype)
+    kept_CK = kd_C[:, None] * slope_CK1[:, :-1] + sft_C[:, None] * (log_q_CK.exp() - onehot_CK)
+    grad_CV.scatter_(-1, ids_CK, kept_CK.to(grad_dtype))
+    return _RowFigures(loss_C, lse_C - label_z_C, ahead_C, None), grad_CV
+
+
+def _has_kernel(rows: TeacherRows | None, spec: OutputLossSpec) -> bool:
+    """Whether `_fused_terms` knows this loss."""
+    return not spec.tempered_head if _is_short(rows) else spec.divergence.kind in fused.KINDS
+
+
+def _is_short(rows: TeacherRows | None) -> bool:
+    """Without teacher logits [C, V]."""
+    return rows is None or isinstance(rows, TopKRows)
+
+
+def _narrow(hidden_ND: Tensor, head: Head) -> bool:
+    """Whether every product that a gradient on the logits goes into would round it to bfloat16 (see `matmul`)."""
+    plain = head.lora is None and head.bias_V is None and not head.final_softcap and head.logit_scale == 1.0
+    return plain and hidden_ND.dtype == head.weight_VD.dtype == torch.bfloat16
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +311,7 @@ class _Gradients:
     def all(self) -> tuple[Tensor | None, ...]:
         return self.hidden_ND, self.weight_VD, self.bias_V, self.a_RD, self.b_VR
 
-    def add(self, grad_CV: Tensor, h_CD: Tensor, index_C: Tensor, head: Head) -> None:
+    def add(self, grad_CV: Tensor, h_CD: Tensor, index_C: Tensor | slice, head: Head) -> None:
         """Adds a chunk's share; `grad_CV` is on h W^T (algorithms.md 3.2)."""
         lora = head.lora
         if self.weight_VD is not None:
@@ -254,12 +355,18 @@ def _scaled(wide_sum: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(wide_sum, factor, out=torch.empty_like(wide_sum, dtype=dtype))
 
 
-def _evidence(rows: TeacherRows, kept_N: Tensor, seen: list[Seen]) -> Integrity:
-    """What `Integrity.check` will compare, for the rows that were used."""
-    empty = rows.lse_N.new_zeros(0)
-    lse_N = torch.cat([s.lse_C for s in seen]) if seen else empty
-    logp_N = torch.cat([s.label_logp_C for s in seen]) if seen else empty
-    return Integrity(kept_N, rows.lse_N[kept_N], lse_N, rows.label_logp_N[kept_N], logp_N, rows.tolerance)
+def _evidence(rows: TeacherRows, kept_M: Tensor, labels_M: Tensor, figures: list[_RowFigures]) -> Integrity:
+    """What `Integrity.check` will look at, of the rows that were used; the comparison is under way already."""
+    if isinstance(rows, TopKRows):
+        seen = rows.take(kept_M).seen(labels_M)
+    elif figures:
+        seen = Seen(*(torch.cat(column) for column in zip(*(row.seen for row in figures if row.seen), strict=True)))
+    else:
+        seen = Seen(rows.lse_N[:0], rows.lse_N[:0])
+    served = rows.lse_N[kept_M], rows.label_logp_N[kept_M]
+    evidence = Integrity(kept_M, served[0], seen.lse_C, served[1], seen.label_logp_C, rows.tolerance)
+    evidence.begin()
+    return evidence
 
 
 def _check_call(

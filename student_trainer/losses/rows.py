@@ -47,8 +47,8 @@ class HiddenRows:
     def vocab_rows(self) -> int:
         return self.head.vocab_rows
 
-    def take(self, index_C: Tensor) -> HiddenRows:
-        """The rows `index_C` (int64)."""
+    def take(self, index_C: Tensor | slice) -> HiddenRows:
+        """The rows `index_C` (int64, or a slice: then without a copy)."""
         lse_C, label_logp_C = self.lse_N[index_C], self.label_logp_N[index_C]
         return HiddenRows(self.hidden_ND[index_C], self.head, lse_C, label_logp_C, self.tolerance)
 
@@ -70,8 +70,8 @@ class FullRows:
     def vocab_rows(self) -> int:
         return self.logits_NV.shape[1]
 
-    def take(self, index_C: Tensor) -> FullRows:
-        """The rows `index_C` (int64)."""
+    def take(self, index_C: Tensor | slice) -> FullRows:
+        """The rows `index_C` (int64, or a slice: then without a copy)."""
         lse_C, label_logp_C = self.lse_N[index_C], self.label_logp_N[index_C]
         return FullRows(self.logits_NV[index_C], lse_C, label_logp_C, self.tolerance)
 
@@ -89,6 +89,7 @@ class TopKRows:
         topk_logits_NK: logits at those ids.
         tail_logp_N: log of the mass outside; -inf if K = V.
         lse_N, label_logp_N: as served.
+        likeliest: k, if ids that the student named are among the K; 0 means all K are the likeliest.
         tolerance: for the integrity check.
     """
 
@@ -98,14 +99,15 @@ class TopKRows:
     lse_N: Tensor
     label_logp_N: Tensor
     tolerance: Tolerance = BFLOAT16
+    likeliest: int = 0
 
     @property
     def vocab_rows(self) -> None:
         """Not known from the rows: ids below the student's V are the feed's promise."""
         return None
 
-    def take(self, index_C: Tensor) -> TopKRows:
-        """The rows `index_C` (int64)."""
+    def take(self, index_C: Tensor | slice) -> TopKRows:
+        """The rows `index_C` (int64, or a slice: then without a copy)."""
         return TopKRows(
             self.topk_ids_NK[index_C],
             self.topk_logits_NK[index_C],
@@ -113,6 +115,7 @@ class TopKRows:
             self.lse_N[index_C],
             self.label_logp_N[index_C],
             self.tolerance,
+            self.likeliest,
         )
 
     def bucket(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -128,13 +131,13 @@ class TopKRows:
     def seen(self, label_ids_N: Tensor) -> Seen:
         """The log-sum-exp that makes the mass 1; logp of a kept label, or the served one up to what its place allows.
 
-        A label outside the K has at most the probability of the least kept id, and of the whole tail.
+        A label outside the K has at most the probability of the k-th kept id, and of the whole tail.
         """
         topk_logp_NK, tail_logp_N = self._served(torch.float32)
         lse_N = self.lse_N + torch.logaddexp(topk_logp_NK.logsumexp(-1), tail_logp_N)
         label_NK = self.topk_ids_NK == label_ids_N[:, None]
         kept_N = torch.where(label_NK, topk_logp_NK, -torch.inf).amax(-1)
-        outside_N = torch.minimum(self.label_logp_N, torch.minimum(topk_logp_NK.amin(-1), tail_logp_N))
+        outside_N = torch.minimum(self.label_logp_N, torch.minimum(topk_logp_NK[:, self.likeliest - 1], tail_logp_N))
         return Seen(lse_N, torch.where(label_NK.any(-1), kept_N, outside_N))
 
     def _served(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,12 @@ from torch import Tensor as Torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from teacher_server.backends import internlm
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.model_folder import fetch, fingerprint
 from teacher_server.config import TransformersBackend as Config
 from teacher_server.errors import ServerConfigError
-from teacher_server.signals import output
+from teacher_server.signals import output, state
 from teacher_wire.errors import CapabilityError
 from teacher_wire.identity import head_sha256, text_sha256, tokenizer_sha256
 from teacher_wire.messages import (
@@ -75,6 +76,7 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     dtype = getattr(torch, config.dtype)
+    internlm.register()
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -198,21 +200,30 @@ class TransformersModel:
 
     def _reduce(self, hidden_ND: Torch, batch: TokenBatch, spec: SignalSpec) -> TeacherSignals:
         labels_N = torch.from_numpy(batch.labels_N().astype(np.int64)).to(self._device)
+        extra_NM = None
+        if batch.extra_ids_NM is not None:
+            extra_NM = torch.from_numpy(batch.extra_ids_NM.astype(np.int64)).to(self._device)
         parts: dict[str, list[Torch]] = {}
+        if spec.compression == "int8":
+            packed = state.pack(hidden_ND)
+            parts["state_int8_ND"], parts["state_scales_NG"] = [packed.int8_CD], [packed.scales_CG]
+            parts["outlier_ids_NO"], parts["outlier_values_NO"] = [packed.outlier_ids_CO], [packed.outlier_values_CO]
+            hidden_ND = packed.unpack(hidden_ND.dtype)  # lse and logp(label) are of the state that travels
         for rows in self._chunks(hidden_ND.shape[0], spec.vocab_rows):
             logits_CV = self._head.logits(hidden_ND[rows], spec.vocab_rows)
             lse_C, label_C = output.lse_and_label(logits_CV, labels_N[rows])
             found = {"lse_N": lse_C, "label_logp_N": label_C}
             if spec.transport == "top_k":
-                ids_CK, values_CK, tail_C = output.top_k(logits_CV, lse_C, spec.k)
+                extra_CM = None if extra_NM is None else extra_NM[rows]
+                ids_CK, values_CK, tail_C = output.top_k(logits_CV, lse_C, spec.k, extra_CM)
                 found |= {"topk_ids_NK": ids_CK, "topk_logits_NK": values_CK, "tail_logp_N": tail_C}
             elif spec.transport == "full":
                 found["logits_NV"] = logits_CV
             for name, part in found.items():
                 parts.setdefault(name, []).append(part)
-        if spec.transport == "hidden":
+        if spec.transport == "hidden" and spec.compression == "none":
             parts["hidden_ND"] = [hidden_ND]
-        tensors = {name: _to_host(torch.cat(pieces), spec.vocab_rows) for name, pieces in parts.items()}
+        tensors = {name: _to_host(torch.cat(pieces), _ids_below(name, spec)) for name, pieces in parts.items()}
         return TeacherSignals.of(tensors, self._facts.fingerprint)
 
     def _chunks(self, rows: int, vocab_rows: int) -> Iterator[slice]:
@@ -239,6 +250,11 @@ class TransformersModel:
                 f"model {self._config.model!r}: its logits are not its head applied to its last hidden state "
                 f"(relative difference {difference:.2g}, tolerance {tolerance:g}); this architecture is not supported yet"
             )
+
+
+def _ids_below(name: str, spec: SignalSpec) -> int:
+    """The bound of an id tensor: channels of a state, or tokens."""
+    return 1 << 16 if name == "outlier_ids_NO" else spec.vocab_rows
 
 
 def _tokens_of(batches: list[TokenBatch], sequence: tuple[int, int]) -> np.ndarray:

@@ -64,17 +64,18 @@ async def _call(response: Any) -> Any:
     try:
         return await response
     except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling():  # Serve's word for a call that its replica lost
+            raise UnavailableError("the replica dropped the request") from None
         response.cancel()
         raise
-    except TeacherWireError:
-        raise
-    except BackPressureError as error:
-        raise OverloadedError("all replicas of this teacher are full", retry_after_s=1.0) from error
-    except RayTaskError as error:
+    except RayTaskError as error:  # before TeacherWireError: Ray raises a class that is both
         if isinstance(error.cause, TeacherWireError):
             raise error.cause from None
         log.exception("a teacher failed")
         raise ServerError(f"{type(error.cause).__name__}: {error.cause}") from error
+    except BackPressureError as error:
+        raise OverloadedError("all replicas of this teacher are full", retry_after_s=1.0) from error
     except (RayError, RayServeException) as error:
         raise UnavailableError(f"a replica went away: {type(error).__name__}") from error
 

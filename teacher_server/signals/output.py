@@ -17,18 +17,23 @@ def lse_and_label(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     return lse_C, wide_CV.gather(-1, labels_C[:, None]).squeeze(-1) - lse_C
 
 
-def top_k(logits_CV: Tensor, lse_C: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_k(logits_CV: Tensor, lse_C: Tensor, k: int, extra_CM: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest logits, exactly: ids [C, K], values [C, K], log of the mass outside them [C].
+
+    With `extra_CM` (ids, distinct in a row) these are kept too, beside the k largest of all others: K = k + M distinct ids.
 
     Order is by falling logit, then rising id, and a tie at the border keeps the lower ids: bf16 logits
     tie often, and the answer must not depend on the kernel. The tail is a log-sum-exp of what is left,
     never log(1 - sum), which cancels (algorithms.md 2.1).
     """
-    values_CK, ids_CK = torch.topk(logits_CV, k, dim=-1)
+    others_CV = logits_CV if extra_CM is None else logits_CV.scatter(-1, extra_CM, -torch.inf)
+    values_CK, ids_CK = torch.topk(others_CV, k, dim=-1)
     border_C1 = values_CK[:, -1:]
-    crowded_C = (logits_CV >= border_C1).sum(-1) > k  # more candidates at the border than places
+    crowded_C = (others_CV >= border_C1).sum(-1) > k  # more candidates at the border than places
     if bool(crowded_C.any()):
-        ids_CK[crowded_C] = _lowest_ids(logits_CV[crowded_C], border_C1[crowded_C], k)
+        ids_CK[crowded_C] = _lowest_ids(others_CV[crowded_C], border_C1[crowded_C], k)
+    if extra_CM is not None:
+        ids_CK = torch.cat([ids_CK, extra_CM], dim=-1)
     ids_CK = ids_CK.sort(dim=-1).values
     values_CK = logits_CV.gather(-1, ids_CK)
     order_CK = torch.sort(values_CK, dim=-1, descending=True, stable=True).indices

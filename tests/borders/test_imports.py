@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,14 +50,14 @@ def test_help_is_light(house, arguments):
 
 
 def test_the_import_contracts_hold():
-    result = subprocess.run(["lint-imports"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout
 
 
 def test_nothing_loads_code_from_data():
     """No pickle, no torch.load, no remote code on wire, cache or checkpoint (architecture.md 7)."""
-    from pathlib import Path
-
     root = Path(__file__).parents[2]
     for folder in ("proto", "teacher_server", "student_trainer"):
         for file in (root / folder).rglob("*.py"):

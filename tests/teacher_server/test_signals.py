@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_server.signals import output
+from teacher_server.signals import output, state
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,3 +51,44 @@ def test_label_and_lse_are_float32_of_the_whole_vocabulary():
     expected = z.double().log_softmax(-1)
     assert lse.dtype == logp.dtype == torch.float32
     torch.testing.assert_close(logp.double(), expected[torch.arange(5), labels], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_named_ids_are_kept_beside_the_likeliest_others(dtype):
+    torch.manual_seed(1)
+    z = (torch.randn(12, 50) * 3).to(dtype)
+    extra = torch.stack([torch.randperm(50)[:4] for _ in range(12)])
+    lse, _ = output.lse_and_label(z, torch.zeros(12, dtype=torch.long))
+    ids, values, tail = output.top_k(z, lse, 6, extra)
+    wide = z.double().numpy()
+    for row in range(12):
+        named = set(extra[row].tolist())
+        others = sorted(set(range(50)) - named, key=lambda i: (-wide[row, i], i))[:6]
+        kept = sorted(named | set(others), key=lambda i: (-wide[row, i], i))
+        assert ids[row].tolist() == kept
+        np.testing.assert_array_equal(values[row].double().numpy(), wide[row, kept])
+        p = np.exp(wide[row] - np.log(np.exp(wide[row]).sum()))
+        np.testing.assert_allclose(np.exp(float(tail[row])), 1 - p[kept].sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 16, 128, 200, 3584])
+@pytest.mark.parametrize("loud", [False, True], ids=["even", "outlier_channels"])
+def test_a_packed_state_is_within_half_a_step_of_its_block(width, loud):
+    torch.manual_seed(0)
+    states = torch.randn(7, width)
+    if loud:
+        states[:, :: max(1, width // 8)] *= 30
+    packed = state.pack(states)
+    seen = packed.unpack(torch.float32)
+    step = packed.scales_CG.float().repeat_interleave(128, dim=1)[:, :width]
+    outliers = torch.zeros_like(states, dtype=torch.bool).scatter(1, packed.outlier_ids_CO, True)
+    error = (seen - states).abs()
+    assert (error[~outliers] <= 0.505 * step[~outliers] + 1e-7).all()
+    assert (error[outliers] <= states[outliers].abs() * 2**-8).all()
+    assert (packed.int8_CD[outliers] == 0).all()
+    if loud and width >= 128:  # the loud channels are apart: the rest keeps the resolution it would have without them
+        assert step.max() < 5 / 127
+
+
+def test_a_zero_state_stays_zero():
+    assert (state.pack(torch.zeros(2, 130)).unpack(torch.float32) == 0).all()

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer.feed.arrays import to_torch
+from student_trainer.feed.arrays import to_torch, unpack_state
 from student_trainer.objective import head_on
 from teacher_server.backends.transformers_backend import load
 from teacher_server.config import TransformersBackend
 from teacher_server.errors import ServerConfigError
 from teacher_wire.messages import SignalSpec, TokenBatch
 
-FAMILIES = ["qwen2", "llama", "glm", "glm4", "gemma2", "cohere", "granite"]
+FAMILIES = ["qwen2", "llama", "internlm3", "glm", "glm4", "gemma2", "cohere", "granite"]
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15}
 LENGTHS = (3, 40, 2, 17, 39, 8)
 
@@ -115,6 +115,22 @@ def test_a_smaller_vocabulary_is_renormalised(model_factory):
     (whole,) = teacher.score([(batch, SignalSpec("full", 300))])
     logits = whole.logits_NV.array[:, :280].astype(np.float64)
     np.testing.assert_allclose(small.lse_N.array, np.log(np.exp(logits).sum(-1)), atol=1e-4)
+
+
+def test_compressed_states_carry_the_figures_of_what_travels(model_factory):
+    """The student's integrity check must hold to float32 accuracy although the state is rounded."""
+    teacher = backend(model_factory("qwen2", hidden=160))
+    batch = TokenBatch.pack(sequences())
+    exact, packed = teacher.score(
+        [(batch, SignalSpec("hidden", 300)), (batch, SignalSpec("hidden", 300, compression="int8"))]
+    )
+    head = head_on(teacher.head(), 300, torch.device("cpu"))
+    seen = head.logits(unpack_state(packed, torch.float32))
+    np.testing.assert_allclose(packed.lse_N.array, seen.logsumexp(-1), atol=1e-4)
+    true = head.logits(unpack_state(exact, torch.float32)).double().log_softmax(-1)
+    kl = (true.exp() * (true - seen.double().log_softmax(-1))).sum(-1)
+    assert 0 < kl.mean() < 2e-3
+    assert packed.payload_bytes < 0.5 * exact.payload_bytes
 
 
 def test_chunked_reductions_change_nothing(model_factory):

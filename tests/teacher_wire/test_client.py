@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -30,7 +31,13 @@ from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 
 QUICK = (0.02, 0.05)
 BATCH = TokenBatch.pack([[1, 2, 3], [4, 5, 6, 7, 8]])
-SPECS = [SignalSpec("hidden", 64), SignalSpec("full", 60), SignalSpec("top_k", 64, k=5), SignalSpec("top_k", 64, k=64)]
+SPECS = [
+    SignalSpec("hidden", 64),
+    SignalSpec("full", 60),
+    SignalSpec("top_k", 64, k=5),
+    SignalSpec("top_k", 64, k=64),
+    SignalSpec("hidden", 64, compression="int8"),
+]
 
 
 def big_batch(sequences=8, length=400, seed=0):
@@ -53,7 +60,7 @@ async def nothing_left(server, within_s=5.0):
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.transport}{s.k or ''}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.transport}{s.k or ''}{s.compression}")
 async def test_labels_arrive_as_the_teacher_made_them(spec):
     fake = FakeTeacher()
     async with connected(fake) as client:
@@ -63,6 +70,27 @@ async def test_labels_arrive_as_the_teacher_made_them(spec):
             np.testing.assert_array_equal(signals.tensors()[name].array, tensor.array)
         assert signals.fingerprint == info.fingerprint
         await nothing_left(client.server)
+
+
+async def test_ids_that_the_student_names_are_kept():
+    fake = FakeTeacher()
+    extra = np.array([[60 - i, 40, i] for i in range(BATCH.rows)], np.int32) % 64
+    batch = replace(BATCH, extra_ids_NM=extra)
+    async with connected(fake) as client:
+        info = await client.teacher()
+        spec = SignalSpec("top_k", 64, k=4, extra=3)
+        signals = await client.score(info, spec, batch)
+        assert signals.topk_ids_NK.shape == (BATCH.rows, 7)
+        for row in range(BATCH.rows):
+            assert set(extra[row]) <= set(signals.topk_ids_NK.array[row].tolist())
+        for wrong, field in [
+            (replace(spec, extra=2), "extra_ids"),
+            (replace(spec, vocab_rows=20), "extra_ids"),
+            (SignalSpec("top_k", 64, k=62), "extra_ids"),
+        ]:
+            with pytest.raises(RequestError) as caught:
+                await client.score(info, wrong, batch)
+            assert caught.value.field == field
 
 
 async def test_answers_of_many_requests_come_in_chunks_and_find_their_requests():

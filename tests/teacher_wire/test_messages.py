@@ -58,6 +58,10 @@ def test_what_does_not_fit_is_refused_by_field(ids, cu, wanted, field):
     [
         (("top_k", 10, 0), "k"),
         (("top_k", 10, 11), "k"),
+        (("top_k", 10, 8, 3), "k"),
+        (("hidden", 10, 0, 2), "k"),
+        (("full", 10, 0, 0, "int8"), "compression"),
+        (("hidden", 10, 0, 0, "zip"), "compression"),
         (("full", 10, 1), "k"),
         (("hidden", 1), "vocab_rows"),
         (("logits", 10), "transport"),
@@ -74,6 +78,19 @@ def test_ids_take_as_few_bytes_as_the_vocabulary_allows():
     assert token_id_dtype((1 << 16) + 1) == "uint24"
     # k=64 of a bf16 teacher with a vocabulary of 152,064: at most 350 bytes a token (speed.md)
     assert SignalSpec("top_k", 152_064, k=64).row_bytes(3584, 2) == 332
+    assert SignalSpec("hidden", 152_064, compression="int8").row_bytes(3584, 2) == 3704 + 8  # algorithms.md 2.5
+
+
+@pytest.mark.parametrize("extra", [[[1, 1], [2, 3]], [[1, -2], [2, 3]], [[1, 2]], [[]]])
+def test_named_ids_must_fit_the_rows(extra):
+    with pytest.raises(RequestError) as caught:
+        TokenBatch(
+            np.array([1, 2, 3], np.int32),
+            np.array([0, 3], np.int32),
+            np.array([True, True, False]),
+            np.array(extra, np.int32),
+        )
+    assert caught.value.field == "extra_ids"
 
 
 def test_slices_join_to_the_whole():

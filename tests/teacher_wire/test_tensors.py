@@ -40,7 +40,8 @@ def test_non_contiguous_arrays_are_encoded_in_c_order():
         (pb.Tensor(dtype=99, shape=[0], data=b""), "ids.dtype"),
         (pb.Tensor(shape=[0], data=b""), "ids.dtype"),
         (pb.Tensor(dtype=pb.INT8, shape=[1] * 5, data=b"\0"), "ids.shape"),
-        (pb.Tensor(dtype=pb.INT8, shape=[1 << 63, 1 << 63], data=b""), "ids.data"),
+        (pb.Tensor(dtype=pb.INT8, shape=[1 << 63, 1 << 63], data=b""), "ids.shape"),
+        (pb.Tensor(dtype=pb.INT8, shape=[0, 1 << 63], data=b""), "ids.shape"),
     ],
 )
 def test_broken_tensors_are_refused_by_field(message, field):

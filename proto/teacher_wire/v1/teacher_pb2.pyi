@@ -24,6 +24,11 @@ class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TOP_K: _ClassVar[Transport]
     HIDDEN: _ClassVar[Transport]
     FULL: _ClassVar[Transport]
+
+class Compression(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NONE: _ClassVar[Compression]
+    INT8_BLOCKS: _ClassVar[Compression]
 DTYPE_UNSPECIFIED: DType
 UINT8: DType
 UINT16: DType
@@ -37,6 +42,8 @@ TRANSPORT_UNSPECIFIED: Transport
 TOP_K: Transport
 HIDDEN: Transport
 FULL: Transport
+NONE: Compression
+INT8_BLOCKS: Compression
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")
@@ -111,14 +118,18 @@ class Limits(_message.Message):
     def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ...) -> None: ...
 
 class SignalSpec(_message.Message):
-    __slots__ = ("transport", "k", "vocab_rows")
+    __slots__ = ("transport", "k", "vocab_rows", "extra", "compression")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     VOCAB_ROWS_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     transport: Transport
     k: int
     vocab_rows: int
-    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., k: _Optional[int] = ..., vocab_rows: _Optional[int] = ...) -> None: ...
+    extra: int
+    compression: Compression
+    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., k: _Optional[int] = ..., vocab_rows: _Optional[int] = ..., extra: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ...) -> None: ...
 
 class ScoreUp(_message.Message):
     __slots__ = ("open", "request", "credit", "ack", "cancel")
@@ -143,7 +154,7 @@ class Open(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., window_bytes: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "teacher", "fingerprint", "spec", "token_ids", "cu_lengths", "wanted", "timeout_ms", "resume")
+    __slots__ = ("request_id", "teacher", "fingerprint", "spec", "token_ids", "cu_lengths", "wanted", "timeout_ms", "resume", "extra_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +164,7 @@ class ScoreRequest(_message.Message):
     WANTED_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     teacher: str
     fingerprint: str
@@ -162,7 +174,8 @@ class ScoreRequest(_message.Message):
     wanted: Tensor
     timeout_ms: int
     resume: Resume
-    def __init__(self, request_id: _Optional[str] = ..., teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., spec: _Optional[_Union[SignalSpec, _Mapping]] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., cu_lengths: _Optional[_Union[Tensor, _Mapping]] = ..., wanted: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+    extra_ids: Tensor
+    def __init__(self, request_id: _Optional[str] = ..., teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., spec: _Optional[_Union[SignalSpec, _Mapping]] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., cu_lengths: _Optional[_Union[Tensor, _Mapping]] = ..., wanted: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., extra_ids: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Resume(_message.Message):
     __slots__ = ("reply_id", "next_chunk")
@@ -201,7 +214,7 @@ class ScoreDown(_message.Message):
     def __init__(self, chunk: _Optional[_Union[ScoreChunk, _Mapping]] = ..., done: _Optional[_Union[ScoreDone, _Mapping]] = ..., failed: _Optional[_Union[ScoreFailed, _Mapping]] = ...) -> None: ...
 
 class ScoreChunk(_message.Message):
-    __slots__ = ("request_id", "reply_id", "index", "first_row", "rows", "lse", "label_logp", "topk_ids", "topk_logits", "tail_logp", "hidden", "logits")
+    __slots__ = ("request_id", "reply_id", "index", "first_row", "rows", "lse", "label_logp", "topk_ids", "topk_logits", "tail_logp", "hidden", "logits", "state_int8", "state_scales", "outlier_ids", "outlier_values")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REPLY_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +227,10 @@ class ScoreChunk(_message.Message):
     TAIL_LOGP_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
+    STATE_INT8_FIELD_NUMBER: _ClassVar[int]
+    STATE_SCALES_FIELD_NUMBER: _ClassVar[int]
+    OUTLIER_IDS_FIELD_NUMBER: _ClassVar[int]
+    OUTLIER_VALUES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     reply_id: int
     index: int
@@ -226,7 +243,11 @@ class ScoreChunk(_message.Message):
     tail_logp: Tensor
     hidden: Tensor
     logits: Tensor
-    def __init__(self, request_id: _Optional[str] = ..., reply_id: _Optional[int] = ..., index: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ..., label_logp: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., topk_logits: _Optional[_Union[Tensor, _Mapping]] = ..., tail_logp: _Optional[_Union[Tensor, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    state_int8: Tensor
+    state_scales: Tensor
+    outlier_ids: Tensor
+    outlier_values: Tensor
+    def __init__(self, request_id: _Optional[str] = ..., reply_id: _Optional[int] = ..., index: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ..., label_logp: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., topk_logits: _Optional[_Union[Tensor, _Mapping]] = ..., tail_logp: _Optional[_Union[Tensor, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., state_int8: _Optional[_Union[Tensor, _Mapping]] = ..., state_scales: _Optional[_Union[Tensor, _Mapping]] = ..., outlier_ids: _Optional[_Union[Tensor, _Mapping]] = ..., outlier_values: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class ScoreDone(_message.Message):
     __slots__ = ("request_id", "reply_id", "chunks", "rows", "fingerprint", "timing")

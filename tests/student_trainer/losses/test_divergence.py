@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from student_trainer.errors import ConfigError
 from student_trainer.losses.divergence import KINDS, Divergence, advice, divergence_and_grad
-from tests.student_trainer.losses import oracle
+from student_trainer.losses.head import Head
+from student_trainer.losses.integrity import FLOAT32
+from student_trainer.losses.output import OutputLossSpec, output_loss
+from student_trainer.losses.rows import FullRows, HiddenRows
+from tests.student_trainer.losses import oracle, second_oracles
 
 SPECS = [
     Divergence("forward_kl"),
@@ -151,20 +156,68 @@ def test_advice_where_the_papers_form_nearly_vanishes() -> None:
         assert advice(Divergence("jsd", beta)) is None
 
 
-def test_against_trl() -> None:
-    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
-    teacher, student = logits(4, 9, 10)[None], logits(4, 9, 11)[None]
-    for beta in (0.0, 0.1, 0.5, 0.9, 1.0):
-        for tau in (1.0, 2.0):
-            theirs = gkd.GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=tau, reduction="sum")
-            ours = oracle.generalized_jsd(student[0], teacher[0], beta, tau).sum()
-            torch.testing.assert_close(ours, theirs.double(), rtol=1e-12, atol=1e-12)
+def recorded(name: str) -> dict:
+    return json.loads(second_oracles.FILE.read_text())[name]
 
 
-def test_against_liger() -> None:
-    jsd = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss")
-    teacher, student = logits(4, 9, 12), logits(4, 9, 13)
-    for beta in (0.0, 0.1, 0.5, 0.9, 1.0):
-        theirs = jsd.LigerFusedLinearJSDFunction.distillation_loss_fn(student, teacher, beta)
-        ours, _ = divergence_and_grad(teacher.log_softmax(-1), student.log_softmax(-1), Divergence("jsd", beta))
-        torch.testing.assert_close(ours.sum(), theirs.sum().double(), rtol=1e-5, atol=1e-5)
+CASES = [(beta, tau) for beta in second_oracles.BETAS for tau in second_oracles.TAUS]
+
+
+@pytest.mark.parametrize(("beta", "tau"), CASES)
+def test_against_the_numbers_of_trl(beta: float, tau: float) -> None:
+    """TRL 1.16.0, `generalized_jsd_loss` in float64: divergence, whole loss with a head of its own, gradients."""
+    trl = recorded("trl")
+    student, teacher = (torch.tensor(trl["inputs"][name], dtype=torch.float64) for name in ("student_NV", "teacher_NV"))
+    case = next(case for case in trl["cases"] if (case["beta"], case["tau"]) == (beta, tau))
+    want_loss, want_grad = (torch.tensor(case[name], dtype=torch.float64) for name in ("loss_N", "grad_NV"))
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(oracle.generalized_jsd(student, teacher, beta, tau), want_loss, **exact)
+    log_p, log_q = (teacher / tau).log_softmax(-1), (student / tau).log_softmax(-1)
+    loss, grad = divergence_and_grad(log_p, log_q, Divergence("jsd", beta))
+    torch.testing.assert_close(loss, want_loss, **exact)
+    torch.testing.assert_close(grad / tau, want_grad, **exact)
+    states = student.clone().requires_grad_()  # with the identity as head, states are logits
+    labels = torch.zeros(4, dtype=torch.int64)
+    rows = FullRows(teacher, teacher.logsumexp(-1), teacher.log_softmax(-1)[:, 0], FLOAT32)
+    spec = OutputLossSpec(Divergence("jsd", beta), temperature=tau)
+    result = output_loss(states, Head(torch.eye(7, dtype=torch.float64)), rows, labels, torch.ones(4), 1.0, spec)
+    result.total.backward()
+    torch.testing.assert_close(result.total.detach(), want_loss.sum(), **exact)
+    torch.testing.assert_close(states.grad, want_grad, **exact)
+
+
+@pytest.mark.parametrize(("beta", "tau"), CASES)
+def test_against_the_numbers_of_liger(beta: float, tau: float) -> None:
+    """Liger 0.8.5, chunked JSD with hard labels and a masked row; it sums in float32, so its tolerance is 1e-5."""
+    liger = recorded("liger")
+    given = {name: torch.tensor(value, dtype=torch.float64) for name, value in liger["inputs"].items()}
+    case = next(case for case in liger["cases"] if (case["beta"], case["tau"]) == (beta, tau))
+    want = {name: torch.tensor(case[name], dtype=torch.float64) for name in ("loss", "grad_ND", "grad_VD")}
+    states, weight = (given[name].requires_grad_() for name in ("student_ND", "student_VD"))
+    labels = given["labels_N"].long()
+    valid = labels != second_oracles.IGNORED
+    teacher = given["teacher_NE"] @ given["teacher_VE"].T
+    label_logp = teacher.log_softmax(-1).gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+    rows = HiddenRows(given["teacher_NE"], Head(given["teacher_VE"]), teacher.logsumexp(-1), label_logp, FLOAT32)
+    spec = OutputLossSpec(Divergence("jsd", beta), temperature=tau, kd_weight=0.5, sft_weight=0.5)
+    result = output_loss(states, Head(weight), rows, labels, valid.double(), float(valid.sum()), spec)
+    result.total.backward()
+    for ours, name in ((result.total.detach(), "loss"), (states.grad, "grad_ND"), (weight.grad, "grad_VD")):
+        torch.testing.assert_close(ours, want[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(second_oracles.ORACLES))
+def test_the_numbers_are_still_theirs(name: str) -> None:
+    """Only where the packages are installed: what they compute now is what the file says."""
+    pytest.importorskip({"trl": "trl.experimental.gkd.gkd_trainer", "liger": "liger_kernel.chunked_loss"}[name])
+    now, then = second_oracles.compute(name), recorded(name)
+    assert now["inputs"] == then["inputs"]
+    tolerance = 1e-12 if name == "trl" else 1e-5
+    for case, kept in zip(now["cases"], then["cases"], strict=True):
+        for key, value in kept.items():
+            torch.testing.assert_close(
+                torch.tensor(case[key], dtype=torch.float64),
+                torch.tensor(value, dtype=torch.float64),
+                rtol=tolerance,
+                atol=tolerance,
+            )

@@ -1,0 +1,39 @@
+"""The one event loop of the student, in one thread, for everything that speaks to a teacher.
+
+grpc's asyncio layer hands events of all loops of a process through one poller; a loop that is closed while an event for it is
+under way loses events of the others too. So there is one loop, made when first needed and never closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from functools import lru_cache
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+@lru_cache(maxsize=1)
+def loop() -> asyncio.AbstractEventLoop:
+    """The loop, running."""
+    made = asyncio.new_event_loop()
+    threading.Thread(target=made.run_forever, name="teacher-io", daemon=True).start()
+    return made
+
+
+def start(work: Coroutine[Any, Any, Result]) -> Future[Result]:
+    """Begins `work` on the loop."""
+    return asyncio.run_coroutine_threadsafe(work, loop())
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    """Does `work` on the loop and waits for it; taken back if we are interrupted."""
+    future = start(work)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise

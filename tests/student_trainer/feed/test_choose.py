@@ -1,0 +1,45 @@
+"""`auto` picks exact labels where they fit, and says what decided."""
+
+from dataclasses import replace
+
+import pytest
+
+from student_trainer.errors import ConfigError
+from student_trainer.feed.choose import Probe, choose
+from teacher_wire.fake import FakeTeacher
+from teacher_wire.messages import Limits
+
+GIB = 2**30
+BIG = replace(  # Qwen2.5-7B
+    FakeTeacher().teacher_info(),
+    dtype="bfloat16", vocab_rows=152_064, hidden_size=3584, limits=Limits(32768, 65536, 1024, 4096, 64 << 20),
+)  # fmt: skip
+FAST, SLOW = Probe(transfer_s=0.01, forward_s=0.1), Probe(transfer_s=0.5, forward_s=0.1)
+
+
+def pick(info=BIG, free=20 * GIB, probe=FAST, softened=False):
+    labels, why = choose(info, min(info.vocab_rows, 151_665), free, probe, softened=softened)
+    return (labels.transport, labels.compression, labels.k if labels.transport == "top_k" else 0), why
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "reason"),
+    [
+        ({}, ("hidden", "none", 0), "exact"),
+        ({"softened": True}, ("hidden", "none", 0), "exact"),
+        ({"probe": SLOW}, ("hidden", "int8", 0), "5.0 times slower"),
+        ({"free": 2 * GIB}, ("top_k", "none", 128), "quarter of the 2,048 MiB"),
+        ({"free": 2 * GIB, "softened": True}, ("full", "none", 0), "temperature"),
+        ({"info": replace(BIG, transports=("top_k",)), "probe": None}, ("top_k", "none", 128), "does not offer"),
+        ({"info": replace(BIG, vocab_rows=300, hidden_size=512)}, ("full", "none", 0), "every logit"),
+    ],
+)
+def test_the_choice_and_its_reason(changes, expected, reason):
+    chosen, why = pick(**changes)
+    assert chosen == expected
+    assert reason in why
+
+
+def test_what_cannot_be_served_is_refused():
+    with pytest.raises(ConfigError, match=r"auto.*quarter"):
+        pick(info=replace(BIG, transports=("top_k", "hidden")), free=2 * GIB, softened=True)

@@ -1,0 +1,116 @@
+"""The kernels against the plain path in float64. Runs on a GPU, or anywhere with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from student_trainer.losses import fused
+from student_trainer.losses.divergence import Divergence
+from student_trainer.losses.head import Head
+from student_trainer.losses.integrity import TeacherHeadMismatch
+from student_trainer.losses.output import OutputLoss, OutputLossSpec, output_loss
+from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows
+from tests.student_trainer.losses.worlds import World, world
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (torch.cuda.is_available() or INTERPRETED):
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+WORLD = world(rows=20, vocab=fused.BLOCK + 37, width=6, spread=2.0)  # one whole block of logits and a ragged one
+KINDS = [*(Divergence(kind, alpha=0.3) for kind in fused.KINDS if kind != "jsd")]
+JSDS = [Divergence("jsd", beta, normalization="unit" if beta == 0.9 else "paper") for beta in (0.0, 0.1, 0.5, 0.9, 1.0)]
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "usable", lambda tensor: True)
+
+
+def loss(w: World, rows: TeacherRows | None, spec: OutputLossSpec, dtype: torch.dtype) -> tuple[OutputLoss, Tensor]:
+    """Of float64 inputs by the plain path; of any other by the kernels."""
+    move = lambda t: t.to(DEVICE, dtype) if t.is_floating_point() else t.to(DEVICE)  # noqa: E731
+    if rows is not None:
+        moved = {name: move(value) for name, value in vars(rows).items() if isinstance(value, Tensor)}
+        if isinstance(rows, HiddenRows):
+            rows = replace(rows, **moved, head=Head(move(rows.head.weight_VD)))
+        else:
+            rows = replace(rows, **moved)
+    hidden = move(w.hidden_ND).clone().requires_grad_()
+    weights = (torch.arange(len(hidden)) % 4).to(DEVICE, dtype)
+    result = output_loss(hidden, Head(move(w.weight_VD)), rows, w.labels_N.to(DEVICE), weights, 7.0, spec)
+    result.total.backward()
+    assert hidden.grad is not None
+    return result, hidden.grad.double()
+
+
+def same(w: World, rows: TeacherRows | None, spec: OutputLossSpec, dtype: torch.dtype = torch.float32) -> None:
+    got, grad = loss(w, rows, spec, dtype)
+    want, true_grad = loss(w, rows, spec, torch.float64)
+    for name, value in vars(want.parts).items():
+        torch.testing.assert_close(getattr(got.parts, name), value, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(grad, true_grad, rtol=1e-4, atol=1e-4)  # logits of 40 are right to 4e-6, ratios too
+    if rows is not None:
+        assert got.integrity is not None
+        got.integrity.check()
+
+
+@pytest.mark.parametrize("divergence", [*KINDS, *JSDS], ids=lambda d: f"{d.kind}-{d.beta}")
+@pytest.mark.parametrize("form", ["hidden_rows", "full_rows"])
+def test_divergences(divergence: Divergence, form: str) -> None:
+    same(WORLD, getattr(WORLD, form)(), OutputLossSpec(divergence, kd_weight=0.7))
+
+
+@pytest.mark.parametrize("tau", [0.5, 2.0])
+@pytest.mark.parametrize("sft", [0.0, 0.3])
+def test_temperature_and_hard_labels(tau: float, sft: float) -> None:
+    spec = OutputLossSpec(Divergence("jsd", 0.4), tau, tau_squared=True, sft_weight=sft)
+    same(WORLD, WORLD.hidden_rows(), spec)
+
+
+@pytest.mark.parametrize("sft", [0.0, 0.3])
+@pytest.mark.parametrize("k", [1, 9, 23])
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "adaptive_kl"])
+def test_top_k(k: int, sft: float, kind: str) -> None:
+    w = world(rows=20, spread=2.0)  # 23 ids: k = 23 leaves no tail
+    same(w, w.topk_rows(k), OutputLossSpec(Divergence(kind, 0.4, alpha=0.4), sft_weight=sft))
+
+
+def test_hard_labels_alone() -> None:
+    same(WORLD, None, OutputLossSpec(kd_weight=0.0, sft_weight=1.0))
+
+
+def test_equal_logits_are_ordered_by_id() -> None:
+    z_CV = torch.zeros(3, 11, device=DEVICE)
+    labels = torch.tensor([0, 2, 10], device=DEVICE)
+    lse, ahead = fused.row_figures(z_CV, labels, z_CV[:, 0].contiguous())
+    assert ahead.tolist() == [0, 2, 10]
+    torch.testing.assert_close(lse, torch.full_like(lse, 11).log())
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "skew_kl"])
+def test_impossible_outcomes(kind: str) -> None:
+    """A teacher that rules ids out: weight 0, or an infinite divergence without a gradient, as in the plain path."""
+    w = replace(WORLD)
+    logits = w.teacher_logits_NV.clone()
+    logits[:, 5:9] = -torch.inf
+    labels = torch.full_like(w.labels_N, 3)
+    lse = logits.logsumexp(-1)
+    rows = FullRows(logits, lse, logits[:, 3] - lse, w.full_rows().tolerance)
+    same(replace(w, labels_N=labels), rows, OutputLossSpec(Divergence(kind, alpha=0.3)))
+
+
+def test_a_nan_reaches_the_check() -> None:
+    hidden = WORLD.hidden_rows()
+    hidden = replace(hidden, hidden_ND=hidden.hidden_ND.clone())
+    hidden.hidden_ND[3] = torch.nan  # row 3 has weight 3
+    result, _ = loss(WORLD, hidden, OutputLossSpec(), torch.float32)
+    assert result.integrity is not None
+    with pytest.raises(TeacherHeadMismatch, match="row 3"):
+        result.integrity.check()
