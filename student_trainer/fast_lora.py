@@ -1,7 +1,7 @@
 """Linear layers with low-rank adapters as one autograd function each: fewer launches than peft's, no float32 copy of x.
 
 In: a peft model; out: the same model, whose plain LoRA layers compute the same numbers by another way.
-Must never change what is saved or trained, nor touch a layer it does not fully understand: that one keeps peft's forward.
+Must never change what is saved or trained, nor touch a layer it does not fully understand: that keeps peft's forward.
 
 Axes: N tokens, I inputs and O outputs of a layer, R rank.
 """

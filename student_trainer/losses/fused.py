@@ -1,4 +1,4 @@
-"""The passes over a chunk of logits that cost the time, as Triton kernels: one program a row, nothing of [C, V] but in and out.
+"""The passes over a chunk of logits, as Triton kernels: one program a row, nothing of [C, V] but what goes in and out.
 
 In: float32 logits [C, V] on a CUDA device. Out: figures a row, and the gradient in the dtype it will be multiplied in.
 Must never be the only way: `divergence.py` and `truncated.py` are the oracle, and what runs wherever `usable` says no.

@@ -93,7 +93,7 @@ class Integrity:
 
     @cached_property
     def _compared(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Rows out of tolerance and the figures of the worst one; on a GPU, on their way to the host until the event."""
+        """Rows out of tolerance and the figures of the worst one; from a GPU, on their way until the event."""
         if not self.row_N.numel():
             return self.served_lse_N.double(), None
         allowed = self.tolerance

@@ -3,7 +3,8 @@
 In: the student's states after its final norm, its head, the teacher's rows. Out: one differentiable number, its parts.
 Must never hold more than a chunk of logits, nor wait for the device after the rows of weight 0 are dropped.
 
-Axes: N rows, M rows of weight above 0, C rows of a chunk, V vocabulary rows, K kept ids, D width, R rank. Source: algorithms.md 3.2.
+Axes: N rows, M rows of weight above 0, C rows of a chunk, V vocabulary rows, K kept ids, D width, R rank.
+Source: algorithms.md 3.2.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from student_trainer.feed.arrays import to_torch
 from student_trainer.feed.heads import fetch_head
 from student_trainer.objective import head_on
+from teacher_wire import status
 from teacher_wire.client import TeacherClient
-from teacher_wire.errors import LimitError, NotFoundError
+from teacher_wire.errors import CapabilityError, NotFoundError
 from teacher_wire.messages import SignalSpec, TokenBatch
 
 pytestmark = pytest.mark.ray
@@ -77,13 +78,31 @@ async def test_deterministic_is_bit_equal_in_any_company(teachers):
 
 
 async def test_errors_cross_ray_and_grpc_with_their_names(teachers):
+    """Raised in a replica, through Ray, the edge and gRPC, to a client that checks nothing itself."""
+    import grpc
+
+    from teacher_wire import codec
+    from teacher_wire.messages import ScoreCall
+    from teacher_wire.v1 import teacher_pb2 as pb
+    from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+
+    async with grpc.aio.insecure_channel(teachers.address) as channel:
+        stub = pb_grpc.TeacherStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            await stub.Head(pb.HeadRequest(teacher="exact", fingerprint="f" * 64)).read()
+        refused = status.from_rpc(caught.value, teachers.address)
+        assert isinstance(refused, CapabilityError), refused
+        assert refused.field == "fingerprint"
+        stream = stub.Score()
+        await stream.write(pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=1 << 20)))
+        call = ScoreCall("r", "exact", "", SignalSpec("hidden", 300), TokenBatch.pack([[1] * 129]))
+        await stream.write(pb.ScoreUp(request=codec.encode_call(call)))
+        failed = (await stream.read()).failed
+        assert (failed.error.kind, failed.error.field, failed.error.limit) == ("LimitError", "sequence 0 tokens", "128")
+        stream.cancel()
     async with TeacherClient(teachers.address) as client:
         with pytest.raises(NotFoundError, match="exact"):
             await client.teacher("nobody")
-        info = await client.teacher("exact")
-        with pytest.raises(LimitError) as caught:
-            await client.score(info, SignalSpec("hidden", 300), TokenBatch.pack([[1] * 129]))
-        assert (caught.value.field, caught.value.limit) == ("sequence 0 tokens", "128")
 
 
 def test_health_and_describe(teachers):

@@ -36,7 +36,7 @@ def adapter_hash(folder):
     return hashlib.sha256((folder / "final" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-STEPS = {"max_steps": 16, "batch_size": 2, "accumulation": 2, "save_steps": 3, "log_steps": 1, "learning_rate": 1e-2}
+STEPS = {"max_steps": 40, "batch_size": 2, "accumulation": 2, "save_steps": 3, "log_steps": 1, "learning_rate": 1e-2}
 
 
 @pytest.mark.parametrize("transport", ["hidden", "top_k"])
@@ -47,7 +47,7 @@ def test_killed_at_a_random_step_and_resumed(teachers, model_factory, rows_file,
     done = run_cli("train", straight)
     assert done.returncode == 0, done.stderr
     broken = write_config(tmp_path / "broken", model, rows_file, teachers.address, train=STEPS, labels=labels)
-    victim_step = random.randint(2, 14)
+    victim_step = random.randint(2, 28)
     log = tmp_path / "broken" / "run" / "train_log.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "student_trainer.cli", "train", str(broken)],

@@ -52,6 +52,4 @@ def test_every_grpc_code_becomes_one_of_ours(code):
 
     error = status.from_rpc(Bare(), "host:1")
     assert isinstance(error, TeacherWireError) and code.name in str(error)
-    assert isinstance(error, status.RETRYABLE) == (
-        code in BROKEN_OR_BUSY
-    )
+    assert isinstance(error, status.RETRYABLE) == (code in BROKEN_OR_BUSY)
