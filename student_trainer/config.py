@@ -202,7 +202,7 @@ class LossConfig(_Strict):
 
     output: OutputLossConfig | None = OutputLossConfig()
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    chunk_mb: Positive = 256
+    chunk_mb: Positive = 1024
 
     @model_validator(mode="after")
     def _something(self) -> LossConfig:

@@ -33,9 +33,8 @@ from student_trainer.losses.integrity import Integrity, TeacherHeadMismatch
 from student_trainer.losses.output import LossParts, output_loss
 from student_trainer.model import Student
 from student_trainer.objective import Objective, rows_on
+from student_trainer.run_folder import LOG_NAME
 from teacher_wire.messages import TeacherSignals, TokenBatch
-
-LOG_NAME = "train_log.jsonl"
 
 
 @dataclass
@@ -106,6 +105,7 @@ class DistillationTrainer(Trainer):
         self._feed: LabelFeed | None = None
         self._teacher_head = teacher_head
         self._measure = measure
+        self._evidence: tuple[Integrity, LabelRequest] | None = None
         self._likeliest = config.labels.k if config.labels.extra_ids else 0
         self._meter = _Meter()
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
@@ -187,11 +187,7 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The objective on one micro-batch, normalised by the rows of its window.
-
-        Raises:
-            TeacherHeadMismatch: the labels are not what the teacher's head makes of its states.
-        """
+        """The objective on one micro-batch, normalised by the rows of its window."""
         with self.accelerator.autocast():
             state_BLD = self._student.states(inputs["input_ids"], inputs["attention_mask"])
         state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[inputs["row_index_N"]]
@@ -207,15 +203,24 @@ class DistillationTrainer(Trainer):
             num_items_in_batch,
             self._objective.at(self.state.global_step),
         )
-        if result.integrity is not None:
-            self._check_integrity(result.integrity, inputs["request"])
+        self._evidence = None if result.integrity is None else (result.integrity, inputs["request"])
         self._meter.add(result.parts)
         return result.total
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass; then, and before any optimizer step, the check of the labels that were used.
+
+        Raises:
+            TeacherHeadMismatch: the labels are not what the teacher's head makes of its states; names the sample.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._evidence is not None:
+            self._check_integrity(*self._evidence)
+        return loss
+
     def _check_integrity(self, integrity: Integrity, request: LabelRequest) -> None:
-        """Stops the run before the step, and says which sample it was."""
         try:
-            integrity.check()
+            integrity.check()  # compared on the device since the forward pass: nothing to wait for by now
         except TeacherHeadMismatch as error:
             error.add_note(f"sample {request.names[request.batch.sequence_of_row(error.row)]}")
             raise

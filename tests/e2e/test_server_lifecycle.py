@@ -68,6 +68,7 @@ def test_ctrl_c_during_load_ends_everything_and_the_port_is_free(tmp_path, numbe
         (lambda c: c["edge"].update(port=70000), ["edge.port", "70000"]),
         (lambda c: c["teachers"].append(dict(c["teachers"][0])), ["distinct names"]),
         (lambda c: c.update(teachers=[]), ["teachers"]),
+        (lambda c: c["teachers"][0].update(name="edge"), ["edge", "call the teacher otherwise"]),
         (
             lambda c: c["edge"].update(tls={"cert_file": "/no/cert", "key_file": "/no/key"}),
             ["edge.tls.cert_file", "/no/cert"],
@@ -84,6 +85,15 @@ def test_a_wrong_config_is_one_clear_line(model_factory, tmp_path, spoil, named)
         assert result.returncode == 2, result.stderr
         (line,) = result.stderr.strip().splitlines()
         assert all(text in line for text in named), line
+
+
+def test_a_teacher_that_no_machine_of_the_cluster_can_hold_is_refused(tmp_path):
+    """Serve would wait for a GPU without a word."""
+    path = tmp_path / "server.yaml"
+    path.write_text(yaml.safe_dump(server_config({**FAKE, "num_gpus": 1})))
+    result = run_cli("up", path, house="teacher_server")
+    assert result.returncode == 2
+    assert "num_gpus" in result.stderr.strip().splitlines()[-1]
 
 
 def test_a_taken_port_is_named(tmp_path):

@@ -227,6 +227,64 @@ def test_a_run_is_not_resumed_with_other_settings_or_another_teacher(config_of, 
             train(config, resume=True, console=QUIET)
 
 
+def test_a_run_is_not_resumed_on_other_rows_or_from_other_weights(tmp_path, model_factory, server):
+    import shutil
+
+    from student_trainer.config import parse_config
+
+    rows = tmp_path / "rows.jsonl"
+    model = shutil.copytree(model_factory("qwen2"), tmp_path / "model")
+
+    def write(word):
+        rows.write_text("".join(json.dumps({"instruction": "Go.", "output": f"{word} {i}"}) + "\n" for i in range(12)))
+
+    write("cat")
+    config = parse_config(run_config(tmp_path, model, rows, server.address), "test")
+    train(config, console=QUIET)
+    (config.run.output_dir / "result.json").unlink()
+    write("dog")
+    with pytest.raises(RunError, match="rows have changed"):
+        train(config, resume=True, console=QUIET)
+    write("cat")
+    shutil.copytree(model_factory("qwen2", seed=3), model, dirs_exist_ok=True)
+    with pytest.raises(RunError, match="weights have changed"):
+        train(config, resume=True, console=QUIET)
+
+
+def test_the_last_checkpoints_are_kept_and_only_whole_ones(config_of):
+    config = config_of(train={"max_steps": 6, "save_steps": 1, "keep_checkpoints": 2})
+    folder = train(config, console=QUIET).output_dir
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    assert all((path / "COMPLETE").is_file() for path in folder.glob("checkpoint-*"))
+
+
+def test_a_request_that_some_step_would_be_refused_is_refused_at_once(config_of, fake):
+    for sections, named in [
+        (
+            {"feed": {"window_mb": 1}, "labels": {"transport": "full"}, "train": {"batch_size": 400}},
+            r"train\.batch_size.*feed\.window_mb",
+        ),
+        ({"train": {"batch_size": 300}}, r"train\.batch_size.*300 sequences"),
+    ]:
+        config = config_of(**sections)
+        with pytest.raises(ConfigError, match=named):
+            train(config, console=QUIET)
+        assert not config.run.output_dir.exists()
+
+
+def test_a_model_is_kept_even_if_its_last_evaluation_fails(config_of, fake, monkeypatch):
+    from student_trainer.trainer import DistillationTrainer
+
+    def fails(self):
+        raise LabelError("the teacher went mad")
+
+    monkeypatch.setattr(DistillationTrainer, "last_metrics", fails)
+    config = config_of()
+    with pytest.raises(LabelError):
+        train(config, console=QUIET)
+    assert (config.run.output_dir / "final" / "adapter_model.safetensors").is_file()
+
+
 def test_where_and_how_fast_may_change_on_resumption(config_of):
     train(config_of(), console=QUIET)
     config = config_of(feed={"max_mb": 1}, teacher={"address": config_of().teacher.address, "retry_s": 5})

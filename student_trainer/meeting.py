@@ -1,0 +1,292 @@
+"""Meeting the teacher: who it is, what it can give, and the feeds that will bring it; all before step 0.
+
+In: a config, the student and its data; out: a `Teacher` to learn from. What cannot work ends here by the name of the setting:
+handshake, sizes of every request of the run, and one small request through everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from student_trainer import evaluate
+from student_trainer.config import LabelConfig, TeacherConfig, TrainConfig
+from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.embedded import embedded_teacher
+from student_trainer.errors import ConfigError
+from student_trainer.feed import background
+from student_trainer.feed.choose import Probe, choose
+from student_trainer.feed.handshake import StudentFacts, agree, shared_rows
+from student_trainer.feed.heads import fetch_head
+from student_trainer.feed.order import RunOrder
+from student_trainer.feed.packing import pack
+from student_trainer.feed.prefetch import LabelFeed, LabelRequest
+from student_trainer.feed.provided import ProvidedRequests
+from student_trainer.feed.verify import check_signals
+from student_trainer.losses.head import Head
+from student_trainer.model import Student
+from student_trainer.objective import check_loss, head_on, is_softened
+from teacher_wire.channel import Credentials
+from teacher_wire.client import TeacherClient
+from teacher_wire.errors import TeacherWireError
+from teacher_wire.messages import SignalSpec, TeacherInfo, TeacherSignals
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of a run, agreed with.
+
+    Attributes:
+        spec: the signal to train on.
+        measuring: the signal to measure KL with, exact where the teacher offers one; None without held-out data.
+        head: on the student's device, if one of the signals needs it.
+    """
+
+    connect: Callable[[], TeacherClient]
+    info: TeacherInfo
+    spec: SignalSpec
+    measuring: SignalSpec | None
+    head: Head | None
+
+
+@contextlib.contextmanager
+def teacher_address(teacher: TeacherConfig | None, console: Console) -> Iterator[str | None]:
+    """Where the teacher is while the block runs; starts an embedded one, and stops it at the end."""
+    if teacher is None:
+        yield None
+    elif teacher.address is not None:
+        yield teacher.address
+    else:
+        assert teacher.embedded is not None
+        with console.status(f"starting the embedded teacher of {teacher.embedded}"):
+            server = embedded_teacher(teacher.embedded)
+            address = server.__enter__()
+        try:
+            yield address
+        finally:
+            server.__exit__(None, None, None)
+
+
+def meet_teacher(
+    config: TrainConfig,
+    address: str | None,
+    student: Student,
+    data: TokenizedDataset,
+    held_out: TokenizedDataset | None,
+    console: Console,
+) -> Teacher | None:
+    """Agrees with the teacher on the signals of the whole run.
+
+    Raises:
+        ConfigError, TeacherWireError: what cannot work, by the name of the setting.
+    """
+    if config.teacher is None or address is None:
+        return None
+    settings = config.teacher
+    credentials = Credentials(
+        settings.ca_file, settings.cert_file, settings.key_file, os.environ.get(settings.token_env, "")
+    )
+    trouble = _Trouble(console)
+    connect = partial(
+        TeacherClient,
+        address,
+        credentials=credentials,
+        window_bytes=config.feed.window_mb << 20,
+        retry_for_s=settings.retry_s,
+        on_trouble=trouble.tell,
+    )
+    uses_chat = config.data.template == "chat" or (
+        config.data.template == "auto" and bool(student.tokenizer.chat_template)
+    )
+    facts = StudentFacts.of(student.tokenizer, student.vocab_rows, uses_chat)
+    longest = _longest(data, held_out)
+
+    device = student.head(2).weight_VD.device
+
+    async def meet() -> Teacher | None:
+        async with connect() as client:
+            info = await client.teacher(settings.name, wait_for_s=settings.wait_s)
+            ask = partial(agree, info, facts, longest=longest, allow_template_mismatch=settings.allow_template_mismatch)
+            output = config.loss.output
+            measuring = ask(_exact_labels(info, config.labels), asked_by="evaluation") if held_out else None
+            spec = measuring
+            if output is not None:
+                labels = config.labels
+                if labels.transport == "auto":
+                    labels, why = await _choose(client, info, facts, config, data, device)
+                    console.print(f"labels by {labels.transport}: {why}")
+                advice = check_loss(config.loss, labels)
+                if advice:
+                    console.print(f"[yellow]note:[/] {advice}")
+                spec = ask(labels, asked_by=f"loss.output ({output.divergence})")
+            head = None
+            if spec is None:  # a teacher is set, and neither a loss nor an evaluation asks it anything
+                return None
+            if "hidden" in (spec.transport, measuring.transport if measuring else ""):
+                with console.status(f"fetching the output head of {info.name}"):
+                    fetched = await fetch_head(client, info, config.run.cache_dir)
+                head = head_on(fetched, spec.vocab_rows, device)
+            await _try(client, info, spec, data)
+            console.print(
+                f"teacher [bold]{info.name}[/] at {address}: {info.architecture} {info.dtype}, labels by {spec.transport}"
+            )
+            return Teacher(connect, info, spec, measuring, head)
+
+    return background.run(meet())
+
+
+async def _try(client: TeacherClient, info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset) -> None:
+    """One small request through everything, so that what cannot work fails before there is a run folder."""
+    smallest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
+    asked = pack([data[smallest].example])
+    batch = asked.batch
+    if spec.extra:
+        named = np.tile(np.arange(spec.extra, dtype=np.int32), (batch.rows, 1))
+        batch = replace(batch, extra_ids_NM=named)
+    check_signals(await client.score(info, spec, batch), spec, batch, asked.names)
+
+
+async def _choose(
+    client: TeacherClient,
+    info: TeacherInfo,
+    facts: StudentFacts,
+    config: TrainConfig,
+    data: TokenizedDataset,
+    device: torch.device,
+) -> tuple[LabelConfig, str]:
+    """Measures the link with one request and the memory that is free, and lets `choose` decide."""
+    rows = shared_rows(info, facts)
+    probe = None
+    if "hidden" in info.transports:
+        count = min(len(data), config.train.batch_size)
+        asked = pack([data[index].example for index in range(count)]).batch
+        began_s = time.perf_counter()
+        signals = await client.score(info, SignalSpec("hidden", rows), asked)
+        took_s = time.perf_counter() - began_s
+        timing = signals.timing
+        server_s = (timing.queue_us + timing.forward_us + timing.reduce_us) / 1e6
+        probe = Probe(transfer_s=max(0.0, took_s - server_s), forward_s=timing.forward_us / 1e6)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return choose(info, rows, free, probe, softened=is_softened(config.loss))
+
+
+def check_sizes(
+    config: TrainConfig, teacher: Teacher, data: TokenizedDataset, held_out: TokenizedDataset | None, order: RunOrder
+) -> None:
+    """Refuses requests that the teacher or our own window will refuse at some later step.
+
+    Raises:
+        ConfigError: naming the setting that makes them too large.
+    """
+    if config.loss.output is not None:
+        groups = [order.batch(number) for number in range(order.batches)]
+        _check_groups(config, teacher, teacher.spec, data, groups, "train.batch_size")
+    if held_out is not None and teacher.measuring is not None:
+        groups = evaluate.batches(held_out, config.train.eval_batch_size)
+        _check_groups(config, teacher, teacher.measuring, held_out, groups, "train.eval_batch_size")
+
+
+def _check_groups(
+    config: TrainConfig,
+    teacher: Teacher,
+    spec: SignalSpec,
+    data: TokenizedDataset,
+    groups: list[list[int]],
+    setting: str,
+) -> None:
+    tokens = [row.example.token_ids.size for row in data]
+    rows = [int(row.example.loss_mask.sum()) for row in data]
+    limits, row_bytes = teacher.info.limits, spec.row_bytes(teacher.info.hidden_size, teacher.info.value_bytes)
+    reply = max(sum(rows[index] for index in group) for group in groups) * row_bytes
+    for what, value, limit, whose in (
+        ("sequences", max(map(len, groups)), limits.max_request_sequences, "the teacher's max_request_sequences"),
+        (
+            "tokens",
+            max(sum(tokens[i] for i in group) for group in groups),
+            limits.max_request_tokens,
+            "the teacher's max_request_tokens",
+        ),
+        ("reply bytes", reply, limits.max_reply_bytes, "the teacher's max_reply_mb"),
+        ("reply bytes", reply, config.feed.window_mb << 20, "feed.window_mb"),
+    ):
+        if value > limit:
+            raise ConfigError(
+                f"{setting} makes a request of {value:,} {what} by {spec.transport} labels, above {whose}: at most {limit:,}"
+            )
+
+
+def _exact_labels(info: TeacherInfo, labels: LabelConfig) -> LabelConfig:
+    """Labels that give the exact KL, if this teacher offers any; those of training else."""
+    exact = [transport for transport in ("hidden", "full") if transport in info.transports]
+    if exact:
+        return LabelConfig(transport=exact[0])
+    return LabelConfig(transport="top_k", k=labels.k) if labels.transport == "auto" else labels
+
+
+class _Trouble:
+    """Shows each different trouble with the teacher once, not every retry."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = ""
+
+    def tell(self, error: TeacherWireError) -> None:
+        if error.message != self._last:
+            self._last = error.message
+            self._console.print(f"[yellow]teacher:[/] {escape(str(error))}; trying again", highlight=False)
+
+
+def open_any_feed(
+    config: TrainConfig,
+    teacher: Teacher,
+    spec: SignalSpec,
+    request: Callable[[int], LabelRequest],
+    first: int,
+    count: int,
+    on_close: Callable[[], None] = lambda: None,
+) -> LabelFeed:
+    """A feed of requests `first .. count-1` by one signal, every answer checked."""
+
+    def check(signals: TeacherSignals, asked: LabelRequest) -> None:
+        check_signals(signals, spec, asked.batch, asked.names)
+
+    return LabelFeed(
+        teacher.connect, teacher.info, spec, request, check,
+        first=first, count=count, max_bytes=config.feed.max_mb << 20, max_batches=config.feed.max_batches,
+        on_close=on_close,
+    )  # fmt: skip
+
+
+def open_training_feed(
+    config: TrainConfig,
+    teacher: Teacher,
+    data: TokenizedDataset,
+    order: RunOrder,
+    provided: ProvidedRequests | None,
+    first: int,
+) -> LabelFeed:
+    """The feed of the training rows from micro-batch `first` on; `provided` hands over requests that cannot be made ahead."""
+
+    def request(number: int) -> LabelRequest:
+        return pack([data[index].example for index in order.batch(number)])
+
+    if provided is not None:
+        return open_any_feed(config, teacher, teacher.spec, provided.wait, first, order.batches, provided.close)
+    return open_any_feed(config, teacher, teacher.spec, request, first, order.batches)
+
+
+def _longest(data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:
+    """Name and tokens of the longest sequence."""
+    every = [row.example for rows in (data, held_out) if rows is not None for row in rows]
+    longest = max(every, key=lambda example: example.token_ids.size)
+    return longest.key, int(longest.token_ids.size)
