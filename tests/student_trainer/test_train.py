@@ -261,7 +261,7 @@ def test_the_last_checkpoints_are_kept_and_only_whole_ones(config_of):
 def test_a_request_that_some_step_would_be_refused_is_refused_at_once(config_of, fake):
     for sections, named in [
         (
-            {"feed": {"window_mb": 1}, "labels": {"transport": "full"}, "train": {"batch_size": 400}},
+            {"feed": {"window_mb": 1}, "labels": {"transport": "full"}, "train": {"batch_size": 200}},
             r"train\.batch_size.*feed\.window_mb",
         ),
         ({"train": {"batch_size": 300}}, r"train\.batch_size.*300 sequences"),
