@@ -38,12 +38,18 @@ class RunConfig(_Strict):
 
 
 class LoraSettings(_Strict):
-    """Low-rank adapters (peft)."""
+    """Low-rank adapters (peft).
+
+    Attributes:
+        rank, alpha, dropout, target_modules: as in peft.
+        fused: compute plain layers as one function each (`fast_lora.py`), with peft's parameters and files.
+    """
 
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    fused: bool = True
 
 
 class ModelConfig(_Strict):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from student_trainer import internlm
+from student_trainer import fast_lora, internlm
 from student_trainer.config import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head, Lora
@@ -145,9 +145,12 @@ def _with_adapters(model: Any, settings: LoraSettings | None, checkpointing: boo
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules {targets}: {error}") from error
+    if settings.fused:
+        fast_lora.install(adapted)
+    return adapted
 
 
 def _lora_of(layer: Any) -> Lora | None:

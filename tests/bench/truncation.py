@@ -35,6 +35,7 @@ TAUS = (1.2, 2.0, 4.0, 8.0)
 HAS_INT8 = "compression" in SignalSpec.__dataclass_fields__
 DEMO = Path(".cache/demo")
 LossAndGrad = tuple[Tensor, Tensor]
+Exact = HiddenRows | FullRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class Scene:
     """Rows to measure on: exact labels, a student, and every way to send the labels."""
 
     title: str
-    exact: TeacherRows
+    exact: Exact
     student_NV: Tensor
     labels: list[Labels]
 
@@ -125,8 +126,11 @@ def table(scene: Scene) -> list[dict[str, object]]:
     for labels in scene.labels:
         line: dict[str, object] = {"labels": labels.name, "bytes/token": f"{labels.row_bytes:,.0f}"}
         for name, spec in DIVERGENCES.items():
-            loss = labels.loss or shipped
-            found = loss(labels.rows, scene.student_NV, spec, 1.0)
+            if labels.loss is not None:
+                assert isinstance(labels.rows, TopKRows)
+                found = labels.loss(labels.rows, scene.student_NV, spec, 1.0)
+            else:
+                found = shipped(labels.rows, scene.student_NV, spec, 1.0)
             line[f"{name}: bias / gradient error / cosine"] = (
                 "" if found is None else Error.of(found, exact[name]).shown()
             )
@@ -160,7 +164,7 @@ def temperature_table(scene: Scene, k: int = 64) -> list[dict[str, object]]:
     return lines
 
 
-def with_extra(rows: TeacherRows, student_NV: Tensor, k: int, extra: int) -> TopKRows:
+def with_extra(rows: Exact, student_NV: Tensor, k: int, extra: int) -> TopKRows:
     """The teacher's k likeliest ids and the `extra` likeliest others of the student, with the exact tail."""
     logits_NV = rows.logits(torch.float64)
     lse_N = logits_NV.logsumexp(-1)
@@ -171,7 +175,7 @@ def with_extra(rows: TeacherRows, student_NV: Tensor, k: int, extra: int) -> Top
     return TopKRows(ids_NK, logits_NV.gather(-1, ids_NK), tail_N, lse_N, rows.label_logp_N)
 
 
-def extras(exact: TeacherRows, student_NV: Tensor, vocab_rows: int, value_bytes: int) -> Iterator[Labels]:
+def extras(exact: Exact, student_NV: Tensor, vocab_rows: int, value_bytes: int) -> Iterator[Labels]:
     """Rows of `EXTRA` that fit into the vocabulary."""
     for k, extra in EXTRA:
         if k + extra < vocab_rows:
@@ -232,7 +236,8 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
         exact = replace(hidden, hidden_ND=hidden.hidden_ND.double())
         labels = []
         if vocab_rows * room.info.value_bytes * total <= room.info.limits.max_reply_bytes:
-            labels.append(Labels("full", *reversed(ask(SignalSpec("full", vocab_rows)))))
+            every, every_bytes = ask(SignalSpec("full", vocab_rows))
+            labels.append(Labels("full", every_bytes, every))
         labels.append(Labels(f"hidden {room.info.dtype}", size, hidden))
         if room.info.dtype == "float32":
             narrow = replace(hidden, hidden_ND=hidden.hidden_ND.bfloat16())
@@ -252,7 +257,7 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
     return Scene(title, exact, student_NV, labels)
 
 
-def facts(exact: TeacherRows, student_NV: Tensor) -> str:
+def facts(exact: Exact, student_NV: Tensor) -> str:
     """What kind of rows these are."""
     p_NV = exact.logits(torch.float64).softmax(-1)
     entropy = float(torch.special.entr(p_NV).sum(-1).mean())

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.timeout(3600),
     pytest.mark.skipif(not os.environ.get("LYCEUM_SOAK"), reason="takes minutes: run make soak"),
 ]
-SEEDS = range(5)
+SEEDS = range(10, 15)
 ARMS = {"sft": Arm(), "hidden": Arm(SignalSpec("hidden", task2.VOCAB))}
 
 
