@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench | make extras: each sets up what it needs by itself.
+# make demo | make test | make lint | make bench | make soak | make extras: each sets up what it needs by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PROTO_TOOLS := .tools/proto
 STUBS := proto/teacher_wire/v1/teacher.proto
 
-.PHONY: setup demo test lint format bench extras stubs clean
+.PHONY: setup demo test lint format bench soak extras stubs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m tests.bench.wire
+
+# Slower proofs, by hand: task 2 of algorithms.md 12.
+soak: $(STAMP)
+	@LYCEUM_SOAK=1 $(BIN)/python -m pytest -s tests/soak
 
 # Each house installed alone; by hand, it needs a few minutes and 3 GB.
 extras: $(STAMP)

@@ -32,7 +32,6 @@ DIVERGENCES = {"FKL": Divergence(), "JSD": Divergence("jsd", 0.5), "RKL": Diverg
 KS = (4, 16, 64, 128, 256)
 EXTRA = ((64, 16), (128, 32))  # teacher's k, and the student's own likeliest ids asked for beside them
 TAUS = (1.2, 2.0, 4.0, 8.0)
-HAS_INT8 = "compression" in SignalSpec.__dataclass_fields__
 DEMO = Path(".cache/demo")
 LossAndGrad = tuple[Tensor, Tensor]
 Exact = HiddenRows | FullRows
@@ -242,9 +241,8 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
         if room.info.dtype == "float32":
             narrow = replace(hidden, hidden_ND=hidden.hidden_ND.bfloat16())
             labels.append(Labels("hidden bfloat16 (cast)", 8 + 2 * room.info.hidden_size, narrow))
-        if HAS_INT8:
-            packed, size = ask(SignalSpec("hidden", vocab_rows, compression="int8"))
-            labels.append(Labels("hidden int8", size, packed))
+        packed, size = ask(SignalSpec("hidden", vocab_rows, compression="int8"))
+        labels.append(Labels("hidden int8", size, packed))
         for k in KS:
             top, size = ask(SignalSpec("top_k", vocab_rows, k=k))
             assert isinstance(top, TopKRows)
@@ -309,8 +307,7 @@ def synthetic(vocab_rows: int, rows: int, width: int = 3584, forward_kl: float =
         Labels("full bfloat16", 8 + 2 * vocab_rows, FullRows(logits_NV.bfloat16(), lse_N, label_N)),
         Labels("hidden bfloat16", 8 + 2 * width, HiddenRows(narrow_ND.float(), head, lse_N, label_N)),
     ]
-    if HAS_INT8:
-        from teacher_server.signals import state
+    from teacher_server.signals import state
 
         size = SignalSpec("hidden", vocab_rows, compression="int8").row_bytes(width, 2)
         packed_ND = state.pack(narrow_ND).unpack(torch.float32)

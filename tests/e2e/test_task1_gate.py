@@ -23,13 +23,11 @@ SEEDS = range(5)
 ARMS = {
     "sft": Arm(),
     "hidden": Arm(SignalSpec("hidden", task1.VOCAB)),
+    "hidden int8": Arm(SignalSpec("hidden", task1.VOCAB, compression="int8")),
     "full": Arm(SignalSpec("full", task1.VOCAB)),
     "top-4 + tail": Arm(SignalSpec("top_k", task1.VOCAB, k=4)),
     "top-4 renormalised": Arm(SignalSpec("top_k", task1.VOCAB, k=4), renormalised_top_k),
 }
-HAS_INT8 = "compression" in SignalSpec.__dataclass_fields__
-if HAS_INT8:
-    ARMS["hidden int8"] = Arm(SignalSpec("hidden", task1.VOCAB, compression="int8"))
 
 KLs = dict[str, list[float]]
 
@@ -84,7 +82,6 @@ def test_full_beats_tail_beats_renormalised(kl_of, capsys) -> None:
     assert found["hidden"] == pytest.approx(found["full"], rel=0.05)
 
 
-@pytest.mark.skipif(not HAS_INT8, reason="states are not compressed yet")
 def test_int8_states_teach_as_well(kl_of, capsys) -> None:
     found = {name: kl_of(name) for name in ("hidden", "hidden int8")}
     with capsys.disabled():
