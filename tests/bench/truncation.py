@@ -309,9 +309,9 @@ def synthetic(vocab_rows: int, rows: int, width: int = 3584, forward_kl: float =
     ]
     from teacher_server.signals import state
 
-        size = SignalSpec("hidden", vocab_rows, compression="int8").row_bytes(width, 2)
-        packed_ND = state.pack(narrow_ND).unpack(torch.float32)
-        labels.append(Labels("hidden int8", size, HiddenRows(packed_ND, head, lse_N, label_N)))
+    size = SignalSpec("hidden", vocab_rows, compression="int8").row_bytes(width, 2)
+    packed_ND = state.pack(narrow_ND).unpack(torch.float32)
+    labels.append(Labels("hidden int8", size, HiddenRows(packed_ND, head, lse_N, label_N)))
     for k in (k for k in KS if k < vocab_rows):
         values_NK, kept_NK = logits_NV.topk(k, -1)
         tail_N = logits_NV.scatter(-1, kept_NK, -torch.inf).logsumexp(-1) - lse_N
