@@ -47,6 +47,7 @@ class Teacher:
     """The teacher of a run, agreed with.
 
     Attributes:
+        labels: as configured, or as `auto` chose them.
         spec: the signal to train on.
         measuring: the signal to measure KL with, exact where the teacher offers one; None without held-out data.
         head: on the student's device, if one of the signals needs it.
@@ -54,6 +55,7 @@ class Teacher:
 
     connect: Callable[[], TeacherClient]
     info: TeacherInfo
+    labels: LabelConfig
     spec: SignalSpec
     measuring: SignalSpec | None
     head: Head | None
@@ -84,6 +86,7 @@ def meet_teacher(
     data: TokenizedDataset,
     held_out: TokenizedDataset | None,
     console: Console,
+    settled: LabelConfig | None = None,
 ) -> Teacher | None:
     """Agrees with the teacher on the signals of the whole run.
 
@@ -117,11 +120,11 @@ def meet_teacher(
         async with connect() as client:
             info = await client.teacher(settings.name, wait_for_s=settings.wait_s)
             ask = partial(agree, info, facts, longest=longest, allow_template_mismatch=settings.allow_template_mismatch)
-            output = config.loss.output
+            output, labels = config.loss.output, config.labels
             measuring = ask(_exact_labels(info, config.labels), asked_by="evaluation") if held_out else None
             spec = measuring
             if output is not None:
-                labels = config.labels
+                labels = settled or config.labels
                 if labels.transport == "auto":
                     labels, why = await _choose(client, info, facts, config, data, device)
                     console.print(f"labels by {labels.transport}: {why}")
@@ -140,7 +143,7 @@ def meet_teacher(
             console.print(
                 f"teacher [bold]{info.name}[/] at {address}: {info.architecture} {info.dtype}, labels by {spec.transport}"
             )
-            return Teacher(connect, info, spec, measuring, head)
+            return Teacher(connect, info, labels, spec, measuring, head)
 
     return background.run(meet())
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from student_trainer import checkpoint
-from student_trainer.config import TrainConfig, dump_config
+from student_trainer.config import LabelConfig, TrainConfig, dump_config
 from student_trainer.errors import ConfigError, RunError
 
 LOG_NAME = "train_log.jsonl"
@@ -74,12 +74,21 @@ def _check_writable(name: str, folder: Path) -> None:
         )
 
 
+def settled_labels(config: TrainConfig) -> LabelConfig | None:
+    """What `labels.transport: auto` chose when this run was started: a link that is slower today must not change it."""
+    file = config.run.output_dir / IDENTITY_NAME
+    if config.labels.transport != "auto" or not file.is_file():
+        return None
+    return LabelConfig.model_validate_json(json.loads(file.read_text())["labels"])
+
+
 def open_folder(config: TrainConfig, learned_from: dict[str, str], resume: bool, console: Console) -> Path | None:
     """Makes the run folder, or takes up the one that is there; the checkpoint to start from.
 
     Args:
         config: the run.
-        learned_from: digests under `teacher`, `data` and `student`; they must not change over a run.
+        learned_from: digests under `teacher`, `data` and `student`, which must not change over a run, and the `labels`
+            it was started with.
         resume: whether a run that is there may be taken up.
         console: told what was found.
 

@@ -42,6 +42,7 @@ from student_trainer.run_folder import (
     finish,
     open_folder,
     result_of,
+    settled_labels,
 )
 from student_trainer.trainer import DistillationTrainer
 from teacher_wire.messages import TeacherSignals
@@ -68,7 +69,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     with teacher_address(config.teacher, console) as address:
         student = load_student(config.model, config.run.seed)
         data, held_out = _load_data(config.data, student, console)
-        teacher = meet_teacher(config, address, student, data, held_out, console)
+        teacher = meet_teacher(
+            config, address, student, data, held_out, console, settled_labels(config) if resume else None
+        )
         try:
             return _run(config, student, data, held_out, teacher, resume, console)
         except AlreadyFinished:
@@ -101,6 +104,7 @@ def _run(
         "teacher": teacher.info.fingerprint if teacher else "",
         "data": data.sha256,
         "student": student.sha256,
+        "labels": (teacher.labels if teacher else config.labels).model_dump_json(),
     }
     start = open_folder(config, learned_from, resume, console)
     progress = ConsoleProgress(console, config.run.output_dir.name)

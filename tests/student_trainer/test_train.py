@@ -251,6 +251,20 @@ def test_a_run_is_not_resumed_on_other_rows_or_from_other_weights(tmp_path, mode
         train(config, resume=True, console=QUIET)
 
 
+def test_auto_keeps_to_its_choice_over_a_resumption(config_of, monkeypatch):
+    """The link is measured anew; a run must not change its labels for it."""
+    from student_trainer import meeting
+    from student_trainer.config import LabelConfig
+
+    config = config_of(labels={"transport": "auto"})
+    chosen = LabelConfig(transport="hidden", compression="int8")
+    monkeypatch.setattr(meeting, "choose", lambda *args, **kwargs: (chosen, "slow today"))
+    train(config, console=QUIET)
+    (config.run.output_dir / "result.json").unlink()
+    monkeypatch.setattr(meeting, "choose", lambda *args, **kwargs: pytest.fail("it has been chosen"))
+    train(config, resume=True, console=QUIET)
+
+
 def test_the_last_checkpoints_are_kept_and_only_whole_ones(config_of):
     config = config_of(train={"max_steps": 6, "save_steps": 1, "keep_checkpoints": 2})
     folder = train(config, console=QUIET).output_dir
