@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend (one line s
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def train(
     try:
         result = run(loaded, resume=resume == "auto", console=console)
     except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: student-trainer train {config} --resume auto")
+        again = shlex.join([str(config), *(overrides or [])])
+        console.print(f"interrupted; go on with: student-trainer train {again} --resume auto", markup=False)
         raise SystemExit(130) from None
     figures = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     console.print(f"[bold green]done[/] {result.steps} steps  {figures}\nmodel: {result.output_dir / 'final'}")

@@ -72,7 +72,7 @@ def test_ctrl_c_says_how_to_go_on(teachers, model_factory, rows_file, tmp_path):
         tmp_path, model_factory("qwen2"), rows_file, teachers.address, train={**STEPS, "max_steps": 5000}
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "student_trainer.cli", "train", str(config)],
+        [sys.executable, "-m", "student_trainer.cli", "train", str(config), "train.keep_checkpoints=3"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -83,7 +83,7 @@ def test_ctrl_c_says_how_to_go_on(teachers, model_factory, rows_file, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "--resume auto" in stderr and "Traceback" not in stderr
+    assert "train.keep_checkpoints=3 --resume auto" in stderr and "Traceback" not in stderr
 
 
 def spoil_rows(tmp_path, text):
