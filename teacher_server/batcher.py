@@ -6,11 +6,17 @@ deficit round robin (Shreedhar & Varghese 1995). It never splits a job and never
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from teacher_wire.errors import OverloadedError
+
+# Tenants that come when the queue is full still get their share; together they may exceed it by this factor.
+_MOST_OVER = 2.0
+_RETRY_S = (0.05, 5.0)  # shortest and longest delay that a refusal names
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,10 @@ class Job:
 
 @dataclass
 class _Tenant:
-    queue: deque[Job] = field(default_factory=deque)
+    queue: deque[Job] = field(default_factory=deque)  # those taken back stay in it until their turn
     deficit: float = 0.0
+    tokens: int = 0
+    jobs: int = 0
 
 
 class Batcher:
@@ -41,9 +49,9 @@ class Batcher:
 
     Args:
         max_tokens: budget of a batch; a job above it gets a batch of its own.
-        max_queue_tokens: tokens that may wait; beyond, `add` refuses.
+        max_queue_tokens: tokens that may wait; a tenant may fill what the others' shares leave.
         exclusive: a batch is exactly one job (deterministic serving).
-        weights: shares of tenants under contention; 1 for a tenant not listed.
+        weights: shares of tenants under contention; 1 for a tenant not listed. May be replaced at any time.
     """
 
     def __init__(
@@ -52,39 +60,71 @@ class Batcher:
         max_queue_tokens: int,
         *,
         exclusive: bool = False,
-        weights: dict[str, float] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
+        self.weights: Mapping[str, float] = weights or {}
+        self.tokens_per_s = 0.0  # as measured by whoever runs the batches; 0 while unknown
         self._max_tokens = max_tokens
         self._max_queue_tokens = max_queue_tokens
         self._exclusive = exclusive
-        self._weights = weights or {}
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # in the order of their turns
+        self._waiting: dict[int, Job] = {}
+        self._deadlines: list[tuple[float, int]] = []
         self.queued_tokens = 0
-        self.queued_jobs = 0
+
+    @property
+    def queued_jobs(self) -> int:
+        return len(self._waiting)
+
+    def queued_tokens_of(self) -> dict[str, int]:
+        """Waiting tokens by tenant."""
+        return {name: tenant.tokens for name, tenant in self._tenants.items() if tenant.jobs}
 
     def add(self, job: Job) -> None:
         """Queues a job.
 
         Raises:
-            OverloadedError: the queue is full.
+            OverloadedError: the tenant has more waiting than its share of the queue; or too many tenants wait.
         """
-        if self.queued_tokens and self.queued_tokens + job.tokens > self._max_queue_tokens:
-            raise OverloadedError(
-                "the teacher's queue is full",
-                field="queue_tokens", value=self.queued_tokens + job.tokens, limit=self._max_queue_tokens, retry_after_s=1.0,
-            )  # fmt: skip
-        self._tenants.setdefault(job.tenant, _Tenant()).queue.append(job)
+        share = self._share(job.tenant)
+        limit = self._max_queue_tokens * share
+        tenant = self._tenants.get(job.tenant)
+        waiting = tenant.tokens if tenant else 0
+        if waiting and waiting + job.tokens > limit:
+            raise self._full("the tenant's share of the teacher's queue is full", waiting + job.tokens, limit, share)
+        if waiting == 0 and self.queued_tokens > self._max_queue_tokens * _MOST_OVER:
+            raise self._full(
+                "the teacher's queue is full", self.queued_tokens, self._max_queue_tokens * _MOST_OVER, share
+            )
+        if tenant is None:
+            tenant = self._tenants[job.tenant] = _Tenant()
+        tenant.queue.append(job)
+        tenant.tokens += job.tokens
+        tenant.jobs += 1
         self.queued_tokens += job.tokens
-        self.queued_jobs += 1
+        self._waiting[job.job_id] = job
+        if job.deadline_s < math.inf:
+            heapq.heappush(self._deadlines, (job.deadline_s, job.job_id))
+
+    def _share(self, name: str) -> float:
+        """Of the queue and of the forward passes, among the tenants that want any."""
+        active = {waiting for waiting, tenant in self._tenants.items() if tenant.jobs} | {name}
+        return self._weight(name) / sum(map(self._weight, active))
+
+    def _weight(self, name: str) -> float:
+        return self.weights.get(name, 1.0)
+
+    def _full(self, message: str, value: int, limit: float, share: float) -> OverloadedError:
+        rate = self.tokens_per_s * share
+        shortest, longest = _RETRY_S
+        delay = min(longest, max(shortest, (value - limit) / rate)) if rate else 1.0
+        return OverloadedError(message, field="queue_tokens", value=value, limit=int(limit), retry_after_s=delay)
 
     def cancel(self, job_id: int) -> None:
         """Takes a job back; no forward pass is spent on it if it still waits."""
-        for tenant in self._tenants.values():
-            for job in tenant.queue:
-                if job.job_id == job_id:
-                    tenant.queue.remove(job)
-                    self._count_out(job)
-                    return
+        job = self._waiting.pop(job_id, None)
+        if job is not None:
+            self._count_out(job)
 
     def next_batch(self, now_s: float) -> tuple[list[Job], list[Job]]:
         """The jobs of the next forward pass, and those whose deadline has passed (they get none).
@@ -97,6 +137,8 @@ class Batcher:
         room = self._max_tokens
         while self._tenants:
             name, tenant = next(iter(self._tenants.items()))
+            while tenant.queue and tenant.queue[0].job_id not in self._waiting:
+                tenant.queue.popleft()
             if not tenant.queue:
                 del self._tenants[name]  # an idle tenant saves up nothing
                 continue
@@ -110,21 +152,25 @@ class Batcher:
             tenant.queue.popleft()
             tenant.deficit = max(0.0, tenant.deficit - job.tokens)
             room -= job.tokens
-            batch.append(job)
+            batch.append(self._waiting.pop(job.job_id))
             self._count_out(job)
         return batch, expired
 
     def _quantum(self, tenant: str) -> float:
         """Tokens a tenant gains a turn: small against the budget, so that every batch is shared."""
-        return max(1.0, self._max_tokens / 8) * self._weights.get(tenant, 1.0)
+        return max(1.0, self._max_tokens / 8) * self._weight(tenant)
 
     def _drop_expired(self, now_s: float) -> list[Job]:
-        expired = [job for tenant in self._tenants.values() for job in tenant.queue if job.deadline_s <= now_s]
-        for job in expired:
-            self._tenants[job.tenant].queue.remove(job)
-            self._count_out(job)
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            job = self._waiting.pop(heapq.heappop(self._deadlines)[1], None)
+            if job is not None:
+                self._count_out(job)
+                expired.append(job)
         return expired
 
     def _count_out(self, job: Job) -> None:
+        tenant = self._tenants[job.tenant]
+        tenant.tokens -= job.tokens
+        tenant.jobs -= 1
         self.queued_tokens -= job.tokens
-        self.queued_jobs -= 1

@@ -42,8 +42,12 @@ class TeacherService(Protocol):
     async def describe(self) -> list[TeacherInfo]:
         """Every teacher of this deployment."""
 
-    async def info(self, teacher: str) -> TeacherInfo:
-        """One teacher; the empty name means the only one. Raises NotFoundError."""
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
+        """One teacher; the empty name means the only one. Raises NotFoundError.
+
+        While its weights are being changed there are two descriptions: the one with `fingerprint` is given if it is
+        (still) there, else the newest.
+        """
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         """The labels. Must stop the work it can stop when cancelled."""
@@ -277,7 +281,7 @@ class _Stream:
             self._fail(request.request_id, _known(error))
 
     async def _compute(self, call: ScoreCall) -> _Reply:
-        info = await self._service.info(call.teacher)
+        info = await self._service.info(call.teacher, call.fingerprint)
         codec.check_call(call, info)
         needed = codec.reply_bytes(call, info)
         assert self._window is not None

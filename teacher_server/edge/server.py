@@ -119,8 +119,8 @@ class _Gate:
         self._check()
         return await self._service.describe()
 
-    async def info(self, teacher: str) -> TeacherInfo:
-        return await self._service.info(teacher)
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
+        return await self._service.info(teacher, fingerprint)
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         self._check()

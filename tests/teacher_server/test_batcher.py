@@ -93,3 +93,58 @@ def test_a_full_queue_refuses_with_a_delay_and_forgets_nothing():
         batcher.add(Job(2, "a", 1))
     assert caught.value.retry_after_s > 0
     assert [[job.job_id for job in batch] for batch in drain(batcher)] == [[1]]
+
+
+def test_a_flood_fills_only_its_share_of_the_queue():
+    batcher = Batcher(max_tokens=100, max_queue_tokens=1000, weights={"vip": 3.0})
+    for i in range(10):
+        batcher.add(Job(i, "flood", 100))
+    with pytest.raises(OverloadedError):
+        batcher.add(Job(10, "flood", 100))
+    for i in range(20, 27):  # three quarters of the queue are the newcomer's, however full it is
+        batcher.add(Job(i, "vip", 100))
+    with pytest.raises(OverloadedError) as caught:
+        batcher.add(Job(27, "vip", 100))
+    assert caught.value.limit == "750"
+
+
+def test_many_tenants_together_stay_below_twice_the_queue():
+    batcher = Batcher(max_tokens=100, max_queue_tokens=1000)
+    refused = 0
+    for i in range(500):
+        try:
+            batcher.add(Job(i, f"tenant{i}", 100))
+        except OverloadedError:
+            refused += 1
+    assert batcher.queued_tokens <= 2 * 1000 + 100
+    assert refused
+
+
+def test_the_delay_of_a_refusal_is_the_time_until_there_is_room():
+    batcher = Batcher(max_tokens=100, max_queue_tokens=1000)
+    batcher.tokens_per_s = 400.0
+    batcher.add(Job(0, "a", 1000))
+    with pytest.raises(OverloadedError) as caught:
+        batcher.add(Job(1, "a", 200))
+    assert caught.value.retry_after_s == pytest.approx(0.5)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "cancel", "batch"]), st.integers(0, 30)), max_size=80))
+def test_the_counts_are_those_of_the_jobs_that_wait(steps):
+    batcher = Batcher(max_tokens=100, max_queue_tokens=10**9)
+    waiting = {}
+    for number, (kind, value) in enumerate(steps):
+        if kind == "add":
+            waiting[number] = Job(number, "ab"[value % 2], value + 1, deadline_s=float(number + value))
+            batcher.add(waiting[number])
+        elif kind == "cancel":
+            waiting.pop(value, None)
+            batcher.cancel(value)
+        else:
+            batch, expired = batcher.next_batch(float(number))
+            assert all(job.deadline_s <= number for job in expired)
+            for job in (*batch, *expired):
+                assert waiting.pop(job.job_id) == job
+        assert batcher.queued_jobs == len(waiting)
+        assert batcher.queued_tokens == sum(job.tokens for job in waiting.values())
+        assert sum(batcher.queued_tokens_of().values()) == batcher.queued_tokens
