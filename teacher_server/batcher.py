@@ -51,7 +51,7 @@ class Batcher:
         max_tokens: budget of a batch; a job above it gets a batch of its own.
         max_queue_tokens: tokens that may wait; a tenant may fill what the others' shares leave.
         exclusive: a batch is exactly one job (deterministic serving).
-        weights: shares of tenants under contention; 1 for a tenant not listed. May be replaced at any time.
+        weights: shares of tenants under contention; `default_weight` for a tenant not listed. Both may change at any time.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Batcher:
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.weights: Mapping[str, float] = weights or {}
+        self.default_weight = 1.0
         self.tokens_per_s = 0.0  # as measured by whoever runs the batches; 0 while unknown
         self._max_tokens = max_tokens
         self._max_queue_tokens = max_queue_tokens
@@ -112,7 +113,7 @@ class Batcher:
         return self._weight(name) / sum(map(self._weight, active))
 
     def _weight(self, name: str) -> float:
-        return self.weights.get(name, 1.0)
+        return self.weights.get(name, self.default_weight)
 
     def _full(self, message: str, value: int, limit: float, share: float) -> OverloadedError:
         rate = self.tokens_per_s * share

@@ -19,7 +19,7 @@ from typing import Any
 
 from teacher_server.backends import Backend, build_backend
 from teacher_server.batcher import Batcher, Job
-from teacher_server.config import TeacherConfig
+from teacher_server.config import DEFAULT_TENANT, TeacherConfig
 from teacher_wire import codec
 from teacher_wire.errors import CapabilityError, DeadlineError, ServerError, TeacherWireError, UnavailableError
 from teacher_wire.messages import HeadHeader, Limits, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
@@ -93,8 +93,9 @@ class TeacherEngine:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Shares of tenants from the next forward pass on; 1 for a tenant not listed."""
+        """Shares of tenants from the next forward pass on; one that is not listed has that of DEFAULT_TENANT, or 1."""
         self._batcher.weights = dict(weights)
+        self._batcher.default_weight = weights.get(DEFAULT_TENANT, 1.0)
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         """The labels of one request.

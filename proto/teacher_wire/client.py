@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import logging
 import math
 import random
@@ -31,6 +33,7 @@ from teacher_wire.errors import (
     UnavailableError,
 )
 from teacher_wire.messages import ScoreCall, SignalSpec, TeacherHead, TeacherInfo, TeacherSignals, TokenBatch
+from teacher_wire.pacing import Pace
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 
@@ -54,8 +57,9 @@ class ClientStats:
 
 @dataclass
 class _Pending:
-    """A request that is not answered yet, with the chunks that have come."""
+    """A request that is not answered yet, with the chunks that have come; `number` says how old it is."""
 
+    number: int
     call: ScoreCall
     info: TeacherInfo
     future: asyncio.Future[TeacherSignals]
@@ -109,7 +113,12 @@ class TeacherClient:
         self._pending: dict[str, _Pending] = {}
         self._up: asyncio.Queue[pb.ScoreUp] = asyncio.Queue()
         self._stream: asyncio.Task[None] | None = None
+        self._numbers = itertools.count()
+        self._backlog: list[tuple[int, str]] = []  # to be sent, oldest first
+        self._pace = Pace()
+        self._pump_timer: asyncio.TimerHandle | None = None
         self._delayed: set[asyncio.Task[None]] = set()
+        self._answered_s = -math.inf  # when the server last answered anything
         self._closed = False
 
     async def __aenter__(self) -> TeacherClient:
@@ -121,6 +130,8 @@ class TeacherClient:
     async def close(self) -> None:
         """Ends the stream; unanswered requests fail with CancelledRequestError."""
         self._closed = True
+        if self._pump_timer is not None:
+            self._pump_timer.cancel()
         for task in (self._stream, *self._delayed):
             if task is not None:
                 task.cancel()
@@ -239,13 +250,13 @@ class TeacherClient:
                 value=self._window_bytes,
                 limit=needed,
             )
-        pending = _Pending(call, info, asyncio.get_running_loop().create_future())
+        pending = _Pending(next(self._numbers), call, info, asyncio.get_running_loop().create_future())
         self._pending[call.request_id] = pending
         self.stats.requests += 1
         if self._stream is None or self._stream.done():
             self._stream = asyncio.create_task(self._keep_stream())
         else:
-            self._up.put_nowait(pending.message())
+            self._send(pending)
         try:
             return await pending.future
         except asyncio.CancelledError:
@@ -253,6 +264,8 @@ class TeacherClient:
             raise
         finally:
             self._pending.pop(call.request_id, None)
+            self._pace.ended(call.request_id)
+            self._pump()
 
     async def _keep_stream(self) -> None:
         """Holds one stream open while requests are pending, and opens the next when it breaks."""
@@ -282,8 +295,10 @@ class TeacherClient:
             task.cancel()
         self._up = asyncio.Queue()
         self._up.put_nowait(pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=self._window_bytes)))
-        for pending in self._pending.values():
-            self._up.put_nowait(pending.message())
+        self._pace.lost()
+        self._backlog = []
+        for pending in list(self._pending.values()):
+            self._send(pending)
         call = self._stub.Score(metadata=self._metadata)
         writer = asyncio.create_task(self._write(call))
         try:
@@ -334,6 +349,8 @@ class TeacherClient:
         if pending is None:
             return
         self._up.put_nowait(pb.ScoreUp(ack=pb.Ack(request_id=done.request_id)))
+        self._answered_s = time.monotonic()
+        self._pace.answered(done.request_id)
         try:
             self._resolve(pending, codec.finish_reply(pending.parts, done, pending.call))
             self.stats.replies += 1
@@ -346,19 +363,45 @@ class TeacherClient:
             return
         problem = status.from_detail(failed.error)
         pause = self._pause(problem)
-        if isinstance(problem, status.RETRYABLE) and not self._is_overdue(pending, pause):
-            self.stats.retries += 1
-            self._on_trouble(problem)
+        self._pace.ended(failed.request_id)
+        if not isinstance(problem, status.RETRYABLE) or self._is_overdue(pending, problem, pause):
+            self._resolve(pending, problem)
+            return
+        self.stats.retries += 1
+        self._on_trouble(problem)
+        if isinstance(problem, OverloadedError):
+            self._pace.refused(failed.request_id, time.monotonic(), pause)
+            self._send(pending)
+        else:
             task = asyncio.create_task(self._send_later(pending, pause))
             self._delayed.add(task)
             task.add_done_callback(self._delayed.discard)
-        else:
-            self._resolve(pending, problem)
 
     async def _send_later(self, pending: _Pending, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
-        if pending.call.request_id in self._pending:
-            self._up.put_nowait(pending.message())
+        self._send(pending)
+
+    def _send(self, pending: _Pending) -> None:
+        heapq.heappush(self._backlog, (pending.number, pending.call.request_id))
+        self._pump()
+
+    def _pump(self) -> None:
+        """Sends as many of the waiting requests as the pace allows, the oldest first."""
+        if self._pump_timer is not None:
+            self._pump_timer.cancel()
+            self._pump_timer = None
+        while self._backlog:
+            request_id = self._backlog[0][1]
+            pending = self._pending.get(request_id)
+            wait_s = self._pace.wait_s(time.monotonic()) if pending is not None else 0.0
+            if wait_s > 0:
+                if wait_s < math.inf and not self._closed:
+                    self._pump_timer = asyncio.get_running_loop().call_later(wait_s, self._pump)
+                return
+            heapq.heappop(self._backlog)
+            if pending is not None:
+                self._pace.sent(request_id)
+                self._up.put_nowait(pending.message())
 
     def _pause(self, problem: TeacherWireError) -> float:
         """The server's own delay if it gave one, else 1-2 s, never the same for all students at once."""
@@ -381,11 +424,17 @@ class TeacherClient:
 
     def _fail_overdue(self, error: TeacherWireError) -> None:
         for pending in list(self._pending.values()):
-            if self._is_overdue(pending):
+            if self._is_overdue(pending, error):
                 self._resolve(pending, error)
 
-    def _is_overdue(self, pending: _Pending, pause_s: float = 0.0) -> bool:
-        """Whether it has failed for longer than we try; the clock starts with the first failure since anything came."""
+    def _is_overdue(self, pending: _Pending, problem: TeacherWireError, pause_s: float = 0.0) -> bool:
+        """Whether it has failed for longer than we try; the clock starts with the first failure since anything came.
+
+        A server that refuses some requests for being full and answers others is no failure, however long it takes.
+        """
         now = time.monotonic()
         pending.failing_since = min(pending.failing_since, now)
-        return now + pause_s - pending.failing_since >= self._retry_for_s
+        since = pending.failing_since
+        if isinstance(problem, OverloadedError):
+            since = max(since, self._answered_s)
+        return now + pause_s - since >= self._retry_for_s

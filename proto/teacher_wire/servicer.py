@@ -88,7 +88,7 @@ class TeacherServicer(pb_grpc.TeacherServicer):
         service: what answers.
         server_version: told to students.
         limits: what one stream may hold.
-        tenant_of: who is calling, from the call's context.
+        tenant_of: who is calling, from the call's context; may raise a TeacherWireError.
     """
 
     def __init__(
@@ -126,7 +126,11 @@ class TeacherServicer(pb_grpc.TeacherServicer):
             await _abort(context, error)
 
     async def Score(self, requests: AsyncIterator[pb.ScoreUp], context: Context) -> AsyncIterator[pb.ScoreDown]:
-        stream = _Stream(self, self._service, self._kept, self._limits, self._tenant_of(context))
+        try:
+            tenant = self._tenant_of(context)
+        except TeacherWireError as error:
+            await _abort(context, error)
+        stream = _Stream(self, self._service, self._kept, self._limits, tenant)
         self.open_streams += 1
         try:
             async for message in stream.answers(requests):
