@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from teacher_wire import PROTOCOL, codec, status
+from teacher_wire import PROTOCOL, codec, status, status_codec
 from teacher_wire.channel import Credentials, call_metadata, open_channel
 from teacher_wire.errors import (
     CancelledRequestError,
@@ -32,7 +32,15 @@ from teacher_wire.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.messages import ScoreCall, SignalSpec, TeacherHead, TeacherInfo, TeacherSignals, TokenBatch
+from teacher_wire.messages import (
+    ScoreCall,
+    ServerStatus,
+    SignalSpec,
+    TeacherHead,
+    TeacherInfo,
+    TeacherSignals,
+    TokenBatch,
+)
 from teacher_wire.pacing import Pace
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
@@ -181,6 +189,19 @@ class TeacherClient:
                 field="teacher.name", value=name or "(none given)", limit="|".join(sorted(teachers)),
             )  # fmt: skip
         return teachers[name]
+
+    async def server_status(self, timeout_s: float = 10.0) -> ServerStatus:
+        """How the server is doing; of tenants, only the caller's own unless it is an operator.
+
+        Raises:
+            CapabilityError: it keeps no status.
+            UnavailableError: nobody answers.
+        """
+        try:
+            reply = await self._stub.Status(pb.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise status.from_rpc(error, self.address) from None
+        return status_codec.decode_status(reply)
 
     async def head(self, info: TeacherInfo, progress: Callable[[int, int], None] | None = None) -> TeacherHead:
         """The teacher's output head, its digest checked.

@@ -443,3 +443,77 @@ class ScoreCall:
     batch: TokenBatch
     timeout_s: float = 0.0
     tenant: str = ""
+
+
+@dataclass(frozen=True)
+class TeacherStatus:
+    """How one teacher is doing (proto: TeacherStatus).
+
+    Attributes:
+        state: `starting`, `running`, `rolling` or `failed`; `message` says more.
+        fingerprints: of the live replicas, the newest first; several during a rolling update.
+        tokens_per_s, batch_fill: of the last seconds.
+        forwards, forward_tokens, answered, failed: since the server came up.
+    """
+
+    name: str
+    state: str
+    message: str = ""
+    replicas: int = 0
+    replicas_wanted: int = 0
+    fingerprints: tuple[str, ...] = ()
+    queued_tokens: int = 0
+    queued_requests: int = 0
+    tokens_per_s: float = 0.0
+    batch_fill: float = 0.0
+    forwards: int = 0
+    forward_tokens: int = 0
+    answered: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class TenantStatus:
+    """What one tenant takes (proto: TenantStatus); the empty name is whoever has none."""
+
+    name: str
+    weight: float = 1.0
+    share: float = 0.0
+    tokens_per_s: float = 0.0
+    served_tokens: int = 0
+    queued_tokens: int = 0
+    inflight_tokens: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """Where the labels of sequences came from, and what is kept (proto: StoreStatus)."""
+
+    memory_hits: int = 0
+    disk_hits: int = 0
+    joined: int = 0
+    computed: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class EdgeStatus:
+    """What one edge has open."""
+
+    node: str
+    open_streams: int = 0
+    open_requests: int = 0
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """How the whole server is doing."""
+
+    server_version: str = ""
+    up_s: float = 0.0
+    teachers: tuple[TeacherStatus, ...] = ()
+    tenants: tuple[TenantStatus, ...] = ()
+    store: StoreStatus = field(default_factory=StoreStatus)
+    edges: tuple[EdgeStatus, ...] = ()

@@ -12,11 +12,11 @@ import logging
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from teacher_wire import PROTOCOL, codec, status
+from teacher_wire import PROTOCOL, codec, status, status_codec
 from teacher_wire.errors import (
     CapabilityError,
     DeadlineError,
@@ -27,7 +27,7 @@ from teacher_wire.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 
@@ -89,6 +89,7 @@ class TeacherServicer(pb_grpc.TeacherServicer):
         server_version: told to students.
         limits: what one stream may hold.
         tenant_of: who is calling, from the call's context; may raise a TeacherWireError.
+        status_for: how the server is doing, as the tenant of that name may see it.
     """
 
     def __init__(
@@ -98,11 +99,13 @@ class TeacherServicer(pb_grpc.TeacherServicer):
         server_version: str = "",
         limits: StreamLimits | None = None,
         tenant_of: Callable[[Context], str] = anonymous,
+        status_for: Callable[[str], Awaitable[ServerStatus]] | None = None,
     ) -> None:
         self._service = service
         self._version = server_version
         self._limits = limits or StreamLimits()
         self._tenant_of = tenant_of
+        self._status_for = status_for
         self._kept = _KeptReplies(self._limits.kept_reply_bytes, self._limits.kept_reply_s)
         self.open_streams = 0
         self.open_requests = 0
@@ -110,6 +113,15 @@ class TeacherServicer(pb_grpc.TeacherServicer):
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         try:
             return codec.encode_description(await self._service.describe(), self._version)
+        except Exception as error:
+            await _abort(context, error)
+            raise
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
+        try:
+            if self._status_for is None:
+                raise CapabilityError("this server keeps no status", field="Status")
+            return status_codec.encode_status(await self._status_for(self._tenant_of(context)))
         except Exception as error:
             await _abort(context, error)
             raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from teacher_server.errors import ServerConfigError
 from teacher_wire.channel import server_options
 from teacher_wire.errors import UnavailableError
 from teacher_wire.label_store import LabelStore
-from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
 from teacher_wire.servicer import StreamLimits, TeacherService, TeacherServicer
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
@@ -39,9 +39,15 @@ class EdgeServer:
     Args:
         config: where and how to listen.
         service: what answers.
+        status_for: how the server is doing, as a tenant may see it.
     """
 
-    def __init__(self, config: EdgeConfig, service: TeacherService) -> None:
+    def __init__(
+        self,
+        config: EdgeConfig,
+        service: TeacherService,
+        status_for: Callable[[str], Awaitable[ServerStatus]] | None = None,
+    ) -> None:
         self._config = config
         self._admission = Admission()
         kept = config.store
@@ -58,6 +64,7 @@ class EdgeServer:
             server_version=__version__,
             limits=StreamLimits(max_window_bytes=config.window_mb << 20),
             tenant_of=tenant_of(tokens),
+            status_for=status_for,
         )
         self._health = health_aio.HealthServicer()
         interceptors = [TokenInterceptor(tokens)] if tokens else []
@@ -71,6 +78,11 @@ class EdgeServer:
             from grpc_reflection.v1alpha import reflection
 
             reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), self._server)
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return self._config.address
 
     async def start(self) -> None:
         """Opens the port and says SERVING.
