@@ -24,7 +24,7 @@ from tests.teacher_wire.labels_of import SPECS, entry_of, key_of
 QUESTIONS = 40
 
 
-def answer(question: int, writer: int, tokens: int = 400) -> LabelEntry:
+def answer(question: int, writer: int, tokens: int = 1000) -> LabelEntry:
     """The labels of question number `question`; every bit of them says who wrote them."""
     entry = entry_of(SPECS["hidden"], seed=question, tokens=tokens)
     tensors = {
@@ -55,8 +55,10 @@ def kill(folder: Path, kills: int, writers: int) -> None:
             key = key_of(entry)
             if store.get(key) is None:
                 store.keep(key, entry.fingerprint, entry.spec, entry.sequence, entry.signals)
-            elif turn.random() < 0.3:  # so that there is always something to write
+            elif turn.random() < 0.5:  # so that there is always something to write
                 store.prune(max_bytes=0)
+            if store.stats.damaged:
+                folder.with_suffix(".damaged").touch()
 
     def start() -> int:
         writer = next(numbers)
