@@ -1,14 +1,20 @@
 """Which requests share the next forward pass: a policy over ints, without torch, ray or clocks of its own.
 
-In: jobs with tenant, tokens and deadline; out: batches under a token budget, fair between tenants by
-deficit round robin (Shreedhar & Varghese 1995). It never splits a job and never reorders one tenant's jobs.
+In: jobs with tenant, tokens and deadline; out: batches under a token budget, fair between tenants by start-time fair
+queueing (Goyal, Vin & Cheng 1996). It never splits a job and never reorders one tenant's jobs.
+
+A clock of tokens runs with the service; a tenant's next job starts when its last one would have ended at the tenant's share,
+or now if that is past, and the earliest start is served first. So a newcomer is next, whoever came back pays for what it
+had, and shares are exact in tokens. (Deficit round robin gives the same shares, but lets a newcomer wait for what the others
+had left of their turn: half a batch more on average.)
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -38,8 +44,18 @@ class Job:
 
 @dataclass
 class _Tenant:
-    queue: deque[Job] = field(default_factory=deque)  # those taken back stay in it until their turn
-    deficit: float = 0.0
+    """What waits for one tenant.
+
+    Attributes:
+        queue: its jobs; those taken back stay in it until their turn.
+        start: of its next job, on the clock of tokens.
+        served: number of its last service; of equal starts the longest unserved goes first.
+        tokens, jobs: that wait.
+    """
+
+    queue: deque[Job] = field(default_factory=deque)
+    start: float = 0.0
+    served: int = -1
     tokens: int = 0
     jobs: int = 0
 
@@ -68,7 +84,9 @@ class Batcher:
         self._max_tokens = max_tokens
         self._max_queue_tokens = max_queue_tokens
         self._exclusive = exclusive
-        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # in the order of their turns
+        self._tenants: dict[str, _Tenant] = {}
+        self._clock = 0.0  # start of the job served last
+        self._services = itertools.count()
         self._waiting: dict[int, Job] = {}
         self._deadlines: list[tuple[float, int]] = []
         self.queued_tokens = 0
@@ -99,6 +117,8 @@ class Batcher:
             )
         if tenant is None:
             tenant = self._tenants[job.tenant] = _Tenant()
+        if not tenant.jobs:
+            tenant.start = max(tenant.start, self._clock)
         tenant.queue.append(job)
         tenant.tokens += job.tokens
         tenant.jobs += 1
@@ -136,30 +156,32 @@ class Batcher:
         expired = self._drop_expired(now_s)
         batch: list[Job] = []
         room = self._max_tokens
-        while self._tenants:
-            name, tenant = next(iter(self._tenants.items()))
-            while tenant.queue and tenant.queue[0].job_id not in self._waiting:
+        while self._waiting:
+            name, tenant = self._next_tenant()
+            while tenant.queue[0].job_id not in self._waiting:
                 tenant.queue.popleft()
-            if not tenant.queue:
-                del self._tenants[name]  # an idle tenant saves up nothing
-                continue
             job = tenant.queue[0]
             if batch and (self._exclusive or job.tokens > room):
                 break
-            if tenant.deficit < job.tokens and len(self._tenants) > 1:
-                tenant.deficit += self._quantum(name)
-                self._tenants.move_to_end(name)
-                continue
             tenant.queue.popleft()
-            tenant.deficit = max(0.0, tenant.deficit - job.tokens)
             room -= job.tokens
             batch.append(self._waiting.pop(job.job_id))
             self._count_out(job)
+            self._clock = tenant.start
+            tenant.start += job.tokens / self._weight(name)
+            tenant.served = next(self._services)
+        self._forget_idle()
         return batch, expired
 
-    def _quantum(self, tenant: str) -> float:
-        """Tokens a tenant gains a turn: small against the budget, so that every batch is shared."""
-        return max(1.0, self._max_tokens / 8) * self._weight(tenant)
+    def _next_tenant(self) -> tuple[str, _Tenant]:
+        waiting = ((name, tenant) for name, tenant in self._tenants.items() if tenant.jobs)
+        return min(waiting, key=lambda item: (item[1].start, item[1].served))
+
+    def _forget_idle(self) -> None:
+        """Drops tenants that want nothing and owe nothing."""
+        idle = [name for name, tenant in self._tenants.items() if not tenant.jobs and tenant.start <= self._clock]
+        for name in idle:
+            del self._tenants[name]
 
     def _drop_expired(self, now_s: float) -> list[Job]:
         expired = []

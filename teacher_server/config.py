@@ -124,13 +124,19 @@ class TransformersBackend(_Strict):
 
 
 class FakeBackend(_Strict):
-    """The deterministic fake of `teacher_wire.fake`, for trying things out without a model."""
+    """The deterministic fake of `teacher_wire.fake`, for trying things out without a model.
+
+    Attributes:
+        delay_s: of every forward pass.
+        tokens_per_s: as fast as it pretends to be; null for as fast as it is.
+    """
 
     kind: Literal["fake"] = "fake"
     vocab_rows: Annotated[int, Field(ge=2)] = 64
     hidden_size: Annotated[int, Field(ge=1)] = 16
     seed: int = 0
     delay_s: Annotated[float, Field(ge=0)] = 0.0
+    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class BatchConfig(_Strict):

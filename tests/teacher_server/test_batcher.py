@@ -74,6 +74,50 @@ def test_a_flood_does_not_delay_a_newcomer_beyond_a_batch():
     assert 5000 in [job.job_id for _ in range(2) for job in batcher.next_batch(0.0)[0]]
 
 
+def test_a_newcomer_is_next_and_whoever_comes_back_has_paid():
+    batcher = Batcher(max_tokens=100, max_queue_tokens=10**9)
+    for i in range(100):
+        batcher.add(Job(i, "flood", 100))
+    batcher.next_batch(0.0)
+    served = []
+    for number in range(20):  # one request at a time, the next when the last is answered
+        batcher.add(Job(1000 + number, "guest", 100))
+        while True:
+            (job,), _ = batcher.next_batch(0.0)
+            served.append(job.tenant)
+            if job.tenant == "guest":
+                break
+    assert served[0] == "guest"
+    assert served.count("flood") == pytest.approx(20, abs=1)
+
+
+def test_large_requests_of_a_guest_are_paid_for_before_it_is_served_again():
+    batcher = Batcher(max_tokens=100, max_queue_tokens=10**9)
+    for i in range(1000):
+        batcher.add(Job(i, "flood", 100))
+    tokens = {"flood": 0, "guest": 0}
+    for number in range(20):
+        batcher.add(Job(10_000 + number, "guest", 1000))
+        while True:
+            (job,), _ = batcher.next_batch(0.0)
+            tokens[job.tenant] += job.tokens
+            if job.tenant == "guest":
+                break
+    assert tokens["flood"] == pytest.approx(tokens["guest"], rel=0.1)
+
+
+def test_an_hour_alone_is_not_held_against_anyone():
+    batcher = Batcher(max_tokens=100, max_queue_tokens=10**9)
+    for i in range(1000):
+        batcher.add(Job(i, "early", 100))
+        batcher.next_batch(0.0)
+    for i in range(100):
+        batcher.add(Job(2000 + 2 * i, "early", 100))
+        batcher.add(Job(2001 + 2 * i, "late", 100))
+    served = [batcher.next_batch(0.0)[0][0].tenant for _ in range(20)]
+    assert served.count("early") == 10
+
+
 def test_expired_and_cancelled_jobs_get_no_forward_pass():
     batcher = Batcher(max_tokens=100, max_queue_tokens=1000)
     batcher.add(Job(1, "a", 10, deadline_s=5.0))
