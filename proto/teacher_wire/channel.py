@@ -84,15 +84,18 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
-def check_address(address: str) -> None:
-    """Refuses what is not HOST:PORT.
+def addresses_of(text: str) -> tuple[str, ...]:
+    """The addresses in HOST:PORT[,HOST:PORT...]: the edges of one server, of which any will do.
 
     Raises:
-        RequestError: naming the address.
+        RequestError: naming what is none.
     """
-    host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
-        raise RequestError("an address is HOST:PORT", field="address", value=address, limit="host:1..65535")
+    found = tuple(part.strip() for part in text.split(","))
+    for address in found:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+            raise RequestError("an address is HOST:PORT", field="address", value=address, limit="host:1..65535")
+    return found
 
 
 def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
@@ -101,7 +104,7 @@ def open_channel(address: str, credentials: Credentials | None = None) -> grpc.a
     Raises:
         RequestError: not an address, an unreadable file, or a token that would cross a network in the clear.
     """
-    check_address(address)
+    addresses_of(address)
     credentials = credentials or Credentials()
     if credentials.ca_file is None:
         if credentials.token and not is_loopback(address):

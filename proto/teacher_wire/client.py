@@ -15,13 +15,14 @@ import math
 import random
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
 
 from teacher_wire import PROTOCOL, codec, status, status_codec
-from teacher_wire.channel import Credentials, call_metadata, open_channel
+from teacher_wire.channel import Credentials, addresses_of, call_metadata, open_channel
 from teacher_wire.errors import (
     CancelledRequestError,
     LabelError,
@@ -88,8 +89,8 @@ class TeacherClient:
     """An async client of one server; use it as an async context manager, in one event loop.
 
     Args:
-        address: HOST:PORT.
-        credentials: TLS files and token.
+        address: HOST:PORT, or several with commas: when one edge is gone the next is tried.
+        credentials: TLS files, token, tenant.
         window_bytes: reply bytes the server may have under way to us.
         retry_for_s: how long a request is retried while the server is unreachable or overloaded.
         backoff_s: shortest and longest pause before the next try.
@@ -115,7 +116,9 @@ class TeacherClient:
         self._retry_for_s = retry_for_s
         self._backoff_s = backoff_s
         self._on_trouble = on_trouble or (lambda error: log.warning("%s; trying again", error))
-        self._channel = open_channel(address, credentials)
+        self._credentials = credentials
+        self._addresses = deque(addresses_of(address))
+        self._channel = open_channel(self._addresses[0], credentials)
         self._metadata = call_metadata(credentials)
         self._stub = pb_grpc.TeacherStub(self._channel)
         self._pending: dict[str, _Pending] = {}
@@ -162,6 +165,7 @@ class TeacherClient:
             CapabilityError: another version of the contract, or no teacher server at all.
         """
         give_up_at = time.monotonic() + wait_for_s
+        tried = 0
         while True:
             try:
                 reply = await self._stub.Describe(
@@ -170,7 +174,13 @@ class TeacherClient:
                 return codec.decode_description(reply)
             except grpc.RpcError as error:
                 problem = status.from_rpc(error, self.address)
-                if not isinstance(problem, status.RETRYABLE) or time.monotonic() >= give_up_at:
+                if not isinstance(problem, status.RETRYABLE):
+                    raise problem from None
+                await self._next_edge()
+                tried += 1
+                if tried < len(self._addresses):
+                    continue
+                if time.monotonic() >= give_up_at:
                     raise problem from None
                 await asyncio.sleep(self._pause(problem))
 
@@ -309,7 +319,18 @@ class TeacherClient:
                 return
             self.stats.reconnects += 1
             self._on_trouble(problem)
+            await self._next_edge()
             await asyncio.sleep(self._pause(problem))
+
+    async def _next_edge(self) -> None:
+        """Turns to the next address, if there are several."""
+        if len(self._addresses) == 1:
+            return
+        self._addresses.rotate(-1)
+        gone = self._channel
+        self._channel = open_channel(self._addresses[0], self._credentials)
+        self._stub = pb_grpc.TeacherStub(self._channel)
+        await gone.close()
 
     async def _run_stream(self) -> None:
         for task in self._delayed:  # everything pending is sent again right now
