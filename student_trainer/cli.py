@@ -52,7 +52,11 @@ def train(
         console.print(f"interrupted; go on with: student-trainer train {again} --resume auto", markup=False)
         raise SystemExit(130) from None
     figures = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    console.print(f"[bold green]done[/] {result.steps} steps  {figures}\nmodel: {result.output_dir / 'final'}")
+    console.print(f"[bold green]done[/] {result.steps} steps  {figures}")
+    if result.usage is not None and result.usage.tokens:
+        usage = result.usage
+        console.print(f"labels: {usage.disk_tokens:,} tokens from disk, {usage.teacher_tokens:,} from the teacher")
+    console.print(f"model: {result.output_dir / 'final'}")
 
 
 def main() -> None:
