@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from teacher_server.edge.admission import Admission
@@ -39,13 +39,13 @@ class _Flight:
     Attributes:
         labels: key -> its labels, when they are there.
         waiting: callers; the computation is taken back when the last one leaves.
-        timing: of the forward pass.
+        answer: of the teacher, once it came, in the order of `labels`.
     """
 
     labels: dict[str, asyncio.Future[TeacherSignals]]
     waiting: int = 0
     task: asyncio.Task[None] | None = None
-    timing: Timing = field(default_factory=Timing)
+    answer: TeacherSignals | None = None
 
 
 class LabelSharing:
@@ -90,16 +90,19 @@ class LabelSharing:
         bounds = call.batch.row_bounds_B1
         wanted = [sequence for sequence in range(call.batch.sequences) if bounds[sequence + 1] > bounds[sequence]]
         found: dict[int, TeacherSignals] = {}
-        timing = Timing()
+        own: _Flight | None = None
         while len(found) < len(wanted):
-            timing = await self._round(call, keys, [s for s in wanted if s not in found], found) or timing
+            own = await self._round(call, keys, [s for s in wanted if s not in found], found) or own
+        if own is not None and own.answer is not None and own.answer.rows == call.batch.rows:
+            return replace(own.answer, fingerprint=call.fingerprint)  # all of it, as it came
+        timing = own.answer.timing if own and own.answer else Timing()
         parts = [found[sequence] for sequence in wanted]
         return replace(TeacherSignals.join(parts), fingerprint=call.fingerprint, timing=timing)
 
     async def _round(
         self, call: ScoreCall, keys: list[str], missing: list[int], found: dict[int, TeacherSignals]
-    ) -> Timing | None:
-        """Takes what is there, joins what is under way, starts what is neither, and waits; the time of a forward of our own."""
+    ) -> _Flight | None:
+        """Takes what is there, joins what is under way, starts what is neither, and waits; the flight that was started."""
         joined: dict[int, _Flight] = {}
         ours: list[int] = []
         for sequence in missing:
@@ -129,14 +132,16 @@ class LabelSharing:
                 flight.waiting -= 1
                 if not flight.waiting and flight.task is not None:
                     flight.task.cancel()  # no effect once it is done
-        return own.timing if own else None
+        return own
 
     def _take_off(self, call: ScoreCall, keys: list[str], sequences: list[int]) -> _Flight:
         loop = asyncio.get_running_loop()
         flight = _Flight({keys[sequence]: loop.create_future() for sequence in sequences})
         for key in flight.labels:
             self._flights[key] = flight
-        distinct = {keys[sequence]: sequence for sequence in reversed(sequences)}
+        distinct: dict[str, int] = {}
+        for sequence in sequences:
+            distinct.setdefault(keys[sequence], sequence)
         flight.task = asyncio.create_task(self._fly(call, flight, distinct))
         return flight
 
@@ -172,12 +177,15 @@ class LabelSharing:
         batch = call.batch.select(list(missing.values()))
         with self._admission.computing(call.tenant, batch.tokens):
             signals = await self._service.score(replace(call, batch=batch))
-        flight.timing = signals.timing
         self.stats.computed += len(missing)
         self.stats.computed_tokens += batch.tokens
         bounds = batch.row_bounds_B1
+        if self._store is None:  # else another edge's labels may have been on disk first, and those count
+            flight.answer = signals
         for place, key in enumerate(missing):
-            labels = _own_copy(signals.slice(int(bounds[place]), int(bounds[place + 1])))
+            labels = signals.slice(int(bounds[place]), int(bounds[place + 1]))
+            if self._memory.holds(labels):
+                labels = _own_copy(labels)
             if self._store is not None:
                 labels = await asyncio.to_thread(
                     self._store.keep, key, call.fingerprint, call.spec, batch.select([place]), labels
@@ -237,6 +245,10 @@ class _Memory:
         if labels is not None:
             self._labels.move_to_end(key)
         return labels
+
+    def holds(self, labels: TeacherSignals) -> bool:
+        """Whether labels of that size may be kept at all."""
+        return _bytes_of(labels) <= self._max_bytes
 
     def put(self, key: str, labels: TeacherSignals) -> None:
         size = _bytes_of(labels)
