@@ -5,6 +5,7 @@ In: a config and a tokenizer; out: datasets and a RunOrder, the same for every c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,10 @@ from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.sources import DataSource, parse_source
 from student_trainer.errors import ConfigError
 from student_trainer.feed.order import RunOrder
+from teacher_wire.messages import SignalSpec, TeacherInfo
+
+# Of a file of labels beside its rows: id and flag of a token; header, and half a block that the file system cannot use.
+_TOKEN_BYTES, _FILE_BYTES = 5, 3_500
 
 
 def load_data(config: DataConfig, tokenizer: Any, console: Console) -> tuple[TokenizedDataset, TokenizedDataset | None]:
@@ -56,6 +61,16 @@ def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
         epochs=settings.epochs,
         max_steps=settings.max_steps,
         seed=config.run.seed,
+    )
+
+
+def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset, indices: Iterable[int]) -> int:
+    """About what the labels of these rows take in the cache."""
+    examples = [data[index].example for index in indices]
+    rows = sum(int(example.loss_mask.sum()) for example in examples)
+    tokens = sum(example.token_ids.size for example in examples)
+    return (
+        rows * spec.row_bytes(info.hidden_size, info.value_bytes) + tokens * _TOKEN_BYTES + len(examples) * _FILE_BYTES
     )
 
 

@@ -19,7 +19,7 @@ from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.feed.packing import pack
 from student_trainer.feed.provided import ProvidedRequests
 from student_trainer.feed.source import LabelRequest
-from student_trainer.inputs import load_data, order_of
+from student_trainer.inputs import bytes_on_disk, load_data, order_of
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.meeting import (
     Teacher,
@@ -89,6 +89,7 @@ def _run(
     order = order_of(config, data)
     if teacher is not None:
         check_sizes(config, teacher, data, held_out, order)
+        _advise_budget(config, teacher, data, console)
     objective = Objective(config.loss, teacher.spec.vocab_rows if teacher else _own_rows(student))
     learned_from = {
         "teacher": teacher.info.fingerprint if teacher else "",
@@ -162,6 +163,18 @@ def _measure(
             feed.close()
 
     return run
+
+
+def _advise_budget(config: TrainConfig, teacher: Teacher, data: TokenizedDataset, console: Console) -> None:
+    """Says so if the labels of one epoch do not fit into the cache, which then helps no later epoch."""
+    if teacher.desk.store is None or config.loss.output is None or config.labels.extra_ids:
+        return
+    needed_gb = bytes_on_disk(teacher.info, teacher.spec, data, range(len(data))) / 2**30
+    if needed_gb > config.cache.max_gb:
+        console.print(
+            f"[yellow]note:[/] the labels of one epoch take about {needed_gb:,.1f} GB, above cache.max_gb="
+            f"{config.cache.max_gb:g}: later epochs and runs will ask the teacher again"
+        )
 
 
 def _own_rows(student: Student) -> int:
