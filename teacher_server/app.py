@@ -1,6 +1,7 @@
-"""From a ServerConfig to a running Serve application and back to nothing: the only room that knows every part.
+"""From a ServerConfig to a running server and back to nothing: the only room that knows every part.
 
-`running(config)` is what `teacher-server up` waits in; leaving it drains the edge and ends every process it started.
+`running(config)` is what `teacher-server up` waits in; leaving it drains the edges and ends every process it started.
+While inside, `Server.step` keeps the board's plan and the teachers' deployments as the config wants them.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from teacher_server.backends.model_folder import check_local
-from teacher_server.config import EDGE_NAME, ServerConfig, TransformersBackend
+from teacher_server.config import ServerConfig, TransformersBackend
 from teacher_server.edge.auth import TokenFile
 from teacher_server.errors import ServerConfigError
+from teacher_server.reports import Plan, TeacherPlan
+from teacher_server.rollout import Rollout, changes
 
-APPLICATION = "lyceum"
-_EDGE_CPUS = 0.1
 _STOP_GRACE_S = 10.0
+_STEP_S = 1.0
+_START_STEP_S = 0.2
+_BOARD_S = 2.0
 
 
 def check(config: ServerConfig) -> None:
@@ -28,6 +33,26 @@ def check(config: ServerConfig) -> None:
 
     Raises:
         ServerConfigError: a folder, file or port that cannot work, by name.
+    """
+    check_files(config)
+    edge = config.edge
+    if edge.count > 1 and edge.host not in ("0.0.0.0", "::", "127.0.0.1", "::1", "localhost"):
+        raise ServerConfigError(
+            f"edge.host {edge.host}: {edge.count} edges listen on a node each, which needs a host that every node has: 0.0.0.0 or ::"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in edge.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((edge.host, edge.port))
+        except OSError as error:
+            raise ServerConfigError(f"edge.port: cannot listen on {edge.address}: {error.strerror}") from error
+
+
+def check_files(config: ServerConfig) -> None:
+    """Refuses files and folders that are not what they should be.
+
+    Raises:
+        ServerConfigError: naming the setting.
     """
     for teacher in config.teachers:
         if isinstance(teacher.backend, TransformersBackend):
@@ -41,16 +66,113 @@ def check(config: ServerConfig) -> None:
     for field, file in vars(edge.tls).items() if edge.tls else ():
         if file is not None and not file.is_file():
             raise ServerConfigError(f"edge.tls.{field} {file}: no such file")
-    with socket.socket(socket.AF_INET6 if ":" in edge.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+class Server:
+    """What runs, and how it follows a changed config.
+
+    Args:
+        config: in force now.
+        say: told each step, for the console.
+    """
+
+    def __init__(self, config: ServerConfig, say: Callable[[str], None]) -> None:
+        from teacher_server.reporting import start_board
+        from teacher_server.serve_cluster import ServeCluster
+
+        self.config = config
+        self._say = say
+        self._cluster = ServeCluster()
+        self._rollout = Rollout(self._cluster, say)
+        self._plan = Plan(config.tenants, {teacher.name: TeacherPlan() for teacher in config.teachers})
         try:
-            probe.bind((edge.host, edge.port))
-        except OSError as error:
-            raise ServerConfigError(f"edge.port: cannot listen on {edge.address}: {error.strerror}") from error
+            self._board = start_board()
+        except ValueError as error:
+            raise ServerConfigError(
+                f"ray.address {config.ray.address}: a teacher-server runs on this cluster already"
+            ) from error
+        self._stepped_s = 0.0
+        self._trouble = ""
+
+    def start(self) -> None:
+        """Returns when every teacher and every edge answers.
+
+        Raises:
+            ServerConfigError: one cannot come up; why.
+        """
+        from teacher_server.serve_cluster import check_room
+
+        check_room(self.config)
+        self._rollout.want(self.config.teachers)
+        self._cluster.start_edges(self.config.edge, self._plan)
+        while True:
+            self._post(self._plan)
+            self._rollout.start()
+            if self._cluster.edges_are_up() and self._rollout.settled:
+                break
+            time.sleep(_START_STEP_S)
+        self.step()
+
+    def change(self, config: ServerConfig) -> None:
+        """Begins whatever leads to another config.
+
+        Raises:
+            ServerConfigError: it cannot be followed; nothing of it is in force.
+        """
+        from teacher_server.serve_cluster import check_room
+
+        changed = changes(self.config.model_dump(), config.model_dump())
+        fixed = [name for name in changed if name.split(".")[0] not in ("teachers", "tenants")]
+        if fixed:
+            raise ServerConfigError(f"{', '.join(fixed)}: takes a restart; nothing of this change is in force")
+        try:
+            check_files(config)
+            check_room(config)
+        except ServerConfigError as error:
+            raise ServerConfigError(f"{error}; the config before stays in force") from None
+        tenants = [name for name in changed if name.startswith("tenants.")]
+        if tenants:
+            self._say(f"{', '.join(tenants)}: in force")
+        self.config = config
+        self._rollout.want(config.teachers)
+        self._stepped_s = 0.0
+
+    def step(self) -> None:
+        """Once a second: deployments go on, and the board hears what is wanted. Trouble is said once and passes."""
+        now_s = time.monotonic()
+        if now_s - self._stepped_s < _STEP_S:
+            return
+        self._stepped_s = now_s
+        try:
+            self._plan = Plan(self.config.tenants, self._rollout.step(), open=True)
+            self._post(self._plan)
+            trouble = ""
+        except Exception as error:  # Ray or Serve is recovering; serving goes on without us
+            trouble = f"Ray does not answer: {type(error).__name__}: {error}".splitlines()[0]
+        if trouble != self._trouble:
+            self._say(trouble or "Ray answers again")
+            self._trouble = trouble
+
+    def drain(self) -> None:
+        """Has the edges answer what they hold, and refuse the rest."""
+        self._say("draining")
+        try:
+            self._cluster.drain_edges(self.config.edge.drain_s)
+        except Exception as error:  # going down all the same
+            self._say(f"the edge could not drain: {type(error).__name__}")
+
+    def remove(self) -> None:
+        """Takes everything of ours out of a cluster that stays."""
+        self._cluster.remove_all()
+
+    def _post(self, plan: Plan) -> None:
+        import ray
+
+        ray.get(self._board.post.remote(plan), timeout=_BOARD_S)
 
 
 @contextlib.contextmanager
-def running(config: ServerConfig, say: Callable[[str], None]) -> Iterator[None]:
+def running(config: ServerConfig, say: Callable[[str], None]) -> Iterator[Server]:
     """Everything up; on leaving, drained and gone.
 
     Args:
@@ -67,40 +189,22 @@ def running(config: ServerConfig, say: Callable[[str], None]) -> Iterator[None]:
     say("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
     own_cluster = _start_ray(config)
     children = psutil.Process().children(recursive=True) if own_cluster else []
+    server: Server | None = None
     try:
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
-        _check_room(config, ray.cluster_resources())
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what matters we say ourselves
         say("loading " + ", ".join(f"{teacher.name} ({_model(teacher.backend)})" for teacher in config.teachers))
-        _deploy(config)
-        children += psutil.Process().children(recursive=True) if own_cluster else []
-        yield
-        say("draining")
-        try:
-            serve.get_deployment_handle(EDGE_NAME, APPLICATION).drain.remote().result(timeout_s=config.edge.drain_s + 5)
-        except Exception as error:  # going down all the same
-            say(f"the edge could not drain: {type(error).__name__}")
+        server = Server(config, say)
+        server.start()
+        yield server
+        server.drain()
     finally:
-        with contextlib.suppress(Exception):  # on the way out; what is left is ended below
-            serve.delete(APPLICATION)  # of our own cluster the rest goes with it
+        if not own_cluster and server is not None:  # our own cluster goes as a whole
+            with contextlib.suppress(Exception):  # on the way out
+                server.remove()
         children += psutil.Process().children(recursive=True) if own_cluster else []
         ray.shutdown()
         _end(children)
-
-
-def _check_room(config: ServerConfig, cluster: dict[str, float]) -> None:
-    """Refuses teachers that this cluster can never place: Serve would wait for room without a word.
-
-    Raises:
-        ServerConfigError: naming what is asked for and what there is.
-    """
-    for resource, field, own in (("CPU", "num_cpus", _EDGE_CPUS), ("GPU", "num_gpus", 0.0)):
-        asked = sum(getattr(t, field) * t.autoscaling.min_replicas for t in config.teachers) + own
-        there = cluster.get(resource, 0.0)
-        if asked > there + 1e-9:
-            told = ", ".join(f"{t.name} {getattr(t, field):g} x {t.autoscaling.min_replicas}" for t in config.teachers)
-            raise ServerConfigError(
-                f"teachers.*.{field}: {told} take {asked:g} {resource}s with the edge, the cluster has {there:g}"
-            )
 
 
 def _model(backend: Any) -> str:
@@ -114,60 +218,28 @@ def _start_ray(config: ServerConfig) -> bool:
     import ray
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if config.ray.address is not None:
-        try:
-            ray.init(address=config.ray.address, **quiet)
-        except (ConnectionError, ValueError) as error:
-            raise ServerConfigError(f"ray.address {config.ray.address}: {error}") from error
-        return False
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    needed = sum(t.num_cpus * t.autoscaling.min_replicas for t in config.teachers) + _EDGE_CPUS
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ray.init(
-        num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, int(needed) + 1),
-        object_store_memory=config.ray.object_store_mb << 20,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",  # nothing of Ray's is reachable from outside
-        **quiet,
-    )
-    for number, handler in handlers.items():  # Ray puts its own in their place, which abort
-        signal.signal(number, handler)
-    return True
-
-
-def _deploy(config: ServerConfig) -> None:
-    from ray import serve
-
-    from teacher_server.edge.deployment import Edge
-    from teacher_server.teacher import build_deployment
-
-    teachers = [build_deployment(teacher) for teacher in config.teachers]
-    names = [teacher.name for teacher in config.teachers]
-    edge = serve.deployment(
-        Edge,
-        name=EDGE_NAME,
-        ray_actor_options={"num_cpus": _EDGE_CPUS},
-        graceful_shutdown_timeout_s=1,
-        graceful_shutdown_wait_loop_s=0.1,
-    ).bind(config.edge.model_dump_json(), names, *teachers)
     try:
-        serve.run(edge, name=APPLICATION, route_prefix=None)
-    except RuntimeError as error:
-        raise ServerConfigError(_why_not_up(str(error))) from error
+        if config.ray.address is not None:
+            try:
+                ray.init(address=config.ray.address, **quiet)
+            except (ConnectionError, ValueError) as error:
+                raise ServerConfigError(f"ray.address {config.ray.address}: {error}") from error
+            return False
+        from teacher_server.serve_cluster import EDGE_CPUS
 
-
-def _why_not_up(fallback: str) -> str:
-    """The deepest sentence Serve kept about a deployment that failed to start."""
-    from ray import serve
-
-    application = serve.status().applications.get(APPLICATION)
-    messages = [d.message for d in application.deployments.values()] if application else []
-    for message in messages:
-        for line in reversed(message.splitlines()):
-            if "ServerConfigError: " in line:
-                return line.split("ServerConfigError: ", 1)[1].strip()
-    last = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    return last[-1] if last else fallback
+        needed = sum(t.num_cpus * t.autoscaling.min_replicas for t in config.teachers) + EDGE_CPUS
+        ray.init(
+            num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, int(needed) + 1),
+            object_store_memory=config.ray.object_store_mb << 20,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",  # nothing of Ray's is reachable from outside
+            **quiet,
+        )
+        return True
+    finally:
+        for number, handler in handlers.items():  # Ray puts its own in their place, which abort
+            signal.signal(number, handler)
 
 
 def _end(processes: list[Any]) -> None:
