@@ -56,7 +56,8 @@ def up(
     """Start every teacher and the edge, and follow changes of CONFIG; Ctrl-C drains and ends all of it."""
     file = ConfigFile(config, overrides)
     loaded = file.config
-    from teacher_server.app import check, running
+    from teacher_server.app import running
+    from teacher_server.checks import check
 
     check(loaded)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -103,7 +104,7 @@ def up(
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config, its files and its port, and start nothing."""
     loaded = load_config(config, overrides)
-    from teacher_server.app import check as check_config
+    from teacher_server.checks import check as check_config
 
     check_config(loaded)
     Console().print(f"{config}: fine ({_summary(loaded)})")

@@ -10,12 +10,12 @@ from rich.text import Text
 from teacher_wire.messages import ServerStatus, StoreStatus, TeacherStatus
 
 _STATE_STYLES = {"running": "green", "rolling": "yellow", "starting": "yellow", "failed": "bold red"}
-_FINGERPRINT_CHARS = 12
+_FINGERPRINT_CHARS = 8
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def render(status: ServerStatus) -> RenderableType:
-    """Teachers, tenants, and a line each about stored labels and edges."""
+    """Teachers, tenants, and a line each about stored labels and edges. Queued, served and in flight are tokens."""
     parts: list[RenderableType] = [_teachers(status)]
     parts += [Text(f"{teacher.name}: {teacher.message}") for teacher in status.teachers if teacher.message]
     if status.tenants:
@@ -25,9 +25,7 @@ def render(status: ServerStatus) -> RenderableType:
 
 
 def _teachers(status: ServerStatus) -> Table:
-    table = _table(
-        "teacher", "state", "weights", "replicas", "queue, tokens", "tokens/s", "batch fill", "answered", "failed"
-    )
+    table = _table("teacher", "state", "weights", "replicas", "queued", "tokens/s", "fill", "answered", "failed")
     for teacher in status.teachers:
         table.add_row(
             teacher.name,
@@ -49,7 +47,7 @@ def _replicas(teacher: TeacherStatus) -> str:
 
 
 def _tenants(status: ServerStatus) -> Table:
-    table = _table("tenant", "weight", "share", "tokens/s", "served, tokens", "queued", "in flight", "refused")
+    table = _table("tenant", "weight", "share", "tokens/s", "served", "queued", "in flight", "refused")
     for tenant in status.tenants:
         table.add_row(
             tenant.name or "(no name)",
@@ -87,7 +85,7 @@ def size(count: int) -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, column in enumerate(columns):
         text = place == 0 or column in ("state", "weights")
         table.add_column(column, justify="left" if text else "right", no_wrap=True)

@@ -32,6 +32,7 @@ _EDGE: _Table = {
     "store.memory_bytes": ("store_bytes", {"where": "memory"}),
     "store.disk_bytes": ("store_bytes", {"where": "disk"}),
 }
+_PLAN: _Table = {"replicas": ("replicas", {}), "replicas_wanted": ("replicas_wanted", {})}
 _TENANT: _Table = {
     "served_tokens": ("tenant_served_tokens", {}),
     "queued_tokens": ("tenant_queued_tokens", {}),
@@ -54,6 +55,8 @@ _NOW = {
     "open_streams": "streams of students",
     "open_requests": "unanswered requests of students",
     "store_bytes": "bytes of kept labels",
+    "replicas": "replicas of a teacher that answer",
+    "replicas_wanted": "replicas of a teacher that answer or are on their way",
     "tenant_queued_tokens": "tokens of a tenant that wait",
     "tenant_inflight_tokens": "tokens of a tenant waiting or being computed",
 }
@@ -72,7 +75,7 @@ class Exported:
         self._last: dict[tuple[str, ...], float] = {}
 
     def show(self, counters: Mapping[str, Any]) -> None:
-        """Exports the counters of a replica or an edge as they are now."""
+        """Exports the counters of a replica or an edge, or a plan, as they are now."""
         for name, tags, value in _series(counters):
             if name in _TOTALS:
                 key = (name, *tags.values())
@@ -91,7 +94,7 @@ class Exported:
 
 def _series(counters: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], float]]:
     """Metric, own tags and value of every counter that is exported."""
-    for key, (name, tags) in {**_REPLICA, **_EDGE}.items():
+    for key, (name, tags) in {**_REPLICA, **_EDGE, **_PLAN}.items():
         value: Any = counters
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None

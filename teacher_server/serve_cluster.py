@@ -112,6 +112,15 @@ def check_room(config: ServerConfig) -> None:
         raise ServerConfigError(f"edge.count: {config.edge.count} edges need a node each, the cluster has {nodes}")
 
 
+def metrics_addresses() -> list[str]:
+    """Where Prometheus finds the metrics: one address a node."""
+    return [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes()
+        if node["Alive"] and node.get("MetricsExportPort")
+    ]
+
+
 def _has_room(config: TeacherConfig) -> bool:
     """Whether one more replica fits now: then new ones come before old ones go."""
     free = ray.available_resources()

@@ -19,6 +19,7 @@ from teacher_server.scaling import QUEUED_TOKENS, QueuedTokensPolicy
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
 
 _DRAIN_S = 300.0  # what a full queue may take; requests of a replica that needs longer go to another one
+_START_TRIES = 3  # replicas of a version that may fail before it is given up
 _SURGE_PERCENT = 25  # replicas that a rolling update starts before it stops old ones
 # Serve's own is 10 s, longer than a student should wait for the next replica; it can only be set for the process.
 _SCALING_ENV = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}
@@ -120,6 +121,7 @@ def build_deployment(config: TeacherConfig, generation: int = 0, *, surge: bool 
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
+        max_constructor_retry_count=_START_TRIES,
         max_surge_percent=_SURGE_PERCENT if surge else 0,
     )
     return deployment.bind(config.model_dump_json(), generation)
