@@ -136,8 +136,8 @@ def test_compressed_states_carry_the_figures_of_what_travels(model_factory):
 def test_chunked_reductions_change_nothing(model_factory):
     folder = model_factory("qwen2")
     batch = TokenBatch.pack(sequences(lengths=(120, 100)))
-    one = backend(folder, reduce_mb=1)
-    one._config = one._config.model_copy(update={"reduce_mb": 0})  # a row at a time
+    one = backend(folder)
+    one._chunk_bytes = 0  # a row at a time
     (tiny,) = one.score([(batch, SignalSpec("top_k", 300, k=4))])
     (big,) = backend(folder).score([(batch, SignalSpec("top_k", 300, k=4))])
     np.testing.assert_array_equal(tiny.topk_ids_NK.array, big.topk_ids_NK.array)
