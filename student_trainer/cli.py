@@ -1,19 +1,22 @@
-"""`student-trainer`: train. Loads neither torch nor ray before a command needs them.
+"""`student-trainer`: train, label, cache. Loads neither torch nor ray before a command needs them.
 
 Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend (one line says what and where), 130 interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from student_trainer.cache_cli import app as cache_app
 from student_trainer.config import load_config
 from student_trainer.errors import ConfigError, StudentError
 from teacher_wire.errors import TeacherWireError
@@ -24,35 +27,66 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cache_app, name="cache")
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `train` a subcommand while it is the only one."""
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. train.max_steps=100")]
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. train.max_steps=100")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto: go on from the newest complete checkpoint")] = "no",
 ) -> None:
     """Train a student."""
     if resume not in ("auto", "no"):
         raise ConfigError(f"--resume {resume}: choose auto or no")
     loaded = load_config(config, overrides)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = _console()
     from student_trainer.train import train as run
 
+    with _going_on(console, "train", config, overrides, "--resume auto"):
+        result = run(loaded, resume=resume == "auto", console=console)
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    console.print(f"[bold green]done[/] {result.steps} steps  {figures}")
+    if result.usage is not None and result.usage.tokens:
+        usage = result.usage
+        console.print(f"labels: {usage.disk_tokens:,} tokens from disk, {usage.teacher_tokens:,} from the teacher")
+    console.print(f"model: {result.output_dir / 'final'}")
+
+
+@app.command()
+def label(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Ask for the labels of a run ahead of it; those that are on disk already are skipped."""
+    loaded = load_config(config, overrides)
+    console = _console()
+    from student_trainer.labelling import label as run
+
+    with _going_on(console, "label", config, overrides, ""):
+        filled = run(loaded, console)
+    usage = filled.usage
+    console.print(
+        f"[bold green]done[/] labels of {usage.sequences:,} sequences, {usage.tokens:,} tokens, "
+        f"{filled.bytes / 2**20:,.1f} MB are on disk; {usage.disk_share:.0%} of the sequences were there before"
+    )
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _going_on(console: Console, command: str, config: Path, overrides: list[str] | None, more: str) -> Iterator[None]:
+    """Ends in order when interrupted, and says by which command to go on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word: end in order, as on Ctrl-C
     try:
-        result = run(loaded, resume=resume == "auto", console=console)
+        yield
     except KeyboardInterrupt:
-        again = shlex.join([str(config), *(overrides or [])])
-        console.print(f"interrupted; go on with: student-trainer train {again} --resume auto", markup=False)
+        again = shlex.join(["student-trainer", command, str(config), *(overrides or [])])
+        console.print(f"interrupted; go on with: {again} {more}".rstrip(), markup=False)
         raise SystemExit(130) from None
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    console.print(f"[bold green]done[/] {result.steps} steps  {figures}\nmodel: {result.output_dir / 'final'}")
 
 
 def main() -> None:

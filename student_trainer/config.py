@@ -29,7 +29,7 @@ class RunConfig(_Strict):
     Attributes:
         output_dir: folder of this run; must not hold another run.
         seed: of initialisation, order and dropout.
-        cache_dir: shared by all runs of this machine (output heads).
+        cache_dir: shared by all runs of this machine (labels, output heads).
     """
 
     output_dir: Path
@@ -265,6 +265,18 @@ class FeedConfig(_Strict):
     window_mb: Positive = 64
 
 
+class CacheConfig(_Strict):
+    """Labels on disk, in `run.cache_dir/labels`: whatever a teacher was asked once, it need not be asked again.
+
+    Attributes:
+        labels: keep them and use them.
+        max_gb: budget of the folder, for all runs of this machine; the longest unused go first.
+    """
+
+    labels: bool = True
+    max_gb: Annotated[float, Field(gt=0)] = 50.0
+
+
 class TrainConfig(_Strict):
     """Everything `student-trainer train` needs."""
 
@@ -276,6 +288,7 @@ class TrainConfig(_Strict):
     loss: LossConfig = LossConfig()
     train: OptimizationConfig = OptimizationConfig()
     feed: FeedConfig = FeedConfig()
+    cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
     def _teacher_for_distillation(self) -> TrainConfig:
@@ -289,6 +302,11 @@ class TrainConfig(_Strict):
                 f"train.save_steps={self.train.save_steps} must be a multiple of train.log_steps={self.train.log_steps}"
             )
         return self
+
+
+def labels_folder(cache_dir: Path) -> Path:
+    """Where labels are kept."""
+    return cache_dir.expanduser() / "labels"
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:

@@ -20,26 +20,28 @@ from rich.console import Console
 from rich.markup import escape
 
 from student_trainer import evaluate
-from student_trainer.config import LabelConfig, TeacherConfig, TrainConfig
+from student_trainer.config import LabelConfig, TeacherConfig, TrainConfig, labels_folder
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.embedded import embedded_teacher
 from student_trainer.errors import ConfigError
 from student_trainer.feed import background
 from student_trainer.feed.choose import Probe, choose
+from student_trainer.feed.desk import LabelDesk
 from student_trainer.feed.handshake import StudentFacts, agree, shared_rows
 from student_trainer.feed.heads import fetch_head
 from student_trainer.feed.order import RunOrder
 from student_trainer.feed.packing import pack
-from student_trainer.feed.prefetch import LabelFeed, LabelRequest
+from student_trainer.feed.prefetch import LabelFeed
 from student_trainer.feed.provided import ProvidedRequests
-from student_trainer.feed.verify import check_signals
+from student_trainer.feed.source import LabelRequest, LabelSource
 from student_trainer.losses.head import Head
-from student_trainer.model import Student
+from student_trainer.model import Outline
 from student_trainer.objective import check_loss, head_on, is_softened
 from teacher_wire.channel import Credentials
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import TeacherWireError
-from teacher_wire.messages import SignalSpec, TeacherInfo, TeacherSignals
+from teacher_wire.label_store import LabelStore
+from teacher_wire.messages import SignalSpec, TeacherInfo
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,15 @@ class Teacher:
         spec: the signal to train on.
         measuring: the signal to measure KL with, exact where the teacher offers one; None without held-out data.
         head: on the student's device, if one of the signals needs it.
+        desk: where its labels are asked for and kept.
     """
 
-    connect: Callable[[], TeacherClient]
     info: TeacherInfo
     labels: LabelConfig
     spec: SignalSpec
     measuring: SignalSpec | None
     head: Head | None
+    desk: LabelDesk
 
 
 @contextlib.contextmanager
@@ -82,13 +85,21 @@ def teacher_address(teacher: TeacherConfig | None, console: Console) -> Iterator
 def meet_teacher(
     config: TrainConfig,
     address: str | None,
-    student: Student,
+    student: Outline,
     data: TokenizedDataset,
     held_out: TokenizedDataset | None,
     console: Console,
     settled: LabelConfig | None = None,
 ) -> Teacher | None:
     """Agrees with the teacher on the signals of the whole run.
+
+    Args:
+        config: the run.
+        address: of the server; None if the run has no teacher.
+        student: who is to learn.
+        data, held_out: what from, and what it is measured with.
+        console: told what was agreed.
+        settled: what `labels.transport: auto` chose before.
 
     Raises:
         ConfigError, TeacherWireError: what cannot work, by the name of the setting.
@@ -108,13 +119,13 @@ def meet_teacher(
         retry_for_s=settings.retry_s,
         on_trouble=trouble.tell,
     )
+    disk_trouble = _DiskTrouble(console)
+    desk = LabelDesk(connect, _store(config, disk_trouble))
     uses_chat = config.data.template == "chat" or (
         config.data.template == "auto" and bool(student.tokenizer.chat_template)
     )
     facts = StudentFacts.of(student.tokenizer, student.vocab_rows, uses_chat)
     longest = _longest(data, held_out)
-
-    device = student.head(2).weight_VD.device
 
     async def meet() -> Teacher | None:
         async with connect() as client:
@@ -126,7 +137,7 @@ def meet_teacher(
             if output is not None:
                 labels = settled or config.labels
                 if labels.transport == "auto":
-                    labels, why = await _choose(client, info, facts, config, data, device)
+                    labels, why = await _choose(client, desk, info, facts, config, data, student.device)
                     console.print(f"labels by {labels.transport}: {why}")
                 advice = check_loss(config.loss, labels)
                 if advice:
@@ -137,30 +148,30 @@ def meet_teacher(
                 return None
             if "hidden" in (spec.transport, measuring.transport if measuring else ""):
                 with console.status(f"fetching the output head of {info.name}"):
-                    fetched = await fetch_head(client, info, config.run.cache_dir)
-                head = head_on(fetched, spec.vocab_rows, device)
-            await _try(client, info, spec, data)
+                    fetched = await fetch_head(client, info, config.run.cache_dir, on_trouble=disk_trouble.tell)
+                head = head_on(fetched, spec.vocab_rows, student.device)
+            await _try(desk.source(info, spec, lambda: client), spec, data)
             console.print(
                 f"teacher [bold]{info.name}[/] at {address}: {info.architecture} {info.dtype}, labels by {spec.transport}"
             )
-            return Teacher(connect, info, labels, spec, measuring, head)
+            return Teacher(info, labels, spec, measuring, head, desk)
 
     return background.run(meet())
 
 
-async def _try(client: TeacherClient, info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset) -> None:
+async def _try(source: LabelSource, spec: SignalSpec, data: TokenizedDataset) -> None:
     """One small request through everything, so that what cannot work fails before there is a run folder."""
     smallest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
     asked = pack([data[smallest].example])
-    batch = asked.batch
     if spec.extra:
-        named = np.tile(np.arange(spec.extra, dtype=np.int32), (batch.rows, 1))
-        batch = replace(batch, extra_ids_NM=named)
-    check_signals(await client.score(info, spec, batch), spec, batch, asked.names)
+        named = np.tile(np.arange(spec.extra, dtype=np.int32), (asked.batch.rows, 1))
+        asked = replace(asked, batch=replace(asked.batch, extra_ids_NM=named))
+    await source.labels(asked)
 
 
 async def _choose(
     client: TeacherClient,
+    desk: LabelDesk,
     info: TeacherInfo,
     facts: StudentFacts,
     config: TrainConfig,
@@ -172,13 +183,15 @@ async def _choose(
     probe = None
     if "hidden" in info.transports:
         count = min(len(data), config.train.batch_size)
-        asked = pack([data[index].example for index in range(count)]).batch
+        asked, spec = pack([data[index].example for index in range(count)]), SignalSpec("hidden", rows)
         began_s = time.perf_counter()
-        signals = await client.score(info, SignalSpec("hidden", rows), asked)
+        signals = await client.score(info, spec, asked.batch)
         took_s = time.perf_counter() - began_s
+        await desk.source(info, spec).keep(asked, signals)
         timing = signals.timing
         server_s = (timing.queue_us + timing.forward_us + timing.reduce_us) / 1e6
-        probe = Probe(transfer_s=max(0.0, took_s - server_s), forward_s=timing.forward_us / 1e6)
+        if timing.forward_us:  # else the server had them, and there is no forward pass to compare the link with
+            probe = Probe(transfer_s=max(0.0, took_s - server_s), forward_s=timing.forward_us / 1e6)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return choose(info, rows, free, probe, softened=is_softened(config.loss))
 
@@ -249,6 +262,26 @@ class _Trouble:
             self._console.print(f"[yellow]teacher:[/] {escape(str(error))}; trying again", highlight=False)
 
 
+class _DiskTrouble:
+    """Shows the first trouble with the cache: a disk that is full or read-only has many ways to say so."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told = False
+
+    def tell(self, message: str) -> None:
+        if not self._told:
+            self._told = True
+            self._console.print(f"[yellow]cache:[/] {escape(message)}", highlight=False)
+
+
+def _store(config: TrainConfig, trouble: _DiskTrouble) -> LabelStore | None:
+    """The labels on this machine's disk, if the run uses them."""
+    if not config.cache.labels:
+        return None
+    return LabelStore(labels_folder(config.run.cache_dir), round(config.cache.max_gb * 2**30), trouble.tell)
+
+
 def open_any_feed(
     config: TrainConfig,
     teacher: Teacher,
@@ -258,13 +291,9 @@ def open_any_feed(
     count: int,
     on_close: Callable[[], None] = lambda: None,
 ) -> LabelFeed:
-    """A feed of requests `first .. count-1` by one signal, every answer checked."""
-
-    def check(signals: TeacherSignals, asked: LabelRequest) -> None:
-        check_signals(signals, spec, asked.batch, asked.names)
-
+    """A feed of requests `first .. count-1` by one signal."""
     return LabelFeed(
-        teacher.connect, teacher.info, spec, request, check,
+        teacher.desk.source(teacher.info, spec), request,
         first=first, count=count, max_bytes=config.feed.max_mb << 20, max_batches=config.feed.max_batches,
         on_close=on_close,
     )  # fmt: skip

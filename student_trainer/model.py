@@ -6,7 +6,9 @@ Axes: B sequences, L padded length, D width, V vocabulary rows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,21 @@ from student_trainer.losses.head import Head, Lora
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What can be told of a student without its weights.
+
+    Attributes:
+        tokenizer: its tokenizer.
+        vocab_rows: rows of its output head.
+        device: where it is.
+    """
+
+    tokenizer: Any
+    vocab_rows: int
+    device: torch.device
+
+
 @dataclass
 class Student:
     """A model to be trained.
@@ -40,6 +57,11 @@ class Student:
     model: Any
     tokenizer: Any
     sha256: str = ""
+
+    @property
+    def outline(self) -> Outline:
+        """What a teacher is met with."""
+        return Outline(self.tokenizer, self.vocab_rows, self.head(2).weight_VD.device)
 
     @property
     def causal_lm(self) -> Any:
@@ -81,7 +103,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     torch.manual_seed(seed)  # adapters start from it
     transformers_logging.disable_progress_bar()
     internlm.register()
-    try:
+    with _named(config):
         AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -93,19 +115,47 @@ def load_student(config: ModelConfig, seed: int) -> Student:
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.path {config.path}: cannot be loaded: {str(error)[:400]}") from error
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if absent:  # transformers would start these at random and only warn
         raise ModelError(f"model.path {config.path}: lacks {len(absent)} weights, {absent[0]} first")
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"model.path {config.path}: has no fast tokenizer (tokenizer.json), which the handshake needs")
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path {config.path}: its tokenizer has neither a pad nor an eos token")
+    _check_tokenizer(config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _with_adapters(model, config.lora, config.gradient_checkpointing)
     return Student(model, tokenizer, _sha256(model))
+
+
+def load_outline(config: ModelConfig) -> Outline:
+    """What can be told of the student from its config and tokenizer; no weight is read.
+
+    Raises:
+        ModelError: as `load_student`, as far as it shows without weights.
+    """
+    folder = _find(config.path)
+    internlm.register()
+    with _named(config):
+        model_config = AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+    _check_tokenizer(config, tokenizer)
+    return Outline(tokenizer, int(model.get_output_embeddings().weight.shape[0]), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _named(config: ModelConfig) -> Iterator[None]:
+    """Turns what transformers raises into an error that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model.path {config.path}: cannot be loaded: {str(error)[:400]}") from error
+
+
+def _check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"model.path {config.path}: has no fast tokenizer (tokenizer.json), which the handshake needs")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path {config.path}: its tokenizer has neither a pad nor an eos token")
 
 
 def _sha256(model: Any) -> str:

@@ -16,6 +16,7 @@ _SHOWN = {
     "learning_rate": "lr {:.2g}",
     "tokens_per_s": "{:,.0f} tok/s",
     "wait_share": "waiting for the teacher {:.0%}",
+    "cache_hits": "labels from disk {:.0%}",
     "eval_nll_per_byte": "held-out {:.4f} nats/byte",
     "eval_kl_to_teacher": "KL to teacher {:.4f}",
     "eval_acc1": "acc1 {:.3f}",

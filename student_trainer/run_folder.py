@@ -16,6 +16,7 @@ from rich.console import Console
 from student_trainer import checkpoint
 from student_trainer.config import LabelConfig, TrainConfig, dump_config
 from student_trainer.errors import ConfigError, RunError
+from student_trainer.feed.source import LabelUsage
 
 LOG_NAME = "train_log.jsonl"
 CONFIG_NAME = "config.yaml"
@@ -23,7 +24,7 @@ IDENTITY_NAME = "run.json"
 RESULT_NAME = "result.json"
 FINAL_NAME = "final"
 # Settings that may change between a run and its resumption: they decide where and how fast, not what.
-_FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "model.threads", "train.report_to", "train.log_steps",
+_FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "model.threads", "train.report_to", "train.log_steps",
          "train.save_steps", "train.keep_checkpoints", "train.eval_batch_size")  # fmt: skip
 
 
@@ -36,12 +37,14 @@ class RunResult:
         steps: optimizer steps made in all.
         metrics: the last held-out figures, empty without held-out data.
         curve: log entries, in order.
+        usage: where the labels came from; None without a teacher.
     """
 
     output_dir: Path
     steps: int
     metrics: dict[str, float]
     curve: list[dict[str, float]]
+    usage: LabelUsage | None = None
 
 
 class AlreadyFinished(Exception):  # noqa: N818
@@ -52,17 +55,28 @@ def check_folder(config: TrainConfig, resume: bool) -> None:
     """Refuses a folder that cannot hold this run, without making it.
 
     Raises:
-        ConfigError: it is a file, cannot be written, or holds another run.
+        ConfigError: it is a file, cannot be written, or holds another run; or there can be no cache folder.
     """
     folder = config.run.output_dir
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.output_dir {folder}: is a file")
-    for name, path in (("run.output_dir", folder), ("run.cache_dir", config.run.cache_dir.expanduser())):
-        _check_writable(name, path)
+    _check_writable("run.output_dir", folder)
+    check_cache(config)
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"run.output_dir {folder}: holds a run already; go on with --resume auto, or choose another folder"
         )
+
+
+def check_cache(config: TrainConfig) -> None:
+    """Refuses a cache folder that cannot be made; one that is there and read-only is read.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    folder = config.run.cache_dir.expanduser()
+    if not folder.is_dir():
+        _check_writable("run.cache_dir", folder)
 
 
 def _check_writable(name: str, folder: Path) -> None:

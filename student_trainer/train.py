@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from student_trainer import evaluate
-from student_trainer.config import DataConfig, SourceConfig, TrainConfig
-from student_trainer.data.dataset import TokenizedDataset, build_dataset
-from student_trainer.data.sources import DataSource, parse_source
-from student_trainer.errors import ConfigError
-from student_trainer.feed.order import RunOrder
+from student_trainer.config import TrainConfig
+from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.feed.packing import pack
-from student_trainer.feed.prefetch import LabelRequest
 from student_trainer.feed.provided import ProvidedRequests
+from student_trainer.feed.source import LabelRequest
+from student_trainer.inputs import bytes_on_disk, load_data, order_of
+from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.meeting import (
     Teacher,
     check_sizes,
@@ -68,9 +66,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         check_loss(config.loss, config.labels)
     with teacher_address(config.teacher, console) as address:
         student = load_student(config.model, config.run.seed)
-        data, held_out = _load_data(config.data, student, console)
+        data, held_out = load_data(config.data, student.tokenizer, console)
         teacher = meet_teacher(
-            config, address, student, data, held_out, console, settled_labels(config) if resume else None
+            config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
         )
         try:
             return _run(config, student, data, held_out, teacher, resume, console)
@@ -88,17 +86,10 @@ def _run(
     resume: bool,
     console: Console,
 ) -> RunResult:
-    settings = config.train
-    order = RunOrder(
-        len(data),
-        batch_size=settings.batch_size,
-        accumulation=settings.accumulation,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=config.run.seed,
-    )
+    order = order_of(config, data)
     if teacher is not None:
         check_sizes(config, teacher, data, held_out, order)
+        _advise_budget(config, teacher, data, console)
     objective = Objective(config.loss, teacher.spec.vocab_rows if teacher else _own_rows(student))
     learned_from = {
         "teacher": teacher.info.fingerprint if teacher else "",
@@ -126,10 +117,16 @@ def _run(
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         trainer.save_model(str(config.run.output_dir / FINAL_NAME))  # before anything else can go wrong
         metrics = trainer.last_metrics() if held_out else {}
+    except TeacherHeadMismatch as error:
+        trainer.close()  # nothing more is kept
+        if teacher is not None and (told := teacher.desk.forget(teacher.info)):
+            error.add_note(told)
+        raise
     finally:
         progress.close()
         trainer.close()
-    return finish(config.run.output_dir, trainer.state.global_step, metrics)
+    result = finish(config.run.output_dir, trainer.state.global_step, metrics)
+    return replace(result, usage=teacher.desk.usage) if teacher else result
 
 
 def _measure(
@@ -155,7 +152,7 @@ def _measure(
         feed = open_any_feed(config, teacher, teacher.measuring, request, 0, len(groups))
 
         def take(number: int) -> TeacherSignals:
-            signals = feed.take(number)
+            signals = feed.take(number).signals
             if sum(s.payload_bytes for s in kept.values()) + signals.payload_bytes <= config.feed.max_mb << 20:
                 kept[number] = signals
             return signals
@@ -168,36 +165,16 @@ def _measure(
     return run
 
 
-def _load_data(
-    config: DataConfig, student: Student, console: Console
-) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    def build(sources: Any) -> TokenizedDataset:
-        return build_dataset(
-            [_source(source) for source in sources],
-            student.tokenizer,
-            template=config.template,
-            system_prompt=config.system_prompt or "",
-            max_tokens=config.max_tokens,
-            overlong=config.overlong,
+def _advise_budget(config: TrainConfig, teacher: Teacher, data: TokenizedDataset, console: Console) -> None:
+    """Says so if the labels of one epoch do not fit into the cache, which then helps no later epoch."""
+    if teacher.desk.store is None or config.loss.output is None or config.labels.extra_ids:
+        return
+    needed_gb = bytes_on_disk(teacher.info, teacher.spec, data, range(len(data))) / 2**30
+    if needed_gb > config.cache.max_gb:
+        console.print(
+            f"[yellow]note:[/] the labels of one epoch take about {needed_gb:,.1f} GB, above cache.max_gb="
+            f"{config.cache.max_gb:g}: later epochs and runs will ask the teacher again"
         )
-
-    with console.status("reading and tokenising the data"):
-        data = build(config.train)
-        held_out = build(config.eval) if config.eval else None
-    for name, rows in (("train", data), ("eval", held_out)):
-        if rows is not None:
-            dropped = f", {len(rows.dropped)} dropped as longer than {config.max_tokens}" if rows.dropped else ""
-            console.print(
-                f"{name}: {len(rows):,} rows, {rows.tokens:,} tokens, {rows.target_tokens:,} of them supervised{dropped}"
-            )
-    return data, held_out
-
-
-def _source(config: SourceConfig) -> DataSource:
-    source = parse_source(config.path, config.format)
-    if config.sample is not None and source.sample is not None:
-        raise ConfigError(f"data: {config.path} and sample={config.sample}: give the number of rows once")
-    return replace(source, sample=source.sample or config.sample, split=config.split)
 
 
 def _own_rows(student: Student) -> int:

@@ -26,7 +26,8 @@ from student_trainer.data.dataset import TokenizedDataset, collate
 from student_trainer.errors import RunError
 from student_trainer.feed.order import OrderedDataset, RunOrder
 from student_trainer.feed.packing import pack
-from student_trainer.feed.prefetch import LabelFeed, LabelRequest
+from student_trainer.feed.prefetch import LabelFeed
+from student_trainer.feed.source import LabelRequest, LabelUsage
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity, TeacherHeadMismatch
@@ -44,6 +45,7 @@ class _Meter:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
     waited_s: float = 0.0
+    labels: LabelUsage = field(default_factory=LabelUsage)
     started_s: float = field(default_factory=time.perf_counter)
 
     def add(self, parts: LossParts) -> None:
@@ -56,13 +58,14 @@ class _Meter:
         sums = {name: float(value) for name, value in self.sums.items()}
         rows = max(sums.get("rows", 0.0), 1.0)
         means = {name: sums[part] / rows for name, part in _LOGGED.items() if part in sums}
-        return means | {"tokens_per_s": self.tokens / seconds, "wait_share": self.waited_s / seconds}
+        rates = {"tokens_per_s": self.tokens / seconds, "wait_share": self.waited_s / seconds}
+        return means | rates | ({"cache_hits": self.labels.disk_share} if self.labels.sequences else {})
 
 
 # name in the log -> part of the loss it is the mean of
 _LOGGED = {"kd_loss": "kd_sum", "sft_loss": "ce_sum", "acc1": "acc1_hits", "acc3": "acc3_hits"}
-# What the clock decides; everything else in the log is the same whenever the run is repeated.
-TIMED = ("tokens_per_s", "wait_share", "runtime_s")
+# What the clock and the disk decide; everything else in the log is the same whenever the run is repeated.
+TIMED = ("tokens_per_s", "wait_share", "cache_hits", "runtime_s")
 
 
 class DistillationTrainer(Trainer):
@@ -163,9 +166,10 @@ class DistillationTrainer(Trainer):
             assert self._open_feed is not None
             self._feed = self._open_feed(number)
         before_s = self._feed.stats.wait_s
-        signals = self._feed.take(number)
+        labels = self._feed.take(number)
         self._meter.waited_s += self._feed.stats.wait_s - before_s
-        return signals
+        self._meter.labels.add(labels.usage)
+        return labels.signals
 
     @torch.no_grad()
     def _with_own_ids(self, batch: dict[str, Any]) -> TokenBatch:

@@ -1,16 +1,28 @@
 """Which requests share the next forward pass: a policy over ints, without torch, ray or clocks of its own.
 
-In: jobs with tenant, tokens and deadline; out: batches under a token budget, fair between tenants by
-deficit round robin (Shreedhar & Varghese 1995). It never splits a job and never reorders one tenant's jobs.
+In: jobs with tenant, tokens and deadline; out: batches under a token budget, fair between tenants by start-time fair
+queueing (Goyal, Vin & Cheng 1996). It never splits a job and never reorders one tenant's jobs.
+
+A clock of tokens runs with the service; a tenant's next job starts when its last one would have ended at the tenant's share,
+or now if that is past, and the earliest start is served first. So a newcomer is next, whoever came back pays for what it
+had, and shares are exact in tokens. (Deficit round robin gives the same shares, but lets a newcomer wait for what the others
+had left of their turn: half a batch more on average.)
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from teacher_wire.errors import OverloadedError
+
+# Tenants that come when the queue is full still get their share; together they may exceed it by this factor.
+_MOST_OVER = 2.0
+_RETRY_S = (0.05, 5.0)  # shortest and longest delay that a refusal names
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,20 @@ class Job:
 
 @dataclass
 class _Tenant:
+    """What waits for one tenant.
+
+    Attributes:
+        queue: its jobs; those taken back stay in it until their turn.
+        start: of its next job, on the clock of tokens.
+        served: number of its last service; of equal starts the longest unserved goes first.
+        tokens, jobs: that wait.
+    """
+
     queue: deque[Job] = field(default_factory=deque)
-    deficit: float = 0.0
+    start: float = 0.0
+    served: int = -1
+    tokens: int = 0
+    jobs: int = 0
 
 
 class Batcher:
@@ -41,9 +65,9 @@ class Batcher:
 
     Args:
         max_tokens: budget of a batch; a job above it gets a batch of its own.
-        max_queue_tokens: tokens that may wait; beyond, `add` refuses.
+        max_queue_tokens: tokens that may wait; a tenant may fill what the others' shares leave.
         exclusive: a batch is exactly one job (deterministic serving).
-        weights: shares of tenants under contention; 1 for a tenant not listed.
+        weights: shares of tenants under contention; `default_weight` for a tenant not listed. Both may change at any time.
     """
 
     def __init__(
@@ -52,39 +76,76 @@ class Batcher:
         max_queue_tokens: int,
         *,
         exclusive: bool = False,
-        weights: dict[str, float] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
+        self.weights: Mapping[str, float] = weights or {}
+        self.default_weight = 1.0
+        self.tokens_per_s = 0.0  # as measured by whoever runs the batches; 0 while unknown
         self._max_tokens = max_tokens
         self._max_queue_tokens = max_queue_tokens
         self._exclusive = exclusive
-        self._weights = weights or {}
-        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # in the order of their turns
+        self._tenants: dict[str, _Tenant] = {}
+        self._clock = 0.0  # start of the job served last
+        self._services = itertools.count()
+        self._waiting: dict[int, Job] = {}
+        self._deadlines: list[tuple[float, int]] = []
         self.queued_tokens = 0
-        self.queued_jobs = 0
+
+    @property
+    def queued_jobs(self) -> int:
+        return len(self._waiting)
+
+    def queued_tokens_of(self) -> dict[str, int]:
+        """Waiting tokens by tenant."""
+        return {name: tenant.tokens for name, tenant in self._tenants.items() if tenant.jobs}
 
     def add(self, job: Job) -> None:
         """Queues a job.
 
         Raises:
-            OverloadedError: the queue is full.
+            OverloadedError: the tenant has more waiting than its share of the queue; or too many tenants wait.
         """
-        if self.queued_tokens and self.queued_tokens + job.tokens > self._max_queue_tokens:
-            raise OverloadedError(
-                "the teacher's queue is full",
-                field="queue_tokens", value=self.queued_tokens + job.tokens, limit=self._max_queue_tokens, retry_after_s=1.0,
-            )  # fmt: skip
-        self._tenants.setdefault(job.tenant, _Tenant()).queue.append(job)
+        share = self._share(job.tenant)
+        limit = self._max_queue_tokens * share
+        tenant = self._tenants.get(job.tenant)
+        waiting = tenant.tokens if tenant else 0
+        if waiting and waiting + job.tokens > limit:
+            raise self._full("the tenant's share of the teacher's queue is full", waiting + job.tokens, limit, share)
+        if waiting == 0 and self.queued_tokens > self._max_queue_tokens * _MOST_OVER:
+            raise self._full(
+                "the teacher's queue is full", self.queued_tokens, self._max_queue_tokens * _MOST_OVER, share
+            )
+        if tenant is None:
+            tenant = self._tenants[job.tenant] = _Tenant()
+        if not tenant.jobs:
+            tenant.start = max(tenant.start, self._clock)
+        tenant.queue.append(job)
+        tenant.tokens += job.tokens
+        tenant.jobs += 1
         self.queued_tokens += job.tokens
-        self.queued_jobs += 1
+        self._waiting[job.job_id] = job
+        if job.deadline_s < math.inf:
+            heapq.heappush(self._deadlines, (job.deadline_s, job.job_id))
+
+    def _share(self, name: str) -> float:
+        """Of the queue and of the forward passes, among the tenants that want any."""
+        active = {waiting for waiting, tenant in self._tenants.items() if tenant.jobs} | {name}
+        return self._weight(name) / sum(map(self._weight, active))
+
+    def _weight(self, name: str) -> float:
+        return self.weights.get(name, self.default_weight)
+
+    def _full(self, message: str, value: int, limit: float, share: float) -> OverloadedError:
+        rate = self.tokens_per_s * share
+        shortest, longest = _RETRY_S
+        delay = min(longest, max(shortest, (value - limit) / rate)) if rate else 1.0
+        return OverloadedError(message, field="queue_tokens", value=value, limit=int(limit), retry_after_s=delay)
 
     def cancel(self, job_id: int) -> None:
         """Takes a job back; no forward pass is spent on it if it still waits."""
-        for tenant in self._tenants.values():
-            for job in tenant.queue:
-                if job.job_id == job_id:
-                    tenant.queue.remove(job)
-                    self._count_out(job)
-                    return
+        job = self._waiting.pop(job_id, None)
+        if job is not None:
+            self._count_out(job)
 
     def next_batch(self, now_s: float) -> tuple[list[Job], list[Job]]:
         """The jobs of the next forward pass, and those whose deadline has passed (they get none).
@@ -95,36 +156,44 @@ class Batcher:
         expired = self._drop_expired(now_s)
         batch: list[Job] = []
         room = self._max_tokens
-        while self._tenants:
-            name, tenant = next(iter(self._tenants.items()))
-            if not tenant.queue:
-                del self._tenants[name]  # an idle tenant saves up nothing
-                continue
+        while self._waiting:
+            name, tenant = self._next_tenant()
+            while tenant.queue[0].job_id not in self._waiting:
+                tenant.queue.popleft()
             job = tenant.queue[0]
             if batch and (self._exclusive or job.tokens > room):
                 break
-            if tenant.deficit < job.tokens and len(self._tenants) > 1:
-                tenant.deficit += self._quantum(name)
-                self._tenants.move_to_end(name)
-                continue
             tenant.queue.popleft()
-            tenant.deficit = max(0.0, tenant.deficit - job.tokens)
             room -= job.tokens
-            batch.append(job)
+            batch.append(self._waiting.pop(job.job_id))
             self._count_out(job)
+            self._clock = tenant.start
+            tenant.start += job.tokens / self._weight(name)
+            tenant.served = next(self._services)
+        self._forget_idle()
         return batch, expired
 
-    def _quantum(self, tenant: str) -> float:
-        """Tokens a tenant gains a turn: small against the budget, so that every batch is shared."""
-        return max(1.0, self._max_tokens / 8) * self._weights.get(tenant, 1.0)
+    def _next_tenant(self) -> tuple[str, _Tenant]:
+        waiting = ((name, tenant) for name, tenant in self._tenants.items() if tenant.jobs)
+        return min(waiting, key=lambda item: (item[1].start, item[1].served))
+
+    def _forget_idle(self) -> None:
+        """Drops tenants that want nothing and owe nothing."""
+        idle = [name for name, tenant in self._tenants.items() if not tenant.jobs and tenant.start <= self._clock]
+        for name in idle:
+            del self._tenants[name]
 
     def _drop_expired(self, now_s: float) -> list[Job]:
-        expired = [job for tenant in self._tenants.values() for job in tenant.queue if job.deadline_s <= now_s]
-        for job in expired:
-            self._tenants[job.tenant].queue.remove(job)
-            self._count_out(job)
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            job = self._waiting.pop(heapq.heappop(self._deadlines)[1], None)
+            if job is not None:
+                self._count_out(job)
+                expired.append(job)
         return expired
 
     def _count_out(self, job: Job) -> None:
+        tenant = self._tenants[job.tenant]
+        tenant.tokens -= job.tokens
+        tenant.jobs -= 1
         self.queued_tokens -= job.tokens
-        self.queued_jobs -= 1

@@ -31,6 +31,20 @@ class TlsConfig(_Strict):
     client_ca_file: Path | None = None
 
 
+class StoreConfig(_Strict):
+    """Labels that are computed once for everybody.
+
+    Attributes:
+        memory_mb: newest labels kept in the edge's memory; 0 for none.
+        folder: where labels are kept on disk, shared by all edges that see it; None for nowhere.
+        disk_gb: budget of the folder; the least recently used go first.
+    """
+
+    memory_mb: Annotated[int, Field(ge=0)] = 256
+    folder: Path | None = None
+    disk_gb: Annotated[float, Field(gt=0)] = 50.0
+
+
 class EdgeConfig(_Strict):
     """Where students connect.
 
@@ -41,6 +55,10 @@ class EdgeConfig(_Strict):
         drain_s: how long in-flight requests may finish when the server goes down.
         window_mb: largest reply window a student may open.
         reflection: serve grpc reflection, for grpcurl.
+        keepalive_s: a student that says nothing is asked after this time, and dropped if it does not answer within
+            `keepalive_timeout_s`.
+        count: edges, at most one a node; each listens on the same port of its node.
+        store: labels kept by the edge.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +68,10 @@ class EdgeConfig(_Strict):
     drain_s: Annotated[float, Field(ge=0, le=600)] = 20.0
     window_mb: Annotated[int, Field(ge=1, le=4096)] = 256
     reflection: bool = False
+    keepalive_s: Annotated[float, Field(ge=1)] = 30.0
+    keepalive_timeout_s: Annotated[float, Field(ge=1)] = 10.0
+    count: Annotated[int, Field(ge=1)] = 1
+    store: StoreConfig = StoreConfig()
 
     @property
     def address(self) -> str:
@@ -112,13 +134,19 @@ class TransformersBackend(_Strict):
 
 
 class FakeBackend(_Strict):
-    """The deterministic fake of `teacher_wire.fake`, for trying things out without a model."""
+    """The deterministic fake of `teacher_wire.fake`, for trying things out without a model.
+
+    Attributes:
+        delay_s: of every forward pass.
+        tokens_per_s: as fast as it pretends to be; null for as fast as it is.
+    """
 
     kind: Literal["fake"] = "fake"
     vocab_rows: Annotated[int, Field(ge=2)] = 64
     hidden_size: Annotated[int, Field(ge=1)] = 16
     seed: int = 0
     delay_s: Annotated[float, Field(ge=0)] = 0.0
+    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class BatchConfig(_Strict):
@@ -126,7 +154,7 @@ class BatchConfig(_Strict):
 
     Attributes:
         max_tokens: token budget of one forward pass; a larger request has one of its own.
-        max_queue_tokens: beyond it a request is refused as overloaded.
+        max_queue_tokens: of a replica; a tenant that would hold more than its share of it is refused as overloaded.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] = 16_384
@@ -144,11 +172,15 @@ class LimitsConfig(_Strict):
 
 
 class AutoscalingConfig(_Strict):
-    """Ray Serve's autoscaling of one teacher, on the number of ongoing requests a replica."""
+    """Ray Serve's autoscaling of one teacher, on the tokens that wait in a replica's queue.
+
+    Attributes:
+        target_queued_tokens: waiting tokens a replica that are worth no further one.
+    """
 
     min_replicas: Annotated[int, Field(ge=1)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 1
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8.0
+    target_queued_tokens: Annotated[int, Field(ge=1)] = 65_536
     upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 60.0
 
@@ -181,12 +213,35 @@ class TeacherConfig(_Strict):
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 256
 
 
+class TenantConfig(_Strict):
+    """What one tenant may take. Its name is the first word of its line in `edge.tokens_file`.
+
+    Attributes:
+        weight: its share under contention, relative to the others'.
+        tokens_per_s: tokens computed for it; stored labels cost nothing.
+        inflight_tokens: tokens waiting or being computed for it.
+        bytes_per_s: of labels sent to it.
+        operator: may see the other tenants in `teacher-server status`.
+    """
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
+    inflight_tokens: Annotated[int, Field(ge=1)] | None = None
+    bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+    operator: bool = False
+
+
+DEFAULT_TENANT = "default"  # of whoever has no entry of its own, each on its own account
+Tenants = Annotated[dict[Name, TenantConfig], Field(default_factory=dict)]
+
+
 class ServerConfig(_Strict):
-    """Everything `teacher-server up` needs."""
+    """Everything `teacher-server up` needs. `tenants` and `teachers` may change while it runs."""
 
     edge: EdgeConfig = EdgeConfig()
     ray: RayConfig = RayConfig()
     teachers: Annotated[tuple[TeacherConfig, ...], Field(min_length=1)]
+    tenants: Tenants
 
     @model_validator(mode="after")
     def _distinct(self) -> ServerConfig:

@@ -11,17 +11,22 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from teacher_server.backends import Backend, build_backend
 from teacher_server.batcher import Batcher, Job
-from teacher_server.config import TeacherConfig
+from teacher_server.config import DEFAULT_TENANT, TeacherConfig
 from teacher_wire import codec
 from teacher_wire.errors import CapabilityError, DeadlineError, ServerError, TeacherWireError, UnavailableError
 from teacher_wire.messages import HeadHeader, Limits, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
 
 log = logging.getLogger(__name__)
+
+_RATE_MEMORY = 0.8  # of the measured tokens/s, a forward pass: about the last five count
 
 
 @dataclass
@@ -54,6 +59,8 @@ class TeacherEngine:
         self.info = self._describe()
         self.forward_tokens = 0
         self.forwards = 0
+        self._ended: Counter[str] = Counter()  # requests by how they ended
+        self._served: Counter[str] = Counter()  # tokens by tenant
 
     def _describe(self) -> TeacherInfo:
         facts, limits = self._backend.facts, self._config.limits
@@ -85,6 +92,11 @@ class TeacherEngine:
                 waiting.future.set_exception(UnavailableError(f"teacher {self._config.name!r} is going away"))
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Shares of tenants from the next forward pass on; one that is not listed has that of DEFAULT_TENANT, or 1."""
+        self._batcher.weights = dict(weights)
+        self._batcher.default_weight = weights.get(DEFAULT_TENANT, 1.0)
+
     async def score(self, call: ScoreCall) -> TeacherSignals:
         """The labels of one request.
 
@@ -100,7 +112,15 @@ class TeacherEngine:
         self._waiting[job_id] = waiting
         self._wake.set()
         try:
-            return await waiting.future
+            answer = await waiting.future
+            self._ended["answered"] += 1
+            return answer
+        except asyncio.CancelledError:
+            self._ended["cancelled"] += 1
+            raise
+        except TeacherWireError as error:
+            self._ended["expired" if isinstance(error, DeadlineError) else "failed"] += 1
+            raise
         finally:
             self._waiting.pop(job_id, None)
             self._batcher.cancel(job_id)  # no effect once it is in a batch
@@ -146,8 +166,9 @@ class TeacherEngine:
     async def _score_batch(self, batch: list[_Waiting]) -> None:
         started = time.monotonic()
         jobs = [(waiting.call.batch, waiting.call.spec) for waiting in batch]
+        tokens = sum(asked.tokens for asked, _ in jobs)
         self.forwards += 1
-        self.forward_tokens += sum(tokens.tokens for tokens, _ in jobs)
+        self.forward_tokens += tokens
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, jobs)
             answered = list(zip(batch, answers, strict=True))
@@ -162,7 +183,9 @@ class TeacherEngine:
                 )
                 batch[0].future.set_exception(known)
             return
+        self._measure(tokens, time.monotonic() - started)
         for waiting, signals in answered:
+            self._served[waiting.call.tenant] += waiting.call.batch.tokens
             queue_us = round((started - waiting.queued_s) * 1e6)
             if not waiting.future.done():
                 waiting.future.set_result(
@@ -170,6 +193,10 @@ class TeacherEngine:
                         signals, timing=replace(signals.timing, queue_us=queue_us), fingerprint=self.info.fingerprint
                     )
                 )
+
+    def _measure(self, tokens: int, took_s: float) -> None:
+        rate, before = tokens / max(took_s, 1e-6), self._batcher.tokens_per_s
+        self._batcher.tokens_per_s = _RATE_MEMORY * before + (1 - _RATE_MEMORY) * rate if before else rate
 
     def _fail(self, job_id: int, error: TeacherWireError) -> None:
         waiting = self._waiting.get(job_id)
@@ -181,12 +208,20 @@ class TeacherEngine:
         if self._task is None or self._task.done():
             raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, Any]:
         """What this replica has done and holds, for status displays and tests."""
+        queued = self._batcher.queued_tokens_of()
+        tenants = {
+            name: {"queued_tokens": queued.get(name, 0), "served_tokens": self._served[name]}
+            for name in {*queued, *self._served}
+        }
         return {
             "queued_tokens": self._batcher.queued_tokens,
             "queued_jobs": self._batcher.queued_jobs,
             "waiting": len(self._waiting),
             "forwards": self.forwards,
             "forward_tokens": self.forward_tokens,
+            "max_batch_tokens": self._config.batch.max_tokens,
+            **{name: self._ended[name] for name in ("answered", "failed", "expired", "cancelled")},
+            "tenants": tenants,
         }

@@ -54,7 +54,7 @@ def build_deployment(config: TeacherConfig) -> Any:
         autoscaling_config={
             "min_replicas": scaling.min_replicas,
             "max_replicas": scaling.max_replicas,
-            "target_ongoing_requests": scaling.target_ongoing_requests,
+            "target_ongoing_requests": 8.0,
             "upscale_delay_s": scaling.upscale_delay_s,
             "downscale_delay_s": scaling.downscale_delay_s,
         },

@@ -20,25 +20,41 @@ KEEPALIVE_TIMEOUT_MS = 10_000
 _MESSAGE_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 CLIENT_OPTIONS = [
     *_MESSAGE_OPTIONS,
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.initial_reconnect_backoff_ms", 1_000),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_retries", 0),  # a stream is resumed by us, request by request
     ("grpc.use_local_subchannel_pool", 1),  # a new client gets a new connection, not another's back-off
 ]
-SERVER_OPTIONS = [
-    *_MESSAGE_OPTIONS,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 3),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-]
+TENANT_KEY = "lyceum-tenant"
+
+
+def server_options(
+    keepalive_s: float = KEEPALIVE_TIME_MS / 1000, keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_MS / 1000
+) -> list[tuple[str, int]]:
+    """Channel options of a server.
+
+    Args:
+        keepalive_s: silence after which a student is asked whether it is still there.
+        keepalive_timeout_s: after which it is dropped, with all it asked for, if it does not answer.
+    """
+    return [
+        *_MESSAGE_OPTIONS,
+        ("grpc.keepalive_time_ms", round(keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(keepalive_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", round(keepalive_timeout_s * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 3),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+    ]
 
 
 @dataclass(frozen=True)
@@ -49,12 +65,14 @@ class Credentials:
         ca_file: PEM of the authority that signed the server; None for plain text.
         cert_file, key_file: the student's own certificate, for mutual TLS.
         token: bearer token; only ever sent over TLS or to a loopback address.
+        tenant: whose account this is; with a token it must be the token's own, or empty.
     """
 
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
     token: str = ""
+    tenant: str = ""
 
 
 def is_loopback(address: str) -> bool:
@@ -66,15 +84,18 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
-def check_address(address: str) -> None:
-    """Refuses what is not HOST:PORT.
+def addresses_of(text: str) -> tuple[str, ...]:
+    """The addresses in HOST:PORT[,HOST:PORT...]: the edges of one server, of which any will do.
 
     Raises:
-        RequestError: naming the address.
+        RequestError: naming what is none.
     """
-    host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
-        raise RequestError("an address is HOST:PORT", field="address", value=address, limit="host:1..65535")
+    found = tuple(part.strip() for part in text.split(","))
+    for address in found:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+            raise RequestError("an address is HOST:PORT", field="address", value=address, limit="host:1..65535")
+    return found
 
 
 def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
@@ -83,7 +104,7 @@ def open_channel(address: str, credentials: Credentials | None = None) -> grpc.a
     Raises:
         RequestError: not an address, an unreadable file, or a token that would cross a network in the clear.
     """
-    check_address(address)
+    addresses_of(address)
     credentials = credentials or Credentials()
     if credentials.ca_file is None:
         if credentials.token and not is_loopback(address):
@@ -98,8 +119,11 @@ def open_channel(address: str, credentials: Credentials | None = None) -> grpc.a
 
 
 def call_metadata(credentials: Credentials | None) -> tuple[tuple[str, str], ...]:
-    """Metadata that carries the token."""
-    return (("authorization", f"Bearer {credentials.token}"),) if credentials and credentials.token else ()
+    """Metadata that carries token and tenant."""
+    if credentials is None:
+        return ()
+    token = (("authorization", f"Bearer {credentials.token}"),) if credentials.token else ()
+    return token + (((TENANT_KEY, credentials.tenant),) if credentials.tenant else ())
 
 
 def _read(path: Path, field: str) -> bytes:

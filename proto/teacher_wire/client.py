@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import logging
 import math
 import random
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
 
-from teacher_wire import PROTOCOL, codec, status
-from teacher_wire.channel import Credentials, call_metadata, open_channel
+from teacher_wire import PROTOCOL, codec, status, status_codec
+from teacher_wire.channel import Credentials, addresses_of, call_metadata, open_channel
 from teacher_wire.errors import (
     CancelledRequestError,
     LabelError,
@@ -30,7 +33,16 @@ from teacher_wire.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.messages import ScoreCall, SignalSpec, TeacherHead, TeacherInfo, TeacherSignals, TokenBatch
+from teacher_wire.messages import (
+    ScoreCall,
+    ServerStatus,
+    SignalSpec,
+    TeacherHead,
+    TeacherInfo,
+    TeacherSignals,
+    TokenBatch,
+)
+from teacher_wire.pacing import Pace
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 
@@ -54,8 +66,9 @@ class ClientStats:
 
 @dataclass
 class _Pending:
-    """A request that is not answered yet, with the chunks that have come."""
+    """A request that is not answered yet, with the chunks that have come; `number` says how old it is."""
 
+    number: int
     call: ScoreCall
     info: TeacherInfo
     future: asyncio.Future[TeacherSignals]
@@ -76,8 +89,8 @@ class TeacherClient:
     """An async client of one server; use it as an async context manager, in one event loop.
 
     Args:
-        address: HOST:PORT.
-        credentials: TLS files and token.
+        address: HOST:PORT, or several with commas: when one edge is gone the next is tried.
+        credentials: TLS files, token, tenant.
         window_bytes: reply bytes the server may have under way to us.
         retry_for_s: how long a request is retried while the server is unreachable or overloaded.
         backoff_s: shortest and longest pause before the next try.
@@ -103,13 +116,20 @@ class TeacherClient:
         self._retry_for_s = retry_for_s
         self._backoff_s = backoff_s
         self._on_trouble = on_trouble or (lambda error: log.warning("%s; trying again", error))
-        self._channel = open_channel(address, credentials)
+        self._credentials = credentials
+        self._addresses = deque(addresses_of(address))
+        self._channel = open_channel(self._addresses[0], credentials)
         self._metadata = call_metadata(credentials)
         self._stub = pb_grpc.TeacherStub(self._channel)
         self._pending: dict[str, _Pending] = {}
         self._up: asyncio.Queue[pb.ScoreUp] = asyncio.Queue()
         self._stream: asyncio.Task[None] | None = None
+        self._numbers = itertools.count()
+        self._backlog: list[tuple[int, str]] = []  # to be sent, oldest first
+        self._pace = Pace()
+        self._pump_timer: asyncio.TimerHandle | None = None
         self._delayed: set[asyncio.Task[None]] = set()
+        self._answered_s = -math.inf  # when the server last answered anything
         self._closed = False
 
     async def __aenter__(self) -> TeacherClient:
@@ -121,6 +141,8 @@ class TeacherClient:
     async def close(self) -> None:
         """Ends the stream; unanswered requests fail with CancelledRequestError."""
         self._closed = True
+        if self._pump_timer is not None:
+            self._pump_timer.cancel()
         for task in (self._stream, *self._delayed):
             if task is not None:
                 task.cancel()
@@ -143,6 +165,7 @@ class TeacherClient:
             CapabilityError: another version of the contract, or no teacher server at all.
         """
         give_up_at = time.monotonic() + wait_for_s
+        tried = 0
         while True:
             try:
                 reply = await self._stub.Describe(
@@ -151,7 +174,13 @@ class TeacherClient:
                 return codec.decode_description(reply)
             except grpc.RpcError as error:
                 problem = status.from_rpc(error, self.address)
-                if not isinstance(problem, status.RETRYABLE) or time.monotonic() >= give_up_at:
+                if not isinstance(problem, status.RETRYABLE):
+                    raise problem from None
+                await self._next_edge()
+                tried += 1
+                if tried < len(self._addresses):
+                    continue
+                if time.monotonic() >= give_up_at:
                     raise problem from None
                 await asyncio.sleep(self._pause(problem))
 
@@ -170,6 +199,19 @@ class TeacherClient:
                 field="teacher.name", value=name or "(none given)", limit="|".join(sorted(teachers)),
             )  # fmt: skip
         return teachers[name]
+
+    async def server_status(self, timeout_s: float = 10.0) -> ServerStatus:
+        """How the server is doing; of tenants, only the caller's own unless it is an operator.
+
+        Raises:
+            CapabilityError: it keeps no status.
+            UnavailableError: nobody answers.
+        """
+        try:
+            reply = await self._stub.Status(pb.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise status.from_rpc(error, self.address) from None
+        return status_codec.decode_status(reply)
 
     async def head(self, info: TeacherInfo, progress: Callable[[int, int], None] | None = None) -> TeacherHead:
         """The teacher's output head, its digest checked.
@@ -239,13 +281,13 @@ class TeacherClient:
                 value=self._window_bytes,
                 limit=needed,
             )
-        pending = _Pending(call, info, asyncio.get_running_loop().create_future())
+        pending = _Pending(next(self._numbers), call, info, asyncio.get_running_loop().create_future())
         self._pending[call.request_id] = pending
         self.stats.requests += 1
         if self._stream is None or self._stream.done():
             self._stream = asyncio.create_task(self._keep_stream())
         else:
-            self._up.put_nowait(pending.message())
+            self._send(pending)
         try:
             return await pending.future
         except asyncio.CancelledError:
@@ -253,6 +295,8 @@ class TeacherClient:
             raise
         finally:
             self._pending.pop(call.request_id, None)
+            self._pace.ended(call.request_id)
+            self._pump()
 
     async def _keep_stream(self) -> None:
         """Holds one stream open while requests are pending, and opens the next when it breaks."""
@@ -275,15 +319,28 @@ class TeacherClient:
                 return
             self.stats.reconnects += 1
             self._on_trouble(problem)
+            await self._next_edge()
             await asyncio.sleep(self._pause(problem))
+
+    async def _next_edge(self) -> None:
+        """Turns to the next address, if there are several."""
+        if len(self._addresses) == 1:
+            return
+        self._addresses.rotate(-1)
+        gone = self._channel
+        self._channel = open_channel(self._addresses[0], self._credentials)
+        self._stub = pb_grpc.TeacherStub(self._channel)
+        await gone.close()
 
     async def _run_stream(self) -> None:
         for task in self._delayed:  # everything pending is sent again right now
             task.cancel()
         self._up = asyncio.Queue()
         self._up.put_nowait(pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=self._window_bytes)))
-        for pending in self._pending.values():
-            self._up.put_nowait(pending.message())
+        self._pace.lost()
+        self._backlog = []
+        for pending in list(self._pending.values()):
+            self._send(pending)
         call = self._stub.Score(metadata=self._metadata)
         writer = asyncio.create_task(self._write(call))
         try:
@@ -334,6 +391,8 @@ class TeacherClient:
         if pending is None:
             return
         self._up.put_nowait(pb.ScoreUp(ack=pb.Ack(request_id=done.request_id)))
+        self._answered_s = time.monotonic()
+        self._pace.answered(done.request_id)
         try:
             self._resolve(pending, codec.finish_reply(pending.parts, done, pending.call))
             self.stats.replies += 1
@@ -346,19 +405,45 @@ class TeacherClient:
             return
         problem = status.from_detail(failed.error)
         pause = self._pause(problem)
-        if isinstance(problem, status.RETRYABLE) and not self._is_overdue(pending, pause):
-            self.stats.retries += 1
-            self._on_trouble(problem)
+        self._pace.ended(failed.request_id)
+        if not isinstance(problem, status.RETRYABLE) or self._is_overdue(pending, problem, pause):
+            self._resolve(pending, problem)
+            return
+        self.stats.retries += 1
+        self._on_trouble(problem)
+        if isinstance(problem, OverloadedError):
+            self._pace.refused(failed.request_id, time.monotonic(), pause)
+            self._send(pending)
+        else:
             task = asyncio.create_task(self._send_later(pending, pause))
             self._delayed.add(task)
             task.add_done_callback(self._delayed.discard)
-        else:
-            self._resolve(pending, problem)
 
     async def _send_later(self, pending: _Pending, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
-        if pending.call.request_id in self._pending:
-            self._up.put_nowait(pending.message())
+        self._send(pending)
+
+    def _send(self, pending: _Pending) -> None:
+        heapq.heappush(self._backlog, (pending.number, pending.call.request_id))
+        self._pump()
+
+    def _pump(self) -> None:
+        """Sends as many of the waiting requests as the pace allows, the oldest first."""
+        if self._pump_timer is not None:
+            self._pump_timer.cancel()
+            self._pump_timer = None
+        while self._backlog:
+            request_id = self._backlog[0][1]
+            pending = self._pending.get(request_id)
+            wait_s = self._pace.wait_s(time.monotonic()) if pending is not None else 0.0
+            if wait_s > 0:
+                if wait_s < math.inf and not self._closed:
+                    self._pump_timer = asyncio.get_running_loop().call_later(wait_s, self._pump)
+                return
+            heapq.heappop(self._backlog)
+            if pending is not None:
+                self._pace.sent(request_id)
+                self._up.put_nowait(pending.message())
 
     def _pause(self, problem: TeacherWireError) -> float:
         """The server's own delay if it gave one, else 1-2 s, never the same for all students at once."""
@@ -381,11 +466,17 @@ class TeacherClient:
 
     def _fail_overdue(self, error: TeacherWireError) -> None:
         for pending in list(self._pending.values()):
-            if self._is_overdue(pending):
+            if self._is_overdue(pending, error):
                 self._resolve(pending, error)
 
-    def _is_overdue(self, pending: _Pending, pause_s: float = 0.0) -> bool:
-        """Whether it has failed for longer than we try; the clock starts with the first failure since anything came."""
+    def _is_overdue(self, pending: _Pending, problem: TeacherWireError, pause_s: float = 0.0) -> bool:
+        """Whether it has failed for longer than we try; the clock starts with the first failure since anything came.
+
+        A server that refuses some requests for being full and answers others is no failure, however long it takes.
+        """
         now = time.monotonic()
         pending.failing_since = min(pending.failing_since, now)
-        return now + pause_s - pending.failing_since >= self._retry_for_s
+        since = pending.failing_since
+        if isinstance(problem, OverloadedError):
+            since = max(since, self._answered_s)
+        return now + pause_s - since >= self._retry_for_s

@@ -85,7 +85,7 @@ class FakeTeacher:
     async def describe(self) -> list[TeacherInfo]:
         return [self.teacher_info()]
 
-    async def info(self, teacher: str) -> TeacherInfo:
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
         if teacher not in ("", self.name):
             raise NotFoundError("no such teacher", field="teacher", value=teacher, limit=self.name)
         return self.teacher_info()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import grpc
 
-from teacher_wire.channel import SERVER_OPTIONS
+from teacher_wire.channel import server_options
 from teacher_wire.errors import UnavailableError
 from teacher_wire.servicer import StreamLimits, TeacherService, TeacherServicer
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
@@ -64,7 +64,7 @@ class LoopbackServer:
 
     async def _bind(self) -> None:
         self.servicer = TeacherServicer(self._service, server_version="loopback", limits=self._limits)
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=server_options())
         pb_grpc.add_TeacherServicer_to_server(self.servicer, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()

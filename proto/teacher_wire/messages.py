@@ -178,6 +178,36 @@ class TokenBatch:
         """The sequence that wanted row number `row` belongs to."""
         return int(np.searchsorted(self.cu_lengths_B1, self.rows_of()[row], side="right") - 1)
 
+    @property
+    def row_bounds_B1(self) -> np.ndarray:
+        """int64 [B+1]: rows [bounds[b], bounds[b+1]) of an answer are sequence b's; none if it has no wanted row."""
+        before_T1 = np.zeros(self.tokens + 1, np.int64)
+        np.cumsum(self.wanted_T, out=before_T1[1:])
+        return before_T1[self.cu_lengths_B1]
+
+    def select(self, sequences: Sequence[int]) -> TokenBatch:
+        """These sequences alone, in the given order, with their extra ids.
+
+        Raises:
+            RequestError: a number that no sequence has, or none of them has a wanted row.
+        """
+        for number in sequences:
+            if not 0 <= number < self.sequences:
+                limit = f"0..{self.sequences - 1}"
+                raise RequestError("no such sequence", field="sequences", value=number, limit=limit)
+        chosen = np.asarray(sequences, np.int64)
+        cu_B1 = np.zeros(chosen.size + 1, np.int32)
+        np.cumsum(self.lengths_B[chosen], out=cu_B1[1:])
+        place_T = _ranges(self.cu_lengths_B1, chosen)
+        extra_NM = None if self.extra_ids_NM is None else self.extra_ids_NM[_ranges(self.row_bounds_B1, chosen)]
+        return TokenBatch(self.token_ids_T[place_T], cu_B1, self.wanted_T[place_T], extra_NM)
+
+
+def _ranges(bounds_B1: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """All numbers of the intervals [bounds[b], bounds[b+1]) of the chosen b, one interval after the other."""
+    parts = [np.arange(bounds_B1[b], bounds_B1[b + 1]) for b in chosen]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
 
 def _short(array: np.ndarray) -> str:
     return np.array2string(array, threshold=8, edgeitems=3)
@@ -413,3 +443,77 @@ class ScoreCall:
     batch: TokenBatch
     timeout_s: float = 0.0
     tenant: str = ""
+
+
+@dataclass(frozen=True)
+class TeacherStatus:
+    """How one teacher is doing (proto: TeacherStatus).
+
+    Attributes:
+        state: `starting`, `running`, `rolling` or `failed`; `message` says more.
+        fingerprints: of the live replicas, the newest first; several during a rolling update.
+        tokens_per_s, batch_fill: of the last seconds.
+        forwards, forward_tokens, answered, failed: since the server came up.
+    """
+
+    name: str
+    state: str
+    message: str = ""
+    replicas: int = 0
+    replicas_wanted: int = 0
+    fingerprints: tuple[str, ...] = ()
+    queued_tokens: int = 0
+    queued_requests: int = 0
+    tokens_per_s: float = 0.0
+    batch_fill: float = 0.0
+    forwards: int = 0
+    forward_tokens: int = 0
+    answered: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class TenantStatus:
+    """What one tenant takes (proto: TenantStatus); the empty name is whoever has none."""
+
+    name: str
+    weight: float = 1.0
+    share: float = 0.0
+    tokens_per_s: float = 0.0
+    served_tokens: int = 0
+    queued_tokens: int = 0
+    inflight_tokens: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """Where the labels of sequences came from, and what is kept (proto: StoreStatus)."""
+
+    memory_hits: int = 0
+    disk_hits: int = 0
+    joined: int = 0
+    computed: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class EdgeStatus:
+    """What one edge has open."""
+
+    node: str
+    open_streams: int = 0
+    open_requests: int = 0
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """How the whole server is doing."""
+
+    server_version: str = ""
+    up_s: float = 0.0
+    teachers: tuple[TeacherStatus, ...] = ()
+    tenants: tuple[TenantStatus, ...] = ()
+    store: StoreStatus = field(default_factory=StoreStatus)
+    edges: tuple[EdgeStatus, ...] = ()

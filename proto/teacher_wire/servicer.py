@@ -12,11 +12,11 @@ import logging
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from teacher_wire import PROTOCOL, codec, status
+from teacher_wire import PROTOCOL, codec, status, status_codec
 from teacher_wire.errors import (
     CapabilityError,
     DeadlineError,
@@ -27,7 +27,7 @@ from teacher_wire.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 
@@ -42,8 +42,12 @@ class TeacherService(Protocol):
     async def describe(self) -> list[TeacherInfo]:
         """Every teacher of this deployment."""
 
-    async def info(self, teacher: str) -> TeacherInfo:
-        """One teacher; the empty name means the only one. Raises NotFoundError."""
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
+        """One teacher; the empty name means the only one. Raises NotFoundError.
+
+        While its weights are being changed there are two descriptions: the one with `fingerprint` is given if it is
+        (still) there, else the newest.
+        """
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         """The labels. Must stop the work it can stop when cancelled."""
@@ -84,7 +88,8 @@ class TeacherServicer(pb_grpc.TeacherServicer):
         service: what answers.
         server_version: told to students.
         limits: what one stream may hold.
-        tenant_of: who is calling, from the call's context.
+        tenant_of: who is calling, from the call's context; may raise a TeacherWireError.
+        status_for: how the server is doing, as the tenant of that name may see it.
     """
 
     def __init__(
@@ -94,11 +99,13 @@ class TeacherServicer(pb_grpc.TeacherServicer):
         server_version: str = "",
         limits: StreamLimits | None = None,
         tenant_of: Callable[[Context], str] = anonymous,
+        status_for: Callable[[str], Awaitable[ServerStatus]] | None = None,
     ) -> None:
         self._service = service
         self._version = server_version
         self._limits = limits or StreamLimits()
         self._tenant_of = tenant_of
+        self._status_for = status_for
         self._kept = _KeptReplies(self._limits.kept_reply_bytes, self._limits.kept_reply_s)
         self.open_streams = 0
         self.open_requests = 0
@@ -106,6 +113,15 @@ class TeacherServicer(pb_grpc.TeacherServicer):
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         try:
             return codec.encode_description(await self._service.describe(), self._version)
+        except Exception as error:
+            await _abort(context, error)
+            raise
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
+        try:
+            if self._status_for is None:
+                raise CapabilityError("this server keeps no status", field="Status")
+            return status_codec.encode_status(await self._status_for(self._tenant_of(context)))
         except Exception as error:
             await _abort(context, error)
             raise
@@ -122,7 +138,11 @@ class TeacherServicer(pb_grpc.TeacherServicer):
             await _abort(context, error)
 
     async def Score(self, requests: AsyncIterator[pb.ScoreUp], context: Context) -> AsyncIterator[pb.ScoreDown]:
-        stream = _Stream(self, self._service, self._kept, self._limits, self._tenant_of(context))
+        try:
+            tenant = self._tenant_of(context)
+        except TeacherWireError as error:
+            await _abort(context, error)
+        stream = _Stream(self, self._service, self._kept, self._limits, tenant)
         self.open_streams += 1
         try:
             async for message in stream.answers(requests):
@@ -277,7 +297,7 @@ class _Stream:
             self._fail(request.request_id, _known(error))
 
     async def _compute(self, call: ScoreCall) -> _Reply:
-        info = await self._service.info(call.teacher)
+        info = await self._service.info(call.teacher, call.fingerprint)
         codec.check_call(call, info)
         needed = codec.reply_bytes(call, info)
         assert self._window is not None

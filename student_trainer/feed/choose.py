@@ -37,7 +37,7 @@ def choose(
         info: the teacher.
         vocab_rows: V, the shared vocabulary.
         free_bytes: memory free on the student's device, the student loaded.
-        probe: of the link; None if the teacher offers no hidden states.
+        probe: of the link; None if the teacher offers no hidden states, or had them already.
         softened: whether the loss has a temperature other than 1, which only exact labels can serve.
 
     Raises:

@@ -6,6 +6,7 @@ In: TeacherInfo and a client; out: tensors in the teacher's dtype. The file is s
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,24 @@ from teacher_wire.client import TeacherClient
 from teacher_wire.identity import head_sha256
 from teacher_wire.messages import HeadHeader, TeacherHead, TeacherInfo, Tensor
 
+log = logging.getLogger(__name__)
+
 
 async def fetch_head(
-    client: TeacherClient, info: TeacherInfo, cache_dir: Path, progress: Callable[[int, int], None] | None = None
+    client: TeacherClient,
+    info: TeacherInfo,
+    cache_dir: Path,
+    progress: Callable[[int, int], None] | None = None,
+    on_trouble: Callable[[str], None] = log.warning,
 ) -> TeacherHead:
     """The head of a teacher, from disk if it is there.
+
+    Args:
+        client: of its server.
+        info: the teacher.
+        cache_dir: shared by all runs of this machine.
+        progress: told the bytes that came and the bytes in all.
+        on_trouble: told in a sentence if the head cannot be kept; it is given back all the same.
 
     Raises:
         LabelError: what came is not what the teacher described.
@@ -35,9 +49,11 @@ async def fetch_head(
         cached = _read(path)
         if cached is not None and cached.header.sha256 == info.head_sha256:
             return cached
-        path.unlink()
     head = await client.head(info, progress)
-    _write(path, head)
+    try:
+        _write(path, head)
+    except (OSError, SafetensorError) as error:
+        on_trouble(f"{path.parent}: {error}; the teacher's output head is not kept")
     return head
 
 
@@ -49,8 +65,11 @@ def _write(path: Path, head: TeacherHead) -> None:
         tensors["bias"] = to_torch(header.bias_V)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     scales = {"logit_scale": header.logit_scale, "final_softcap": header.final_softcap}
-    save_file(tensors, str(partial), metadata={"scales": json.dumps(scales)})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, str(partial), metadata={"scales": json.dumps(scales)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> TeacherHead | None:

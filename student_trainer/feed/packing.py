@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from student_trainer.data.dataset import Example
-from student_trainer.feed.prefetch import LabelRequest
+from student_trainer.feed.source import LabelRequest
 from student_trainer.losses.align import wanted_rows
 from teacher_wire.messages import TokenBatch
 

@@ -1,7 +1,7 @@
-"""Labels ahead of the step that needs them: one client on the background loop; the bridge between steps and async code.
+"""Labels ahead of the step that needs them: one source on the background loop; the bridge between steps and async code.
 
-In: numbered requests, asked for in order; out: `take(number)`, which waits and says how long. Bytes under way are bounded:
-a request is sent only when its whole answer fits into what is left. A failed request fails the step that needs it.
+In: numbered requests, begun in order; out: `take(number)`, which waits and says how long. Bytes under way are bounded:
+a request is begun only when its whole answer fits into what is left. A failed request fails the step that needs it.
 """
 
 from __future__ import annotations
@@ -12,31 +12,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from student_trainer.feed import background
-from teacher_wire import codec
-from teacher_wire.client import TeacherClient
+from student_trainer.feed.source import LabelRequest, Labels, LabelSource, LabelUsage
 from teacher_wire.errors import CancelledRequestError, LimitError, TeacherWireError
-from teacher_wire.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, TokenBatch
-
-
-@dataclass(frozen=True)
-class LabelRequest:
-    """One micro-batch to be labelled.
-
-    Attributes:
-        batch: its tokens and wanted rows.
-        names: of its sequences, for errors.
-    """
-
-    batch: TokenBatch
-    names: tuple[str, ...]
 
 
 @dataclass
 class FeedStats:
-    """What the feed has done since it was made."""
+    """What has been taken from the feed since it was made."""
 
     batches: int = 0
     rows: int = 0
@@ -44,17 +29,15 @@ class FeedStats:
     wait_s: float = 0.0
     queue_s: float = 0.0
     forward_s: float = 0.0
+    usage: LabelUsage = field(default_factory=LabelUsage)
 
 
 class LabelFeed:
     """Fetches labels of the requests `first .. count-1`, in order, ahead of `take`.
 
     Args:
-        connect: makes the client; called on the background loop.
-        info: the teacher.
-        spec: which signal.
+        source: of the labels; closed with the feed.
         request: number -> what to ask; called in a thread of the feed, may wait.
-        check: raises LabelError for an answer that must not be learned from.
         first, count: the range of numbers.
         max_bytes, max_batches: bounds on answers asked for and not yet taken.
         on_close: wakes a `request` that is waiting.
@@ -62,11 +45,8 @@ class LabelFeed:
 
     def __init__(
         self,
-        connect: Callable[[], TeacherClient],
-        info: TeacherInfo,
-        spec: SignalSpec,
+        source: LabelSource,
         request: Callable[[int], LabelRequest],
-        check: Callable[[TeacherSignals, LabelRequest], None],
         *,
         first: int,
         count: int,
@@ -74,17 +54,14 @@ class LabelFeed:
         max_batches: int,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        self._connect = connect
-        self._info = info
-        self._spec = spec
+        self._source = source
         self._request = request
-        self._check = check
         self._count = count
         self._next = first
         self._max_bytes = max_bytes
         self._max_batches = max_batches
         self._on_close = on_close
-        self._promises: dict[int, Future[TeacherSignals]] = {}
+        self._promises: dict[int, Future[Labels]] = {}
         self._lock = threading.Condition()
         self._held: dict[int, int] = {}
         self._closed = False
@@ -92,7 +69,7 @@ class LabelFeed:
         self.stats = FeedStats()
         self._work = background.start(self._run())
 
-    def take(self, number: int) -> TeacherSignals:
+    def take(self, number: int) -> Labels:
         """The checked labels of request `number`; each can be taken once.
 
         Raises:
@@ -106,7 +83,7 @@ class LabelFeed:
                 self._lock.wait()
             promise = self._promises[number]
         try:
-            signals = promise.result()
+            labels = promise.result()
         except CancelledRequestError as error:
             raise (self._error or error) from None  # the feed ended for a reason: say that one
         finally:
@@ -115,11 +92,12 @@ class LabelFeed:
                 self._promises.pop(number, None)
                 self._held.pop(number, None)
                 self._lock.notify_all()
-        self._count_in(signals)
-        return signals
+        self._count_in(labels)
+        return labels
 
-    def _count_in(self, signals: TeacherSignals) -> None:
-        stats = self.stats
+    def _count_in(self, labels: Labels) -> None:
+        stats, signals = self.stats, labels.signals
+        stats.usage.add(labels.usage)
         stats.batches += 1
         stats.rows += signals.rows
         stats.payload_bytes += signals.payload_bytes
@@ -146,11 +124,11 @@ class LabelFeed:
 
     async def _feed(self) -> None:
         tasks: set[asyncio.Task[None]] = set()
-        async with self._connect() as client, _remembered(self):
+        async with self._source, _remembered(self):
             while self._next < self._count and not self._closed:
                 number = self._next
                 request = await asyncio.get_running_loop().run_in_executor(None, self._request, number)
-                size = self._reply_bytes(request)
+                size = self._source.reply_bytes(request)
                 if not await asyncio.get_running_loop().run_in_executor(None, self._wait_for_room, size):
                     break
                 with self._lock:
@@ -158,7 +136,7 @@ class LabelFeed:
                     self._promises[number] = Future()
                     self._lock.notify_all()
                 self._next += 1
-                task = asyncio.create_task(self._fetch(client, number, request))
+                task = asyncio.create_task(self._fetch(number, request))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             await asyncio.get_running_loop().run_in_executor(None, self._wait_for_end)
@@ -166,20 +144,15 @@ class LabelFeed:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _fetch(self, client: TeacherClient, number: int, request: LabelRequest) -> None:
+    async def _fetch(self, number: int, request: LabelRequest) -> None:
         promise = self._promises[number]
         try:
-            signals = await client.score(self._info, self._spec, request.batch)
-            self._check(signals, request)
-            promise.set_result(signals)
+            promise.set_result(await self._source.labels(request))
         except asyncio.CancelledError:
             promise.cancel()
             raise
         except Exception as error:
             promise.set_exception(_with_names(error, request))
-
-    def _reply_bytes(self, request: LabelRequest) -> int:
-        return codec.reply_bytes(ScoreCall("", "", "", self._spec, request.batch), self._info)
 
     def _wait_for_room(self, size: int) -> bool:
         """Blocks until `size` more bytes may be under way; False when the feed is closed."""
@@ -199,7 +172,7 @@ class LabelFeed:
 
 @contextlib.asynccontextmanager
 async def _remembered(feed: LabelFeed) -> AsyncIterator[None]:
-    """Keeps what ends the feed before the client is closed and fails everything under way with a lesser word."""
+    """Keeps what ends the feed before the source is closed and fails everything under way with a lesser word."""
     try:
         yield
     except BaseException as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 
-from student_trainer.feed.prefetch import LabelRequest
+from student_trainer.feed.source import LabelRequest
 from teacher_wire.errors import CancelledRequestError
 
 

@@ -15,6 +15,7 @@ class FakeModel:
 
     def __init__(self, config: FakeBackend) -> None:
         self._delay_s = config.delay_s
+        self._tokens_per_s = config.tokens_per_s or float("inf")
         self._teacher = FakeTeacher(vocab_rows=config.vocab_rows, hidden_size=config.hidden_size, seed=config.seed)
         info = self._teacher.teacher_info()
         kept = {name: getattr(info, name) for name in ModelFacts.__dataclass_fields__ if name != "max_sequence_tokens"}
@@ -25,8 +26,10 @@ class FakeModel:
         return self._facts
 
     def score(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> list[TeacherSignals]:
-        time.sleep(self._delay_s)
-        return [self._teacher.signals(spec, batch) for batch, spec in jobs]
+        done_s = time.monotonic() + self._delay_s + sum(batch.tokens for batch, _ in jobs) / self._tokens_per_s
+        answers = [self._teacher.signals(spec, batch) for batch, spec in jobs]
+        time.sleep(max(0.0, done_s - time.monotonic()))
+        return answers
 
     def head(self) -> TeacherHead:
         weight = float32(self._teacher.weight_VD)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import grpc
 
 from teacher_server.errors import ServerConfigError
 from teacher_wire import status
-from teacher_wire.errors import AuthenticationError
+from teacher_wire.channel import TENANT_KEY
+from teacher_wire.errors import AuthenticationError, ForbiddenError, RequestError, TeacherWireError
 
 MIN_TOKEN_CHARS = 16
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 
 
@@ -75,10 +78,19 @@ def _digest(token: str) -> bytes:
 
 
 def tenant_of(tokens: TokenFile | None) -> Callable[[grpc.aio.ServicerContext], str]:
-    """A function from a call's context to its tenant."""
+    """A function from a call's context to its tenant: the token's, or without tokens the one the caller names.
+
+    The function raises RequestError for a name that is none.
+    """
 
     def find(context: grpc.aio.ServicerContext) -> str:
-        return (tokens and tokens.tenant(_bearer(context.invocation_metadata()))) or ""
+        metadata = context.invocation_metadata()
+        if tokens is not None:
+            return tokens.tenant(_bearer(metadata)) or ""
+        name = _value(metadata, TENANT_KEY)
+        if name and not _NAME.fullmatch(name):
+            raise RequestError("not a tenant's name", field="tenant", value=name, limit=_NAME.pattern)
+        return name
 
     return find
 
@@ -98,21 +110,27 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or details.method.startswith(_OPEN_SERVICES):
             return handler
         token = _bearer(details.invocation_metadata)
-        if self._tokens.tenant(token) is not None:
-            return handler
-        return _refusal(handler, "the token is not known here" if token else "this server needs a token")
+        tenant = self._tokens.tenant(token)
+        if tenant is None:
+            said = "the token is not known here" if token else "this server needs a token"
+            return _refusal(handler, AuthenticationError(said, field="authorization"))
+        named = _value(details.invocation_metadata, TENANT_KEY)
+        if named not in ("", tenant):
+            return _refusal(handler, ForbiddenError("the token is another tenant's", field="tenant", value=named))
+        return handler
+
+
+def _value(metadata: Any, wanted: str) -> str:
+    return next((value for key, value in metadata or () if key == wanted and isinstance(value, str)), "")
 
 
 def _bearer(metadata: Any) -> str:
-    for key, value in metadata or ():
-        if key == "authorization" and isinstance(value, str) and value.lower().startswith("bearer "):
-            return value[7:].strip()
-    return ""
+    value = _value(metadata, "authorization")
+    return value[7:].strip() if value.lower().startswith("bearer ") else ""
 
 
-def _refusal(handler: grpc.RpcMethodHandler, message: str) -> grpc.RpcMethodHandler:
+def _refusal(handler: grpc.RpcMethodHandler, error: TeacherWireError) -> grpc.RpcMethodHandler:
     """A handler of the same kind that only refuses."""
-    error = AuthenticationError(message, field="authorization")
     trailing = ((status.DETAIL_KEY, status.to_detail(error).SerializeToString()),)
 
     async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:

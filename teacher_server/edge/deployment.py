@@ -34,7 +34,7 @@ class ServeTeachers:
         self._infos = {info.name: info for info in found}
         return list(found)
 
-    async def info(self, teacher: str) -> TeacherInfo:
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
         name = self._name(teacher)
         if name not in self._infos:
             await self.describe()

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from teacher_server import __version__
-from teacher_server.config import EdgeConfig, TlsConfig
+from teacher_server.config import EdgeConfig, TenantConfig, TlsConfig
+from teacher_server.edge.admission import Admission
 from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
+from teacher_server.edge.sharing import LabelSharing
 from teacher_server.errors import ServerConfigError
-from teacher_wire.channel import SERVER_OPTIONS
+from teacher_wire.channel import server_options
 from teacher_wire.errors import UnavailableError
-from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.label_store import LabelStore
+from teacher_wire.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
 from teacher_wire.servicer import StreamLimits, TeacherService, TeacherServicer
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
@@ -34,27 +39,50 @@ class EdgeServer:
     Args:
         config: where and how to listen.
         service: what answers.
+        status_for: how the server is doing, as a tenant may see it.
     """
 
-    def __init__(self, config: EdgeConfig, service: TeacherService) -> None:
+    def __init__(
+        self,
+        config: EdgeConfig,
+        service: TeacherService,
+        status_for: Callable[[str], Awaitable[ServerStatus]] | None = None,
+    ) -> None:
         self._config = config
-        self._gate = _Gate(service)
+        self._admission = Admission()
+        kept = config.store
+        self._sharing = LabelSharing(
+            service,
+            self._admission,
+            memory_bytes=kept.memory_mb << 20,
+            store=LabelStore(kept.folder, round(kept.disk_gb * 2**30)) if kept.folder else None,
+        )
+        self._gate = _Gate(self._sharing)
         tokens = TokenFile(config.tokens_file) if config.tokens_file else None
         self._servicer = TeacherServicer(
             self._gate,
             server_version=__version__,
             limits=StreamLimits(max_window_bytes=config.window_mb << 20),
             tenant_of=tenant_of(tokens),
+            status_for=status_for,
         )
         self._health = health_aio.HealthServicer()
         interceptors = [TokenInterceptor(tokens)] if tokens else []
-        self._server = grpc.aio.server(interceptors=interceptors, options=[*SERVER_OPTIONS, *_HTTP2_OPTIONS])
+        self._server = grpc.aio.server(
+            interceptors=interceptors,
+            options=[*server_options(config.keepalive_s, config.keepalive_timeout_s), *_HTTP2_OPTIONS],
+        )
         pb_grpc.add_TeacherServicer_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
             from grpc_reflection.v1alpha import reflection
 
             reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), self._server)
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return self._config.address
 
     async def start(self) -> None:
         """Opens the port and says SERVING.
@@ -88,9 +116,23 @@ class EdgeServer:
         for service in ("", SERVICE):
             await self._health.set(service, status)
 
-    def counters(self) -> dict[str, int]:
-        """Open streams and requests."""
-        return {"open_streams": self._servicer.open_streams, "open_requests": self._servicer.open_requests}
+    def set_tenants(self, tenants: Mapping[str, TenantConfig], edges: int = 1) -> None:
+        """Quotas from now on, of which this edge grants its part.
+
+        Args:
+            tenants: by name; DEFAULT_TENANT for those not listed.
+            edges: that share the students.
+        """
+        self._admission.configure(tenants, edges)
+
+    def counters(self) -> dict[str, Any]:
+        """Open streams and requests, what was shared, and what each tenant took."""
+        return {
+            "open_streams": self._servicer.open_streams,
+            "open_requests": self._servicer.open_requests,
+            "store": self._sharing.counters(),
+            "tenants": self._admission.counters(),
+        }
 
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
@@ -119,8 +161,8 @@ class _Gate:
         self._check()
         return await self._service.describe()
 
-    async def info(self, teacher: str) -> TeacherInfo:
-        return await self._service.info(teacher)
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
+        return await self._service.info(teacher, fingerprint)
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         self._check()

@@ -164,7 +164,7 @@ class EngineService:
     async def describe(self) -> list[TeacherInfo]:
         return [self._engine.info]
 
-    async def info(self, teacher: str) -> TeacherInfo:
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
         return self._engine.info
 
     async def score(self, call: ScoreCall) -> TeacherSignals:

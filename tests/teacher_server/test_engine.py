@@ -73,6 +73,12 @@ async def test_what_waits_together_runs_together():
             "waiting": 0,
             "forwards": len(model.batches),
             "forward_tokens": 24,
+            "max_batch_tokens": 16_384,
+            "answered": 6,
+            "failed": 0,
+            "expired": 0,
+            "cancelled": 0,
+            "tenants": {"": {"queued_tokens": 0, "served_tokens": 24}},
         }
 
 

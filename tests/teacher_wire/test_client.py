@@ -309,6 +309,25 @@ class Wire:
         await self.call.write(pb.ScoreUp(request=request))
 
 
+async def test_of_several_edges_any_will_do():
+    fake = FakeTeacher(delay_s=0.3)
+    with serve(fake) as first, serve(fake) as second:
+        addresses = f"{first.address}, {second.address}"
+        async with TeacherClient(addresses, backoff_s=(0.01, 0.02), retry_for_s=30) as client:
+            info = await client.teacher()
+            tasks = [asyncio.create_task(client.score(info, SPECS[0], big_batch(1, 20, seed))) for seed in range(4)]
+            while not fake.calls:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(first.stop)
+            assert [answer.rows for answer in await asyncio.gather(*tasks)] == [19] * 4
+            await asyncio.to_thread(second.stop)
+            with pytest.raises(UnavailableError):
+                await client.describe(timeout_s=1)
+        async with TeacherClient(f"{first.address},{second.address}") as client:
+            second.start()
+            assert (await client.teacher()).name == "fake"  # though the first is gone
+
+
 async def test_a_reader_that_stops_stops_the_teacher_within_its_window():
     """Check 9 of reliability.md: without credits, no forward pass beyond the window."""
     fake = FakeTeacher()

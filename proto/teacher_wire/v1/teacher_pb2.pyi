@@ -336,3 +336,101 @@ class HeadHeader(_message.Message):
     final_softcap: float
     sha256: str
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., bias: _Optional[_Union[Tensor, _Mapping]] = ..., logit_scale: _Optional[float] = ..., final_softcap: _Optional[float] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("server_version", "up_s", "teachers", "tenants", "store", "edges")
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UP_S_FIELD_NUMBER: _ClassVar[int]
+    TEACHERS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    EDGES_FIELD_NUMBER: _ClassVar[int]
+    server_version: str
+    up_s: float
+    teachers: _containers.RepeatedCompositeFieldContainer[TeacherStatus]
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantStatus]
+    store: StoreStatus
+    edges: _containers.RepeatedCompositeFieldContainer[EdgeStatus]
+    def __init__(self, server_version: _Optional[str] = ..., up_s: _Optional[float] = ..., teachers: _Optional[_Iterable[_Union[TeacherStatus, _Mapping]]] = ..., tenants: _Optional[_Iterable[_Union[TenantStatus, _Mapping]]] = ..., store: _Optional[_Union[StoreStatus, _Mapping]] = ..., edges: _Optional[_Iterable[_Union[EdgeStatus, _Mapping]]] = ...) -> None: ...
+
+class TeacherStatus(_message.Message):
+    __slots__ = ("name", "state", "message", "replicas", "replicas_wanted", "fingerprints", "queued_tokens", "queued_requests", "tokens_per_s", "batch_fill", "forwards", "forward_tokens", "answered", "failed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FILL_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: str
+    message: str
+    replicas: int
+    replicas_wanted: int
+    fingerprints: _containers.RepeatedScalarFieldContainer[str]
+    queued_tokens: int
+    queued_requests: int
+    tokens_per_s: float
+    batch_fill: float
+    forwards: int
+    forward_tokens: int
+    answered: int
+    failed: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., replicas: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., fingerprints: _Optional[_Iterable[str]] = ..., queued_tokens: _Optional[int] = ..., queued_requests: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., batch_fill: _Optional[float] = ..., forwards: _Optional[int] = ..., forward_tokens: _Optional[int] = ..., answered: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+
+class TenantStatus(_message.Message):
+    __slots__ = ("name", "weight", "share", "tokens_per_s", "served_tokens", "queued_tokens", "inflight_tokens", "refused")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SERVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INFLIGHT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    weight: float
+    share: float
+    tokens_per_s: float
+    served_tokens: int
+    queued_tokens: int
+    inflight_tokens: int
+    refused: int
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., share: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., served_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., inflight_tokens: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
+
+class StoreStatus(_message.Message):
+    __slots__ = ("memory_hits", "disk_hits", "joined", "computed", "memory_bytes", "disk_bytes")
+    MEMORY_HITS_FIELD_NUMBER: _ClassVar[int]
+    DISK_HITS_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    memory_hits: int
+    disk_hits: int
+    joined: int
+    computed: int
+    memory_bytes: int
+    disk_bytes: int
+    def __init__(self, memory_hits: _Optional[int] = ..., disk_hits: _Optional[int] = ..., joined: _Optional[int] = ..., computed: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
+
+class EdgeStatus(_message.Message):
+    __slots__ = ("node", "open_streams", "open_requests")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    OPEN_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    open_streams: int
+    open_requests: int
+    def __init__(self, node: _Optional[str] = ..., open_streams: _Optional[int] = ..., open_requests: _Optional[int] = ...) -> None: ...

@@ -49,6 +49,11 @@ class TeacherStub(object):
                 request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadRequest.SerializeToString,
                 response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadChunk.FromString,
                 _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/teacher_wire.v1.Teacher/Status',
+                request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.StatusRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.StatusReply.FromString,
+                _registered_method=True)
 
 
 class TeacherServicer(object):
@@ -77,6 +82,13 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Status(self, request, context):
+        """How the server is doing: for operators, and for a tenant about itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.Head,
                     request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadRequest.FromString,
                     response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadChunk.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.StatusRequest.FromString,
+                    response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.StatusReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +194,33 @@ class Teacher(object):
             '/teacher_wire.v1.Teacher/Head',
             teacher__wire_dot_v1_dot_teacher__pb2.HeadRequest.SerializeToString,
             teacher__wire_dot_v1_dot_teacher__pb2.HeadChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/teacher_wire.v1.Teacher/Status',
+            teacher__wire_dot_v1_dot_teacher__pb2.StatusRequest.SerializeToString,
+            teacher__wire_dot_v1_dot_teacher__pb2.StatusReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,8 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from student_trainer.feed.prefetch import LabelFeed, LabelRequest
-from student_trainer.feed.verify import check_signals
+from student_trainer.feed.desk import LabelDesk
+from student_trainer.feed.prefetch import LabelFeed
+from student_trainer.feed.source import LabelRequest
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import LabelError, UnavailableError
 from teacher_wire.fake import FakeTeacher
@@ -29,12 +30,12 @@ REPLY_BYTES = 58 * ROW_BYTES
 
 
 def open_feed(address, fake, *, count=12, first=0, max_bytes=1 << 30, max_batches=100, retry_for_s=20.0):
+    def connect():
+        return TeacherClient(address, retry_for_s=retry_for_s, backoff_s=(0.02, 0.05), on_trouble=lambda error: None)
+
     return LabelFeed(
-        lambda: TeacherClient(address, retry_for_s=retry_for_s, backoff_s=(0.02, 0.05), on_trouble=lambda error: None),
-        fake.teacher_info(),
-        SPEC,
+        LabelDesk(connect, None).source(fake.teacher_info(), SPEC),
         request,
-        lambda signals, asked: check_signals(signals, SPEC, asked.batch, asked.names),
         first=first,
         count=count,
         max_bytes=max_bytes,
@@ -55,7 +56,7 @@ def test_labels_come_by_number_whatever_the_order_of_answers():
         feed = open_feed(server.address, fake, first=3)
         for number in range(3, 12):
             np.testing.assert_array_equal(
-                feed.take(number).logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
+                feed.take(number).signals.logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
             )
         feed.close()
     assert feed.stats.batches == 9 and feed.stats.rows == 9 * 58
@@ -117,7 +118,7 @@ def test_a_teacher_that_comes_back_is_waited_for():
     back.start()
     for number in range(1, 12):
         np.testing.assert_array_equal(
-            feed.take(number).logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
+            feed.take(number).signals.logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
         )
     feed.close()
     back.join()

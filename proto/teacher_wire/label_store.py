@@ -1,0 +1,416 @@
+"""Labels on disk, computed once: one file a sequence, named by the digest of what was asked. For students and servers.
+
+In: keys of `label_keys`; out: labels, verified on every read. It never raises for a disk that is full, read-only or damaged:
+labels can always be asked for again.
+
+The file system is the index: `folder/<first 2 hex>/<key>.safetensors`. There is no lock and no database, so any number of
+processes share a folder, there is nothing to corrupt, and a SIGKILL leaves at most a temporary file. Nothing is synced: what
+a power cut tears is found by its checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from teacher_wire.errors import LabelError
+from teacher_wire.label_blob import LabelEntry, LabelSummary, decode_labels, encode_labels, label_keys, read_summary
+from teacher_wire.messages import SignalSpec, TeacherSignals, TokenBatch
+
+__all__ = ["Amount", "LabelStore", "Shelf", "StoreStats", "label_keys"]
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".safetensors"
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_PARTIAL = ".partial"
+_PARTIAL_AGE_S = 3600.0
+# Of the budget: the fill at which the oldest go, what they are brought down to, and what one process writes before it looks
+# again. Three writers at once stay under the budget.
+_FULL, _LOW, _UNSEEN = 0.95, 0.90, 0.02
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_TRIES = 3
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class StoreStats:
+    """What one store object has done since it was made, in sequences and bytes of files.
+
+    Attributes:
+        hits, misses: of `get`.
+        written: kept by us; `overtaken`: another process had kept them first, and its bytes were taken.
+        damaged: found damaged and deleted; each is a miss too.
+        evicted: deleted for the budget.
+        unwritten: not kept, since the disk refused or the budget is smaller than the blob.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    written: int = 0
+    overtaken: int = 0
+    damaged: int = 0
+    evicted: int = 0
+    unwritten: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    evicted_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Some sequences and the bytes of their files."""
+
+    sequences: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """All labels of one teacher by one transport; `newest_use_s` is seconds since 1970."""
+
+    fingerprint: str
+    transport: str
+    sequences: int
+    tokens: int
+    rows: int
+    bytes: int
+    newest_use_s: float
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    size: int
+    used_s: float
+
+    @property
+    def key(self) -> str:
+        return self.path.name.removesuffix(_SUFFIX)
+
+
+class LabelStore:
+    """A folder of labels; every method may be called from any thread and any number of processes.
+
+    Args:
+        folder: made when first written to.
+        max_bytes: budget of the folder; the longest unused go first. None for no limit.
+        on_trouble: told once, in a sentence, when the disk refuses to be written to; the store then only reads.
+    """
+
+    def __init__(
+        self, folder: Path, max_bytes: int | None = None, on_trouble: Callable[[str], None] | None = None
+    ) -> None:
+        self.folder = folder.expanduser()
+        self.stats = StoreStats()
+        self._max_bytes = max_bytes
+        self._on_trouble = on_trouble or log.warning
+        self._counting = threading.Lock()
+        self._making_room = threading.Lock()
+        self._writable = True
+        self._total: int | None = None  # bytes at the last look plus our own since
+        self._unseen = 0  # our own since the last look
+
+    # ------------------------------------------------------------ read, write
+
+    @property
+    def writable(self) -> bool:
+        """Whether labels are still kept."""
+        return self._writable
+
+    def get(self, key: str) -> TeacherSignals | None:
+        """The labels under `key`, marked as used; None if they are not there. A damaged file is deleted and counted."""
+        found = self._read(key)
+        self._count(hits=1) if found is not None else self._count(misses=1)
+        return found
+
+    def keep(
+        self, key: str, fingerprint: str, spec: SignalSpec, sequence: TokenBatch, signals: TeacherSignals
+    ) -> TeacherSignals:
+        """Keeps labels and returns those that are on disk: another writer's, if it was first.
+
+        Args:
+            key: of `label_keys(fingerprint, spec, sequence)`.
+            fingerprint: of the teacher that computed them.
+            spec: which signal.
+            sequence: one sequence with its wanted rows.
+            signals: the answer about it.
+
+        Raises:
+            LabelError: they do not belong together.
+        """
+        data = encode_labels(key, LabelEntry(fingerprint, spec, sequence, signals))
+        for _ in range(_TRIES):  # what another writer kept may be evicted or torn before it is read
+            try:
+                if not self._writable or not self._fits(len(data)):
+                    break
+                won = self._publish(key, data)
+            except OSError as error:
+                self._give_up(error.strerror or error)
+                break
+            if won:
+                self._count(written=1, written_bytes=len(data))
+                return signals
+            stored = self._read(key)
+            if stored is not None:
+                self._count(overtaken=1)
+                return stored
+        self._count(unwritten=1)
+        return signals
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}{_SUFFIX}"
+
+    def _read(self, key: str) -> TeacherSignals | None:
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+            signals = decode_labels(key, data).signals
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.debug("%s cannot be read: %s", path, error)
+            return None
+        except LabelError as error:
+            log.info("%s: %s; deleted", path, error)
+            self._drop_damaged(path)
+            return None
+        with contextlib.suppress(OSError):  # evicted meanwhile, or a disk that is only read
+            os.utime(path)
+        self._count(read_bytes=len(data))
+        return signals
+
+    def _drop_damaged(self, path: Path) -> None:
+        self._count(damaged=1)
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+    def _publish(self, key: str, data: bytes) -> bool:
+        """Puts a blob in its place, whole; False if one is there already."""
+        path = self._path(key)
+        partial = path.with_name(f".{key[:16]}.{os.getpid()}.{secrets.token_hex(4)}{_PARTIAL}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("xb") as file:
+                file.write(data)
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                if path.exists():  # without hard links two writers at the same instant may both win; the last one stays
+                    return False
+                os.replace(partial, path)
+            return True
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _give_up(self, reason: object) -> None:
+        with self._counting:
+            told, self._writable = not self._writable, False
+        if not told:
+            self._on_trouble(f"{self.folder}: {reason}; labels are read from there, but no more are kept")
+
+    def _count(self, **changes: int) -> None:
+        with self._counting:
+            for name, change in changes.items():
+                setattr(self.stats, name, getattr(self.stats, name) + change)
+
+    # ----------------------------------------------------------------- budget
+
+    def _fits(self, size: int) -> bool:
+        """Counts `size` bytes in, after deleting the longest unused if the budget asks for it."""
+        if self._max_bytes is None:
+            return True
+        full, low = self._max_bytes * _FULL, self._max_bytes * _LOW
+        if size > low:
+            self._give_up(
+                f"the labels of one sequence ({size:,} bytes) are above the budget of {self._max_bytes:,} bytes"
+            )
+            return False
+        with self._making_room:
+            if self._total is None or self._total + size > full or self._unseen + size > self._max_bytes * _UNSEEN:
+                files = sorted(self._files(), key=lambda file: file.used_s)
+                self._total, self._unseen = sum(file.size for file in files), 0
+                if self._total + size > full:
+                    self._evict(files, self._total + size - low)
+            self._total += size
+            self._unseen += size
+            return True
+
+    def _evict(self, oldest_first: list[_File], excess: float) -> None:
+        assert self._total is not None
+        for file in oldest_first:
+            if excess <= 0:
+                break
+            if _unlink(file.path):
+                self._count(evicted=1, evicted_bytes=file.size)
+            excess -= file.size
+            self._total -= file.size
+
+    def _files(self) -> Iterator[_File]:
+        """Every entry; temporary files that nobody can be writing any more are removed on the way."""
+        for shelf in _listed(self.folder):
+            for item in _listed(shelf.path) if len(shelf.name) == 2 else ():
+                with contextlib.suppress(FileNotFoundError):
+                    status = item.stat()
+                    if _ENTRY.fullmatch(item.name):
+                        yield _File(Path(item.path), status.st_size, status.st_mtime)
+                    elif item.name.endswith(_PARTIAL) and time.time() - status.st_mtime > _PARTIAL_AGE_S:
+                        _unlink(Path(item.path))
+
+    # ----------------------------------------------------------------- upkeep
+
+    def scan(self) -> tuple[list[Shelf], int]:
+        """Totals by teacher and transport, by falling size, and how many files have no readable header."""
+        shelves: dict[tuple[str, str], Shelf] = {}
+        unreadable = 0
+        for file in self._files():
+            summary = _summary(file.path)
+            if summary is None:
+                unreadable += 1
+                continue
+            name = (summary.fingerprint, summary.transport)
+            before = shelves.get(name, Shelf(*name, sequences=0, tokens=0, rows=0, bytes=0, newest_use_s=0.0))
+            shelves[name] = Shelf(
+                *name,
+                sequences=before.sequences + 1,
+                tokens=before.tokens + summary.tokens,
+                rows=before.rows + summary.rows,
+                bytes=before.bytes + file.size,
+                newest_use_s=max(before.newest_use_s, file.used_s),
+            )
+        return sorted(shelves.values(), key=lambda shelf: -shelf.bytes), unreadable
+
+    def verify(self, progress: Progress = lambda done, total: None) -> tuple[Amount, Amount]:
+        """Reads everything; what is there and whole, and what was damaged and is deleted now.
+
+        Args:
+            progress: told the bytes read and the bytes in all.
+        """
+        files = list(self._files())
+        total, done = sum(file.size for file in files), 0
+        whole, damaged = Amount(), Amount()
+        for file in files:
+            try:
+                decode_labels(file.key, file.path.read_bytes())
+                whole = _plus(whole, file.size)
+            except FileNotFoundError:  # evicted meanwhile
+                pass
+            except LabelError:
+                self._drop_damaged(file.path)
+                damaged = _plus(damaged, file.size)
+            done += file.size
+            progress(done, total)
+        return whole, damaged
+
+    def prune(
+        self,
+        *,
+        max_bytes: int | None = None,
+        teacher: str = "",
+        unused_for_s: float = 0.0,
+        used_since_s: float = 0.0,
+        dry_run: bool = False,
+    ) -> Amount:
+        """Deletes the labels that fit every condition, the longest unused first.
+
+        Args:
+            max_bytes: stop when the whole folder is down to it; None deletes all that fit.
+            teacher: only those of teachers whose fingerprint begins so.
+            unused_for_s: only those not used for so many seconds.
+            used_since_s: only those used at or after this time (seconds since 1970).
+            dry_run: only say what would go.
+        """
+        files = sorted(self._files(), key=lambda file: file.used_s)
+        total = sum(file.size for file in files)
+        latest_s = time.time() - unused_for_s if unused_for_s else float("inf")
+        gone = Amount()
+        for file in files:
+            if max_bytes is not None and total - gone.bytes <= max_bytes:
+                break
+            if not used_since_s <= file.used_s <= latest_s or not _is_of(file.path, teacher):
+                continue
+            if dry_run or _unlink(file.path):
+                gone = _plus(gone, file.size)
+        return gone
+
+    def export(
+        self, to: LabelStore, *, teacher: str = "", progress: Progress = lambda done, total: None
+    ) -> tuple[Amount, Amount]:
+        """Copies verified labels into another store; what was copied, and what was damaged here (and is deleted now).
+
+        Args:
+            to: where labels that are there already stay as they are.
+            teacher: only those of teachers whose fingerprint begins so.
+            progress: told the bytes done and the bytes in all.
+
+        Raises:
+            OSError: the other folder cannot be written.
+        """
+        files = [file for file in self._files() if _is_of(file.path, teacher)]
+        total, done = sum(file.size for file in files), 0
+        copied, damaged = Amount(), Amount()
+        for file in files:
+            try:
+                data = file.path.read_bytes()
+                decode_labels(file.key, data)
+                if to._read(file.key) is None and to._publish(file.key, data):
+                    copied = _plus(copied, file.size)
+            except FileNotFoundError:  # evicted meanwhile
+                pass
+            except LabelError:
+                self._drop_damaged(file.path)
+                damaged = _plus(damaged, file.size)
+            done += file.size
+            progress(done, total)
+        return copied, damaged
+
+
+def _plus(amount: Amount, size: int) -> Amount:
+    return Amount(amount.sequences + 1, amount.bytes + size)
+
+
+def _summary(path: Path) -> LabelSummary | None:
+    """What the file's header says; None if it is gone or has none."""
+    try:
+        with path.open("rb") as file:
+            return read_summary(file)
+    except (OSError, LabelError):
+        return None
+
+
+def _is_of(path: Path, teacher: str) -> bool:
+    if not teacher:
+        return True
+    summary = _summary(path)
+    return summary is not None and summary.fingerprint.startswith(teacher)
+
+
+def _unlink(path: Path) -> bool:
+    """Whether it was there, and we have deleted it."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _listed(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as items:
+            return list(items)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,0 +1,81 @@
+"""What a run reads: its rows, tokenised, and which of them when.
+
+In: a config and a tokenizer; out: datasets and a RunOrder, the same for every command that gets the same config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from student_trainer.config import DataConfig, SourceConfig, TrainConfig
+from student_trainer.data.dataset import TokenizedDataset, build_dataset
+from student_trainer.data.sources import DataSource, parse_source
+from student_trainer.errors import ConfigError
+from student_trainer.feed.order import RunOrder
+from teacher_wire.messages import SignalSpec, TeacherInfo
+
+# Of a file of labels beside its rows: id and flag of a token; header, and half a block that the file system cannot use.
+_TOKEN_BYTES, _FILE_BYTES = 5, 3_500
+
+
+def load_data(config: DataConfig, tokenizer: Any, console: Console) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """The rows to learn from and those to measure with; says how many there are.
+
+    Raises:
+        DataError, ConfigError: naming file and line, or the setting.
+    """
+
+    def build(sources: Any) -> TokenizedDataset:
+        return build_dataset(
+            [_source(source) for source in sources],
+            tokenizer,
+            template=config.template,
+            system_prompt=config.system_prompt or "",
+            max_tokens=config.max_tokens,
+            overlong=config.overlong,
+        )
+
+    with console.status("reading and tokenising the data"):
+        data = build(config.train)
+        held_out = build(config.eval) if config.eval else None
+    for name, rows in (("train", data), ("eval", held_out)):
+        if rows is not None:
+            dropped = f", {len(rows.dropped)} dropped as longer than {config.max_tokens}" if rows.dropped else ""
+            console.print(
+                f"{name}: {len(rows):,} rows, {rows.tokens:,} tokens, {rows.target_tokens:,} of them supervised{dropped}"
+            )
+    return data, held_out
+
+
+def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
+    """Which rows each micro-batch of the run holds."""
+    settings = config.train
+    return RunOrder(
+        len(data),
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=config.run.seed,
+    )
+
+
+def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset, indices: Iterable[int]) -> int:
+    """About what the labels of these rows take in the cache."""
+    examples = [data[index].example for index in indices]
+    rows = sum(int(example.loss_mask.sum()) for example in examples)
+    tokens = sum(example.token_ids.size for example in examples)
+    return (
+        rows * spec.row_bytes(info.hidden_size, info.value_bytes) + tokens * _TOKEN_BYTES + len(examples) * _FILE_BYTES
+    )
+
+
+def _source(config: SourceConfig) -> DataSource:
+    source = parse_source(config.path, config.format)
+    if config.sample is not None and source.sample is not None:
+        raise ConfigError(f"data: {config.path} and sample={config.sample}: give the number of rows once")
+    return replace(source, sample=source.sample or config.sample, split=config.split)

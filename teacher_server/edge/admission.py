@@ -1,0 +1,144 @@
+"""What each tenant may take: tokens a second, tokens in flight, bytes a second. A policy over numbers and a given clock.
+
+In: who wants how much; out: nothing, or an OverloadedError that says when to come back. Of several edges each grants its
+equal part, so a quota over edges is kept in all but reached only by a tenant that uses all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from teacher_server.config import DEFAULT_TENANT, TenantConfig
+from teacher_wire.errors import OverloadedError
+
+BURST_S = 0.5  # what a bucket holds: tokens of this time
+_RETRY_S = (0.02, 30.0)
+_INFLIGHT_RETRY_S = 0.5
+
+
+@dataclass
+class Bucket:
+    """A token bucket that may be overdrawn by one request: then nothing passes until it is level again.
+
+    Attributes:
+        rate: refilled a second.
+        level: what is in it; at most `rate * BURST_S`.
+        filled_s: when it was last refilled.
+    """
+
+    rate: float
+    level: float
+    filled_s: float
+
+    @classmethod
+    def full(cls, rate: float, now_s: float) -> Bucket:
+        return cls(rate, rate * BURST_S, now_s)
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until something may pass."""
+        self.level = min(self.rate * BURST_S, self.level + (now_s - self.filled_s) * self.rate)
+        self.filled_s = now_s
+        return 0.0 if self.level > 0 else -self.level / self.rate
+
+    def take(self, amount: float) -> None:
+        self.level -= amount
+
+
+class Admission:
+    """The quotas of all tenants at one edge.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tenants: Mapping[str, TenantConfig] = {}
+        self._edges = 1
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._inflight: Counter[str] = Counter()
+        self._computed: Counter[str] = Counter()
+        self._sent_bytes: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+
+    def configure(self, tenants: Mapping[str, TenantConfig], edges: int = 1) -> None:
+        """Replaces all quotas. A bucket whose rate stays keeps its level: setting the same again gives nothing away."""
+        self._tenants, self._edges = dict(tenants), max(1, edges)
+
+    def of(self, tenant: str) -> TenantConfig:
+        """The entry of a tenant, or the default one."""
+        return self._tenants.get(tenant) or self._tenants.get(DEFAULT_TENANT) or TenantConfig()
+
+    @contextlib.contextmanager
+    def computing(self, tenant: str, tokens: int) -> Iterator[None]:
+        """Holds `tokens` in flight for the tenant while the block runs.
+
+        Raises:
+            OverloadedError: a quota is reached. A request above a whole quota passes alone.
+        """
+        limit = self.of(tenant).inflight_tokens
+        if limit is not None and self._inflight[tenant] and self._inflight[tenant] + tokens > limit / self._edges:
+            raise self._refusal(
+                tenant, "inflight_tokens", self._inflight[tenant] + tokens, limit / self._edges, _INFLIGHT_RETRY_S
+            )
+        self._take(tenant, "tokens_per_s", tokens)
+        self._inflight[tenant] += tokens
+        try:
+            yield
+            self._computed[tenant] += tokens
+        finally:
+            self._inflight[tenant] -= tokens
+            if not self._inflight[tenant]:
+                del self._inflight[tenant]
+
+    def send(self, tenant: str, size_bytes: int) -> None:
+        """Counts a reply that is about to be made for the tenant.
+
+        Raises:
+            OverloadedError: its bytes a second are used up.
+        """
+        self._take(tenant, "bytes_per_s", size_bytes)
+        self._sent_bytes[tenant] += size_bytes
+
+    def _take(self, tenant: str, quota: str, amount: float) -> None:
+        limit = getattr(self.of(tenant), quota)
+        key = (tenant, quota)
+        if limit is None:
+            self._buckets.pop(key, None)
+            return
+        rate, now_s = limit / self._edges, self._clock()
+        bucket = self._buckets.get(key)
+        if bucket is None or bucket.rate != rate:
+            bucket = self._buckets[key] = Bucket.full(rate, now_s)
+        wait_s = bucket.wait_s(now_s)
+        if wait_s > 0:
+            raise self._refusal(tenant, quota, amount, rate, wait_s)
+        bucket.take(amount)
+
+    def _refusal(self, tenant: str, quota: str, value: float, limit: float, wait_s: float) -> OverloadedError:
+        self._refused[tenant] += 1
+        shortest, longest = _RETRY_S
+        return OverloadedError(
+            f"tenant {tenant or 'without a name'} is over its quota",
+            field=f"tenants.{tenant or DEFAULT_TENANT}.{quota}", value=f"{value:g}", limit=f"{limit:g}",
+            retry_after_s=min(longest, max(shortest, wait_s)),
+        )  # fmt: skip
+
+    def counters(self) -> dict[str, dict[str, Any]]:
+        """By tenant: weight, tokens in flight, tokens computed and bytes sent since the start, refusals."""
+        names = {*self._inflight, *self._computed, *self._sent_bytes, *self._refused}
+        return {
+            name: {
+                "weight": self.of(name).weight,
+                "inflight_tokens": self._inflight[name],
+                "computed_tokens": self._computed[name],
+                "sent_bytes": self._sent_bytes[name],
+                "refused": self._refused[name],
+            }
+            for name in names
+        }

@@ -1,0 +1,113 @@
+"""Quotas over a clock of the test's own: rates met from both sides, and nothing taken by a refusal."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teacher_server.config import TenantConfig
+from teacher_server.edge.admission import BURST_S, Admission
+from teacher_wire.errors import OverloadedError
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def asked_for(admission, clock, seconds, tokens, tenant="t"):
+    """Tokens computed for a tenant that comes back exactly when it is told to."""
+    end_s, computed = clock.now_s + seconds, 0
+    while clock.now_s < end_s:
+        try:
+            with admission.computing(tenant, tokens):
+                computed += tokens
+        except OverloadedError as error:
+            clock.now_s += error.retry_after_s + 1e-9
+    return computed
+
+
+@given(rate=st.integers(10, 10**6), share=st.floats(0.001, 0.2))
+def test_a_rate_is_kept_and_reached(rate, share):
+    clock = Clock()
+    admission = Admission(clock)
+    admission.configure({"t": TenantConfig(tokens_per_s=rate)})
+    tokens = max(1, int(rate * share))
+    computed = asked_for(admission, clock, 30.0, tokens)
+    assert rate * 30 * 0.95 - tokens <= computed <= rate * (30 + BURST_S) + 2 * tokens + rate * 0.02
+
+
+def test_a_request_above_the_whole_quota_passes_and_is_paid_for():
+    clock = Clock()
+    admission = Admission(clock)
+    admission.configure({"t": TenantConfig(tokens_per_s=100)})
+    with admission.computing("t", 1000):
+        pass
+    with pytest.raises(OverloadedError) as caught:
+        admission.computing("t", 1).__enter__()
+    assert caught.value.retry_after_s == pytest.approx((1000 - 100 * BURST_S) / 100)
+
+
+def test_tokens_in_flight_are_held_while_they_fly():
+    admission = Admission(Clock())
+    admission.configure({"t": TenantConfig(inflight_tokens=100)})
+    with admission.computing("t", 90):
+        with pytest.raises(OverloadedError) as caught:
+            admission.computing("t", 20).__enter__()
+        assert (caught.value.field, caught.value.value, caught.value.limit) == (
+            "tenants.t.inflight_tokens",
+            "110",
+            "100",
+        )
+        with admission.computing("t", 10), admission.computing("other", 10**6):
+            pass
+    with admission.computing("t", 500):  # alone, anything passes: it could never otherwise
+        pass
+    assert admission.counters()["t"]["inflight_tokens"] == 0
+
+
+def test_bytes_are_a_quota_of_their_own():
+    clock = Clock()
+    admission = Admission(clock)
+    admission.configure({"t": TenantConfig(bytes_per_s=1000)})
+    admission.send("t", 800)
+    with pytest.raises(OverloadedError) as caught:
+        admission.send("t", 1)
+    assert caught.value.field == "tenants.t.bytes_per_s"
+    clock.now_s += caught.value.retry_after_s + 1e-6
+    admission.send("t", 1)
+    assert admission.counters()["t"]["sent_bytes"] == 801
+    assert admission.counters()["t"]["refused"] == 1
+
+
+def test_whoever_is_not_listed_has_the_default_on_an_account_of_its_own():
+    admission = Admission(Clock())
+    admission.configure({"default": TenantConfig(tokens_per_s=10)})
+    for tenant in ("", "x", "y"):
+        with admission.computing(tenant, 100):
+            pass
+        with pytest.raises(OverloadedError):
+            admission.computing(tenant, 1).__enter__()
+
+
+def test_setting_the_same_quota_again_gives_nothing_away():
+    admission = Admission(Clock())
+    tenants = {"t": TenantConfig(tokens_per_s=10)}
+    admission.configure(tenants)
+    with admission.computing("t", 100):
+        pass
+    admission.configure(tenants)
+    with pytest.raises(OverloadedError):
+        admission.computing("t", 1).__enter__()
+    admission.configure({})
+    with admission.computing("t", 100):
+        pass
+
+
+def test_several_edges_share_a_quota():
+    clock = Clock()
+    admission = Admission(clock)
+    admission.configure({"t": TenantConfig(tokens_per_s=1000)}, edges=4)
+    assert asked_for(admission, clock, 30.0, 5) == pytest.approx(250 * 30, rel=0.05)

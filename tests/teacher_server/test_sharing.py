@@ -1,0 +1,205 @@
+"""Computed once: what is stored or under way costs no forward pass, and everybody gets the same bytes."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from teacher_server.config import TenantConfig
+from teacher_server.edge.admission import Admission
+from teacher_server.edge.sharing import LabelSharing
+from teacher_wire.errors import OverloadedError, ServerError
+from teacher_wire.fake import FakeTeacher
+from teacher_wire.label_store import LabelStore
+from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch, float32
+
+SPEC = SignalSpec("top_k", 64, k=4)
+
+
+class Teacher(FakeTeacher):
+    """Every call differs in the last bits, as floating-point work in other company does; may be held or told to fail."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failures = []
+        self.started = self.ended = 0
+
+    async def score(self, call):
+        self.started += 1
+        try:
+            await self.gate.wait()
+            if self.failures:
+                raise self.failures.pop(0)
+            signals = await super().score(call)
+        finally:
+            self.ended += 1
+        return replace(signals, lse_N=float32(signals.lse_N.array + np.float32(1e-5) * self.calls))
+
+
+def sharing(teacher, folder=None, memory_bytes=1 << 20, admission=None):
+    store = LabelStore(folder) if folder else None
+    return LabelSharing(teacher, admission or Admission(), memory_bytes=memory_bytes, store=store)
+
+
+def call_of(teacher, *sequences, tenant="", wanted=None, spec=SPEC):
+    batch = TokenBatch.pack([list(sequence) for sequence in sequences], wanted)
+    return ScoreCall("r", "fake", teacher.teacher_info().fingerprint, spec, batch, tenant=tenant)
+
+
+def rows(signals, call, sequence):
+    bounds = call.batch.row_bounds_B1
+    return {
+        name: tensor.array[bounds[sequence] : bounds[sequence + 1]].tobytes()
+        for name, tensor in signals.tensors().items()
+    }
+
+
+A, B, C, D = (1, 2, 3, 4), (5, 6, 7), (8, 9, 10, 11, 12), (13, 14)
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_only_new_sequences_are_computed_and_all_get_the_same_bytes():
+    teacher = Teacher()
+    shared = sharing(teacher)
+    first, second = call_of(teacher, A, B, C), call_of(teacher, C, D, A)
+    one, two = await shared.score(first), await shared.score(second)
+    assert teacher.tokens == len(A) + len(B) + len(C) + len(D)
+    assert rows(one, first, 0) == rows(two, second, 2)
+    assert rows(one, first, 2) == rows(two, second, 0)
+    assert two.rows == second.batch.rows and two.fingerprint == teacher.teacher_info().fingerprint
+    assert (shared.stats.computed, shared.stats.memory_hits) == (4, 2)
+
+
+async def test_requests_at_the_same_time_cost_one_forward():
+    teacher = Teacher()
+    teacher.gate.clear()
+    shared = sharing(teacher, memory_bytes=0)
+    calls = [call_of(teacher, A, B), call_of(teacher, B, C), call_of(teacher, C, A), call_of(teacher, B)]
+    tasks = [asyncio.create_task(shared.score(call)) for call in calls]
+    await until(lambda: teacher.started == 2)
+    teacher.gate.set()
+    answers = await asyncio.gather(*tasks)
+    assert teacher.tokens == len(A) + len(B) + len(C)
+    assert rows(answers[0], calls[0], 1) == rows(answers[1], calls[1], 0) == rows(answers[3], calls[3], 0)
+    assert rows(answers[1], calls[1], 1) == rows(answers[2], calls[2], 0)
+    assert shared.stats.joined == 4 and shared.counters()["flights"] == 0
+
+
+async def test_one_sequence_twice_in_a_request_is_computed_once():
+    teacher = Teacher()
+    call = call_of(teacher, A, B, A)
+    answer = await sharing(teacher).score(call)
+    assert teacher.tokens == len(A) + len(B)
+    assert rows(answer, call, 0) == rows(answer, call, 2)
+
+
+async def test_a_sequence_without_a_wanted_row_costs_nothing():
+    teacher = Teacher()
+    call = call_of(teacher, A, B, wanted=[[True, True, True, False], [False] * 3])
+    answer = await sharing(teacher).score(call)
+    assert answer.rows == 3 and teacher.tokens == len(A)
+
+
+@pytest.mark.parametrize("other", ["spec", "wanted", "fingerprint"])
+async def test_what_was_asked_otherwise_is_not_shared(other):
+    teacher = Teacher()
+    shared = sharing(teacher)
+    call = call_of(teacher, A)
+    changed = {
+        "spec": replace(call, spec=SignalSpec("top_k", 64, k=5)),
+        "wanted": call_of(teacher, A, wanted=[[True, False, True, False]]),
+        "fingerprint": replace(call, fingerprint="other"),
+    }[other]
+    await shared.score(call)
+    await shared.score(changed)
+    assert teacher.calls == 2
+
+
+async def test_a_waiter_outlives_the_one_who_asked_first():
+    teacher = Teacher()
+    teacher.gate.clear()
+    shared = sharing(teacher)
+    first = asyncio.create_task(shared.score(call_of(teacher, A)))
+    await until(lambda: teacher.started == 1)
+    second = asyncio.create_task(shared.score(call_of(teacher, A)))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    teacher.gate.set()
+    assert (await second).rows == 3
+    assert teacher.calls == 1
+
+
+async def test_work_that_nobody_waits_for_is_taken_back():
+    teacher = Teacher()
+    teacher.gate.clear()
+    shared = sharing(teacher)
+    tasks = [asyncio.create_task(shared.score(call_of(teacher, A, B))) for _ in range(3)]
+    await until(lambda: teacher.started == 1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await until(lambda: teacher.ended == 1)
+    assert teacher.calls == 0 and shared.counters()["flights"] == 0
+    teacher.gate.set()
+    assert (await shared.score(call_of(teacher, A, B))).rows == 5
+
+
+async def test_anothers_failure_is_not_ours():
+    teacher = Teacher()
+    teacher.gate.clear()
+    teacher.failures = [ServerError("the first one's bad luck")]
+    shared = sharing(teacher)
+    first = asyncio.create_task(shared.score(call_of(teacher, A)))
+    await until(lambda: teacher.started == 1)
+    second = asyncio.create_task(shared.score(call_of(teacher, A, B)))
+    await until(lambda: teacher.started == 2)
+    teacher.gate.set()
+    with pytest.raises(ServerError):
+        await first
+    assert (await second).rows == 5
+
+
+async def test_the_memory_keeps_the_newest_within_its_budget():
+    teacher = Teacher()
+    shared = sharing(teacher, memory_bytes=250)
+    for sequence in (A, B, C, D, D):
+        await shared.score(call_of(teacher, sequence))
+    assert 0 < shared.counters()["memory_bytes"] <= 250
+    assert teacher.calls == 4  # the newest is still there
+    await shared.score(call_of(teacher, A))
+    assert teacher.calls == 5  # the oldest is not
+
+
+async def test_a_folder_serves_every_server_that_sees_it(tmp_path):
+    teacher = Teacher()
+    call = call_of(teacher, A, B, C)
+    made = await sharing(teacher, tmp_path).score(call)
+    later = sharing(teacher, tmp_path, memory_bytes=0)
+    again = await later.score(call)
+    assert teacher.calls == 1 and later.stats.disk_hits == 3
+    assert [rows(made, call, i) for i in range(3)] == [rows(again, call, i) for i in range(3)]
+
+
+async def test_stored_labels_cost_no_tokens():
+    now_s = [0.0]
+    admission = Admission(lambda: now_s[0])
+    admission.configure({"t": TenantConfig(tokens_per_s=1)})
+    teacher = Teacher()
+    shared = sharing(teacher, admission=admission)
+    await shared.score(call_of(teacher, A, tenant="t"))
+    assert (await shared.score(call_of(teacher, A, tenant="t"))).rows == 3
+    with pytest.raises(OverloadedError) as caught:
+        await shared.score(call_of(teacher, B, tenant="t"))
+    assert caught.value.field == "tenants.t.tokens_per_s" and caught.value.retry_after_s > 0
+    assert (await shared.score(call_of(teacher, B, tenant="u"))).rows == 2
+    now_s[0] += caught.value.retry_after_s + 1e-6
+    assert (await shared.score(call_of(teacher, C, tenant="t"))).rows == 4
