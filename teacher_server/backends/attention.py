@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from teacher_server.backends import attention_kernel
 from teacher_server.backends.layout import Layout
 from teacher_server.signals.transfer import to_device
 
@@ -35,13 +36,14 @@ class NotPackableError(Exception):
 
 @dataclass(frozen=True)
 class Packing:
-    """A `Layout` on the device, as attention needs it; see there for the fields."""
+    """A `Layout` on the device, as attention needs it; see there for the fields, and `attention_kernel` for the blocks."""
 
     cu_queries_S1: Tensor
     cu_keys_S1: Tensor
     key_rows_U: Tensor | None
     max_queries: int
     max_keys: int
+    blocks_P2: Tensor | None
     bounds: tuple[
         tuple[tuple[int, int], tuple[int, int]], ...
     ]  # of queries and keys, for devices without such a kernel
@@ -56,12 +58,17 @@ class Packing:
             key_rows_U=None if layout.key_rows_U is None else to_device(layout.key_rows_U, device),
             max_queries=layout.max_queries,
             max_keys=layout.max_keys,
+            blocks_P2=to_device(attention_kernel.blocks(queries, keys), device) if device.type == "cuda" else None,
             bounds=tuple(zip(pairwise(queries.tolist()), pairwise(keys.tolist()), strict=True)),
         )
 
 
 def attend(query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, packing: Packing, scale: float) -> Tensor:
     """Each query sees the keys of its segment up to its own; [T, H, d]."""
+    if packing.blocks_P2 is not None and attention_kernel.usable(query_THd):
+        return attention_kernel.attend(
+            query_THd, key_TGd, value_TGd, packing.blocks_P2, packing.cu_queries_S1, packing.cu_keys_S1, packing.key_rows_U, scale
+        )  # fmt: skip
     key_UGd, value_UGd = key_TGd, value_TGd
     if packing.key_rows_U is not None:
         key_UGd = key_TGd.index_select(0, packing.key_rows_U)
@@ -106,7 +113,7 @@ def packed_attention(
     if query.shape[-1] != value.shape[-1]:
         raise NotPackableError(f"its keys have {query.shape[-1]} channels and its values {value.shape[-1]}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query_THd, key_TGd, value_TGd = (x[0].transpose(0, 1) for x in (query, key, value))
+    query_THd, key_TGd, value_TGd = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     return attend(query_THd, key_TGd, value_TGd, packing, scale)[None], None
 
 

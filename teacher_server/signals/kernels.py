@@ -90,14 +90,19 @@ if triton is not None:
     def _order(z, kept: tl.constexpr):
         """16 bits that rise with the float32 value of a 16-bit float; -0 as 0."""
         bits = (z + 0.0).to(kept).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        return tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000).to(tl.int64)
+        return tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
 
     @triton.jit
-    def _kth_largest(key, k, BITS: tl.constexpr):
-        """The k-th largest of distinct keys below 2^BITS, bit by bit from the top."""
-        found = tl.zeros([], tl.int64)
-        for step in range(BITS):
-            tried = found + (tl.full([], 1, tl.int64) << (BITS - 1 - step))
+    def _key(order, place):
+        """32 bits, as a signed integer, that no two places share: by rising order, then falling place."""
+        return ((order - 0x8000) << 16) | (0xFFFF - place)
+
+    @triton.jit
+    def _kth_largest(key, k):
+        """The k-th largest of distinct signed keys, bit by bit from the top."""
+        found = tl.where(tl.sum((key >= 0).to(tl.int32)) >= k, 0, -0x80000000)
+        for step in tl.static_range(31):
+            tried = found + (1 << (30 - step))
             found = tl.where(tl.sum((key >= tried).to(tl.int32)) >= k, tried, found)
         return found
 
@@ -115,8 +120,8 @@ if triton is not None:
         peak = tl.max(top)
         tl.store(lse_ptr + row, peak + tl.log(tl.sum(total * tl.exp(top - peak))))
 
-        key = tl.where(there, _order(top, kept) * 65536 + (65535 - block), 0)
-        chosen = key >= _kth_largest(key, k_blocks, 32)
+        key = tl.where(there, _key(_order(top, kept), block), -0x80000000)
+        chosen = key >= _kth_largest(key, k_blocks)
         place = tl.cumsum(chosen.to(tl.int32)) - 1
         tl.store(chosen_ptr + row * k + place, block, mask=chosen)
         tl.debug_barrier()
@@ -126,8 +131,8 @@ if triton is not None:
         ids = owner * BLOCK + seat % BLOCK
         real = (seat < k_blocks * BLOCK) & (ids < vocab)
         z = tl.load(z_ptr + row * vocab + ids, mask=real, other=-float("inf")).to(tl.float32)
-        key = tl.where(real, _order(z, kept) * 65536 + (65535 - seat), 0)  # seats rise with ids
-        taken = key >= _kth_largest(key, k, 32)
+        key = tl.where(real, _key(_order(z, kept), seat), -0x80000000)  # seats rise with ids
+        taken = key >= _kth_largest(key, k)
         place = tl.cumsum(taken.to(tl.int32)) - 1
         tl.store(ids_ptr + row * k + place, ids, mask=taken)
 
