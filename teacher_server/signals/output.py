@@ -7,11 +7,14 @@ values keep the model's dtype.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from teacher_server.signals import kernels
 
+_LEAST_BLOCK = 4  # with smaller ones, two stages cost more than one
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
@@ -63,8 +66,8 @@ def largest_ids(logits_CV: Tensor, k: int) -> Tensor:
     a tie, since each of k others ahead of it would hold an entry ahead of it.
     """
     rows, vocab = logits_CV.shape
-    block = kernels.BLOCK
-    if vocab <= 2 * k * block:
+    block = 1 << round(math.log2(max(1.0, vocab / k)) / 2)  # as many blocks as candidates
+    if block < _LEAST_BLOCK:
         return _first(logits_CV, k).sort(dim=-1).values
     padded_CV = torch.nn.functional.pad(logits_CV, (0, -vocab % block), value=-torch.inf)
     blocks_CBS = padded_CV.view(rows, -1, block)
