@@ -2,7 +2,7 @@
 
 In: activations in the model's dtype on a CUDA device; out: the same, or rows of float8 with a scale each.
 Must never be the only way: `steps.py` holds the plain versions, which are the oracle and run wherever `usable` says no.
-Every rounding to the model's dtype is where transformers rounds, so that the two differ by the order of sums alone.
+They round to the model's dtype where transformers does, so that the two differ by the last bit of a few numbers.
 
 Axes: T packed tokens, D width, F ffn width, R rotated heads, d channels of a head.
 """

@@ -218,7 +218,8 @@ class TransformersModel:
                         named_RM[kept_R] = batch.extra_ids_NM[named_at : named_at + int(kept_R.sum())]
                         named_at += int(kept_R.sum())
                         extra = [named_RM]
-                    parts.append(self._reduce(hidden_RD, ids_L[1:], extra, spec, kept_R))
+                    labels_R = np.where(kept_R, ids_L[1:], 0)  # others' may lie outside the spec's vocabulary
+                    parts.append(self._reduce(hidden_RD, labels_R, extra, spec, kept_R))
                     watch.mark("reduce")
             found.append((members, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}))
         return found

@@ -21,7 +21,7 @@ except ImportError:  # a build of torch without CUDA
 
 BLOCK = 64
 MAX_K = 128  # the candidates of a row are held in registers
-_TILE_BLOCKS = 64  # blocks that one program of the first pass reads
+_TILE_BLOCKS = 128  # blocks that one program of the first pass reads
 _WIDE = 4096  # ids of a partial sum where only the log-sum-exp is wanted
 
 
@@ -54,7 +54,7 @@ def top_k(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(logits_CV):
         _select[(rows,)](
             *(logits_CV, top_CB, sum_CB, chosen_CK, ids_CK, lse_C, rest_C, vocab, blocks, k, min(k, blocks)),
-            BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), PLACES=triton.next_power_of_2(k), num_warps=8,
+            BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), PLACES=triton.next_power_of_2(k), num_warps=4,
         )  # fmt: skip
     return ids_CK, lse_C, rest_C
 
@@ -101,7 +101,7 @@ if triton is not None:
     def _kth_largest(key, k):
         """The k-th largest of distinct signed keys, bit by bit from the top."""
         found = tl.where(tl.sum((key >= 0).to(tl.int32)) >= k, 0, -0x80000000)
-        for step in tl.static_range(31):
+        for step in range(31):
             tried = found + (1 << (30 - step))
             found = tl.where(tl.sum((key >= tried).to(tl.int32)) >= k, tried, found)
         return found

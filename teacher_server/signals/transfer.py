@@ -45,7 +45,7 @@ class ToHost:
             for name, tensor in self._device.items():
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 self._host[name] = host.copy_(tensor, non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event(blocking=True)  # sleeps: a spinning wait would cost a core
             self._copied.record(stream)
 
     def wait(self) -> dict[str, Torch]:

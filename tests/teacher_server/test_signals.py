@@ -28,6 +28,22 @@ def test_top_k_is_exact_in_ids_values_and_tail(dtype, k):
         assert (tail == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "k"), [(5000, 1), (5003, 64), (4096, 64), (9999, 200), (700, 699)])
+def test_two_stages_find_what_one_sort_finds(dtype, vocab, k):
+    """With ties everywhere, zeros of both signs, infinities, and a vocabulary that no block divides."""
+    generator = torch.Generator().manual_seed(vocab)
+    z = (torch.randn(6, vocab, generator=generator) * 3).to(dtype)
+    z[0] = z[0].round()
+    z[1], z[1, ::3] = 0.0, -0.0
+    z[2, : vocab // 2] = -torch.inf
+    z[3] = torch.arange(vocab).to(dtype)
+    z[4] = -z[3]
+    wide = z.double().numpy()
+    order = np.lexsort((np.broadcast_to(np.arange(vocab), wide.shape), -wide), axis=-1)
+    np.testing.assert_array_equal(output.largest_ids(z, k).numpy(), np.sort(order[:, :k], axis=-1))
+
+
 def test_a_tiny_tail_keeps_its_digits():
     """log(1 - sum) would say 0 or nothing; the tail is a sum of what is left."""
     z = torch.full((1, 100), -30.0)
