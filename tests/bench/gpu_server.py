@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from teacher_server.backends.base import ModelFacts
@@ -36,7 +37,7 @@ from tests.bench import gpu_teacher
 from tests.bench.gpu_client import TimedIterator
 from tests.bench.table import show
 
-CLIENTS, WARM_S = 4, 4.0
+CLIENTS = 4
 Rows = list[dict[str, object]]
 
 
@@ -92,8 +93,8 @@ class Local:
         return await self._engine.head_bytes(fingerprint, offset, size)
 
 
-async def served(model: TransformersModel, seconds: float) -> Rows:
-    """The table of what four client processes see."""
+async def served(model: TransformersModel, seconds: float) -> tuple[Rows, Rows]:
+    """What four client processes see at once, and the stages of one request when nobody else asks."""
     backend = Watched(model)
     config = TeacherConfig(name="t", backend=FakeBackend(), limits=LimitsConfig(max_reply_mb=256))
     engine = TeacherEngine(config, backend)
@@ -104,57 +105,81 @@ async def served(model: TransformersModel, seconds: float) -> Rows:
     edge = EdgeServer(EdgeConfig(port=port), Local(engine))
     await edge.start()
     encode = codec.encode_chunks = TimedIterator(codec.encode_chunks)  # type: ignore[assignment]
-    rows: Rows = []
-    for lengths in ("uniform", "mixed"):
-        for labels, spec in gpu_teacher.SPECS.items():
-            command = [sys.executable, "-m", "tests.bench.gpu_client", f"127.0.0.1:{port}"]
-            command += ["--transport", spec.transport, "--lengths", lengths, "--seconds", str(seconds + WARM_S)]
-            backend.done.clear()
-            encode.seconds, cpu_s = 0.0, time.process_time()
-            clients = [
-                await asyncio.create_subprocess_exec(*command, "--seed", str(seed), stdout=subprocess.PIPE)
-                for seed in range(CLIENTS)
-            ]
-            seen = [json.loads((await client.communicate())[0]) for client in clients]
-            figures = stages(seen, backend.done, seconds)
+
+    async def ask(labels: str, lengths: str, clients: int, depth: int, seconds: float) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "tests.bench.gpu_client", f"127.0.0.1:{port}", "--depth", str(depth)]
+        command += ["--transport", gpu_teacher.SPECS[labels].transport, "--lengths", lengths, "--seconds", str(seconds)]
+        backend.done.clear()
+        encode.seconds = 0.0
+        processes = [
+            await asyncio.create_subprocess_exec(*command, "--seed", str(seed), stdout=subprocess.PIPE)
+            for seed in range(clients)
+        ]
+        return [json.loads((await process.communicate())[0]) for process in processes]
+
+    together: Rows = []
+    alone: Rows = []
+    for labels in gpu_teacher.SPECS:
+        for lengths in ("uniform", "mixed"):
+            cpu_s = time.process_time()
+            seen = await ask(labels, lengths, CLIENTS, 4, seconds)
             tokens = sum(tokens for client in seen for _, _, tokens in client["answers"])
-            figures["encode us/token"] = encode.seconds / tokens * 1e6
-            figures["server CPU us/token"] = (time.process_time() - cpu_s) / tokens * 1e6
-            rows.append({"labels": labels, "lengths": lengths, **figures})
-            print(rows[-1], flush=True)
+            server_us = (time.process_time() - cpu_s) / tokens * 1e6
+            clients_us = sum(client["cpu_s"] for client in seen) / tokens * 1e6
+            figures = {
+                **loaded(seen, backend.done),
+                "server CPU us/token": server_us,
+                "client CPU us/token": clients_us,
+            }
+            together.append({"labels": labels, "lengths": lengths, **figures})
+            print(together[-1], flush=True)
+        alone.append({"labels": labels, **quiet(await ask(labels, "uniform", 1, 1, 5.0), encode.seconds)})
+        print(alone[-1], flush=True)
     await edge.drain()
     await engine.stop()
-    return rows
+    return together, alone
 
 
-def stages(seen: list[dict[str, Any]], done: list[tuple[float, int, int]], seconds: float) -> dict[str, object]:
-    """What the clients and the backend noted, over the last `seconds` in which all clients were there."""
-    end_s = min(client["answers"][-1][0] for client in seen)
-    end_s = min(end_s, min(client["answers"][0][0] for client in seen) + WARM_S + seconds)
+def loaded(seen: list[dict[str, Any]], done: list[tuple[float, int, int]]) -> dict[str, object]:
+    """Rates while all clients ask, without the first two batches and the last."""
     start_s = max(client["answers"][0][0] for client in seen) + 1.0
-    within = [
-        (answer, stage)
-        for client in seen
-        for answer, stage in zip(client["answers"], client["stages"], strict=True)
-        if start_s <= answer[0] < end_s
-    ]
-    tokens = sum(answer[2] for answer, _ in within)
-    batches = [(busy_us, count) for when, busy_us, count in done if start_s <= when < end_s]
-    every = sum(answer[2] for client in seen for answer in client["answers"])
-    median = lambda values: statistics.median(values) / 1e3  # noqa: E731
-    rest_ms = [1e3 * answer[1] - sum(stage) / 1e3 for answer, stage in within]
+    end_s = min(client["answers"][-1][0] for client in seen)
+    answers = sorted(
+        (when, tokens) for client in seen for when, _, tokens in client["answers"] if start_s < when < end_s
+    )
+    times = np.array([when for when, _ in answers])
+    label_rate = np.polyfit(times, np.cumsum([tokens for _, tokens in answers]), 1)[
+        0
+    ]  # answers come in lumps of a batch
+    batches = [batch for batch in done if start_s < batch[0] < end_s]
+    took_s = batches[-1][0] - batches[0][0]
+    every = sum(tokens for client in seen for _, _, tokens in client["answers"])
+    latencies_ms = [1e3 * took for client in seen for _, took, _ in client["answers"]]
     return {
-        "label tokens/s": tokens / (end_s - start_s),
-        "GPU idle": 1 - sum(busy_us for busy_us, _ in batches) / 1e6 / (end_s - start_s),
-        "batch tokens": sum(count for _, count in batches) / len(batches),
-        "queue ms": median([stage[0] for _, stage in within]),
-        "forward ms": median([stage[1] for _, stage in within]),
-        "reduce ms": median([stage[2] for _, stage in within]),
-        "copy to verified ms": statistics.median(rest_ms),
+        "label tokens/s": float(round(label_rate)),
+        "GPU idle": 1 - sum(busy_us for _, busy_us, _ in batches[1:]) / 1e6 / took_s,
+        "tokens a batch": float(np.mean([tokens for _, _, tokens in batches])),
         "bytes/token": sum(client["payload_bytes"] for client in seen) / every,
-        "decode us/token": sum(client["decode_s"] for client in seen) / every * 1e6,
-        "verify us/token": sum(client["verify_s"] for client in seen) / every * 1e6,
+        "median latency ms": statistics.median(latencies_ms),
     }
+
+
+def quiet(seen: list[dict[str, Any]], encode_s: float) -> dict[str, object]:
+    """Milliseconds of each stage of a request of 4,096 tokens; the wire is what no other stage explains."""
+    (client,) = seen
+    answers, stages = client["answers"][2:], client["stages"][2:]
+    asked = len(client["answers"])
+    queue, forward, reduce = (statistics.median(stage) / 1e3 for stage in zip(*stages, strict=True))
+    spent = {
+        "queue": queue,
+        "forward": forward,
+        "reduce": reduce,
+        "encode": encode_s / asked * 1e3,
+        "decode": client["decode_s"] / asked * 1e3,
+        "verify": client["verify_s"] / asked * 1e3,
+    }
+    whole = statistics.median(took for _, took, _ in answers) * 1e3
+    return {**spent, "copy, wire, rest": whole - sum(spent.values()), "whole ms": whole}
 
 
 def bare(model: Any, *, quick: bool) -> Rows:
@@ -206,7 +231,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print each table's figures as JSON too")
     parser.add_argument("--anchors", type=Path, default=Path("../shared/anchors"))
     parser.add_argument("--quick", action="store_true", help="only what is served, with its references")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement over gRPC")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each measurement over gRPC")
     options = parser.parse_args()
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Qwen2.5-7B shape"
     tables: list[tuple[str, Rows]] = [("vLLM, tokens/s", vllm(options.anchors))]
@@ -216,7 +241,8 @@ def main() -> None:
     print(tables[-1], flush=True)
     tables.append(("bare backend, label tokens/s", bare(model, quick=options.quick)))
     teacher = gpu_teacher.backend(model)
-    tables.append(("served: four client processes over gRPC", asyncio.run(served(teacher, options.seconds))))
+    together, alone = asyncio.run(served(teacher, options.seconds))
+    tables += [("served: four client processes over gRPC", together), ("one request of 2 x 2,048 tokens, ms", alone)]
     if not options.quick:
         tables.append(("one call of so many sequences of 2,048 tokens", gpu_teacher.growth(teacher)))
         tables.append(("a prompt that 8 sequences share", [gpu_teacher.shared_prefix(model)]))
