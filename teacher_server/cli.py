@@ -1,4 +1,4 @@
-"""`teacher-server`: up, check, describe. Loads neither torch nor ray before a command needs them.
+"""`teacher-server`: up, check, describe, status. Loads neither torch nor ray before a command needs them.
 
 Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend (one line says what and where).
 """
@@ -6,20 +6,27 @@ Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend (one line s
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from teacher_server.config import ServerConfig, load_config
 from teacher_server.errors import ServerConfigError
+from teacher_server.reload import ConfigFile
 from teacher_wire.errors import TeacherWireError
+
+if TYPE_CHECKING:
+    from teacher_wire.client import TeacherClient
 
 app = typer.Typer(
     help="Serve teacher models to students over gRPC.",
@@ -27,7 +34,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_LOOK_S = 0.5  # between two looks at the config file
+_WATCH_S = 1.0
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")]
+Address = Annotated[str, typer.Option(help="HOST:PORT of a running server")]
+CaFile = Annotated[Path | None, typer.Option(help="PEM of the authority behind the server's certificate")]
+CertFile = Annotated[Path | None, typer.Option(help="our own certificate, for mutual TLS")]
+KeyFile = Annotated[Path | None, typer.Option(help="its key")]
+TokenEnv = Annotated[str, typer.Option(help="environment variable that holds the token")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. edge.port=50052")]
 
 
@@ -39,16 +53,18 @@ def up(
         bool, typer.Option(help="also stop when standard input ends; for a parent process")
     ] = False,
 ) -> None:
-    """Start every teacher and the edge; Ctrl-C drains and ends all of it."""
-    loaded = load_config(config, overrides)
-    from teacher_server.app import check, running
+    """Start every teacher and the edge, and follow changes of CONFIG; Ctrl-C drains and ends all of it."""
+    file = ConfigFile(config, overrides)
+    loaded = file.config
+    from teacher_server.app import running
+    from teacher_server.checks import check
 
     check(loaded)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     stop = threading.Event()
 
     def say(text: str) -> None:
-        console.print(f"[dim]teacher-server[/] {text}")
+        console.print(f"[dim]teacher-server[/] {escape(text)}")
 
     def on_signal(action: Callable[..., object]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -59,14 +75,24 @@ def up(
 
     on_signal(give_up)
     try:
-        with running(loaded, say):
-            on_signal(lambda *_: stop.set())
+        with running(loaded, say) as server:
+            on_signal(lambda *_: give_up() if stop.is_set() else stop.set())
             if until_stdin_closes:
                 threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
             how = "TLS" if loaded.edge.tls else "plain text, loopback only"
-            say(f"[bold green]ready[/] on {loaded.edge.address} ({how})")
-            while not stop.wait(0.2):
-                pass
+            console.print(f"[dim]teacher-server[/] [bold green]ready[/] on {loaded.edge.address} ({how})")
+            while not stop.wait(_LOOK_S):
+                try:
+                    changed = file.poll()
+                    if changed is not None:
+                        server.change(changed)
+                except ServerConfigError as error:
+                    say(
+                        f"{config}: not followed: {error}"
+                        if str(config) not in str(error)
+                        else f"not followed: {error}"
+                    )
+                server.step()
             on_signal(give_up)  # a second Ctrl-C does not wait for the drain
     except KeyboardInterrupt:
         say("stopped at once")
@@ -78,7 +104,7 @@ def up(
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config, its files and its port, and start nothing."""
     loaded = load_config(config, overrides)
-    from teacher_server.app import check as check_config
+    from teacher_server.checks import check as check_config
 
     check_config(loaded)
     Console().print(f"{config}: fine ({_summary(loaded)})")
@@ -86,22 +112,16 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def describe(
-    address: Annotated[str, typer.Option(help="HOST:PORT of a running server")],
-    ca_file: Annotated[Path | None, typer.Option(help="PEM of the authority behind the server's certificate")] = None,
-    cert_file: Annotated[Path | None, typer.Option(help="our own certificate, for mutual TLS")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="its key")] = None,
-    token_env: Annotated[str, typer.Option(help="environment variable that holds the token")] = "LYCEUM_TOKEN",
+    address: Address,
+    ca_file: CaFile = None,
+    cert_file: CertFile = None,
+    key_file: KeyFile = None,
+    token_env: TokenEnv = "LYCEUM_TOKEN",
 ) -> None:
     """Ask a running server who its teachers are."""
-    import os
-
-    from teacher_wire.channel import Credentials
-    from teacher_wire.client import TeacherClient
-
-    credentials = Credentials(ca_file, cert_file, key_file, os.environ.get(token_env, ""))
 
     async def ask() -> None:
-        async with TeacherClient(address, credentials=credentials) as client:
+        async with _client(address, ca_file, cert_file, key_file, token_env) as client:
             for info in await client.describe():
                 table = Table(title=info.name, show_header=False, title_justify="left")
                 for field, value in vars(info).items():
@@ -109,6 +129,52 @@ def describe(
                 Console().print(table)
 
     asyncio.run(ask())
+
+
+@app.command()
+def status(
+    address: Address,
+    watch: Annotated[bool, typer.Option("--watch", help="show it anew every second until Ctrl-C")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, or one a second with --watch")] = False,
+    ca_file: CaFile = None,
+    cert_file: CertFile = None,
+    key_file: KeyFile = None,
+    token_env: TokenEnv = "LYCEUM_TOKEN",
+) -> None:
+    """Show replicas, queues, speed, shares of tenants and stored labels of a running server."""
+    from dataclasses import asdict
+
+    from rich.live import Live
+
+    from teacher_server.display import render
+    from teacher_wire.messages import ServerStatus
+
+    async def show(tell: Callable[[ServerStatus], None]) -> None:
+        async with _client(address, ca_file, cert_file, key_file, token_env) as client:
+            tell(await client.server_status())
+            while watch:
+                await asyncio.sleep(_WATCH_S)
+                tell(await client.server_status())
+
+    with contextlib.suppress(KeyboardInterrupt):
+        if as_json:
+            asyncio.run(show(lambda found: print(json.dumps(asdict(found)), flush=True)))
+        elif watch:
+            with Live(console=Console(), auto_refresh=False) as live:
+                asyncio.run(show(lambda found: live.update(render(found), refresh=True)))
+        else:
+            asyncio.run(show(lambda found: Console().print(render(found))))
+
+
+def _client(
+    address: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, token_env: str
+) -> TeacherClient:
+    import os
+
+    from teacher_wire.channel import Credentials
+    from teacher_wire.client import TeacherClient
+
+    return TeacherClient(address, credentials=Credentials(ca_file, cert_file, key_file, os.environ.get(token_env, "")))
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:

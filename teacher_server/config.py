@@ -199,7 +199,7 @@ class TeacherConfig(_Strict):
         deterministic: a forward pass holds exactly one request's sequences, in order, so that the same
             request always gets the same bits.
         num_cpus, num_gpus: Ray's share of a replica.
-        max_ongoing_requests: requests a replica holds, queued ones included.
+        max_ongoing_requests: requests a replica holds; beyond, they wait at the edge, first come first served for all tenants.
     """
 
     name: Name
@@ -210,7 +210,7 @@ class TeacherConfig(_Strict):
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    max_ongoing_requests: Annotated[int, Field(ge=1)] = 256
+    max_ongoing_requests: Annotated[int, Field(ge=1)] = 100_000
 
 
 class TenantConfig(_Strict):

@@ -22,6 +22,7 @@ from teacher_wire.errors import LabelError
 from teacher_wire.messages import DTYPES, SignalSpec, TeacherSignals, Tensor, TokenBatch
 
 FORMAT = "lyceum-label/1"
+_ENTRY = "label"  # of the file's metadata
 _HEADER_LIMIT = 1 << 20
 _IDS, _WANTED, _EXTRA = "token_ids_T", "wanted_T", "extra_ids_NM"
 # What bytes from a disk can be in place of a blob; MemoryError and our own faults are not among them.
@@ -96,7 +97,8 @@ def encode_labels(key: str, entry: LabelEntry) -> bytes:
         "spec": _spec_json(entry.spec),
         "dtypes": json.dumps({name: tensor.dtype for name, tensor in tensors.items()}, sort_keys=True),
     }
-    return save(arrays, metadata | {"sha256": _checksum(metadata, arrays)})
+    # One entry: safetensors writes several in an order of its own each time, and the same labels are to be the same file.
+    return save(arrays, {_ENTRY: json.dumps(metadata | {"sha256": _checksum(metadata, arrays)}, sort_keys=True)})
 
 
 def decode_labels(key: str, data: bytes) -> LabelEntry:
@@ -107,7 +109,7 @@ def decode_labels(key: str, data: bytes) -> LabelEntry:
     """
     try:
         arrays = load(data)
-        metadata = _header(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        metadata = _metadata(_header(data[8 : 8 + int.from_bytes(data[:8], "little")]))
         checksum = metadata.pop("sha256")
         if metadata["format"] != FORMAT or metadata["key"] != key or checksum != _checksum(metadata, arrays):
             raise LabelError("another format, key or checksum", field="sha256", value=checksum)
@@ -134,7 +136,7 @@ def read_summary(file: BinaryIO) -> LabelSummary:
     try:
         size = int.from_bytes(file.read(8), "little")
         header = _header(file.read(min(size, _HEADER_LIMIT)))
-        metadata = header["__metadata__"]
+        metadata = _metadata(header)
         if metadata["format"] != FORMAT:
             raise LabelError("another format", field="format", value=metadata["format"], limit=FORMAT)
         transport = SignalSpec(**json.loads(metadata["spec"])).transport
@@ -159,6 +161,13 @@ def _header(text: bytes) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict) or not isinstance(found.get("__metadata__"), dict):
         raise LabelError("no metadata", field="header")
+    return found
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    found = json.loads(header["__metadata__"][_ENTRY])
+    if not isinstance(found, dict):
+        raise LabelError("no metadata of ours", field="header")
     return found
 
 

@@ -304,17 +304,26 @@ class LabelStore:
         total, done = sum(file.size for file in files), 0
         whole, damaged = Amount(), Amount()
         for file in files:
-            try:
-                decode_labels(file.key, file.path.read_bytes())
-                whole = _plus(whole, file.size)
-            except FileNotFoundError:  # evicted meanwhile
-                pass
-            except LabelError:
-                self._drop_damaged(file.path)
+            data = self._whole(file)
+            if data is None:
                 damaged = _plus(damaged, file.size)
+            elif data:
+                whole = _plus(whole, file.size)
             done += file.size
             progress(done, total)
         return whole, damaged
+
+    def _whole(self, file: _File) -> bytes | None:
+        """A blob, verified; empty if it is gone, None if it was damaged and is deleted now."""
+        try:
+            data = file.path.read_bytes()
+            decode_labels(file.key, data)
+        except FileNotFoundError:
+            return b""
+        except LabelError:
+            self._drop_damaged(file.path)
+            return None
+        return data
 
     def prune(
         self,
@@ -364,16 +373,11 @@ class LabelStore:
         total, done = sum(file.size for file in files), 0
         copied, damaged = Amount(), Amount()
         for file in files:
-            try:
-                data = file.path.read_bytes()
-                decode_labels(file.key, data)
-                if to._read(file.key) is None and to._publish(file.key, data):
-                    copied = _plus(copied, file.size)
-            except FileNotFoundError:  # evicted meanwhile
-                pass
-            except LabelError:
-                self._drop_damaged(file.path)
+            data = self._whole(file)
+            if data is None:
                 damaged = _plus(damaged, file.size)
+            elif data and to._read(file.key) is None and to._publish(file.key, data):
+                copied = _plus(copied, file.size)
             done += file.size
             progress(done, total)
         return copied, damaged

@@ -13,12 +13,15 @@ from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import grpc
+
 Result = TypeVar("Result")
 
 
 @lru_cache(maxsize=1)
 def loop() -> asyncio.AbstractEventLoop:
     """The loop, running."""
+    grpc.aio.init_grpc_aio()  # held for ever: with its last channel grpc would close a socket that the loop still reads
     made = asyncio.new_event_loop()
     threading.Thread(target=made.run_forever, name="teacher-io", daemon=True).start()
     return made

@@ -119,8 +119,8 @@ def test_a_model_that_fails_while_loading_is_named(model_factory, tmp_path):
     assert "cannot be loaded" in result.stderr.strip().splitlines()[-1]
 
 
-def make_certificates(folder):
-    """A CA and a server certificate for 127.0.0.1."""
+def make_certificates(folder, address="127.0.0.1"):
+    """A CA and a server certificate for an address."""
 
     def openssl(*arguments):
         subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
@@ -128,7 +128,7 @@ def make_certificates(folder):
     ca_key, ca = folder / "ca.key", folder / "ca.pem"
     key, request, cert = folder / "server.key", folder / "server.csr", folder / "server.pem"
     names = folder / "names"
-    names.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    names.write_text(f"subjectAltName=IP:{address},DNS:localhost\n")
     openssl(
         "req",
         "-x509",

@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teacher_wire import label_blob
 from teacher_wire.errors import LabelError, RequestError
 from teacher_wire.fake import FakeTeacher
 from teacher_wire.label_blob import decode_labels, encode_labels
@@ -457,3 +460,23 @@ def test_an_empty_or_missing_folder_is_an_empty_store(tmp_path):
     assert store.scan() == ([], 0) and store.get("0" * 64) is None
     assert store.verify()[0].sequences == store.prune(max_bytes=0).sequences == 0
     assert not Path(store.folder).exists(), "looking makes nothing"
+
+
+def test_the_same_labels_are_the_same_file(tmp_path):
+    """In other processes too: whoever computes a digest over a folder must not see what is not there."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from teacher_wire.fake import FakeTeacher\n"
+        "from teacher_wire.label_blob import LabelEntry, encode_labels, label_keys\n"
+        "from teacher_wire.messages import SignalSpec, TokenBatch\n"
+        "import hashlib\n"
+        "spec, batch = SignalSpec('top_k', 64, k=3), TokenBatch.pack([[1, 2, 3]])\n"
+        "entry = LabelEntry('f', spec, batch, FakeTeacher().signals(spec, batch))\n"
+        "print(hashlib.sha256(encode_labels(label_keys('f', spec, batch)[0], entry)).hexdigest())\n"
+    )
+    proto = str(Path(label_blob.__file__).parents[1])
+    digests = {
+        subprocess.run([sys.executable, "-c", code, proto], capture_output=True, text=True, check=True).stdout
+        for _ in range(6)
+    }
+    assert len(digests) == 1

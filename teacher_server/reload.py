@@ -1,0 +1,57 @@
+"""A config file that is watched while the server runs.
+
+In: the file and the overrides of the command line; out: a new `ServerConfig`, once, when the file holds another one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from teacher_server.config import ServerConfig, load_config
+from teacher_server.errors import ServerConfigError
+
+_Stamp = tuple[int, int]  # modification time in ns, size
+
+
+class ConfigFile:
+    """One file, looked at again and again.
+
+    Args:
+        path: of the YAML file.
+        overrides: stay applied to whatever the file says.
+
+    Raises:
+        ServerConfigError: it holds no config now.
+    """
+
+    def __init__(self, path: Path, overrides: list[str] | None) -> None:
+        self._path = path
+        self._overrides = overrides
+        self._read = self._seen = self._stamp()
+        self.config = load_config(path, overrides)
+
+    def poll(self) -> ServerConfig | None:
+        """The new config, if the file has changed and has been left alone since the last look.
+
+        Raises:
+            ServerConfigError: the new content is none; said once for each content.
+        """
+        before, self._seen = self._seen, self._stamp()
+        if self._seen is None or self._seen == self._read or self._seen != before:
+            return None  # missing, known, or still being written
+        self._read = self._seen
+        try:
+            found = load_config(self._path, self._overrides)
+        except ServerConfigError as error:
+            raise ServerConfigError(f"{error}; the config before stays in force") from None
+        if found == self.config:
+            return None
+        self.config = found
+        return found
+
+    def _stamp(self) -> _Stamp | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size

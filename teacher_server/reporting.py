@@ -1,0 +1,111 @@
+"""The board as a Ray actor, and the task by which a replica or an edge talks to it once a second.
+
+In: what to report; out: News. A board that is away, slow or new never hurts whoever reports: it goes on with its last news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from teacher_server.board import Board
+from teacher_server.reports import EdgeReport, News, ReplicaReport
+from teacher_wire.errors import UnavailableError
+from teacher_wire.messages import ServerStatus
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "lyceum"
+BOARD_NAME = "board"
+REPORT_EVERY_S = 1.0
+_ANSWER_S = 2.0
+
+
+def start_board() -> Any:
+    """Makes the board, on this node if it can be.
+
+    Raises:
+        ValueError: there is one already.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
+    return actor.options(name=BOARD_NAME, namespace=NAMESPACE, scheduling_strategy=here).remote()
+
+
+def node_address() -> str:
+    """The address by which the Ray cluster knows this node."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here)
+
+
+class Reporter:
+    """One source on the board.
+
+    Args:
+        source: unique among all that ever reported.
+        make: the report of this moment.
+        take: told the news, at once in the running event loop.
+    """
+
+    def __init__(
+        self, source: str, make: Callable[[], ReplicaReport | EdgeReport], take: Callable[[News], None]
+    ) -> None:
+        self._source = source
+        self._make = make
+        self._take = take
+        self._board: Any = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins reporting, in the running event loop."""
+        self._task = asyncio.create_task(self._run())
+
+    def leave(self) -> None:
+        """Says goodbye without waiting for an answer."""
+        if self._task is not None:
+            self._task.cancel()
+        if self._board is not None:
+            self._board.leave.remote(self._source)
+            self._board = None
+
+    async def report(self) -> bool:
+        """Reports once; whether the board answered."""
+        try:
+            board = await self._find()
+            async with asyncio.timeout(_ANSWER_S):
+                news = await board.report.remote(self._source, self._make())
+        except (RayError, ValueError, TimeoutError) as error:
+            self._board = None
+            log.debug("the board does not answer: %s", error)
+            return False
+        self._take(news)
+        return True
+
+    async def status(self) -> ServerStatus:
+        """The status of the whole server.
+
+        Raises:
+            UnavailableError: the board does not answer.
+        """
+        try:
+            board = await self._find()
+            async with asyncio.timeout(_ANSWER_S):
+                return await board.status.remote()
+        except (RayError, ValueError, TimeoutError) as error:
+            raise UnavailableError("the board that gathers the status does not answer") from error
+
+    async def _find(self) -> Any:
+        if self._board is None:
+            self._board = await asyncio.to_thread(ray.get_actor, BOARD_NAME, NAMESPACE)
+        return self._board
+
+    async def _run(self) -> None:
+        while True:
+            await self.report()
+            await asyncio.sleep(REPORT_EVERY_S)

@@ -1,0 +1,122 @@
+"""A server that runs: its deployments, its board, and how both follow a changed config.
+
+In: a ServerConfig, another one later; out: lines for the console. `step` must be called again and again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import ray
+
+from teacher_server.checks import check_files
+from teacher_server.config import ServerConfig
+from teacher_server.errors import ServerConfigError
+from teacher_server.metrics import Exported
+from teacher_server.reporting import start_board
+from teacher_server.reports import Plan, TeacherPlan
+from teacher_server.rollout import Rollout, changes
+from teacher_server.serve_cluster import ServeCluster, check_room, metrics_addresses
+
+_STEP_S = 1.0
+_START_STEP_S = 0.2
+_BOARD_S = 2.0
+
+
+class Server:
+    """What runs, and how it follows a changed config.
+
+    Args:
+        config: in force now.
+        say: told each step, for the console.
+    """
+
+    def __init__(self, config: ServerConfig, say: Callable[[str], None]) -> None:
+        self.config = config
+        self._say = say
+        self._cluster = ServeCluster()
+        self._rollout = Rollout(self._cluster, say)
+        self._plan = Plan(config.tenants, {teacher.name: TeacherPlan() for teacher in config.teachers})
+        try:
+            self._board = start_board()
+        except ValueError as error:
+            raise ServerConfigError(
+                f"ray.address {config.ray.address}: a teacher-server runs on this cluster already"
+            ) from error
+        self._exported: dict[str, Exported] = {}
+        self._stepped_s = 0.0
+        self._trouble = ""
+
+    def start(self) -> None:
+        """Returns when every teacher and every edge answers.
+
+        Raises:
+            ServerConfigError: one cannot come up; why.
+        """
+        check_room(self.config)
+        self._rollout.want(self.config.teachers)
+        self._say("metrics at " + ", ".join(metrics_addresses()))
+        self._cluster.start_edges(self.config.edge, self._plan)
+        while True:
+            self._post(self._plan)
+            self._rollout.start()
+            if self._cluster.edges_are_up() and self._rollout.settled:
+                break
+            time.sleep(_START_STEP_S)
+        self.step()
+
+    def change(self, config: ServerConfig) -> None:
+        """Begins whatever leads to another config.
+
+        Raises:
+            ServerConfigError: it cannot be followed; nothing of it is in force.
+        """
+        changed = changes(self.config.model_dump(), config.model_dump())
+        fixed = [name for name in changed if name.split(".")[0] not in ("teachers", "tenants")]
+        if fixed:
+            raise ServerConfigError(f"{', '.join(fixed)}: takes a restart; nothing of this change is in force")
+        try:
+            check_files(config)
+            check_room(config)
+        except ServerConfigError as error:
+            raise ServerConfigError(f"{error}; the config before stays in force") from None
+        tenants = [name for name in changed if name.startswith("tenants.")]
+        if tenants:
+            self._say(f"{', '.join(tenants)}: in force")
+        self.config = config
+        self._rollout.want(config.teachers)
+        self._stepped_s = 0.0
+
+    def step(self) -> None:
+        """Once a second: deployments go on, and the board hears what is wanted. Trouble is said once and passes."""
+        now_s = time.monotonic()
+        if now_s - self._stepped_s < _STEP_S:
+            return
+        self._stepped_s = now_s
+        try:
+            self._plan = Plan(self.config.tenants, self._rollout.step(), open=True)
+            self._post(self._plan)
+            for name, teacher in self._plan.teachers.items():
+                self._exported.setdefault(name, Exported(teacher=name)).show(vars(teacher))
+            trouble = ""
+        except Exception as error:  # Ray or Serve is recovering; serving goes on without us
+            trouble = f"Ray does not answer: {type(error).__name__}: {error}".splitlines()[0]
+        if trouble != self._trouble:
+            self._say(trouble or "Ray answers again")
+            self._trouble = trouble
+
+    def drain(self) -> None:
+        """Has the edges answer what they hold, and refuse the rest."""
+        self._say("draining")
+        try:
+            self._cluster.drain_edges(self.config.edge.drain_s)
+        except Exception as error:  # going down all the same
+            self._say(f"the edge could not drain: {type(error).__name__}")
+
+    def remove(self) -> None:
+        """Takes everything of ours out of a cluster that stays."""
+        self._cluster.remove_all()
+
+    def _post(self, plan: Plan) -> None:
+        ray.get(self._board.post.remote(plan), timeout=_BOARD_S)

@@ -1,0 +1,185 @@
+"""From the reports on the board to a `ServerStatus`: sums, rates and shares, as pure functions.
+
+In: `Source`s with their recent past, and last words of those who are gone; out: one status.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from teacher_server import __version__
+from teacher_server.config import DEFAULT_TENANT, TenantConfig
+from teacher_server.reports import EdgeReport, News, Plan, ReplicaReport, Source, TeacherPlan
+from teacher_wire.messages import EdgeStatus, ServerStatus, StoreStatus, TeacherStatus, TenantStatus
+
+RATE_S = 10.0  # rates are over this time
+SHARE_S = 60.0  # shares of tenants are over this time
+
+# Totals of a teacher and where they are in its counters; gauges are not kept of those who are gone.
+_TEACHER_TOTALS = ("forwards", "forward_tokens", "answered", "failed")
+_STORE_TOTALS = ("memory_hits", "disk_hits", "joined", "computed")
+
+
+def summarise(
+    plan: Plan,
+    news: News,
+    sources: Sequence[Source],
+    gone: Sequence[ReplicaReport | EdgeReport],
+    now_s: float,
+    born_s: float,
+) -> ServerStatus:
+    """The status of a whole server at `now_s`."""
+    replicas = [source for source in sources if isinstance(source.latest, ReplicaReport)]
+    edges = [source for source in sources if isinstance(source.latest, EdgeReport)]
+    names = [*plan.teachers, *sorted({_teacher(source.latest) for source in replicas} - set(plan.teachers))]
+    teachers = []
+    for name in names:
+        own = [source for source in replicas if _teacher(source.latest) == name]
+        past = [report.counters for report in gone if isinstance(report, ReplicaReport) and report.info.name == name]
+        fingerprints = tuple(info.fingerprint for info in news.weights.get(name, ()))
+        teachers.append(_teacher_status(name, plan.teachers.get(name), fingerprints, own, past, now_s))
+    return ServerStatus(
+        server_version=__version__,
+        up_s=now_s - born_s,
+        teachers=tuple(teachers),
+        tenants=_tenants(plan.tenants, replicas, edges, gone, now_s),
+        store=_store(edges, gone),
+        edges=tuple(
+            EdgeStatus(edge.node, int(edge.counters.get("open_streams", 0)), int(edge.counters.get("open_requests", 0)))
+            for edge in (source.latest for source in edges)
+            if isinstance(edge, EdgeReport)
+        ),
+    )
+
+
+def as_seen_by(status: ServerStatus, tenant: str, tenants: Mapping[str, TenantConfig]) -> ServerStatus:
+    """What a tenant may see: itself, or everybody if it is an operator. The empty name is a server without tokens."""
+    if not tenant or tenants.get(tenant, tenants.get(DEFAULT_TENANT, TenantConfig())).operator:
+        return status
+    return replace(status, tenants=tuple(row for row in status.tenants if row.name == tenant))
+
+
+def add_up(one: ReplicaReport | EdgeReport, other: ReplicaReport | EdgeReport) -> ReplicaReport | EdgeReport:
+    """One report with the totals of two."""
+    return replace(one, counters=_sum(one.counters, other.counters))
+
+
+def _sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    total: dict[str, Any] = {}
+    for key in {*one, *other}:
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) or isinstance(b, Mapping):
+            total[key] = _sum(a or {}, b or {})
+        else:
+            total[key] = (a or 0) + (b or 0)
+    return total
+
+
+def _teacher(report: ReplicaReport | EdgeReport) -> str:
+    return report.info.name if isinstance(report, ReplicaReport) else ""
+
+
+def _teacher_status(
+    name: str,
+    plan: TeacherPlan | None,
+    fingerprints: tuple[str, ...],
+    replicas: Sequence[Source],
+    gone: Sequence[Mapping[str, Any]],
+    now_s: float,
+) -> TeacherStatus:
+    live = [source.latest.counters for source in replicas]
+    totals = {key: int(sum(counters.get(key, 0) for counters in (*live, *gone))) for key in _TEACHER_TOTALS}
+    tokens = room = 0.0
+    for source in replicas:
+        _, first, last = source.since(now_s - RATE_S)
+        tokens += _grown(first, last, "forward_tokens")
+        room += _grown(first, last, "forwards") * last.get("max_batch_tokens", 0)
+    plan = plan or TeacherPlan("leaving")
+    return TeacherStatus(
+        name=name,
+        state=plan.state,
+        message=plan.message,
+        replicas=plan.replicas or len(replicas),
+        replicas_wanted=plan.replicas_wanted,
+        fingerprints=fingerprints,
+        queued_tokens=int(sum(counters.get("queued_tokens", 0) for counters in live)),
+        queued_requests=int(sum(counters.get("queued_jobs", 0) for counters in live)),
+        tokens_per_s=sum(_rate(source, now_s, "forward_tokens") for source in replicas),
+        batch_fill=min(1.0, tokens / room) if room else 0.0,
+        **totals,
+    )
+
+
+def _tenants(
+    configs: Mapping[str, TenantConfig],
+    replicas: Sequence[Source],
+    edges: Sequence[Source],
+    gone: Sequence[ReplicaReport | EdgeReport],
+    now_s: float,
+) -> tuple[TenantStatus, ...]:
+    served, queued, inflight, refused = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    rates: dict[str, float] = defaultdict(float)
+    lately: dict[str, float] = defaultdict(float)
+    for source in replicas:
+        for name, row in _rows(source.latest.counters):
+            served[name] += row.get("served_tokens", 0)
+            queued[name] += row.get("queued_tokens", 0)
+            rates[name] += _rate(source, now_s, "tenants", name, "served_tokens")
+            _, first, last = source.since(now_s - SHARE_S)
+            lately[name] += _grown(first, last, "tenants", name, "served_tokens")
+    for source in edges:
+        for name, row in _rows(source.latest.counters):
+            inflight[name] += row.get("inflight_tokens", 0)
+            refused[name] += row.get("refused", 0)
+    for report in gone:
+        for name, row in _rows(report.counters):
+            served[name] += row.get("served_tokens", 0)
+            refused[name] += row.get("refused", 0)
+    names = {*served, *queued, *inflight, *refused, *(set(configs) - {DEFAULT_TENANT})}
+    total = sum(lately.values())
+    return tuple(
+        TenantStatus(
+            name=name,
+            weight=configs.get(name, configs.get(DEFAULT_TENANT, TenantConfig())).weight,
+            share=lately[name] / total if total else 0.0,
+            tokens_per_s=rates[name],
+            served_tokens=int(served[name]),
+            queued_tokens=int(queued[name]),
+            inflight_tokens=int(inflight[name]),
+            refused=int(refused[name]),
+        )
+        for name in sorted(names, key=lambda name: (-lately[name], -served[name], name))
+    )
+
+
+def _store(edges: Sequence[Source], gone: Sequence[ReplicaReport | EdgeReport]) -> StoreStatus:
+    live = [source.latest.counters.get("store", {}) for source in edges]
+    past = [report.counters.get("store", {}) for report in gone if isinstance(report, EdgeReport)]
+    return StoreStatus(
+        **{key: int(sum(store.get(key, 0) for store in (*live, *past))) for key in _STORE_TOTALS},
+        memory_bytes=int(sum(store.get("memory_bytes", 0) for store in live)),
+        disk_bytes=int(max((store.get("disk_bytes") or 0 for store in live), default=0)),  # edges share the folder
+    )
+
+
+def _rows(counters: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    return counters.get("tenants", {}).items()
+
+
+def _at(counters: Mapping[str, Any], *path: str) -> float:
+    node: Any = counters
+    for key in path:
+        node = node.get(key, {}) if isinstance(node, Mapping) else {}
+    return float(node) if isinstance(node, int | float) else 0.0
+
+
+def _grown(first: Mapping[str, Any], last: Mapping[str, Any], *path: str) -> float:
+    return max(0.0, _at(last, *path) - _at(first, *path))
+
+
+def _rate(source: Source, now_s: float, *path: str) -> float:
+    took_s, first, last = source.since(now_s - RATE_S)
+    return _grown(first, last, *path) / took_s if took_s > 0 else 0.0

@@ -1,0 +1,127 @@
+"""The board: what is fresh, what is summed, what each reporter hears; and a status that adds up."""
+
+from dataclasses import replace
+
+import pytest
+
+from teacher_server.board import FRESH_S, Board
+from teacher_server.config import TenantConfig
+from teacher_server.reports import EdgeReport, Plan, ReplicaReport, TeacherPlan
+from teacher_server.status import as_seen_by
+from teacher_wire import status_codec
+from teacher_wire.fake import FakeTeacher
+from teacher_wire.messages import TenantStatus
+
+OLD, NEW = FakeTeacher(seed=0).teacher_info(), FakeTeacher(seed=1).teacher_info()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def replica(info=OLD, generation=1, forwards=0, **tenants):
+    """A replica that has served `tenants`' tokens in forward passes of 100."""
+    served = sum(tenants.values())
+    return ReplicaReport(
+        generation,
+        info,
+        {
+            "queued_tokens": 7, "queued_jobs": 2, "forwards": forwards, "forward_tokens": served, "max_batch_tokens": 100,
+            "answered": served // 10, "failed": 1,
+            "tenants": {name: {"queued_tokens": 3, "served_tokens": tokens} for name, tokens in tenants.items()},
+        },
+    )  # fmt: skip
+
+
+def edge(**store):
+    tenants = {"a": {"inflight_tokens": 5, "refused": 2}}
+    return EdgeReport("10.0.0.1", {"open_streams": 1, "open_requests": 4, "store": store, "tenants": tenants})
+
+
+async def board_of(**tenants):
+    clock = Clock()
+    board = Board(clock)
+    await board.post(Plan(tenants, {"fake": TeacherPlan("running", "", 2, 2)}, open=True))
+    return board, clock
+
+
+async def test_sums_rates_and_shares_are_those_of_the_reports():
+    board, clock = await board_of(a=TenantConfig(weight=3), b=TenantConfig())
+    for second in range(11):
+        await board.report("r1", replica(forwards=2 * second, a=120 * second, b=40 * second))
+        await board.report("r2", replica(forwards=second, a=30 * second))
+        await board.report("e1", edge(memory_hits=second, memory_bytes=100, disk_bytes=70))
+        await board.report("e2", edge(memory_hits=1, memory_bytes=50, disk_bytes=70))
+        clock.now_s += 1
+    status = await board.status()
+    (teacher,) = status.teachers
+    assert (teacher.replicas, teacher.queued_tokens, teacher.queued_requests) == (2, 14, 4)
+    assert teacher.tokens_per_s == pytest.approx(190, rel=0.11)
+    assert teacher.batch_fill == pytest.approx(190 / 300)
+    assert (teacher.forwards, teacher.forward_tokens, teacher.answered, teacher.failed) == (30, 1900, 190, 2)
+    a, b = status.tenants
+    assert (a.name, a.weight, a.served_tokens, a.queued_tokens, a.inflight_tokens, a.refused) == (
+        "a",
+        3,
+        1500,
+        6,
+        10,
+        4,
+    )
+    assert (a.share, b.share) == (pytest.approx(150 / 190), pytest.approx(40 / 190))
+    assert (status.store.memory_hits, status.store.memory_bytes, status.store.disk_bytes) == (11, 150, 70)
+    assert [e.open_requests for e in status.edges] == [4, 4]
+    assert status_codec.decode_status(status_codec.encode_status(status)) == status
+
+
+async def test_totals_outlive_a_replica_and_are_counted_once_if_it_comes_back():
+    board, clock = await board_of()
+    await board.report("r1", replica(a=100))
+    await board.report("r2", replica(a=50))
+    await board.leave("r2")
+    assert (await board.status()).teachers[0].forward_tokens == 150
+    assert len((await board.report("r1", replica(a=100))).weights["fake"]) == 1
+    clock.now_s += FRESH_S + 1
+    status = await board.status()
+    assert status.teachers[0].forward_tokens == 150 and status.teachers[0].queued_tokens == 0
+    await board.report("r1", replica(a=130))  # it had only been silent
+    status = await board.status()
+    assert status.teachers[0].forward_tokens == 180
+    assert status.tenants[0].served_tokens == 180
+    clock.now_s += 10_000
+    await board.report("r3", replica(a=1))
+    assert (await board.status()).teachers[0].forward_tokens == 181, "buried, not lost"
+
+
+async def test_reporters_hear_the_plan_the_live_weights_newest_first_and_the_live_edges():
+    board, clock = await board_of(a=TenantConfig())
+    await board.report("old", replica(OLD, 1))
+    await board.report("new", replica(NEW, 2))
+    await board.report("e1", edge())
+    news = await board.report("e2", edge())
+    assert news.plan is not None and set(news.plan.tenants) == {"a"}
+    assert [info.fingerprint for info in news.weights["fake"]] == [NEW.fingerprint, OLD.fingerprint]
+    assert news.edges == 2
+    clock.now_s += FRESH_S + 1
+    news = await board.report("new", replica(NEW, 2))
+    assert [info.fingerprint for info in news.weights["fake"]] == [NEW.fingerprint]
+    assert news.edges == 1, "at least the one that will come"
+
+
+async def test_a_new_board_has_no_plan_until_it_is_told():
+    assert (await Board(Clock()).report("r1", replica())).plan is None
+
+
+def test_a_tenant_sees_itself_and_an_operator_everybody():
+    from teacher_wire.messages import ServerStatus
+
+    status = ServerStatus(tenants=(TenantStatus("a"), TenantStatus("b")))
+    tenants = {"a": TenantConfig(), "boss": TenantConfig(operator=True)}
+    assert as_seen_by(status, "", tenants) == status, "no tokens, no secrets"
+    assert as_seen_by(status, "boss", tenants) == status
+    assert as_seen_by(status, "a", tenants) == replace(status, tenants=(TenantStatus("a"),))
+    assert as_seen_by(status, "unlisted", tenants).tenants == ()
