@@ -93,17 +93,28 @@ class Local:
         return await self._engine.head_bytes(fingerprint, offset, size)
 
 
-async def served(model: TransformersModel, seconds: float) -> tuple[Rows, Rows]:
-    """What four client processes see at once, and the stages of one request when nobody else asks."""
+async def started(model: TransformersModel, port: int) -> tuple[EdgeServer, TeacherEngine, Watched]:
+    """The product's edge and engine around a model, listening on loopback."""
     backend = Watched(model)
     config = TeacherConfig(name="t", backend=FakeBackend(), limits=LimitsConfig(max_reply_mb=256))
     engine = TeacherEngine(config, backend)
     engine.start()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     edge = EdgeServer(EdgeConfig(port=port), Local(engine))
     await edge.start()
+    return edge, engine, backend
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+async def served(model: TransformersModel, seconds: float) -> tuple[Rows, Rows]:
+    """What four client processes see at once, and the stages of one request when nobody else asks."""
+    port = free_port()
+    edge, engine, backend = await started(model, port)
     encode = codec.encode_chunks = TimedIterator(codec.encode_chunks)  # type: ignore[assignment]
 
     async def ask(labels: str, lengths: str, clients: int, depth: int, seconds: float) -> list[dict[str, Any]]:
