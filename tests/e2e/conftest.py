@@ -88,7 +88,9 @@ def teachers(tmp_path_factory, model_factory):
     """One server with two teachers of the same weights: `exact` is deterministic, `shared` batches across callers."""
     model = model_factory("qwen2", seed=5, hidden=48)
     config = server_config(
-        transformers_teacher("exact", model, deterministic=True), transformers_teacher("shared", model)
+        transformers_teacher("exact", model, deterministic=True),
+        transformers_teacher("shared", model),
+        store={"memory_mb": 0},  # every answer is computed
     )
     with serving(tmp_path_factory.mktemp("server"), config) as server:
         server.model = model
