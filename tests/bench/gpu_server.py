@@ -28,7 +28,7 @@ import torch
 
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.transformers_backend import Job, TransformersModel
-from teacher_server.config import EdgeConfig, FakeBackend, LimitsConfig, TeacherConfig
+from teacher_server.config import EdgeConfig, FakeBackend, LimitsConfig, StoreConfig, TeacherConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_server.engine import TeacherEngine
 from teacher_wire import codec
@@ -93,13 +93,15 @@ class Local:
         return await self._engine.head_bytes(fingerprint, offset, size)
 
 
-async def started(model: TransformersModel, port: int) -> tuple[EdgeServer, TeacherEngine, Watched]:
+async def started(
+    model: TransformersModel, port: int, memory_mb: int = 256
+) -> tuple[EdgeServer, TeacherEngine, Watched]:
     """The product's edge and engine around a model, listening on loopback."""
     backend = Watched(model)
     config = TeacherConfig(name="t", backend=FakeBackend(), limits=LimitsConfig(max_reply_mb=256))
     engine = TeacherEngine(config, backend)
     engine.start()
-    edge = EdgeServer(EdgeConfig(port=port), Local(engine))
+    edge = EdgeServer(EdgeConfig(port=port, store=StoreConfig(memory_mb=memory_mb)), Local(engine))
     await edge.start()
     return edge, engine, backend
 
