@@ -1,66 +1,45 @@
 """Any causal language model that transformers loads, as a teacher.
 
-In: packed tokens of several requests; out: reduced signals on the host. One right-padded forward pass
-per group of similar lengths, the state after the final norm, then the head in bounded chunks.
-Axes: b sequences of a group, L padded length, N wanted rows, C chunk rows, V vocabulary, D width.
+In: packed tokens of several requests; out: reduced signals on the host. The states of all wanted rows come from a
+`bodies.Body`, the signals of all requests that ask for the same from one `reduce`, and one wait a batch is enough.
+With `deterministic`, every sequence is forwarded and reduced by itself: its labels are a function of the weights, the
+spec and its own tokens, whatever else is in the batch and whichever of its rows are wanted.
+Axes: N wanted rows, L tokens of a sequence, M named ids, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor as Torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from teacher_server.backends import internlm
+from teacher_server.backends import bodies, internlm, quantized
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.model_folder import fetch, fingerprint
 from teacher_server.config import TransformersBackend as Config
 from teacher_server.errors import ServerConfigError
-from teacher_server.signals import output, state
+from teacher_server.signals.reduce import OutputHead, reduce
+from teacher_server.signals.transfer import ToHost, to_device, to_wire
 from teacher_wire.errors import CapabilityError
 from teacher_wire.identity import head_sha256, text_sha256, tokenizer_sha256
-from teacher_wire.messages import (
-    HeadHeader,
-    SignalSpec,
-    TeacherHead,
-    TeacherSignals,
-    Tensor,
-    Timing,
-    TokenBatch,
-    token_id_dtype,
-)
+from teacher_wire.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
+
+log = logging.getLogger(__name__)
+
+Job = tuple[TokenBatch, SignalSpec]
 
 _PROBE_TOKENS = 16
 # Largest relative difference between head(state) and the model's own logits on a probe, by dtype.
 _PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The output projection with what an architecture does to logits afterwards (algorithms.md 3.1)."""
-
-    weight_VD: Torch
-    bias_V: Torch | None
-    logit_scale: float
-    final_softcap: float
-
-    def logits(self, hidden_CD: Torch, vocab_rows: int) -> Torch:
-        """[C, V] in the model's dtype."""
-        bias = None if self.bias_V is None else self.bias_V[:vocab_rows]
-        logits_CV = nn.functional.linear(hidden_CD, self.weight_VD[:vocab_rows], bias)
-        if self.logit_scale != 1.0:
-            logits_CV = logits_CV * self.logit_scale
-        if self.final_softcap:
-            logits_CV = torch.tanh(logits_CV / self.final_softcap) * self.final_softcap
-        return logits_CV
 
 
 def load(config: Config, *, deterministic: bool) -> TransformersModel:
@@ -74,6 +53,7 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
     torch.set_num_threads(config.threads)
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module property
         torch.backends.cudnn.benchmark = False
     dtype = getattr(torch, config.dtype)
     internlm.register()
@@ -100,7 +80,9 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
     if absent:  # transformers would start these at random and only warn
         raise ServerConfigError(f"model {config.model!r} lacks {len(absent)} weights, {absent[0]} first")
     model = model.to(device).eval().requires_grad_(False)
-    return TransformersModel(config, model, model_config, tokenizer, fingerprint(folder, config.dtype))
+    arithmetic = config.dtype if config.quantization == "none" else f"{config.dtype}+{config.quantization}"
+    digest = fingerprint(folder, arithmetic)
+    return TransformersModel(config, model, model_config, tokenizer, digest, deterministic=deterministic)
 
 
 def _device(name: str) -> torch.device:
@@ -115,18 +97,32 @@ def _device(name: str) -> torch.device:
 
 
 class TransformersModel:
-    """A loaded model; see `backends.base.Backend`."""
+    """A loaded model; see `backends.base.Backend`.
 
-    def __init__(self, config: Config, model: Any, model_config: Any, tokenizer: Any, digest: str) -> None:
+    Attributes:
+        label_error: of a quantized model's labels, else None.
+    """
+
+    def __init__(
+        self, config: Config, model: Any, model_config: Any, tokenizer: Any, digest: str, *, deterministic: bool
+    ) -> None:
         self._config = config
-        self._body = model.get_decoder()
         self._device = next(model.parameters()).device
+        self._deterministic = deterministic
+        self._chunk_bytes = (config.reduce_mb or (1280 if self._device.type == "cuda" else 64)) << 20
         projection = model.get_output_embeddings()
         if projection is None:
             raise ServerConfigError(f"model {config.model!r} has no output head")
         text = model_config.get_text_config()
-        self._head = _Head(projection.weight, getattr(projection, "bias", None), _logit_scale(text), _softcap(text))
+        self._head = OutputHead(
+            projection.weight, getattr(projection, "bias", None), _logit_scale(text), _softcap(text)
+        )
         self._probe(model)
+        alone = {"prefix_min_tokens": 0} if deterministic else {}
+        with torch.inference_mode():
+            self._body = bodies.choose(model, config.model_copy(update=alone))
+            self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
+        log.info("model %s is run %s", config.model, self._body.name)
         rows, columns = projection.weight.shape
         served_head = self.head() if config.serve_head else None
         self._facts = ModelFacts(
@@ -149,88 +145,141 @@ class TransformersModel:
     def facts(self) -> ModelFacts:
         return self._facts
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the layers so far; less than was asked where prefixes are shared."""
+        return self._body.computed_tokens
+
     def head(self) -> TeacherHead:
         if not self._config.serve_head:
             raise CapabilityError("this teacher does not serve its output head", field="head", value=self._config.model)
-        weight = _to_host(self._head.weight_VD)
-        bias = None if self._head.bias_V is None else _to_host(self._head.bias_V)
+        weight = to_wire(self._head.weight_VD.detach().cpu().contiguous())
+        bias = None if self._head.bias_V is None else to_wire(self._head.bias_V.detach().cpu())
         scale, softcap = self._head.logit_scale, self._head.final_softcap
         digest = head_sha256(weight, bias, scale, softcap)
         rows, columns = weight.shape
         return TeacherHead(HeadHeader(weight.dtype, rows, columns, bias, scale, softcap, digest), weight)
 
+    def score(self, jobs: list[Job]) -> list[TeacherSignals]:
+        return self.begin(jobs)()
+
     @torch.inference_mode()
-    def score(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> list[TeacherSignals]:
-        started = time.perf_counter()
-        states = self._states([batch for batch, _ in jobs])
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        forwarded = time.perf_counter()
-        answers = [self._reduce(hidden_ND, batch, spec) for hidden_ND, (batch, spec) in zip(states, jobs, strict=True)]
+    def begin(self, jobs: list[Job]) -> Callable[[], list[TeacherSignals]]:
+        """Puts a batch to the device and returns at once there; what it returns waits for the answers.
+
+        The next batch may begin before the last one is waited for, from the same thread; the wait may be in another.
+        """
+        watch = _Stopwatch(self._device)
+        groups: dict[SignalSpec, list[int]] = {}
+        for index, (_, spec) in enumerate(jobs):
+            groups.setdefault(spec, []).append(index)
+        compute = self._apart if self._deterministic else self._together
+        copies = [(members, ToHost(found)) for members, found in compute(jobs, groups, watch)]
+        return lambda: self._answers(jobs, copies, watch)
+
+    def _together(
+        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: _Stopwatch
+    ) -> list[tuple[list[int], dict[str, Torch]]]:
+        """The signals of each group of jobs, from as few passes as fit."""
+        order = [index for members in groups.values() for index in members]
+        sequences = [ids for index in order for ids in _sequences(jobs[index][0])]
+        rows = [np.flatnonzero(wanted) for index in order for wanted in _wanted(jobs[index][0])]
+        hidden_ND = self._body.states(sequences, rows)
+        watch.mark("forward")
+        found, start = [], 0
+        for spec, members in groups.items():
+            batches = [jobs[index][0] for index in members]
+            stop = start + sum(batch.rows for batch in batches)
+            labels_N = np.concatenate([batch.labels_N() for batch in batches])
+            extra = [batch.extra_ids_NM for batch in batches if batch.extra_ids_NM is not None]
+            found.append((members, self._reduce(hidden_ND[start:stop], labels_N, extra, spec)))
+            start = stop
+        watch.mark("reduce")
+        return found
+
+    def _apart(
+        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: _Stopwatch
+    ) -> list[tuple[list[int], dict[str, Torch]]]:
+        """The same, each sequence by itself; all its rows are reduced in chunks from its first, wanted or not."""
+        found = []
+        for spec, members in groups.items():
+            parts: list[dict[str, Torch]] = []
+            for batch in (jobs[index][0] for index in members):
+                named_at = 0
+                for ids_L, wanted_L in zip(_sequences(batch), _wanted(batch), strict=True):
+                    kept_R = wanted_L[:-1]
+                    if not kept_R.any():
+                        continue
+                    hidden_RD = self._body.states([ids_L], [np.arange(len(kept_R))])
+                    watch.mark("forward")
+                    extra = []
+                    if batch.extra_ids_NM is not None:
+                        named_RM = np.zeros((len(kept_R), batch.extra_ids_NM.shape[1]), np.int32)
+                        named_RM[kept_R] = batch.extra_ids_NM[named_at : named_at + int(kept_R.sum())]
+                        named_at += int(kept_R.sum())
+                        extra = [named_RM]
+                    labels_R = np.where(kept_R, ids_L[1:], 0)  # others' may lie outside the spec's vocabulary
+                    parts.append(self._reduce(hidden_RD, labels_R, extra, spec, kept_R))
+                    watch.mark("reduce")
+            found.append((members, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}))
+        return found
+
+    def _reduce(
+        self,
+        hidden_RD: Torch,
+        labels_R: np.ndarray,
+        extra: list[np.ndarray],
+        spec: SignalSpec,
+        kept_R: np.ndarray | None = None,
+    ) -> dict[str, Torch]:
+        labels = to_device(labels_R, self._device).long()
+        named = to_device(np.concatenate(extra), self._device).long() if extra else None
+        return reduce(self._head, hidden_RD, labels, named, spec, self._chunk_bytes, kept_R)
+
+    def _answers(
+        self, jobs: list[Job], copies: list[tuple[list[int], ToHost]], watch: _Stopwatch
+    ) -> list[TeacherSignals]:
+        answers: dict[int, TeacherSignals] = {}
+        for members, copy in copies:
+            spec = jobs[members[0]][1]
+            tensors = {name: to_wire(host, _ids_below(name, spec)) for name, host in copy.wait().items()}
+            together = TeacherSignals.of(tensors, self._facts.fingerprint)
+            start = 0
+            for index in members:
+                stop = start + jobs[index][0].rows
+                answers[index] = together.slice(start, stop)
+                start = stop
+        spent = watch.us()
         timing = Timing(
-            forward_us=round((forwarded - started) * 1e6),
-            reduce_us=round((time.perf_counter() - forwarded) * 1e6),
+            forward_us=spent.get("forward", 0),
+            reduce_us=spent.get("reduce", 0),
             batch_tokens=sum(batch.tokens for batch, _ in jobs),
         )
-        return [replace(answer, timing=timing) for answer in answers]
+        return [replace(answers[index], timing=timing) for index in range(len(jobs))]
 
-    def _states(self, batches: list[TokenBatch]) -> list[Torch]:
-        """The wanted rows' states [N, D] of each batch, after the final norm."""
-        sequences = [(b, s) for b, batch in enumerate(batches) for s in range(batch.sequences)]
-        lengths = np.array([batches[b].lengths_B[s] for b, s in sequences])
-        found: dict[tuple[int, int], Torch] = {}
-        for group in _groups(lengths, self._config_tokens):
-            padded = int(lengths[group].max())
-            ids_bL = torch.zeros(len(group), padded, dtype=torch.long)
-            for row, index in enumerate(group):
-                ids_bL[row, : lengths[index]] = torch.from_numpy(_tokens_of(batches, sequences[index]).astype(np.int64))
-            mask_bL = torch.arange(padded)[None, :] < torch.from_numpy(lengths[group])[:, None]
-            state_bLD = self._body(
-                input_ids=ids_bL.to(self._device), attention_mask=mask_bL.long().to(self._device), use_cache=False
-            ).last_hidden_state
-            for row, index in enumerate(group):
-                wanted = np.flatnonzero(_wanted_of(batches, sequences[index]))
-                found[sequences[index]] = state_bLD[row, torch.from_numpy(wanted).to(self._device)]
-        return [torch.cat([found[b, s] for s in range(batch.sequences)]) for b, batch in enumerate(batches)]
+    def _quantize(self, tokenizer: Any) -> quantized.LabelError:
+        """Turns the layers' products to float8 and measures what that does to the labels.
 
-    @property
-    def _config_tokens(self) -> int:
-        """Padded tokens of one forward pass; attention and FFN activations grow with it."""
-        return 65_536 if self._device.type == "cuda" else 16_384
-
-    def _reduce(self, hidden_ND: Torch, batch: TokenBatch, spec: SignalSpec) -> TeacherSignals:
-        labels_N = torch.from_numpy(batch.labels_N().astype(np.int64)).to(self._device)
-        extra_NM = None
-        if batch.extra_ids_NM is not None:
-            extra_NM = torch.from_numpy(batch.extra_ids_NM.astype(np.int64)).to(self._device)
-        parts: dict[str, list[Torch]] = {}
-        if spec.compression == "int8":
-            packed = state.pack(hidden_ND)
-            parts["state_int8_ND"], parts["state_scales_NG"] = [packed.int8_CD], [packed.scales_CG]
-            parts["outlier_ids_NO"], parts["outlier_values_NO"] = [packed.outlier_ids_CO], [packed.outlier_values_CO]
-            hidden_ND = packed.unpack(hidden_ND.dtype)  # lse and logp(label) are of the state that travels
-        for rows in self._chunks(hidden_ND.shape[0], spec.vocab_rows):
-            logits_CV = self._head.logits(hidden_ND[rows], spec.vocab_rows)
-            lse_C, label_C = output.lse_and_label(logits_CV, labels_N[rows])
-            found = {"lse_N": lse_C, "label_logp_N": label_C}
-            if spec.transport == "top_k":
-                extra_CM = None if extra_NM is None else extra_NM[rows]
-                ids_CK, values_CK, tail_C = output.top_k(logits_CV, lse_C, spec.k, extra_CM)
-                found |= {"topk_ids_NK": ids_CK, "topk_logits_NK": values_CK, "tail_logp_N": tail_C}
-            elif spec.transport == "full":
-                found["logits_NV"] = logits_CV
-            for name, part in found.items():
-                parts.setdefault(name, []).append(part)
-        if spec.transport == "hidden" and spec.compression == "none":
-            parts["hidden_ND"] = [hidden_ND]
-        tensors = {name: _to_host(torch.cat(pieces), _ids_below(name, spec)) for name, pieces in parts.items()}
-        return TeacherSignals.of(tensors, self._facts.fingerprint)
-
-    def _chunks(self, rows: int, vocab_rows: int) -> Iterator[slice]:
-        """Slices whose float32 logits stay under the configured bound."""
-        step = max(1, (self._config.reduce_mb << 20) // (4 * vocab_rows))
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
+        Raises:
+            ServerConfigError: not a model or a device that can.
+        """
+        why = ""
+        if self._device.type != "cuda" or torch.cuda.get_device_capability(self._device) < (8, 9):
+            why = f"device {self._device} multiplies no float8"
+        elif self._config.dtype != "bfloat16":
+            why = f"dtype {self._config.dtype} must be bfloat16"
+        elif not isinstance(self._body, bodies.PackedBody) or self._body.fused is None:
+            why = f"the model is run {self._body.name}, not fused"
+        if why:
+            raise ServerConfigError(f"model {self._config.model!r}: quantization fp8 is not possible: {why}")
+        assert isinstance(self._body, bodies.PackedBody) and self._body.fused is not None
+        sequences = quantized.probe_text(tokenizer, self._head.weight_VD.shape[0])
+        rows = [np.arange(len(ids)) for ids in sequences]
+        before_ND = self._body.states(sequences, rows)
+        self._body.fused.quantize()
+        error = quantized.label_error(self._head, before_ND, self._body.states(sequences, rows))
+        log.warning("model %s in float8 against bfloat16: %s", self._config.model, error)
+        return error
 
     @torch.inference_mode()
     def _probe(self, model: Any) -> None:
@@ -242,7 +291,8 @@ class TransformersModel:
         rows = self._head.weight_VD.shape[0]
         ids_1L = (torch.arange(_PROBE_TOKENS) * 7919 % rows)[None].to(self._device)
         own = model(input_ids=ids_1L, use_cache=False).logits[0].float()
-        ours = self._head.logits(self._body(input_ids=ids_1L, use_cache=False).last_hidden_state[0], rows).float()
+        state_LD = model.get_decoder()(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
+        ours = self._head.logits(state_LD, rows).float()
         difference = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-6))
         tolerance = _PROBE_TOLERANCE[self._config.dtype]
         if not difference <= tolerance:
@@ -257,42 +307,39 @@ def _ids_below(name: str, spec: SignalSpec) -> int:
     return 1 << 16 if name == "outlier_ids_NO" else spec.vocab_rows
 
 
-def _tokens_of(batches: list[TokenBatch], sequence: tuple[int, int]) -> np.ndarray:
-    batch = batches[sequence[0]]
-    return batch.token_ids_T[batch.cu_lengths_B1[sequence[1]] : batch.cu_lengths_B1[sequence[1] + 1]]
+def _sequences(batch: TokenBatch) -> list[np.ndarray]:
+    """The ids of each sequence."""
+    return np.split(batch.token_ids_T, batch.cu_lengths_B1[1:-1])
 
 
-def _wanted_of(batches: list[TokenBatch], sequence: tuple[int, int]) -> np.ndarray:
-    batch = batches[sequence[0]]
-    return batch.wanted_T[batch.cu_lengths_B1[sequence[1]] : batch.cu_lengths_B1[sequence[1] + 1]]
+def _wanted(batch: TokenBatch) -> list[np.ndarray]:
+    """The flags of each sequence."""
+    return np.split(batch.wanted_T, batch.cu_lengths_B1[1:-1])
 
 
-def _groups(lengths: np.ndarray, max_padded_tokens: int) -> Iterator[np.ndarray]:
-    """Indices of sequences to run together: neighbours in length, at most 25 % padding, under the budget.
+class _Stopwatch:
+    """Time between marks, on the device's own clock where it has one: reading it waits for nothing but the last mark."""
 
-    A pure function of the lengths, so that the same request is always cut the same way.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end < len(order):
-            longest = lengths[order[start]]
-            fits = longest * (end - start + 1) <= max_padded_tokens
-            if fits and lengths[order[end]] >= 0.75 * longest:
-                continue
-        yield order[start:end]
-        start = end
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self.mark("")
 
+    def mark(self, name: str) -> None:
+        """The time since the last mark was spent on `name`."""
+        now: Any = time.perf_counter()
+        if self._cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._marks.append((name, now))
 
-def _to_host(tensor: Torch, vocab_rows: int = 0) -> Tensor:
-    """A device tensor as a wire tensor; integer tensors are token ids below `vocab_rows`."""
-    host = tensor.detach().to("cpu").contiguous()
-    if host.dtype == torch.bfloat16:
-        return Tensor("bfloat16", host.view(torch.int16).numpy().view(np.uint16))
-    if host.dtype == torch.int64:
-        name = token_id_dtype(vocab_rows)
-        return Tensor(name, host.numpy().astype(np.uint16 if name == "uint16" else np.uint32))
-    return Tensor(str(host.dtype).removeprefix("torch."), host.numpy())
+    def us(self) -> dict[str, int]:
+        """Microseconds by name."""
+        spent: dict[str, float] = {}
+        for (_, start), (name, end) in pairwise(self._marks):
+            took_us = start.elapsed_time(end) * 1e3 if self._cuda else (end - start) * 1e6
+            spent[name] = spent.get(name, 0.0) + took_us
+        return {name: round(took_us) for name, took_us in spent.items()}
 
 
 def _logit_scale(config: Any) -> float:

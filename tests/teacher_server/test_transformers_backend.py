@@ -5,6 +5,7 @@ bfloat16 models 0.15, about three steps of bfloat16 at that magnitude.
 """
 
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -82,12 +83,92 @@ def test_alone_or_in_company_labels_agree(model_factory):
         np.testing.assert_allclose(joined, together.logits_NV.array, atol=TOLERANCE["float32"])
 
 
-def test_the_same_request_gives_the_same_bits(model_factory):
+SPECS = [
+    SignalSpec("full", 300),
+    SignalSpec("top_k", 290, k=5),
+    SignalSpec("top_k", 300, k=5, extra=2),
+    SignalSpec("hidden", 300),
+    SignalSpec("hidden", 300, compression="int8"),
+]
+
+
+def by_sequence(signals, batch, rows):
+    """The bytes of each sequence's answer, by its ids."""
+    bounds = np.concatenate([[0], np.cumsum([len(row) - 1 for row in rows])])
+    parts = [signals.slice(int(a), int(b)) for a, b in pairwise(bounds)]
+    return {
+        tuple(row): {n: t.array.tobytes() for n, t in part.tensors().items()}
+        for row, part in zip(rows, parts, strict=True)
+    }
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers": "fused"}, {"packing": "off"}], ids=["packed", "fused", "padded"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.transport}{s.extra or ''}_{s.compression}")
+def test_deterministic_labels_are_a_function_of_the_sequence_alone(model_factory, spec, settings):
+    """Bit for bit: alone, in any company, in any order, with other specs beside it, whatever other rows are wanted."""
+    teacher = backend(model_factory("qwen2"), deterministic=True, reduce_mb=1, **settings)
+    teacher._chunk_bytes = 16 * 4 * spec.vocab_rows  # several chunks a sequence
+    prompt = [1, 2, 3] * 30
+    rows = [*sequences(vocab=290), [*prompt, 4, 5], [*prompt, 6, 7, 8]]
+
+    def ask(rows, wanted=None):
+        extra = None
+        if spec.extra:
+            extra = np.concatenate([np.array([row[:-1], row[1:]]).T for row in rows]).astype(np.int32)
+            extra[:, 1] = np.where(extra[:, 0] == extra[:, 1], (extra[:, 0] + 1) % 290, extra[:, 1])
+        batch = TokenBatch.pack(rows)
+        return TokenBatch(batch.token_ids_T, batch.cu_lengths_B1, batch.wanted_T, extra)
+
+    alone = {}
+    for row in rows:
+        alone |= by_sequence(teacher.score([(ask([row]), spec)])[0], ask([row]), [row])
+    for company in (rows, rows[::-1], [rows[2], rows[6], rows[2], rows[1]]):
+        batch = ask(company)
+        for jobs in ([(batch, spec)], [(TokenBatch.pack(rows[:3]), SPECS[0]), (batch, spec), (ask(rows[:1]), spec)]):
+            answers = teacher.score(jobs)
+            answer = answers[len(jobs) // 2]
+            for row, found in by_sequence(answer, batch, company).items():
+                assert found == alone[row], f"{len(row)} tokens"
+    if not spec.extra:  # some rows only
+        row = rows[1]
+        wanted = np.arange(len(row)) % 7 == 2
+        wanted[-1] = False
+        (some,) = teacher.score([(TokenBatch.pack([row], [wanted]), spec)])
+        (every,) = teacher.score([(ask([row]), spec)])
+        for name, tensor in every.tensors().items():
+            assert tensor.array[wanted[:-1]].tobytes() == some.tensors()[name].array.tobytes(), name
+
+
+def test_a_token_outside_the_specs_vocabulary_may_follow_an_unwanted_row(model_factory):
     teacher = backend(model_factory("qwen2"), deterministic=True)
-    batch = TokenBatch.pack(sequences())
-    first, second = (teacher.score([(batch, SignalSpec("hidden", 300))])[0] for _ in range(2))
-    for name, tensor in first.tensors().items():
-        assert tensor.array.tobytes() == second.tensors()[name].array.tobytes(), name
+    wanted = [[False, True, False, False]]
+    (found,) = teacher.score([(TokenBatch.pack([[3, 299, 5, 298]], wanted), SignalSpec("full", 290))])
+    logits = direct_logits(model_factory("qwen2"), [[3, 299, 5, 298]])[1:2, :290]
+    np.testing.assert_allclose(found.label_logp_N.array, logits.log_softmax(-1)[:, 5], atol=1e-4)
+
+
+def test_a_batch_may_begin_before_the_last_is_waited_for(model_factory):
+    teacher = backend(model_factory("qwen2"))
+    rows = sequences(vocab=290)
+    jobs = [[(TokenBatch.pack([row]), SPECS[i % len(SPECS[:2])])] for i, row in enumerate(rows)]
+    waits = [teacher.begin(job) for job in jobs]
+    for job, wait in zip(jobs, waits, strict=True):
+        (found,), (expected,) = wait(), teacher.score(job)
+        for name, tensor in expected.tensors().items():
+            np.testing.assert_array_equal(found.tensors()[name].array, tensor.array)
+        assert found.timing.batch_tokens == job[0][0].tokens and found.timing.forward_us > 0
+
+
+def test_requests_of_several_kinds_share_a_pass(model_factory):
+    """Each gets its own rows of its own kind, in the order of the jobs."""
+    teacher = backend(model_factory("qwen2"))
+    rows = sequences(vocab=290)
+    kinds = [SPECS[0], SPECS[3], SPECS[1], SPECS[0], SPECS[4], SPECS[1]]
+    together = teacher.score([(TokenBatch.pack([row]), spec) for row, spec in zip(rows, kinds, strict=True)])
+    for row, spec, found in zip(rows, kinds, together, strict=True):
+        (alone,) = teacher.score([(TokenBatch.pack([row]), spec)])
+        assert found.rows == len(row) - 1 and set(found.tensors()) == set(alone.tensors())
+        np.testing.assert_allclose(found.lse_N.array, alone.lse_N.array, atol=TOLERANCE["float32"])
 
 
 def test_row_t_describes_token_t_plus_1(model_factory):
@@ -136,8 +217,8 @@ def test_compressed_states_carry_the_figures_of_what_travels(model_factory):
 def test_chunked_reductions_change_nothing(model_factory):
     folder = model_factory("qwen2")
     batch = TokenBatch.pack(sequences(lengths=(120, 100)))
-    one = backend(folder, reduce_mb=1)
-    one._config = one._config.model_copy(update={"reduce_mb": 0})  # a row at a time
+    one = backend(folder)
+    one._chunk_bytes = 0  # a row at a time
     (tiny,) = one.score([(batch, SignalSpec("top_k", 300, k=4))])
     (big,) = backend(folder).score([(batch, SignalSpec("top_k", 300, k=4))])
     np.testing.assert_array_equal(tiny.topk_ids_NK.array, big.topk_ids_NK.array)

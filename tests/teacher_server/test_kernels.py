@@ -1,0 +1,80 @@
+"""The Triton kernels against their plain versions, on a CUDA device; elsewhere there is nothing to test."""
+
+import numpy as np
+import pytest
+import torch
+
+from teacher_server.backends import attention, attention_kernel, kernels, steps
+from teacher_server.backends.layout import pack
+from teacher_server.signals import kernels as signal_kernels
+from teacher_server.signals import output
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "k"), [(300, 64), (5003, 1), (9999, 64), (152_064, 64), (152_064, 128)])
+def test_top_k_and_log_sums(dtype, vocab, k):
+    """Ids exactly, ties and zeros of both signs included; log-sums within rounding of float64's."""
+    torch.manual_seed(0)
+    z = (torch.randn(8, vocab, device=CUDA) * 3).to(dtype)
+    z[0] = z[0].round()
+    z[1], z[1, ::3] = 0.0, -0.0
+    z[2, : vocab // 2] = -torch.inf
+    assert signal_kernels.usable(z, k)
+    ids, lse, rest = signal_kernels.top_k(z, k)
+    wide = z.double().cpu()
+    order = np.lexsort((np.broadcast_to(np.arange(vocab), wide.shape), -wide.numpy()), axis=-1)
+    np.testing.assert_array_equal(ids.cpu().numpy(), np.sort(order[:, :k], axis=-1))
+    expected = wide.scatter(-1, ids.long().cpu(), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.double().cpu(), wide.logsumexp(-1), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(signal_kernels.lse(z).double().cpu(), wide.logsumexp(-1), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(rest.double().cpu(), expected, atol=1e-5, rtol=1e-6)
+    assert torch.equal(output.top_k(z, k)[1], z.topk(k, dim=-1).values)
+
+
+@pytest.mark.parametrize("shared", [0, 20])
+@pytest.mark.parametrize(("heads", "groups", "channels"), [(4, 2, 32), (6, 2, 64), (28, 4, 128)])
+def test_attention_over_segments(shared, heads, groups, channels):
+    generator = np.random.default_rng(0)
+    sequences = [generator.integers(0, 9, n).astype(np.int32) for n in (200, 130, 64, 300, 2, 127)]
+    for ids in (sequences[1], sequences[3]):
+        ids[:100] = sequences[0][:100]
+    layout = pack(sequences, shared)
+    packing = attention.Packing.of(layout, CUDA)
+    torch.manual_seed(0)
+    rows = torch.randn(layout.tokens, heads + 2 * groups, channels, device=CUDA, dtype=torch.bfloat16)
+    query, key, value = rows.split([heads, groups, groups], dim=1)
+    assert attention_kernel.usable(query)
+    found = attention.attend(query, key, value, packing, channels**-0.5).float()
+    expected = attention.attend(query.float(), key.float(), value.float(), packing, channels**-0.5)
+    assert (found - expected).norm() / expected.norm() < 4e-3
+
+
+@pytest.mark.parametrize("width", [200, 3584])
+def test_steps_of_a_layer(width):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 50, width, device=CUDA, dtype=torch.bfloat16)
+    weight = torch.rand(width, device=CUDA, dtype=torch.bfloat16)
+    near = {"atol": 0.02, "rtol": 0.01}
+    for other in (None, residual):
+        found, expected = (module.add_rms_norm(x, other, weight, 1e-6) for module in (kernels, steps))
+        torch.testing.assert_close(found[0], expected[0], **near)
+        assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(kernels.silu_mul(x)[0], steps.silu_mul(x)[0], **near)
+    cos, sin = torch.rand(2, 50, 8, device=CUDA, dtype=torch.bfloat16)
+    turned, plain = x.view(50, -1, 8).clone(), x.view(50, -1, 8).clone()
+    kernels.rotate(turned[:, :5], cos, sin)
+    steps.rotate(plain[:, :5], cos, sin)
+    torch.testing.assert_close(turned, plain, **near)
+    assert torch.equal(turned[:, 5:], x.view(50, -1, 8)[:, 5:])
+
+
+def test_float8_rows_are_the_plain_ones():
+    torch.manual_seed(0)
+    x = torch.randn(50, 400, device=CUDA, dtype=torch.bfloat16)
+    for make in (lambda m: m.to_float8(x), lambda m: m.silu_mul(x, float8=True)):
+        (found, scale), (expected, plain_scale) = make(kernels), make(steps)
+        torch.testing.assert_close(scale, plain_scale)
+        torch.testing.assert_close(found.float() * scale, expected.float() * plain_scale, atol=0.02, rtol=0.07)
