@@ -77,17 +77,17 @@ class TeacherEngine:
                 max_request_sequences=limits.max_request_sequences,
                 max_k=min(limits.max_k, facts.vocab_rows),
                 max_reply_bytes=limits.max_reply_mb << 20,
-                **self._generation_limits(),
+                **self._generation_limits(sequence),
             ),
             **shared,
         )
 
-    def _generation_limits(self) -> dict[str, int]:
+    def _generation_limits(self, max_sequence_tokens: int) -> dict[str, int]:
         settings = self._config.generation
         if not self._backend.facts.generates:
             return {}
         return {
-            "max_new_tokens": settings.max_new_tokens,
+            "max_new_tokens": min(settings.max_new_tokens, max_sequence_tokens - 1),
             "max_samples": settings.max_samples,
             "max_generate_tokens": settings.max_call_tokens,
             "max_schema_bytes": settings.max_schema_bytes,

@@ -43,7 +43,9 @@ class Grammars:
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
         self._matcher = xgrammar.GrammarMatcher
         self._lock = threading.Lock()
-        self._vocab_rows = vocab_rows
+        # xgrammar lets control characters into strings of bounded length (0.2.8), where JSON has none.
+        clean = [not any(byte < 32 and byte not in b"\r\n" for byte in token) for token in info.decoded_vocab]
+        self._clean_V = torch.tensor(clean)[:vocab_rows]
 
     def compile(self, schema: str) -> Any:
         """The grammar of a schema.
@@ -69,22 +71,22 @@ class Grammars:
             override_stop_tokens=sorted(stop_ids) or None,
             terminate_without_stop_token=not stop_ids,
         )
-        return Follower(matcher, self._vocab_rows)
+        return Follower(matcher, self._clean_V)
 
 
 class Follower:
     """One text's place in its grammar."""
 
-    def __init__(self, matcher: Any, vocab_rows: int) -> None:
+    def __init__(self, matcher: Any, clean_V: Torch) -> None:
         self._matcher = matcher
-        self._bits_1W = torch.zeros(1, -(-vocab_rows // 32), dtype=torch.int32)
-        self._vocab_rows = vocab_rows
+        self._bits_1W = torch.zeros(1, -(-len(clean_V) // 32), dtype=torch.int32)
+        self._clean_V = clean_V
 
     def allowed_V(self) -> Torch:
         """bool [V] on the host: ids that may come next."""
         self._matcher.fill_next_token_bitmask(self._bits_1W)
         shifted = self._bits_1W[0][:, None] >> torch.arange(32, dtype=torch.int32)
-        return (shifted & 1).flatten()[: self._vocab_rows].bool()
+        return (shifted & 1).flatten()[: len(self._clean_V)].bool() & self._clean_V
 
     def accept(self, token_id: int) -> bool:
         """Goes on by one token; whether the text is complete with it."""
