@@ -151,7 +151,9 @@ async def test_two_thousand_hostile_requests_leave_the_engine_alive(service, cap
     with serve(answering) as server:
         codes = await attack(server.address, REQUESTS)
         assert sum(codes.values()) == REQUESTS and codes["OK"] < REQUESTS * 0.1
-        assert server.servicer.open_requests == 0
+        async with asyncio.timeout(5):
+            while server.servicer.open_requests:  # the last answer is out before its handler ends
+                await asyncio.sleep(0.01)
         held = counters()
         assert not any(held.get(f"generate_{name}") for name in ("calls", "running", "waiting"))
         stop()
