@@ -80,6 +80,26 @@ class SourceConfig(_Strict):
     split: str = "train"
 
 
+Weight = Annotated[float, Field(ge=0, le=100)]
+
+
+class TraceTasksConfig(_Strict):
+    """What rows of format `trace` become; see `data.trace_rows.TraceTasks` (algorithms.md 7.3)."""
+
+    tasks: Annotated[tuple[Literal["reason", "answer"], ...], Field(min_length=1)] = ("reason", "answer")
+    reason_prefix: str = "[reason] "
+    answer_prefix: str = "[answer] "
+    open_tag: str = "<think>"
+    close_tag: str = "</think>"
+    reason_share: Weight = 1.0
+    gamma: Weight = 1.0
+    answer_weight: Weight = 1.0
+    step_weight: Weight = 0.5
+    evidence_weight: Weight = 0.25
+    markup_weight: Weight = 0.1
+    evidence_bonus: Weight = 0.2
+
+
 class DataConfig(_Strict):
     """What is learned from.
 
@@ -88,6 +108,7 @@ class DataConfig(_Strict):
         template: `chat` (the tokenizer's), `plain`, or `auto`.
         max_tokens: longest sequence.
         overlong: what to do with a longer one; `drop` counts and reports them.
+        traces: what rows of format `trace` become.
     """
 
     train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
@@ -96,6 +117,7 @@ class DataConfig(_Strict):
     system_prompt: str | None = None
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     overlong: Literal["refuse", "drop"] = "refuse"
+    traces: TraceTasksConfig = TraceTasksConfig()
 
     @field_validator("train", "eval", mode="before")
     @classmethod

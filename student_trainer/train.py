@@ -18,6 +18,7 @@ from student_trainer import evaluate
 from student_trainer.config import DataConfig, SourceConfig, TrainConfig
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.sources import DataSource, parse_source
+from student_trainer.data.trace_rows import TraceTasks
 from student_trainer.errors import ConfigError
 from student_trainer.feed.order import RunOrder
 from student_trainer.feed.packing import pack
@@ -179,6 +180,7 @@ def _load_data(
             system_prompt=config.system_prompt or "",
             max_tokens=config.max_tokens,
             overlong=config.overlong,
+            traces=TraceTasks(**config.traces.model_dump()),
         )
 
     with console.status("reading and tokenising the data"):
