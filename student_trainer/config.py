@@ -7,13 +7,14 @@ that names the key; nothing here builds anything.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from student_trainer.errors import ConfigError
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -79,6 +80,26 @@ class SourceConfig(_Strict):
     split: str = "train"
 
 
+Weight = Annotated[float, Field(ge=0, le=100)]
+
+
+class TraceTasksConfig(_Strict):
+    """What rows of format `trace` become; see `data.trace_rows.TraceTasks` (algorithms.md 7.3)."""
+
+    tasks: Annotated[tuple[Literal["reason", "answer"], ...], Field(min_length=1)] = ("reason", "answer")
+    reason_prefix: str = "[reason] "
+    answer_prefix: str = "[answer] "
+    open_tag: str = "<think>"
+    close_tag: str = "</think>"
+    reason_share: Weight = 1.0
+    gamma: Weight = 1.0
+    answer_weight: Weight = 1.0
+    step_weight: Weight = 0.5
+    evidence_weight: Weight = 0.25
+    markup_weight: Weight = 0.1
+    evidence_bonus: Weight = 0.2
+
+
 class DataConfig(_Strict):
     """What is learned from.
 
@@ -87,6 +108,7 @@ class DataConfig(_Strict):
         template: `chat` (the tokenizer's), `plain`, or `auto`.
         max_tokens: longest sequence.
         overlong: what to do with a longer one; `drop` counts and reports them.
+        traces: what rows of format `trace` become.
     """
 
     train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
@@ -95,6 +117,7 @@ class DataConfig(_Strict):
     system_prompt: str | None = None
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     overlong: Literal["refuse", "drop"] = "refuse"
+    traces: TraceTasksConfig = TraceTasksConfig()
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -318,6 +341,15 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
     Raises:
         ConfigError: one line that names file and key.
     """
+    return parse_config(read_tree(path, overrides), str(path))
+
+
+def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The plain data of a config file with its overrides.
+
+    Raises:
+        ConfigError: one line that names the file.
+    """
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -330,7 +362,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
         raise ConfigError(f"{path}: must hold sections, not {type(tree).__name__}")
     for override in overrides or []:
         _override(tree, override)
-    return parse_config(tree, str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> TrainConfig:
@@ -339,8 +371,13 @@ def parse_config(tree: dict[str, Any], origin: str) -> TrainConfig:
     Raises:
         ConfigError: one line that names `origin` and every wrong key.
     """
+    return parse_as(TrainConfig, tree, origin)
+
+
+def parse_as(kind: type[Parsed], tree: dict[str, Any], origin: str) -> Parsed:
+    """A config of a kind from plain data; raises as `parse_config`."""
     try:
-        return TrainConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{origin}: {_describe(error)}") from error
 

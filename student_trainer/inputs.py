@@ -14,6 +14,7 @@ from rich.console import Console
 from student_trainer.config import DataConfig, SourceConfig, TrainConfig
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.sources import DataSource, parse_source
+from student_trainer.data.trace_rows import TraceTasks
 from student_trainer.errors import ConfigError
 from student_trainer.feed.order import RunOrder
 from teacher_wire.messages import SignalSpec, TeacherInfo
@@ -37,6 +38,7 @@ def load_data(config: DataConfig, tokenizer: Any, console: Console) -> tuple[Tok
             system_prompt=config.system_prompt or "",
             max_tokens=config.max_tokens,
             overlong=config.overlong,
+            traces=TraceTasks(**config.traces.model_dump()),
         )
 
     with console.status("reading and tokenising the data"):

@@ -53,17 +53,21 @@ class _Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def figures(self) -> dict[str, float]:
-        """Means over rows, rates over seconds."""
+        """Means over weighted rows, shares of rows, rates over seconds."""
         seconds = max(time.perf_counter() - self.started_s, 1e-9)
         sums = {name: float(value) for name, value in self.sums.items()}
         rows = max(sums.get("rows", 0.0), 1.0)
-        means = {name: sums[part] / rows for name, part in _LOGGED.items() if part in sums}
+        weights = max(sums.get("weights", 0.0), 1e-9)
+        means = {
+            name: sums[part] / (rows if part in _COUNTS else weights) for name, part in _LOGGED.items() if part in sums
+        }
         rates = {"tokens_per_s": self.tokens / seconds, "wait_share": self.waited_s / seconds}
         return means | rates | ({"cache_hits": self.labels.disk_share} if self.labels.sequences else {})
 
 
 # name in the log -> part of the loss it is the mean of
 _LOGGED = {"kd_loss": "kd_sum", "sft_loss": "ce_sum", "acc1": "acc1_hits", "acc3": "acc3_hits"}
+_COUNTS = ("acc1_hits", "acc3_hits")
 # What the clock and the disk decide; everything else in the log is the same whenever the run is repeated.
 TIMED = ("tokens_per_s", "wait_share", "cache_hits", "runtime_s")
 
@@ -134,7 +138,7 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
-        """The micro-batches of one window with their labels, and Z, the window's supervised rows (algorithms.md 1.5)."""
+        """The micro-batches of one window with their labels, and Z, the weight of its supervised rows (algorithms.md 1.5)."""
         first = self.state.global_step * self._order.accumulation
         numbers = range(first, first + num_batches)
         batches = [self._padded(number, dict(next(epoch_iterator))) for number in numbers]
@@ -144,8 +148,8 @@ class DistillationTrainer(Trainer):
         if self._open_feed is not None:
             for number, batch in zip(numbers, batches, strict=True):
                 batch["signals"] = self._take(number)
-        rows = sum(batch["labels_N"].numel() for batch in batches)
-        return batches, torch.tensor(float(rows), device=device)
+        weights = sum(float(batch["weights_N"].sum(dtype=torch.float64)) for batch in batches)
+        return batches, torch.tensor(weights, device=device)
 
     def _padded(self, number: int, batch: dict[str, Any]) -> dict[str, Any]:
         """One padded micro-batch with its supervised rows."""
@@ -157,6 +161,9 @@ class DistillationTrainer(Trainer):
         padded_length = batch["input_ids"].shape[1]
         batch["row_index_N"] = torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded_length))
         batch["labels_N"] = torch.from_numpy(packed.labels_N()).long()
+        batch["weights_N"] = torch.from_numpy(
+            np.concatenate([self._data[index].example.target_weights for index in indices])
+        )
         self._meter.tokens += packed.tokens
         return batch
 
@@ -203,7 +210,7 @@ class DistillationTrainer(Trainer):
             self._student.head(self._objective.vocab_rows),
             teacher,
             labels_N,
-            torch.ones_like(labels_N, dtype=torch.float32),
+            inputs["weights_N"],
             num_items_in_batch,
             self._objective.at(self.state.global_step),
         )

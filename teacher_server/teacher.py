@@ -5,7 +5,9 @@ In: ScoreCall through a handle; out: TeacherSignals, or a TeacherWireError. Repo
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
@@ -16,6 +18,7 @@ from teacher_server.metrics import Exported
 from teacher_server.reporting import Reporter
 from teacher_server.reports import News, ReplicaReport
 from teacher_server.scaling import QUEUED_TOKENS, QueuedTokensPolicy
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
 
 _DRAIN_S = 300.0  # what a full queue may take; requests of a replica that needs longer go to another one
@@ -54,6 +57,11 @@ class TeacherReplica:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         return await self._engine.score(call)
+
+    async def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        async with contextlib.aclosing(self._engine.generate(call)) as samples:
+            async for sample in samples:
+                yield sample
 
     async def head_header(self, fingerprint: str) -> HeadHeader:
         return await self._engine.head_header(fingerprint)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.data.formats import Row, parse_rows
 from student_trainer.data.sources import DataSource, read_source
 from student_trainer.data.templates import Segment, Template, choose
+from student_trainer.data.trace_rows import TaskRow, TraceTasks, check_tasks, task_rows
 from student_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,13 +39,22 @@ class Example:
         loss_mask: bool [L]; True where the token is a target: the assistant's contents and their ends of turn.
         target_bytes: UTF-8 bytes of the supervised contents, for losses per byte. An end-of-turn token counts 0 bytes,
             though its loss is part of the sum: a model must also know when to stop.
-        key: "file:line" of the row.
+        key: "file:line" of the row, with the task of a trace.
+        weights: float32 [L], weight of each target's loss; None: 1 everywhere.
     """
 
     token_ids: np.ndarray
     loss_mask: np.ndarray
     target_bytes: int
     key: str
+    weights: np.ndarray | None = None
+
+    @property
+    def target_weights(self) -> np.ndarray:
+        """float32 [N], of its targets in order."""
+        if self.weights is None:
+            return np.ones(int(self.loss_mask.sum()), np.float32)
+        return self.weights[self.loss_mask]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +109,8 @@ class TokenizedDataset:
             digest.update(len(example.token_ids).to_bytes(8, "little"))
             digest.update(example.token_ids.tobytes())
             digest.update(example.loss_mask.tobytes())
+            if example.weights is not None:
+                digest.update(example.weights.tobytes())
         return digest.hexdigest()
 
     @property
@@ -131,6 +142,7 @@ def build_dataset(
     system_prompt: str = "",
     max_tokens: int,
     overlong: Overlong = "refuse",
+    traces: TraceTasks | None = None,
 ) -> TokenizedDataset:
     """Read, parse and tokenise every source.
 
@@ -139,6 +151,7 @@ def build_dataset(
         system_prompt: for conversations that have no system turn of their own; "" for none.
         max_tokens: most tokens of one example.
         overlong: "refuse" stops at the first longer example; "drop" leaves it out and counts it in `dropped`.
+        traces: what rows of format `trace` become.
     Raises:
         DataError: anything wrong with a source, a row or the template; an overlong row; or no row left.
     """
@@ -146,11 +159,12 @@ def build_dataset(
         raise DataError(f"must be one of {', '.join(get_args(Overlong))}", field="overlong", value=overlong)
     if not sources:
         raise DataError("there is no source of data", field="sources")
+    check_tasks(traces or TraceTasks())
     chosen = choose(template, tokenizer)
     examples: list[Example] = []
     dropped: list[Overlength] = []
     for source in sources:
-        for example in _examples(source, tokenizer, chosen, system_prompt):
+        for example in _examples(source, tokenizer, chosen, system_prompt, traces or TraceTasks()):
             tokens = example.token_ids.size
             if tokens <= max_tokens:
                 examples.append(example)
@@ -207,23 +221,61 @@ def collate(items: Sequence[IndexedExample], pad_id: int) -> Batch:
 
 
 def _examples(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, template: Template, system_prompt: str
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    system_prompt: str,
+    traces: TraceTasks,
 ) -> Iterator[Example]:
-    rows = read_source(source)
-    conversations = parse_rows(rows, source.format, system_prompt)
+    rows = task_rows(read_source(source), source.format, system_prompt, traces)
     for start in range(0, len(rows), ROWS_PER_CALL):
         some = rows[start : start + ROWS_PER_CALL]
         segmented = []
-        for row, conversation in zip(some, conversations[start : start + ROWS_PER_CALL], strict=True):
+        for made in some:
             try:
-                segmented.append(template(conversation, tokenizer))
+                segmented.append(template(made.conversation, tokenizer))
             except DataError as error:  # templates know conversations, not rows: the place is added here
-                raise row.error(str(error)) from error
-        for row, segments, (token_ids, loss_mask) in zip(some, segmented, encode(segmented, tokenizer), strict=True):
-            yield _example(row, segments, token_ids, loss_mask)
+                raise made.row.error(str(error)) from error
+        for made, segments, (token_ids, loss_mask) in zip(some, segmented, encode(segmented, tokenizer), strict=True):
+            yield _example(made, segments, token_ids, loss_mask, tokenizer)
 
 
-def _example(row: Row, segments: Sequence[Segment], token_ids: np.ndarray, loss_mask: np.ndarray) -> Example:
+def _example(
+    made: TaskRow,
+    segments: Sequence[Segment],
+    token_ids: np.ndarray,
+    loss_mask: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Example:
     if loss_mask[0]:
-        raise row.error("the answer has no token before it, so nothing can predict its first token")
-    return Example(token_ids, loss_mask, sum(segment.content_bytes for segment in segments), row.key)
+        raise made.row.error("the answer has no token before it, so nothing can predict its first token")
+    weights = None
+    if any(segment.weights for segment in segments):
+        weights = token_weights(segments, tokenizer)
+        loss_mask = loss_mask & (weights > 0)  # nobody asks a teacher about what weighs nothing
+        if not loss_mask.any():
+            raise made.row.error("no target has a weight above 0")
+    return Example(token_ids, loss_mask, sum(segment.content_bytes for segment in segments), made.key, weights)
+
+
+def token_weights(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """float32 [L]: the mean weight of each token's characters; 1 in segments without weights.
+
+    Raises:
+        DataError: the tokenizer cannot say which characters a token stands for.
+    """
+    if not tokenizer.is_fast:
+        raise DataError("weights of traces need a fast tokenizer (tokenizer.json)", field="tokenizer")
+    parts = []
+    for segment in segments:
+        encoded = tokenizer(segment.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans_L2 = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        if not segment.weights:
+            parts.append(np.ones(len(spans_L2), np.float32))
+            continue
+        counts, weights = zip(*segment.weights, strict=True)
+        sums = np.concatenate([[0.0], np.cumsum(np.repeat(weights, counts))])
+        starts = np.minimum(spans_L2[:, 0], len(segment.text) - 1)
+        ends = np.maximum(spans_L2[:, 1], starts + 1)  # a token without characters weighs as the one it stands at
+        parts.append(((sums[ends] - sums[starts]) / (ends - starts)).astype(np.float32))
+    return np.concatenate(parts)

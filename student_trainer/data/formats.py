@@ -40,10 +40,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says. `role` is one of `ROLES`."""
+    """What one speaker says.
+
+    Attributes:
+        role: one of `ROLES`.
+        weights: (characters, weight of their loss) all along the content; empty: 1 everywhere.
+    """
 
     role: str
     content: str
+    weights: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,33 @@ def parse_messages(row: Row, system_prompt: str) -> Conversation:
     return Conversation((*(() if turns[0].role == "system" else _system(system_prompt)), *turns))
 
 
+def parse_trace(row: Row, system_prompt: str) -> Conversation:
+    """`{conversation, trace, answer, source}` of `student-trainer traces`, as the question and its answer alone.
+
+    `trace_rows` makes the tasks of it. The answer is the known one, else that of the trace.
+    """
+    turns = row.fields.get("conversation")
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise row.error("must be a list of messages", "conversation")
+    asked = [_turn(row, message, f"conversation[{i}]", first=i == 0) for i, message in enumerate(turns)]
+    if asked[-1].role != "user":
+        raise row.error("the last message must be the user's", "conversation", asked[-1].role)
+    trace = row.fields.get("trace")
+    if row.fields.get("answer") is not None:
+        answer = _text(row, row.fields, "answer").strip()
+    elif isinstance(trace, Mapping) and isinstance(trace.get("answer"), Mapping):
+        answer = _text(row, trace["answer"], "text", "trace.answer").strip()
+    else:
+        raise row.error("neither an answer nor a trace", "answer")
+    before = () if asked[0].role == "system" else _system(system_prompt)
+    return Conversation((*before, *asked, Turn("assistant", answer)))
+
+
 # A new format is one parser and one line here.
 FORMATS: dict[str, Format] = {
     "instruction": Format("instruction", parse_instruction),
     "messages": Format("messages", parse_messages),
+    "trace": Format("trace", parse_trace),
 }
 
 

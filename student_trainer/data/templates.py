@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.data.formats import Conversation
+from student_trainer.data.formats import Conversation, Turn
 from student_trainer.errors import DataError
 
 
@@ -24,11 +25,13 @@ class Segment:
         text: never empty; special tokens are written out.
         supervised: whether its tokens are targets of the loss.
         content_bytes: UTF-8 bytes of the assistant's content within; the end of turn counts none.
+        weights: (characters, weight of their loss) all along the text; empty: 1 everywhere.
     """
 
     text: str
     supervised: bool
     content_bytes: int = 0
+    weights: tuple[tuple[int, float], ...] = ()
 
 
 Template = Callable[[Conversation, PreTrainedTokenizerBase], list[Segment]]
@@ -67,7 +70,8 @@ def chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list
         if i == len(messages) - 1 and len(target) == end:
             target += _eos(tokenizer)
         segments += _unsupervised(prompt[len(done) :])
-        segments.append(Segment(target, supervised=True, content_bytes=len(content.encode())))
+        weights = _weights(turn, content, start, len(target))
+        segments.append(Segment(target, True, len(content.encode()), weights))
         done = prompt + span[: len(target)]
     return segments
 
@@ -86,7 +90,8 @@ def plain(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> lis
         if turn.role == "assistant":
             segments += _unsupervised(pending)
             target = turn.content + _eos(tokenizer)
-            segments.append(Segment(target, supervised=True, content_bytes=len(turn.content.encode())))
+            weights = _weights(turn, turn.content, 0, len(target))
+            segments.append(Segment(target, True, len(turn.content.encode()), weights))
             pending = ""
         else:
             pending += turn.content + "\n"
@@ -116,6 +121,20 @@ def prompt_segments(
 ) -> list[Segment]:
     """What inference feeds the model to get the last answer: everything before it."""
     return template(conversation, tokenizer)[:-1]
+
+
+def _weights(turn: Turn, content: str, start: int, length: int) -> tuple[tuple[int, float], ...]:
+    """The turn's weights along a target of `length` characters that shows `content` (trimmed, perhaps) from `start` on.
+
+    What the template adds weighs as the characters beside it.
+    """
+    if not turn.weights:
+        return ()
+    characters = [weight for count, weight in turn.weights for _ in range(count)]
+    first = turn.content.find(content)
+    shown = characters[first : first + len(content)]
+    whole = [shown[0]] * start + shown + [shown[-1]] * (length - start - len(shown))
+    return tuple((len(list(run)), weight) for weight, run in groupby(whole))
 
 
 def _unsupervised(text: str) -> list[Segment]:

@@ -74,6 +74,7 @@ class LossParts:
         ce_sum: sum of w_n (-log q(label)) in nats at temperature 1, without sft_weight.
         acc1_hits, acc3_hits: rows whose label is the student's first, or among its first three.
         rows: how many there are.
+        weights: sum of their weights.
     """
 
     kd_sum: Tensor
@@ -81,6 +82,7 @@ class LossParts:
     acc1_hits: Tensor
     acc3_hits: Tensor
     rows: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +151,7 @@ def output_loss(
         kd_sum, ce_sum, acc1_hits, acc3_hits = _sums(figures, weights_M)
         total = (spec.kd_weight * kd_sum + spec.sft_weight * ce_sum) / (normalizer if count else 1)
     total = _Attach.apply(total.to(dtype), *gradients.all(), *trained)
-    parts = LossParts(kd_sum, ce_sum, acc1_hits, acc3_hits, torch.full_like(kd_sum, count))
+    parts = LossParts(kd_sum, ce_sum, acc1_hits, acc3_hits, torch.full_like(kd_sum, count), weights_M.double().sum())
     return OutputLoss(total, parts, None if rows is None else _evidence(rows, kept_M, labels_M, figures))
 
 

@@ -22,11 +22,15 @@ from safetensors import SafetensorError
 from torch import Tensor as Torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from teacher_server.backends import bodies, internlm, quantized
+from teacher_server.backends import bodies, grammar, internlm, quantized
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.model_folder import fetch, fingerprint
+from teacher_server.backends.stepper import ModelStepper
+from teacher_server.backends.writing import end_ids, writes_as_it_scores
+from teacher_server.config import GenerationConfig
 from teacher_server.config import TransformersBackend as Config
 from teacher_server.errors import ServerConfigError
+from teacher_server.generation import OnThread, SteppedGeneration
 from teacher_server.signals.reduce import OutputHead, reduce
 from teacher_server.signals.transfer import ToHost, to_device, to_wire
 from teacher_wire.errors import CapabilityError
@@ -38,6 +42,7 @@ log = logging.getLogger(__name__)
 Job = tuple[TokenBatch, SignalSpec]
 
 _PROBE_TOKENS = 16
+_PREFILL_TOKENS = {"cuda": 65_536, "cpu": 16_384}  # padded tokens of one forward pass over new prompts
 # Largest relative difference between head(state) and the model's own logits on a probe, by dtype.
 _PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
@@ -123,6 +128,9 @@ class TransformersModel:
             self._body = bodies.choose(model, config.model_copy(update=alone))
             self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
         log.info("model %s is run %s", config.model, self._body.name)
+        self._decoder = model.get_decoder()
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
         served_head = self.head() if config.serve_head else None
         self._facts = ModelFacts(
@@ -139,6 +147,7 @@ class TransformersModel:
             head_sha256=served_head.header.sha256 if served_head else "",
             transports=("top_k", "hidden", "full") if served_head else ("top_k", "full"),
             max_sequence_tokens=int(getattr(text, "max_position_embeddings", 1 << 20)),
+            generates=self._generates(min(rows, len(tokenizer))),
         )
 
     @property
@@ -149,6 +158,28 @@ class TransformersModel:
     def computed_tokens(self) -> int:
         """Tokens that went through the layers so far; less than was asked where prefixes are shared."""
         return self._body.computed_tokens
+
+    def _generates(self, vocab_rows: int) -> tuple[str, ...]:
+        """What Generate can offer: nothing if the model does not write step by step what it scores at once."""
+        if self._config.quantization == "fp8":  # the layers that write keep their own weights
+            return ()
+        if not writes_as_it_scores(self._stepper(vocab_rows, None), self._decoder, self._device, vocab_rows):
+            return ()
+        return ("tokens", "json_schema") if grammar.available() else ("tokens",)
+
+    def _stepper(self, vocab_rows: int, grammars: grammar.Grammars | None) -> ModelStepper:
+        return ModelStepper(
+            self._decoder, lambda state_bD: self._head.logits(state_bD, vocab_rows), self._device,
+            vocab_rows=vocab_rows, end_ids=self._end_ids, grammars=grammars,
+            prefill_tokens=_PREFILL_TOKENS[self._device.type], logit_bytes=self._chunk_bytes,
+        )  # fmt: skip
+
+    def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> SteppedGeneration:
+        vocab_rows = min(self._facts.vocab_rows, self._facts.tokenizer_size)
+        grammars = None
+        if "json_schema" in self._facts.generates:
+            grammars = grammar.Grammars(self._tokenizer, vocab_rows, self._end_ids)
+        return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
 
     def head(self) -> TeacherHead:
         if not self._config.serve_head:

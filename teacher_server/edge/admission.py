@@ -96,6 +96,13 @@ class Admission:
             if not self._inflight[tenant]:
                 del self._inflight[tenant]
 
+    def charge(self, tenant: str, tokens: int) -> None:
+        """Counts tokens that were computed beyond those announced: they are paid for before anything else passes."""
+        self._computed[tenant] += tokens
+        bucket = self._buckets.get((tenant, "tokens_per_s"))
+        if bucket is not None:
+            bucket.take(tokens)
+
     def send(self, tenant: str, size_bytes: int) -> None:
         """Counts a reply that is about to be made for the tenant.
 

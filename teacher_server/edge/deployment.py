@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ray import serve
@@ -35,6 +35,7 @@ from teacher_wire.errors import (
     TeacherWireError,
     UnavailableError,
 )
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,11 @@ class ServeTeachers:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         return await self._ask(call.teacher, call.fingerprint, lambda handle: handle.score.remote(call))
+
+    async def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        handle = await self._handle(self._name(call.teacher), call.fingerprint)
+        async for sample in _stream(handle.options(stream=True).generate.remote(call)):
+            yield sample
 
     async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
         return await self._ask(teacher, fingerprint, lambda handle: handle.head_header.remote(fingerprint))
@@ -161,6 +167,24 @@ async def _call(response: Any) -> Any:
 
 def _find_handle(name: str) -> DeploymentHandle:
     return serve.get_deployment_handle(name, application_of(name))
+
+
+async def _stream(responses: Any) -> AsyncIterator[Any]:
+    """The values of a streaming handle call, as `_call` gives one; cancels it when closed before its end."""
+    try:
+        async for value in responses:
+            yield value
+    except RayTaskError as error:
+        if isinstance(error.cause, TeacherWireError):
+            raise error.cause from None
+        log.exception("a teacher failed")
+        raise ServerError(f"{type(error.cause).__name__}: {error.cause}") from error
+    except BackPressureError as error:
+        raise OverloadedError("all replicas of this teacher are full", retry_after_s=1.0) from error
+    except (RayError, RayServeException) as error:
+        raise UnavailableError(f"a replica went away: {type(error).__name__}") from error
+    finally:
+        responses.cancel()  # no effect at its end
 
 
 class Edge:

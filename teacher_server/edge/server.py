@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from teacher_server.edge.sharing import LabelSharing
 from teacher_server.errors import ServerConfigError
 from teacher_wire.channel import server_options
 from teacher_wire.errors import UnavailableError
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.label_store import LabelStore
 from teacher_wire.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
 from teacher_wire.servicer import StreamLimits, TeacherService, TeacherServicer
@@ -167,6 +168,10 @@ class _Gate:
     async def score(self, call: ScoreCall) -> TeacherSignals:
         self._check()
         return await self._service.score(call)
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        self._check()
+        return self._service.generate(call)
 
     async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
         self._check()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from teacher_server.edge.admission import Admission
 from teacher_wire import codec
 from teacher_wire.errors import TeacherWireError
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.label_store import LabelStore, label_keys
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals, Tensor, Timing
 from teacher_wire.servicer import TeacherService
@@ -79,6 +80,14 @@ class LabelSharing:
 
     async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
         return await self._service.head_bytes(teacher, fingerprint, offset, size)
+
+    async def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        """Samples as they come: chance makes each its own, so nothing is shared; what is written is charged as it is written."""
+        samples = self._service.generate(call)
+        with self._admission.computing(call.tenant, int(call.prompts.lengths_B.sum())):
+            async for sample in samples:
+                self._admission.charge(call.tenant, len(sample.token_ids_n))
+                yield sample
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         info = await self._service.info(call.teacher, call.fingerprint)

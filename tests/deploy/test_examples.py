@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from student_trainer.config import load_config as load_training
+from student_trainer.traces.config import load_traces_config
 from teacher_server.config import load_config as load_server
 from tests.e2e.conftest import free_port, run_cli
 
@@ -14,8 +15,9 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "examples").glob("*.ya
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_parses(path):
-    is_server = "teachers" in yaml.safe_load(path.read_text())
-    (load_server if is_server else load_training)(path)
+    tree = yaml.safe_load(path.read_text())
+    load = load_server if "teachers" in tree else load_traces_config if "sampling" in tree else load_training
+    load(path)
 
 
 @pytest.mark.ray

@@ -82,6 +82,18 @@ def test_bytes_are_a_quota_of_their_own():
     assert admission.counters()["t"]["refused"] == 1
 
 
+def test_what_is_written_on_the_way_is_paid_for_before_the_next_request():
+    clock = Clock()
+    admission = Admission(clock)
+    admission.configure({"t": TenantConfig(tokens_per_s=100)})
+    with admission.computing("t", 10):
+        admission.charge("t", 540)
+    with pytest.raises(OverloadedError) as caught:
+        admission.computing("t", 1).__enter__()
+    assert caught.value.retry_after_s == pytest.approx((550 - 100 * BURST_S) / 100)
+    assert admission.counters()["t"]["computed_tokens"] == 550
+
+
 def test_whoever_is_not_listed_has_the_default_on_an_account_of_its_own():
     admission = Admission(Clock())
     admission.configure({"default": TenantConfig(tokens_per_s=10)})
