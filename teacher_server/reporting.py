@@ -28,12 +28,12 @@ _ANSWER_S = 2.0
 
 
 def start_board() -> Any:
-    """Makes the board, on this node if it can be.
+    """Makes the board on this node: it lives as long as we do, and other nodes may die.
 
     Raises:
         ValueError: there is one already.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
     return actor.options(name=BOARD_NAME, namespace=NAMESPACE, scheduling_strategy=here).remote()
 

@@ -78,7 +78,9 @@ async def test_a_node_dies_and_training_goes_on(model_factory, tmp_path, capsys)
         head, node, student = machines.values()
         ca, cert, key = make_certificates(tmp_path, head.address)
         (tmp_path / "tokens").write_text(f"lab {token}\n")
-        env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "LYCEUM_TOKEN": token}
+        health = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "3"}  # docs/operating.md
+        env = {f"RAY_health_check_{name}": value for name, value in health.items()}
+        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "LYCEUM_TOKEN": token}
         tls = {"cert_file": str(cert), "key_file": str(key)}
         teacher = transformers_teacher(
             "exact", model, autoscaling={"min_replicas": 2, "max_replicas": 2}, batch={"max_tokens": 512}

@@ -26,7 +26,11 @@ QUESTIONS = 40
 
 def answer(question: int, writer: int, tokens: int = 1000) -> LabelEntry:
     """The labels of question number `question`; every bit of them says who wrote them."""
-    entry = entry_of(SPECS["hidden"], seed=question, tokens=tokens)
+    return signed(entry_of(SPECS["hidden"], seed=question, tokens=tokens), writer)
+
+
+def signed(entry: LabelEntry, writer: int) -> LabelEntry:
+    """The same with every bit of the labels the writer's."""
     tensors = {
         name: dataclasses.replace(tensor, array=np.full_like(tensor.array, writer))
         for name, tensor in entry.signals.tensors().items()
@@ -46,16 +50,18 @@ def kill(folder: Path, kills: int, writers: int) -> None:
     """See module."""
     numbers = iter(range(1, 1 << 30))
     random.seed(0)
+    asked = [
+        answer(question, 0) for question in range(QUESTIONS)
+    ]  # here, so that a writer writes from its first moment
 
     def work(writer: int) -> None:
         store, turn = LabelStore(folder), random.Random(writer)
-        entries = [answer(question, writer) for question in range(QUESTIONS)]
         while True:
-            entry = turn.choice(entries)
+            entry = signed(turn.choice(asked), writer)
             key = key_of(entry)
             if store.get(key) is None:
                 store.keep(key, entry.fingerprint, entry.spec, entry.sequence, entry.signals)
-            elif turn.random() < 0.5:  # so that there is always something to write
+            elif turn.random() < 0.05:  # so that there is always something to write
                 store.prune(max_bytes=0)
             if store.stats.damaged:
                 folder.with_suffix(".damaged").touch()
