@@ -110,10 +110,12 @@ class TeacherConfig(_Strict):
     """Whom to learn from: a server at `address`, or one started beside us from `embedded`.
 
     Attributes:
+        address: HOST:PORT; several with commas are edges of one server, of which any will do.
         name: which teacher of the server; may be left out if it has one.
         embedded: a teacher-server config; needs the teacher extra.
         ca_file, cert_file, key_file: TLS.
         token_env: environment variable that holds our token.
+        tenant: whose account this run is on; a token says it already.
         wait_s: how long to wait for the server at the start.
         retry_s: how long a request is retried while the server is away.
         allow_template_mismatch: learn although the teacher's chat template differs from ours.
@@ -126,6 +128,7 @@ class TeacherConfig(_Strict):
     cert_file: Path | None = None
     key_file: Path | None = None
     token_env: str = "LYCEUM_TOKEN"
+    tenant: str = ""
     wait_s: Annotated[float, Field(ge=0)] = 5.0
     retry_s: Annotated[float, Field(ge=0)] = 300.0
     allow_template_mismatch: bool = False

@@ -108,7 +108,7 @@ def meet_teacher(
         return None
     settings = config.teacher
     credentials = Credentials(
-        settings.ca_file, settings.cert_file, settings.key_file, os.environ.get(settings.token_env, "")
+        settings.ca_file, settings.cert_file, settings.key_file, os.environ.get(settings.token_env, ""), settings.tenant
     )
     trouble = _Trouble(console)
     connect = partial(

@@ -66,7 +66,6 @@ class Batcher:
     Args:
         max_tokens: budget of a batch; a job above it gets a batch of its own.
         max_queue_tokens: tokens that may wait; a tenant may fill what the others' shares leave.
-        exclusive: a batch is exactly one job (deterministic serving).
         weights: shares of tenants under contention; `default_weight` for a tenant not listed. Both may change at any time.
     """
 
@@ -75,7 +74,6 @@ class Batcher:
         max_tokens: int,
         max_queue_tokens: int,
         *,
-        exclusive: bool = False,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.weights: Mapping[str, float] = weights or {}
@@ -83,7 +81,6 @@ class Batcher:
         self.tokens_per_s = 0.0  # as measured by whoever runs the batches; 0 while unknown
         self._max_tokens = max_tokens
         self._max_queue_tokens = max_queue_tokens
-        self._exclusive = exclusive
         self._tenants: dict[str, _Tenant] = {}
         self._clock = 0.0  # start of the job served last
         self._services = itertools.count()
@@ -161,7 +158,7 @@ class Batcher:
             while tenant.queue[0].job_id not in self._waiting:
                 tenant.queue.popleft()
             job = tenant.queue[0]
-            if batch and (self._exclusive or job.tokens > room):
+            if batch and job.tokens > room:
                 break
             tenant.queue.popleft()
             room -= job.tokens

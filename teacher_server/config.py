@@ -196,8 +196,8 @@ class TeacherConfig(_Strict):
 
     Attributes:
         name: what students call it.
-        deterministic: a forward pass holds exactly one request's sequences, in order, so that the same
-            request always gets the same bits.
+        deterministic: every sequence is computed by itself, so that its labels are always the same bits, whatever
+            else is asked at the time; slower, since forward passes are not shared.
         num_cpus, num_gpus: Ray's share of a replica.
         max_ongoing_requests: requests a replica holds; beyond, they wait at the edge, first come first served for all tenants.
     """

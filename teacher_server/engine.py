@@ -49,7 +49,7 @@ class TeacherEngine:
     def __init__(self, config: TeacherConfig, backend: Backend | None = None) -> None:
         self._config = config
         self._backend = backend or build_backend(config.backend, deterministic=config.deterministic)
-        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, exclusive=config.deterministic)
+        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens)
         self._ids = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
         self._wake = asyncio.Event()

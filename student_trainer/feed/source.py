@@ -141,9 +141,7 @@ class LabelSource:
         batch = request.batch
         keys = label_keys(self._info.fingerprint, self._spec, batch)
         bounds = batch.row_bounds_B1.tolist()
-        labelled = [
-            b for b in range(batch.sequences) if bounds[b + 1] > bounds[b]
-        ]  # a sequence without a row needs none
+        labelled = [b for b in range(batch.sequences) if bounds[b + 1] > bounds[b]]  # others have no labels
         own: dict[str, int] = {}
         for b in labelled:
             if keys[b] not in self._flights:

@@ -60,7 +60,7 @@ def pull(server: Server, students: int, seed: int) -> tuple[float, float]:
         subprocess.Popen([*command, "--seed", str(seed + i)], stdout=subprocess.PIPE, text=True)
         for i in range(students)
     ]
-    edges = [process for process in server.processes() if "Edge" in " ".join(process.cmdline())]
+    edges = [process for process in server.processes() if "edge:edge" in " ".join(process.cmdline())]
     time.sleep(3)
     cpu_s = -sum(sum(edge.cpu_times()[:2]) for edge in edges)
     results = [json.loads(process.communicate()[0]) for process in processes]

@@ -37,7 +37,18 @@ def test_importing_a_room_loads_only_what_it_may(code, never):
 
 
 @pytest.mark.parametrize("house", ["teacher_server", "student_trainer"])
-@pytest.mark.parametrize("arguments", [["--help"], ["up", "--help"], ["train", "--help"], ["describe", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["up", "--help"],
+        ["train", "--help"],
+        ["describe", "--help"],
+        ["label", "--help"],
+        ["cache", "--help"],
+        ["status", "--help"],
+    ],
+)
 def test_help_is_light(house, arguments):
     code = (
         f"import sys; sys.argv = ['x', *{arguments!r}]\n"

@@ -39,14 +39,16 @@ def adapter_hash(folder):
 STEPS = {"max_steps": 40, "batch_size": 2, "accumulation": 2, "save_steps": 3, "log_steps": 1, "learning_rate": 1e-2}
 
 
-@pytest.mark.parametrize("transport", ["hidden", "top_k"])
-def test_killed_at_a_random_step_and_resumed(teachers, model_factory, rows_file, tmp_path, transport):
+@pytest.mark.parametrize(("transport", "kept"), [("hidden", False), ("top_k", True)])
+def test_killed_at_a_random_step_and_resumed(teachers, model_factory, rows_file, tmp_path, transport, kept):
+    """With labels on disk, and without: then it is the teacher that must answer the same again."""
     model = model_factory("qwen2")
     labels = {"transport": transport, "k": 16}
-    straight = write_config(tmp_path / "straight", model, rows_file, teachers.address, train=STEPS, labels=labels)
+    sections = {"train": STEPS, "labels": labels, "cache": {"labels": kept}}
+    straight = write_config(tmp_path / "straight", model, rows_file, teachers.address, **sections)
     done = run_cli("train", straight)
     assert done.returncode == 0, done.stderr
-    broken = write_config(tmp_path / "broken", model, rows_file, teachers.address, train=STEPS, labels=labels)
+    broken = write_config(tmp_path / "broken", model, rows_file, teachers.address, **sections)
     victim_step = random.randint(2, 28)
     log = tmp_path / "broken" / "run" / "train_log.jsonl"
     process = subprocess.Popen(

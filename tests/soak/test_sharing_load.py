@@ -59,6 +59,10 @@ def status(server):
     return json.loads(done.stdout)
 
 
+def open_streams(server):
+    return sum(edge["open_streams"] for edge in status(server)["edges"])
+
+
 class Load:
     """Students in a process of their own."""
 
@@ -119,12 +123,15 @@ def memory_mb(server):
 
 
 def test_overload_by_ten(tmp_path):
-    config = server_config(fake_teacher(batch={"max_tokens": REQUEST, "max_queue_tokens": 2 * RATE}))
+    rate = RATE // 2  # so that a load generator on the same two cores reaches ten times of it
+    teacher = fake_teacher(batch={"max_tokens": REQUEST, "max_queue_tokens": 2 * rate})
+    teacher["backend"] = {"kind": "fake", "tokens_per_s": rate}
+    config = server_config(teacher)
     config["edge"]["store"] = {"memory_mb": 0}
     with serving(tmp_path, config) as server:
         before = Load(server.address, seconds=8).result()
-        # 200 students who ask again half a second after a refusal: up to 400 requests a second, 200,000 tokens, or 20 times.
-        flood = Load(server.address, streams=20, depth=10, seconds=60, impatient=0.5, seed=9)
+        # 200 students who ask again a third of a second after a refusal.
+        flood = Load(server.address, streams=20, depth=10, seconds=60, impatient=0.35, seed=9)
         sizes = []
         while flood.process.poll() is None:
             sizes.append(memory_mb(server))
@@ -135,12 +142,12 @@ def test_overload_by_ten(tmp_path):
     goodput = flooded["tokens"] / 60
     asked = flooded["tokens"] + sum(flooded["errors"].values()) * REQUEST
     print(
-        f"\nasked {asked / 60 / RATE:.1f} times capacity; goodput {goodput / RATE:.0%}; errors {flooded['errors']}; "
+        f"\nasked {asked / 60 / rate:.1f} times capacity; goodput {goodput / rate:.0%}; errors {flooded['errors']}; "
         f"memory {sizes[2]:.0f} -> {max(sizes):.0f} MiB; latency {median_s(before) * 1e3:.0f} -> {median_s(after) * 1e3:.0f} ms"
     )
     assert set(flooded["errors"]) == {"OverloadedError"}
-    assert asked >= 10 * RATE * 60
-    assert goodput >= 0.8 * RATE
+    assert asked >= 10 * rate * 60
+    assert goodput >= 0.8 * rate
     assert max(sizes) < sizes[2] + 200
     assert median_s(after) <= 1.5 * median_s(before)
 
@@ -150,11 +157,11 @@ def test_a_frozen_student_frees_its_slots_and_nobody_else_notices(server):
     alone = Load(server.address, tenant="b", seconds=8, seed=30).result()
     frozen = Load(server.address, tenant="a", streams=10, depth=2, seconds=100, seed=31)
     time.sleep(6)
-    assert status(server)["edge"]["open_streams"] == 10
+    assert open_streams(server) == 10
     os.kill(frozen.process.pid, signal.SIGSTOP)
     stopped = time.time()
     beside = Load(server.address, tenant="b", seconds=15, seed=32)
-    while status(server)["edge"]["open_streams"] > 1 and time.time() < stopped + 60:
+    while open_streams(server) > 1 and time.time() < stopped + 60:
         time.sleep(0.2)
     freed_s = time.time() - stopped
     result = beside.result()

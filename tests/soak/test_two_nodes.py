@@ -90,9 +90,13 @@ async def test_a_node_dies_and_training_goes_on(model_factory, tmp_path, capsys)
             "tenants": {"lab": {"tokens_per_s": TOKENS_PER_S, "operator": True}},
         }
         (tmp_path / "server.yaml").write_text(yaml.safe_dump(config))
-        start_node(head, head, **env)
-        await asyncio.sleep(5)
-        start_node(node, head, **env)
+        for machine in (head, node):
+            start_node(machine, head, **env)
+
+            async def joined(machine=machine):
+                return "Ray runtime started" in machine.read("ray.log")
+
+            await wait(joined, 60, machine, "ray.log")
         head.start(sys.executable, "-m", "teacher_server.cli", "up", tmp_path / "server.yaml", log="up.log", **env)
 
         async def ready():

@@ -35,14 +35,6 @@ def test_every_job_leaves_once_in_its_tenants_order_and_within_the_budget(jobs):
     assert batcher.queued_tokens == batcher.queued_jobs == 0
 
 
-@given(jobs_strategy)
-def test_deterministic_serving_never_mixes_requests(jobs):
-    batcher = Batcher(max_tokens=100, max_queue_tokens=10**9, exclusive=True)
-    for i, (tenant, tokens) in enumerate(jobs):
-        batcher.add(Job(i, tenant, tokens))
-    assert all(len(batch) == 1 for batch in drain(batcher))
-
-
 def served_tokens(weights, batches=60):
     batcher = Batcher(max_tokens=1000, max_queue_tokens=10**9, weights=weights)
     for i in range(4000):

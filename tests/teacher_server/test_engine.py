@@ -82,16 +82,6 @@ async def test_what_waits_together_runs_together():
         }
 
 
-async def test_deterministic_requests_run_alone():
-    async with running(deterministic=True) as (engine, model):
-        model.gate.clear()
-        tasks = [asyncio.create_task(engine.score(call(i))) for i in range(4)]
-        await until(lambda: engine.counters()["waiting"] == 4)
-        model.gate.set()
-        await asyncio.gather(*tasks)
-        assert model.batches == [[0], [1], [2], [3]]
-
-
 async def test_one_bad_request_fails_alone():
     async with running() as (engine, model):
         model.gate.clear()
