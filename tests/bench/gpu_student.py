@@ -231,7 +231,9 @@ async def serve(port: int) -> None:
     """The teacher's process."""
     from tests.bench import gpu_server, gpu_teacher
 
-    await gpu_server.started(gpu_teacher.backend(gpu_teacher.random_model()), port, memory_mb=4096)
+    _held = await gpu_server.started(
+        gpu_teacher.backend(gpu_teacher.random_model()), port, memory_mb=4096
+    )  # unheld, it would stop
     await asyncio.Event().wait()
 
 

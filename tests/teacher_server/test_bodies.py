@@ -144,7 +144,7 @@ def test_rotary_embeddings_of_the_longest_sequence_run_each_by_itself(model_fact
     """Dynamic scaling goes by the longest sequence of a pass: company beyond the limit would move a short one's labels."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     folder = model_factory("qwen2", rope_parameters=rope, max_position_embeddings=32)
-    rows = sequences(lengths=(60, 10))
+    rows = sequences(lengths=(40, 31))  # similar enough to share a pass, on both sides of the limit
     for packing in ("auto", "off"):
         teacher = backend(folder, packing=packing)
-        torch.testing.assert_close(logits(teacher, rows)[59:], direct_logits(folder, rows[1:]), atol=2e-4, rtol=0)
+        torch.testing.assert_close(logits(teacher, rows)[39:], direct_logits(folder, rows[1:]), atol=2e-4, rtol=0)
