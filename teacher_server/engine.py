@@ -29,6 +29,7 @@ from teacher_wire.messages import HeadHeader, Limits, ScoreCall, TeacherHead, Te
 
 log = logging.getLogger(__name__)
 
+_BATCHES = 2  # under way at once: one on the device, one behind it
 _RATE_MEMORY = 0.8  # of the measured tokens/s, a forward pass: about the last five count
 
 
@@ -57,6 +58,10 @@ class TeacherEngine:
         self._waiting: dict[int, _Waiting] = {}
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self._waiter = ThreadPoolExecutor(max_workers=_BATCHES, thread_name_prefix="answers")
+        self._room = asyncio.Semaphore(_BATCHES)
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._last_end_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._head: TeacherHead | None = None
         self.info = self._describe()
@@ -106,14 +111,16 @@ class TeacherEngine:
 
     async def stop(self) -> None:
         """Ends; what still waits fails as unavailable."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in (self._task, *self._under_way):
+            if task is not None:
+                task.cancel()
         if self._generation is not None:
             self._generation.stop()
         for waiting in self._waiting.values():
             if not waiting.future.done():
                 waiting.future.set_exception(UnavailableError(f"teacher {self._config.name!r} is going away"))
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._waiter.shutdown(wait=False, cancel_futures=True)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Shares of tenants from the next forward pass on; one that is not listed has that of DEFAULT_TENANT, or 1."""
@@ -184,6 +191,7 @@ class TeacherEngine:
             await self._wake.wait()
             self._wake.clear()
             while self._batcher.queued_jobs:
+                await self._room.acquire()  # and only then choose: the later, the fuller and fairer
                 jobs, expired = self._batcher.next_batch(time.monotonic())
                 for job in expired:
                     self._fail(
@@ -194,32 +202,49 @@ class TeacherEngine:
                     )
                 batch = [self._waiting[job.job_id] for job in jobs if job.job_id in self._waiting]
                 if batch:
-                    await self._score_batch(batch)
+                    begun = asyncio.Event()
+                    task = asyncio.create_task(self._score_batch(batch, begun))
+                    self._under_way.add(task)
+                    task.add_done_callback(self._batch_ended)
+                    await begun.wait()
+                else:
+                    self._room.release()
 
     def _waited(self, job_id: int) -> str:
         return f"{time.monotonic() - self._waiting[job_id].queued_s:.3f}" if job_id in self._waiting else ""
 
-    async def _score_batch(self, batch: list[_Waiting]) -> None:
+    def _batch_ended(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._room.release()
+
+    async def _score_batch(self, batch: list[_Waiting], begun: asyncio.Event) -> None:
+        """Answers a batch; `begun` is set once the backend can take the next one, so that the device never waits."""
         started = time.monotonic()
         jobs = [(waiting.call.batch, waiting.call.spec) for waiting in batch]
         tokens = sum(asked.tokens for asked, _ in jobs)
         self.forwards += 1
         self.forward_tokens += tokens
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, jobs)
+            loop = asyncio.get_running_loop()
+            finish = await loop.run_in_executor(self._thread, self._backend.begin, jobs)
+            begun.set()
+            answers = await loop.run_in_executor(self._waiter, finish)
             answered = list(zip(batch, answers, strict=True))
         except Exception as error:
             log.exception("forward pass of %d requests failed", len(batch))
             if len(batch) > 1:  # one of them may be the cause: the others must not pay for it
                 for waiting in batch:
-                    await self._score_batch([waiting])
+                    await self._score_batch([waiting], begun)
             elif not batch[0].future.done():
                 known = (
                     error if isinstance(error, TeacherWireError) else ServerError(f"{type(error).__name__}: {error}")
                 )
                 batch[0].future.set_exception(known)
+            begun.set()
             return
-        self._measure(tokens, time.monotonic() - started)
+        now = time.monotonic()
+        self._measure(tokens, now - max(started, self._last_end_s))
+        self._last_end_s = now
         for waiting, signals in answered:
             self._served[waiting.call.tenant] += waiting.call.batch.tokens
             queue_us = round((started - waiting.queued_s) * 1e6)

@@ -5,6 +5,7 @@ Calls come from one thread at a time. A backend knows nothing of queues, tenants
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -46,6 +47,12 @@ class Backend(Protocol):
         """The signals of each job, from as few forward passes as fit.
 
         The same list of jobs gives the same bits; other company may move them within rounding.
+        """
+
+    def begin(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> Callable[[], list[TeacherSignals]]:
+        """Begins what `score` does; what it returns waits for the answers.
+
+        The next batch may be begun before, from the same thread; the wait may be in another thread.
         """
 
     def head(self) -> TeacherHead:

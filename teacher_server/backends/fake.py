@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from teacher_server.backends.base import ModelFacts
 from teacher_server.config import FakeBackend, GenerationConfig
@@ -37,6 +37,10 @@ class FakeModel:
         answers = [self._teacher.signals(spec, batch) for batch, spec in jobs]
         time.sleep(max(0.0, done_s - time.monotonic()))
         return answers
+
+    def begin(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> Callable[[], list[TeacherSignals]]:
+        answers = self.score(jobs)
+        return lambda: answers
 
     def head(self) -> TeacherHead:
         weight = float32(self._teacher.weight_VD)
