@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from teacher_wire.errors import LabelError
-from teacher_wire.messages import SignalSpec, TeacherSignals, TokenBatch
+from teacher_wire.messages import SignalSpec, TeacherSignals, Tensor, TokenBatch
 
 # Probabilities that must sum to 1, and figures computed twice: float32 log-sums over bf16 logits (algorithms.md 3.6).
 MASS_TOLERANCE = 1e-3
 LSE_TOLERANCE = (0.02, 0.002)  # absolute, relative
 LOGP_TOLERANCE = 0.05
+_BF16_MAGNITUDE, _BF16_INFINITY = np.uint16(0x7FFF), np.uint16(0x7F80)
 
 
 def check_signals(signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, names: Sequence[str]) -> None:
@@ -49,12 +50,20 @@ def check_signals(signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, 
     for name in ("hidden_ND", "state_scales_NG", "outlier_values_NO"):
         found = signals.tensors().get(name)
         if found is not None:
-            report.refuse(~np.isfinite(found.as_float32()).all(-1), name, "holds NaN or infinity", lse_N)
+            report.refuse(_not_finite(found), name, "holds NaN or infinity", lse_N)
     if signals.outlier_ids_NO is not None:
         top_N = signals.outlier_ids_NO.array.max(-1)
         assert signals.state_int8_ND is not None
         width = signals.state_int8_ND.shape[1]
         report.refuse(top_N >= width, "outlier_ids", "a channel outside the state", top_N, width - 1)
+
+
+def _not_finite(tensor: Tensor) -> np.ndarray:
+    """bool [N]: rows that hold NaN or infinity. By exponent bits where they are at hand: converting takes five times as long."""
+    if tensor.dtype == "bfloat16":
+        found: np.ndarray = np.bitwise_and(tensor.array, _BF16_MAGNITUDE).max(-1) >= _BF16_INFINITY
+        return found
+    return ~np.isfinite(tensor.array).all(-1)
 
 
 class _Reporter:
