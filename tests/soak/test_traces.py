@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import Qwen2ForCausalLM
+from transformers import LlamaForCausalLM
 
 from student_trainer.config import parse_as, parse_config
 from student_trainer.traces.config import TracesConfig
@@ -25,7 +25,7 @@ from teacher_server.engine import TeacherEngine
 from teacher_wire.loopback import serve
 from teacher_wire.trace_verify import verify
 from teacher_wire.traces import parse
-from tests.e2e.classroom import EngineService, Shape, paired, table
+from tests.e2e.classroom import EngineService, paired, table
 from tests.soak import steps
 
 pytestmark = [
@@ -34,7 +34,7 @@ pytestmark = [
 ]
 PROBLEMS, SAMPLES, EVALUATED, STEPS = 600, 4, 256, 300
 SEEDS = range(10, 15)
-SHAPE = Shape(steps.VOCAB, 64, 2, 2, 1, 160, max_positions=256, tied=False, init_std=0.06)
+SHAPE = steps.LlamaShape(steps.VOCAB, 64, 2, 2, 1, 160, max_positions=256, tied=False, init_std=0.06)
 ARMS = {"answers alone": ["answer"], "traces": ["reason", "answer"]}
 QUIET = Console(file=io.StringIO())
 
@@ -105,7 +105,7 @@ def test_faults_planted_in_its_traces_are_rejected(made, reason):
         assert verify(text, steps.question(a, b), gold=str(a + b)).reason == reason
 
 
-def student(folder: Path, arm: str, seed: int, rows: Path) -> Qwen2ForCausalLM:
+def student(folder: Path, arm: str, seed: int, rows: Path) -> LlamaForCausalLM:
     """A student after its steps."""
     start = folder / f"start-{seed}"
     if not start.exists():
@@ -122,11 +122,11 @@ def student(folder: Path, arm: str, seed: int, rows: Path) -> Qwen2ForCausalLM:
         },
     }  # fmt: skip
     result = train(parse_config(tree, "test"), console=QUIET)
-    return Qwen2ForCausalLM.from_pretrained(result.output_dir / "final").eval()
+    return LlamaForCausalLM.from_pretrained(result.output_dir / "final").eval()
 
 
 @torch.no_grad()
-def exact_match(model: Qwen2ForCausalLM, prefix: str) -> float:
+def exact_match(model: LlamaForCausalLM, prefix: str) -> float:
     """Share of fresh problems whose greedy answer is right, in the mode that `prefix` chooses."""
     pairs = steps.problems(EVALUATED, steps.EVALUATION_STREAM)
     ids_BL = torch.tensor(steps.encode([f"{prefix}{steps.question(a, b)}\n" for a, b in pairs]))
