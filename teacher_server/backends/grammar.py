@@ -34,6 +34,9 @@ class Grammars:
         tokenizer: of transformers.
         vocab_rows: ids that may be written.
         end_ids: the teacher's own ends of text.
+
+    Attributes:
+        clean_V: bool [V], False where a token holds what JSON text never holds.
     """
 
     def __init__(self, tokenizer: Any, vocab_rows: int, end_ids: frozenset[int]) -> None:
@@ -47,7 +50,7 @@ class Grammars:
         self._lock = threading.Lock()
         # xgrammar lets control characters into strings of bounded length (0.2.8), where JSON has none.
         clean = [not any(byte < 32 and byte not in b"\r\n" for byte in token) for token in info.decoded_vocab]
-        self._clean_V = torch.tensor(clean)[:vocab_rows]
+        self.clean_V = torch.tensor(clean)[:vocab_rows]
 
     def compile(self, schema: str) -> Any:
         """The grammar of a schema.
@@ -73,25 +76,27 @@ class Grammars:
             override_stop_tokens=sorted(stop_ids) or None,
             terminate_without_stop_token=not stop_ids,
         )
-        return Follower(matcher, self._clean_V)
+        return Follower(matcher)
 
 
 class Follower:
     """One text's place in its grammar."""
 
-    def __init__(self, matcher: Any, clean_V: Torch) -> None:
+    def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
-        self._bits_1W = torch.zeros(1, -(-len(clean_V) // 32), dtype=torch.int32)
-        self._clean_V = clean_V
 
-    def allowed_V(self) -> Torch:
-        """bool [V] on the host: ids that may come next."""
-        self._matcher.fill_next_token_bitmask(self._bits_1W)
-        shifted = self._bits_1W[0][:, None] >> torch.arange(32, dtype=torch.int32)
-        return (shifted & 1).flatten()[: len(self._clean_V)].bool() & self._clean_V
+    def fill(self, bits_bW: Torch, row: int) -> None:
+        """Writes into one row which ids may come next, 32 to an int32; on the host."""
+        self._matcher.fill_next_token_bitmask(bits_bW, row)
 
     def accept(self, token_id: int) -> bool:
         """Goes on by one token; whether the text is complete with it."""
         accepted = self._matcher.accept_token(token_id)
         assert accepted, "only allowed tokens are sampled"
         return bool(self._matcher.is_terminated())
+
+
+def unpack(bits_bW: Torch, vocab_rows: int) -> Torch:
+    """bool [b, V] of bits as `Follower.fill` writes them."""
+    shifted_bW32 = bits_bW[..., None] >> torch.arange(32, dtype=torch.int32, device=bits_bW.device)
+    return (shifted_bW32 & 1).flatten(1)[:, :vocab_rows].bool()

@@ -18,7 +18,7 @@ from torch import Tensor as Torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from teacher_server.backends.grammar import Follower, Grammars
+from teacher_server.backends.grammar import Follower, Grammars, unpack
 from teacher_server.generation import Sequence
 from teacher_wire.errors import CapabilityError, RequestError, TeacherWireError
 from teacher_wire.generation import Sample, SamplingSpec
@@ -234,10 +234,14 @@ class ModelStepper:
     def _allowed(self, rows: list[_Row]) -> Torch | None:
         if all(row.follower is None for row in rows):
             return None
-        everything_V = torch.ones(self._vocab_rows, dtype=torch.bool)
-        return torch.stack([everything_V if row.follower is None else row.follower.allowed_V() for row in rows]).to(
-            self._device
-        )
+        assert self._grammars is not None
+        bits_cW = torch.full((len(rows), -(-self._vocab_rows // 32)), -1, dtype=torch.int32)
+        for i, row in enumerate(rows):
+            if row.follower is not None:
+                row.follower.fill(bits_cW, i)
+        free_c1 = torch.tensor([[row.follower is None] for row in rows])
+        clean_cV = (free_c1 | self._grammars.clean_V).to(self._device)
+        return unpack(bits_cW.to(self._device), self._vocab_rows) & clean_cV
 
 
 def _go_on(row: _Row, token_id: int, logp: float) -> Sample | None:

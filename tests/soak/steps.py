@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.e2e.classroom import Shape, TeacherRecipe, teacher_folder
 
@@ -26,8 +28,29 @@ LENGTH = 88
 END = "<|end|>"
 # Streams of numpy's generator; every set of problems has its own.
 TEACHER_STREAM, TRAIN_STREAM, EVALUATION_STREAM = range(3)
+
+
+@dataclass(frozen=True)
+class LlamaShape(Shape):
+    """The same shapes as Llama: transformers gives every `qwen2` folder Qwen's own pre-tokenizer, whatever lies in it."""
+
+    def build(self, seed: int) -> Any:
+        config = LlamaConfig(
+            vocab_size=self.vocab, hidden_size=self.hidden, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, intermediate_size=self.ffn,
+            max_position_embeddings=self.max_positions, tie_word_embeddings=self.tied, initializer_range=self.init_std,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(config)
+
+
 TEACHER = TeacherRecipe(
-    "steps-v1", Shape(VOCAB, 128, 3, 4, 2, 384, max_positions=512, tied=False, init_std=0.06), steps=500, batch_size=64
+    "steps-v2",
+    LlamaShape(VOCAB, 128, 3, 4, 2, 384, max_positions=512, tied=False, init_std=0.06),
+    steps=300,
+    batch_size=64,
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import Qwen2ForCausalLM
+from transformers import LlamaForCausalLM
 
 from student_trainer.config import parse_as, parse_config
 from student_trainer.traces.config import TracesConfig
@@ -25,16 +25,17 @@ from teacher_server.engine import TeacherEngine
 from teacher_wire.loopback import serve
 from teacher_wire.trace_verify import verify
 from teacher_wire.traces import parse
-from tests.e2e.classroom import EngineService, Shape, paired, table
+from tests.e2e.classroom import EngineService, paired, table
 from tests.soak import steps
 
 pytestmark = [
     pytest.mark.timeout(3600),
     pytest.mark.skipif(not os.environ.get("LYCEUM_SOAK"), reason="takes minutes: run make soak"),
 ]
-PROBLEMS, SAMPLES, EVALUATED, STEPS = 600, 4, 256, 300
+PROBLEMS, SAMPLES, EVALUATED, STEPS = 1000, 4, 256, 600
+LONGER = 4  # a step on traces takes as long as four on answers
 SEEDS = range(10, 15)
-SHAPE = Shape(steps.VOCAB, 64, 2, 2, 1, 160, max_positions=256, tied=False, init_std=0.06)
+SHAPE = steps.LlamaShape(steps.VOCAB, 64, 2, 2, 1, 160, max_positions=256, tied=False, init_std=0.06)
 ARMS = {"answers alone": ["answer"], "traces": ["reason", "answer"]}
 QUIET = Console(file=io.StringIO())
 
@@ -105,28 +106,28 @@ def test_faults_planted_in_its_traces_are_rejected(made, reason):
         assert verify(text, steps.question(a, b), gold=str(a + b)).reason == reason
 
 
-def student(folder: Path, arm: str, seed: int, rows: Path) -> Qwen2ForCausalLM:
+def student(folder: Path, arm: str, seed: int, rows: Path, steps_made: int = STEPS) -> LlamaForCausalLM:
     """A student after its steps."""
     start = folder / f"start-{seed}"
     if not start.exists():
         SHAPE.build(1000 + seed).save_pretrained(start)
         steps.tokenizer().save_pretrained(start)
     tree = {
-        "run": {"output_dir": str(folder / f"{arm}-{seed}".replace(" ", "-")), "seed": seed, "cache_dir": str(folder)},
+        "run": {"output_dir": str(folder / f"{arm}-{seed}-{steps_made}".replace(" ", "-")), "seed": seed, "cache_dir": str(folder)},
         "model": {"path": str(start), "dtype": "float32", "lora": None},
         "data": {"train": [str(rows)], "traces": {"tasks": ARMS[arm]}, "max_tokens": 200},
         "loss": {"output": None, "sft_weight": 1.0},
         "train": {
-            "batch_size": 64, "accumulation": 1, "max_steps": STEPS, "learning_rate": 3e-3, "betas": [0.9, 0.98],
+            "batch_size": 64, "accumulation": 1, "max_steps": steps_made, "learning_rate": 3e-3, "betas": [0.9, 0.98],
             "weight_decay": 0.01, "warmup_steps": 30, "min_lr_share": 0.05, "log_steps": 50,
         },
     }  # fmt: skip
     result = train(parse_config(tree, "test"), console=QUIET)
-    return Qwen2ForCausalLM.from_pretrained(result.output_dir / "final").eval()
+    return LlamaForCausalLM.from_pretrained(result.output_dir / "final").eval()
 
 
 @torch.no_grad()
-def exact_match(model: Qwen2ForCausalLM, prefix: str) -> float:
+def exact_match(model: LlamaForCausalLM, prefix: str) -> float:
     """Share of fresh problems whose greedy answer is right, in the mode that `prefix` chooses."""
     pairs = steps.problems(EVALUATED, steps.EVALUATION_STREAM)
     ids_BL = torch.tensor(steps.encode([f"{prefix}{steps.question(a, b)}\n" for a, b in pairs]))
@@ -142,8 +143,10 @@ def exact_match(model: Qwen2ForCausalLM, prefix: str) -> float:
 
 def test_traces_teach_more_than_answers(made, folder, capsys):
     rows = made[0].output_dir / "traces.jsonl"
-    found: dict[str, list[float]] = {"answers alone": [], "traces": [], "traces, answering at once": []}
+    longer = f"answers alone, {LONGER}x the steps"
+    found: dict[str, list[float]] = {"answers alone": [], longer: [], "traces": [], "traces, answering at once": []}
     for seed in SEEDS:
+        found[longer].append(exact_match(student(folder, "answers alone", seed, rows, LONGER * STEPS), "[answer] "))
         found["answers alone"].append(exact_match(student(folder, "answers alone", seed, rows), "[answer] "))
         taught = student(folder, "traces", seed, rows)
         found["traces"].append(exact_match(taught, "[reason] "))
@@ -152,5 +155,6 @@ def test_traces_teach_more_than_answers(made, folder, capsys):
     with capsys.disabled():
         print(f"\naddition with written steps, share of exact answers after {STEPS} steps of 64\n{table(found)}")
         print(f"traces - answers alone, paired: {mean:.3f} [{low:.3f}, {high:.3f}]")
+    assert mean >= 0.3
     assert low > 0
     assert all(a > b for a, b in zip(found["traces"], found["answers alone"], strict=True))

@@ -173,13 +173,14 @@ class _Closed:
 
     def __init__(self, real: Grammars) -> None:
         self._real = real
+        self.clean_V = real.clean_V
 
     def compile(self, schema):
         return self._real.compile(schema)
 
     def follow(self, schema, stop_ids):
         follower = self._real.follow(schema, stop_ids)
-        follower.allowed_V = lambda: torch.zeros(300, dtype=torch.bool)
+        follower.fill = lambda bits_bW, row: bits_bW[row].zero_()
         return follower
 
 
@@ -232,11 +233,14 @@ async def test_limits_and_a_full_queue_are_refused_by_name(model_factory):
         with pytest.raises(LimitError, match="prompt 1 and max_new_tokens"):
             await write(engine, SamplingSpec(max_new_tokens=100), [[1], [1] * 29])
         spec = SamplingSpec(max_new_tokens=30, ignore_eos=True)
+        gate = threading.Event()
+        engine._thread.submit(gate.wait)  # no step is made before the gate opens
         first = [asyncio.create_task(write(engine, spec, [[1]])) for _ in range(2)]
         await until(lambda: engine.counters()["generate_waiting"] == 1)
         with pytest.raises(OverloadedError) as caught:
             await write(engine, spec, [[1]])
         assert caught.value.retry_after_s > 0
+        gate.set()
         await asyncio.gather(*first)
 
 

@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -24,6 +25,7 @@ from teacher_wire.fake_generation import FakeWriter
 from teacher_wire.generation import SamplingSpec
 from teacher_wire.loopback import serve
 from teacher_wire.traces import parse
+from tests.e2e.conftest import call_cli
 from tests.student_trainer.conftest import fake_for
 
 END = 2  # <|im_end|> of the tiny tokenizer
@@ -246,6 +248,19 @@ def test_what_cannot_work_is_said_before_anything_is_asked(world, model_factory,
         with pytest.raises(DataError, match=f"field={field}"):
             run(world, output_dir=str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+def test_the_command(world, capsys, monkeypatch, tmp_path):
+    tree = world.config().model_dump(mode="json")
+    file = tmp_path / "traces.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    code, said = call_cli(capsys, monkeypatch, "traces", file)
+    assert code == 0 and "accepted 12 (100.0%)" in said and "traces.jsonl" in said
+    code, said = call_cli(capsys, monkeypatch, "traces", file)
+    assert code == 2 and "holds a run already; go on with --resume auto" in said
+    assert call_cli(capsys, monkeypatch, "traces", file, "--resume", "auto")[0] == 0
+    code, said = call_cli(capsys, monkeypatch, "traces", file, "sampling.sample=3")
+    assert code == 2 and "sampling.sample: unknown key" in said
 
 
 def test_training_rows_are_questions_too(world):
