@@ -155,6 +155,28 @@ class LimitsConfig(_Strict):
     max_reply_mb: Annotated[int, Field(ge=1)] = 64
 
 
+class GenerationConfig(_Strict):
+    """How much may be written at a time, and what one call may ask for.
+
+    Attributes:
+        max_running: sequences that are written at once.
+        max_cache_tokens: prompt and new tokens of all running sequences, each counted in full when it starts.
+        max_queue_tokens: the same of all that wait; beyond it a call is refused as overloaded.
+        max_new_tokens: of one sample.
+        max_samples: of one prompt.
+        max_call_tokens: prompt and new tokens of all samples of a call.
+        max_schema_bytes: of a JSON schema.
+    """
+
+    max_running: Annotated[int, Field(ge=1)] = 64
+    max_cache_tokens: Annotated[int, Field(ge=2)] = 131_072
+    max_queue_tokens: Annotated[int, Field(ge=2)] = 8_388_608
+    max_new_tokens: Annotated[int, Field(ge=1)] = 4_096
+    max_samples: Annotated[int, Field(ge=1)] = 64
+    max_call_tokens: Annotated[int, Field(ge=2)] = 1_048_576
+    max_schema_bytes: Annotated[int, Field(ge=2)] = 65_536
+
+
 class AutoscalingConfig(_Strict):
     """Ray Serve's autoscaling of one teacher, on the tokens that wait in a replica's queue.
 
@@ -191,6 +213,7 @@ class TeacherConfig(_Strict):
     deterministic: bool = False
     batch: BatchConfig = BatchConfig()
     limits: LimitsConfig = LimitsConfig()
+    generation: GenerationConfig = GenerationConfig()
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0

@@ -11,14 +11,19 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import cast
 
 from teacher_server.backends import Backend, build_backend
+from teacher_server.backends.base import WritingBackend
 from teacher_server.batcher import Batcher, Job
 from teacher_server.config import TeacherConfig
+from teacher_server.generation import Result
 from teacher_wire import codec
 from teacher_wire.errors import CapabilityError, DeadlineError, ServerError, TeacherWireError, UnavailableError
+from teacher_wire.generation import GenerateCall, Sample, check_generate
 from teacher_wire.messages import HeadHeader, Limits, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
 
 log = logging.getLogger(__name__)
@@ -52,6 +57,10 @@ class TeacherEngine:
         self._task: asyncio.Task[None] | None = None
         self._head: TeacherHead | None = None
         self.info = self._describe()
+        self._generation = None
+        if self.info.generates:
+            writer = cast(WritingBackend, self._backend)
+            self._generation = writer.generation(config.generation, self._on_thread, deterministic=config.deterministic)
         self.forward_tokens = 0
         self.forwards = 0
 
@@ -68,18 +77,34 @@ class TeacherEngine:
                 max_request_sequences=limits.max_request_sequences,
                 max_k=min(limits.max_k, facts.vocab_rows),
                 max_reply_bytes=limits.max_reply_mb << 20,
+                **self._generation_limits(sequence),
             ),
             **shared,
         )
 
+    def _generation_limits(self, max_sequence_tokens: int) -> dict[str, int]:
+        settings = self._config.generation
+        if not self._backend.facts.generates:
+            return {}
+        return {
+            "max_new_tokens": min(settings.max_new_tokens, max_sequence_tokens - 1),
+            "max_samples": settings.max_samples,
+            "max_generate_tokens": settings.max_call_tokens,
+            "max_schema_bytes": settings.max_schema_bytes,
+        }
+
     def start(self) -> None:
         """Begins taking batches, in the running event loop."""
         self._task = asyncio.create_task(self._run())
+        if self._generation is not None:
+            self._generation.start()
 
     async def stop(self) -> None:
         """Ends; what still waits fails as unavailable."""
         if self._task is not None:
             self._task.cancel()
+        if self._generation is not None:
+            self._generation.stop()
         for waiting in self._waiting.values():
             if not waiting.future.done():
                 waiting.future.set_exception(UnavailableError(f"teacher {self._config.name!r} is going away"))
@@ -104,6 +129,19 @@ class TeacherEngine:
         finally:
             self._waiting.pop(job_id, None)
             self._batcher.cancel(job_id)  # no effect once it is in a batch
+
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Sample, None]:
+        """Samples as they finish; closing the generator stops the work at the next token.
+
+        Raises:
+            TeacherWireError: refused, overloaded, or failed; see `teacher_wire.errors`.
+        """
+        check_generate(call, self.info)
+        assert self._generation is not None, "checked with the capabilities"
+        return self._generation.generate(call)
+
+    async def _on_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def head_header(self, fingerprint: str) -> HeadHeader:
         """All of the output head but the weight. Raises CapabilityError."""
@@ -180,6 +218,8 @@ class TeacherEngine:
         """Raises RuntimeError if no answer can ever come again."""
         if self._task is None or self._task.done():
             raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
+        if self._generation is not None:
+            self._generation.check_health()
 
     def counters(self) -> dict[str, int]:
         """What this replica has done and holds, for status displays and tests."""
@@ -189,4 +229,5 @@ class TeacherEngine:
             "waiting": len(self._waiting),
             "forwards": self.forwards,
             "forward_tokens": self.forward_tokens,
+            **(self._generation.counters() if self._generation is not None else {}),
         }

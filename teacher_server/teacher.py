@@ -5,13 +5,16 @@ In: ScoreCall through a handle; out: TeacherSignals, or a TeacherWireError.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
 
 from teacher_server.config import TeacherConfig
 from teacher_server.engine import TeacherEngine
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
 
 
@@ -28,6 +31,11 @@ class TeacherReplica:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         return await self._engine.score(call)
+
+    async def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        async with contextlib.aclosing(self._engine.generate(call)) as samples:
+            async for sample in samples:
+                yield sample
 
     async def head_header(self, fingerprint: str) -> HeadHeader:
         return await self._engine.head_header(fingerprint)

@@ -13,12 +13,12 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import grpc
 
-from teacher_wire import PROTOCOL, codec, status
+from teacher_wire import PROTOCOL, codec, generate_client, status
 from teacher_wire.channel import Credentials, call_metadata, open_channel
 from teacher_wire.errors import (
     CancelledRequestError,
@@ -30,6 +30,7 @@ from teacher_wire.errors import (
     TeacherWireError,
     UnavailableError,
 )
+from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.messages import ScoreCall, SignalSpec, TeacherHead, TeacherInfo, TeacherSignals, TokenBatch
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
@@ -253,6 +254,27 @@ class TeacherClient:
             raise
         finally:
             self._pending.pop(call.request_id, None)
+
+    def generate(
+        self, info: TeacherInfo, spec: SamplingSpec, prompts: PromptBatch, *, timeout_s: float = 0.0
+    ) -> AsyncGenerator[Sample, None]:
+        """Samples of every prompt in the order in which they finish, none twice; close it (`aclose`) to stop the work.
+
+        Args:
+            info: the teacher, as `describe` gave it.
+            spec: how to sample.
+            prompts: what to go on from.
+            timeout_s: of one call; 0 for none.
+
+        Raises:
+            RequestError, LimitError, CapabilityError: what this teacher cannot do; checked before anything is sent.
+            LabelError: a sample that was not asked for, or is not what was asked for.
+            MismatchError: the teacher behind the address is another one now.
+            UnavailableError, OverloadedError: nothing came for `retry_for_s`.
+        """
+        retry = generate_client.Retry(self.address, self._retry_for_s, self._pause, self._on_trouble, self.stats)
+        call = GenerateCall(info.name, info.fingerprint, spec, prompts, timeout_s=timeout_s)
+        return generate_client.samples(self._stub, self._metadata, call, info, retry)
 
     async def _keep_stream(self) -> None:
         """Holds one stream open while requests are pending, and opens the next when it breaks."""

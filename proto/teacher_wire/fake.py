@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from teacher_wire.errors import NotFoundError, ServerError
+from teacher_wire.fake_generation import FakeWriter
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.identity import head_sha256
 from teacher_wire.messages import (
     BLOCK_CHANNELS,
@@ -40,6 +43,7 @@ class FakeTeacher:
         vocab_rows, hidden_size, seed: its shape and weights.
         delay_s: pause before each answer.
         mistake: one of MISTAKES.
+        writer: answers Generate.
         calls, tokens: what it has been asked so far.
     """
 
@@ -52,6 +56,7 @@ class FakeTeacher:
     tokenizer_sha256: str = ""
     chat_template_sha256: str = ""
     max_reply_bytes: int = 32 << 20
+    writer: FakeWriter = field(default_factory=FakeWriter)
     calls: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
 
@@ -79,7 +84,8 @@ class FakeTeacher:
             head_sha256=head_sha256(weight, None, 1.0, 0.0),
             transports=("top_k", "hidden", "full"),
             deterministic=True,
-            limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes),
+            limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes, **self.writer.limits),
+            generates=self.writer.generates,
         )
 
     async def describe(self) -> list[TeacherInfo]:
@@ -98,6 +104,9 @@ class FakeTeacher:
             raise ServerError("the fake was told to crash")
         signals = self.signals(call.spec, call.batch)
         return _spoil(replace(signals, fingerprint=self.teacher_info().fingerprint), self.mistake)
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        return self.writer.samples(call, self.vocab_rows)
 
     async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
         info = await self.info(teacher)

@@ -329,13 +329,17 @@ class TeacherSignals:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """What one request may ask for; the last four are of Generate (proto: Limits)."""
 
     max_sequence_tokens: int
     max_request_tokens: int
     max_request_sequences: int
     max_k: int
     max_reply_bytes: int
+    max_new_tokens: int = 0
+    max_samples: int = 0
+    max_generate_tokens: int = 0
+    max_schema_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -357,6 +361,7 @@ class TeacherInfo:
     transports: tuple[str, ...]
     deterministic: bool
     limits: Limits
+    generates: tuple[str, ...] = ()
 
     @property
     def value_bytes(self) -> int:

@@ -7,6 +7,7 @@ the window: a request is handed to the service only when its whole reply fits th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import secrets
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from teacher_wire import PROTOCOL, codec, status
+from teacher_wire import PROTOCOL, codec, generate_servicer, status
 from teacher_wire.errors import (
     CapabilityError,
     DeadlineError,
@@ -27,6 +28,7 @@ from teacher_wire.errors import (
     TeacherWireError,
     UnavailableError,
 )
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
@@ -47,6 +49,9 @@ class TeacherService(Protocol):
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         """The labels. Must stop the work it can stop when cancelled."""
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        """Samples as they finish; closing the iterator stops the work."""
 
     async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
         """Shape, scale and digest of the output head. Raises CapabilityError."""
@@ -120,6 +125,19 @@ class TeacherServicer(pb_grpc.TeacherServicer):
                 yield pb.HeadChunk(offset=offset, data=data)
         except Exception as error:
             await _abort(context, error)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateDown]:
+        self.open_requests += 1
+        try:
+            async with contextlib.aclosing(
+                generate_servicer.answers(self._service, request, self._tenant_of(context))
+            ) as answers:
+                async for message in answers:
+                    yield message
+        except Exception as error:
+            await _abort(context, error)
+        finally:
+            self.open_requests -= 1
 
     async def Score(self, requests: AsyncIterator[pb.ScoreUp], context: Context) -> AsyncIterator[pb.ScoreDown]:
         stream = _Stream(self, self._service, self._kept, self._limits, self._tenant_of(context))

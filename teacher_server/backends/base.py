@@ -6,9 +6,13 @@ Calls come from one thread at a time. A backend knows nothing of queues, tenants
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from teacher_wire.messages import SignalSpec, TeacherHead, TeacherSignals, TokenBatch
+
+if TYPE_CHECKING:
+    from teacher_server.config import GenerationConfig
+    from teacher_server.generation import Generation, OnThread
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class ModelFacts:
     head_sha256: str
     transports: tuple[str, ...]
     max_sequence_tokens: int
+    generates: tuple[str, ...] = ()
 
 
 class Backend(Protocol):
@@ -45,3 +50,10 @@ class Backend(Protocol):
 
     def head(self) -> TeacherHead:
         """The output head. Raises CapabilityError if it is not given away."""
+
+
+class WritingBackend(Backend, Protocol):
+    """A backend whose facts say that it generates."""
+
+    def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> Generation:
+        """What answers Generate. `on_thread` runs a call where `score` runs; a backend with a queue of its own needs none."""

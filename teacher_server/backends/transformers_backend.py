@@ -19,11 +19,15 @@ from torch import Tensor as Torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from teacher_server.backends import internlm
+from teacher_server.backends import grammar, internlm
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.model_folder import fetch, fingerprint
+from teacher_server.backends.stepper import ModelStepper
+from teacher_server.backends.writing import end_ids, writes_as_it_scores
+from teacher_server.config import GenerationConfig
 from teacher_server.config import TransformersBackend as Config
 from teacher_server.errors import ServerConfigError
+from teacher_server.generation import OnThread, SteppedGeneration
 from teacher_server.signals import output, state
 from teacher_wire.errors import CapabilityError
 from teacher_wire.identity import head_sha256, text_sha256, tokenizer_sha256
@@ -127,6 +131,8 @@ class TransformersModel:
         text = model_config.get_text_config()
         self._head = _Head(projection.weight, getattr(projection, "bias", None), _logit_scale(text), _softcap(text))
         self._probe(model)
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
         served_head = self.head() if config.serve_head else None
         self._facts = ModelFacts(
@@ -143,11 +149,32 @@ class TransformersModel:
             head_sha256=served_head.header.sha256 if served_head else "",
             transports=("top_k", "hidden", "full") if served_head else ("top_k", "full"),
             max_sequence_tokens=int(getattr(text, "max_position_embeddings", 1 << 20)),
+            generates=self._generates(min(rows, len(tokenizer))),
         )
 
     @property
     def facts(self) -> ModelFacts:
         return self._facts
+
+    def _generates(self, vocab_rows: int) -> tuple[str, ...]:
+        """What Generate can offer: nothing if the model does not write step by step what it scores at once."""
+        if not writes_as_it_scores(self._stepper(vocab_rows, None), self._body, self._device, vocab_rows):
+            return ()
+        return ("tokens", "json_schema") if grammar.available() else ("tokens",)
+
+    def _stepper(self, vocab_rows: int, grammars: grammar.Grammars | None) -> ModelStepper:
+        return ModelStepper(
+            self._body, lambda state_bD: self._head.logits(state_bD, vocab_rows), self._device,
+            vocab_rows=vocab_rows, end_ids=self._end_ids, grammars=grammars,
+            prefill_tokens=self._config_tokens, logit_bytes=self._config.reduce_mb << 20,
+        )  # fmt: skip
+
+    def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> SteppedGeneration:
+        vocab_rows = min(self._facts.vocab_rows, self._facts.tokenizer_size)
+        grammars = None
+        if "json_schema" in self._facts.generates:
+            grammars = grammar.Grammars(self._tokenizer, vocab_rows, self._end_ids)
+        return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
 
     def head(self) -> TeacherHead:
         if not self._config.serve_head:

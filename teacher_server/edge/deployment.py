@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -17,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from teacher_server.config import EdgeConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_wire.errors import NotFoundError, OverloadedError, ServerError, TeacherWireError, UnavailableError
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,10 @@ class ServeTeachers:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         return await _call(self._handles[self._name(call.teacher)].score.remote(call))
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        handle = self._handles[self._name(call.teacher)].options(stream=True)
+        return _stream(handle.generate.remote(call))
 
     async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
         return await _call(self._handles[self._name(teacher)].head_header.remote(fingerprint))
@@ -78,6 +84,24 @@ async def _call(response: Any) -> Any:
         raise OverloadedError("all replicas of this teacher are full", retry_after_s=1.0) from error
     except (RayError, RayServeException) as error:
         raise UnavailableError(f"a replica went away: {type(error).__name__}") from error
+
+
+async def _stream(responses: Any) -> AsyncIterator[Any]:
+    """The values of a streaming handle call, as `_call` gives one; cancels it when closed before its end."""
+    try:
+        async for value in responses:
+            yield value
+    except RayTaskError as error:
+        if isinstance(error.cause, TeacherWireError):
+            raise error.cause from None
+        log.exception("a teacher failed")
+        raise ServerError(f"{type(error.cause).__name__}: {error.cause}") from error
+    except BackPressureError as error:
+        raise OverloadedError("all replicas of this teacher are full", retry_after_s=1.0) from error
+    except (RayError, RayServeException) as error:
+        raise UnavailableError(f"a replica went away: {type(error).__name__}") from error
+    finally:
+        responses.cancel()  # no effect at its end
 
 
 class Edge:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,7 @@ from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
 from teacher_server.errors import ServerConfigError
 from teacher_wire.channel import SERVER_OPTIONS
 from teacher_wire.errors import UnavailableError
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
 from teacher_wire.servicer import StreamLimits, TeacherService, TeacherServicer
 from teacher_wire.v1 import teacher_pb2 as pb
@@ -125,6 +127,10 @@ class _Gate:
     async def score(self, call: ScoreCall) -> TeacherSignals:
         self._check()
         return await self._service.score(call)
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        self._check()
+        return self._service.generate(call)
 
     async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
         self._check()

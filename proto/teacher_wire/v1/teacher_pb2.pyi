@@ -29,6 +29,12 @@ class Compression(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     NONE: _ClassVar[Compression]
     INT8_BLOCKS: _ClassVar[Compression]
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_UNSPECIFIED: _ClassVar[FinishReason]
+    STOP: _ClassVar[FinishReason]
+    LENGTH: _ClassVar[FinishReason]
 DTYPE_UNSPECIFIED: DType
 UINT8: DType
 UINT16: DType
@@ -44,6 +50,9 @@ HIDDEN: Transport
 FULL: Transport
 NONE: Compression
 INT8_BLOCKS: Compression
+FINISH_UNSPECIFIED: FinishReason
+STOP: FinishReason
+LENGTH: FinishReason
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")
@@ -70,7 +79,7 @@ class DescribeReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., teachers: _Optional[_Iterable[_Union[TeacherInfo, _Mapping]]] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "head_sha256", "transports", "deterministic", "limits")
+    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "head_sha256", "transports", "deterministic", "limits", "generates")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +95,7 @@ class TeacherInfo(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    GENERATES_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     fingerprint: str
@@ -101,21 +111,30 @@ class TeacherInfo(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     deterministic: bool
     limits: Limits
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., head_sha256: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    generates: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., head_sha256: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes")
+    __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes", "max_new_tokens", "max_samples", "max_generate_tokens", "max_schema_bytes")
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     MAX_REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    MAX_GENERATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SCHEMA_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_sequence_tokens: int
     max_request_tokens: int
     max_request_sequences: int
     max_k: int
     max_reply_bytes: int
-    def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ...) -> None: ...
+    max_new_tokens: int
+    max_samples: int
+    max_generate_tokens: int
+    max_schema_bytes: int
+    def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_samples: _Optional[int] = ..., max_generate_tokens: _Optional[int] = ..., max_schema_bytes: _Optional[int] = ...) -> None: ...
 
 class SignalSpec(_message.Message):
     __slots__ = ("transport", "k", "vocab_rows", "extra", "compression")
@@ -300,6 +319,74 @@ class ErrorDetail(_message.Message):
     limit: str
     retry_after_s: float
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., value: _Optional[str] = ..., limit: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
+class SamplingSpec(_message.Message):
+    __slots__ = ("samples", "temperature", "top_p", "max_new_tokens", "seed", "stop_ids", "ignore_eos", "json_schema")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    stop_ids: _containers.RepeatedScalarFieldContainer[int]
+    ignore_eos: bool
+    json_schema: bytes
+    def __init__(self, samples: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., max_new_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., json_schema: _Optional[bytes] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("teacher", "fingerprint", "token_ids", "cu_lengths", "sampling", "have", "timeout_ms")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CU_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    HAVE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    fingerprint: str
+    token_ids: Tensor
+    cu_lengths: Tensor
+    sampling: SamplingSpec
+    have: Tensor
+    timeout_ms: int
+    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., cu_lengths: _Optional[_Union[Tensor, _Mapping]] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., have: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class GenerateDown(_message.Message):
+    __slots__ = ("sample", "done")
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    sample: Sample
+    done: GenerateDone
+    def __init__(self, sample: _Optional[_Union[Sample, _Mapping]] = ..., done: _Optional[_Union[GenerateDone, _Mapping]] = ...) -> None: ...
+
+class Sample(_message.Message):
+    __slots__ = ("prompt", "index", "token_ids", "token_logp", "finish")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_LOGP_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    prompt: int
+    index: int
+    token_ids: Tensor
+    token_logp: Tensor
+    finish: FinishReason
+    def __init__(self, prompt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., token_logp: _Optional[_Union[Tensor, _Mapping]] = ..., finish: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+
+class GenerateDone(_message.Message):
+    __slots__ = ("samples", "fingerprint")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    samples: int
+    fingerprint: str
+    def __init__(self, samples: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class HeadRequest(_message.Message):
     __slots__ = ("teacher", "fingerprint")

@@ -44,6 +44,11 @@ class TeacherStub(object):
                 request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.ScoreUp.SerializeToString,
                 response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.ScoreDown.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/teacher_wire.v1.Teacher/Generate',
+                request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.GenerateDown.FromString,
+                _registered_method=True)
         self.Head = channel.unary_stream(
                 '/teacher_wire.v1.Teacher/Head',
                 request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadRequest.SerializeToString,
@@ -70,6 +75,14 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Samples of the teacher: one call for several prompts, each sample sent down
+        as it finishes. A call ends early by cancelling it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Head(self, request, context):
         """The output head, for students that turn hidden states into logits.
         """
@@ -89,6 +102,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.ScoreUp.FromString,
                     response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.ScoreDown.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.GenerateRequest.FromString,
+                    response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.GenerateDown.SerializeToString,
             ),
             'Head': grpc.unary_stream_rpc_method_handler(
                     servicer.Head,
@@ -150,6 +168,33 @@ class Teacher(object):
             '/teacher_wire.v1.Teacher/Score',
             teacher__wire_dot_v1_dot_teacher__pb2.ScoreUp.SerializeToString,
             teacher__wire_dot_v1_dot_teacher__pb2.ScoreDown.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/teacher_wire.v1.Teacher/Generate',
+            teacher__wire_dot_v1_dot_teacher__pb2.GenerateRequest.SerializeToString,
+            teacher__wire_dot_v1_dot_teacher__pb2.GenerateDown.FromString,
             options,
             channel_credentials,
             insecure,

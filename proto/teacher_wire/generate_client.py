@@ -1,0 +1,94 @@
+"""The student's half of Generate: one call after another until every sample is there, none of them twice.
+
+In: a call; out: its samples. A call that breaks is made again without what has arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import grpc
+
+from teacher_wire import generate_codec, status
+from teacher_wire.errors import TeacherWireError, UnavailableError
+from teacher_wire.generation import GenerateCall, Sample, check_generate
+from teacher_wire.messages import TeacherInfo
+from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+
+
+class Counts(Protocol):
+    """What is counted of retries."""
+
+    retries: int
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How long a call that fails is made again; the clock starts with the first failure since anything came."""
+
+    address: str
+    retry_for_s: float
+    pause_s: Callable[[TeacherWireError], float]
+    on_trouble: Callable[[TeacherWireError], None]
+    stats: Counts
+
+
+async def samples(
+    stub: pb_grpc.TeacherStub, metadata: Any, call: GenerateCall, info: TeacherInfo, retry: Retry
+) -> AsyncGenerator[Sample, None]:
+    """See `TeacherClient.generate`."""
+    check_generate(call, info)
+    received = set(call.have)
+    failing_since: float | None = None
+    while True:
+        try:
+            async with contextlib.aclosing(_one_call(stub, metadata, call, info, received, retry.address)) as arriving:
+                async for sample in arriving:
+                    failing_since = None
+                    yield sample
+            return
+        except TeacherWireError as problem:
+            if len(received) == call.prompts.prompts * call.spec.samples and isinstance(problem, status.RETRYABLE):
+                return  # only the word that this was all got lost
+            now = time.monotonic()
+            failing_since = now if failing_since is None else failing_since
+            pause_s = retry.pause_s(problem)
+            if not isinstance(problem, status.RETRYABLE) or now + pause_s - failing_since >= retry.retry_for_s:
+                raise
+            retry.stats.retries += 1
+            retry.on_trouble(problem)
+            await asyncio.sleep(pause_s)
+            call = replace(call, have=frozenset(received))
+
+
+async def _one_call(
+    stub: pb_grpc.TeacherStub,
+    metadata: Any,
+    call: GenerateCall,
+    info: TeacherInfo,
+    received: set[tuple[int, int]],
+    address: str,
+) -> AsyncGenerator[Sample, None]:
+    """The samples of one call, checked and added to `received`; cancels it when closed."""
+    stream = stub.Generate(generate_codec.encode_generate(call), metadata=metadata)
+    before = len(received)
+    try:
+        async for down in stream:
+            kind = down.WhichOneof("message")
+            if kind == "done":
+                generate_codec.check_end(down.done, call, len(received) - before)
+                return
+            if kind == "sample":
+                sample = generate_codec.decode_sample(down.sample, call, info, received)
+                received.add((sample.prompt, sample.index))
+                yield sample
+    except grpc.RpcError as error:
+        raise status.from_rpc(error, address) from None
+    finally:
+        stream.cancel()
+    raise UnavailableError(f"{address}: the server ended the call early")

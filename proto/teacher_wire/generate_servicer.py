@@ -1,0 +1,68 @@
+"""The server half of Generate: a call is checked, handed to the service, and its samples are passed on as they finish.
+
+In: a request; out: messages down. It makes no sample and keeps none: a broken call is taken up by naming what arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Protocol
+
+from teacher_wire import generate_codec
+from teacher_wire.errors import DeadlineError, UnavailableError
+from teacher_wire.generation import GenerateCall, Sample, check_generate
+from teacher_wire.messages import TeacherInfo
+from teacher_wire.v1 import teacher_pb2 as pb
+
+
+class Writes(Protocol):
+    """The part of a `TeacherService` that answers Generate."""
+
+    async def info(self, teacher: str) -> TeacherInfo:
+        """One teacher. Raises NotFoundError."""
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        """Samples as they finish; closing the iterator stops the work."""
+
+
+async def answers(service: Writes, request: pb.GenerateRequest, tenant: str) -> AsyncGenerator[pb.GenerateDown, None]:
+    """Everything to be sent down.
+
+    Raises:
+        TeacherWireError: refused, overloaded, late or failed.
+    """
+    call = generate_codec.decode_generate(request, tenant)
+    info = await service.info(call.teacher)
+    check_generate(call, info)
+    sent, started = 0, time.monotonic()
+    async with contextlib.aclosing(_closable(service.generate(call))) as samples:
+        while True:
+            left = call.timeout_s - (time.monotonic() - started) if call.timeout_s else None
+            try:
+                async with asyncio.timeout(left):
+                    sample = await anext(samples, None)
+            except TimeoutError:
+                raise DeadlineError(
+                    "not all samples came in time", field="timeout_s", value=f"{sent} samples", limit=call.timeout_s
+                ) from None
+            if sample is None:
+                break
+            sent += 1
+            yield generate_codec.encode_sample(sample)
+    if sent != call.samples:
+        raise UnavailableError("the server dropped samples", field="samples", value=sent, limit=call.samples)
+    yield generate_codec.encode_end(sent, info.fingerprint)
+
+
+async def _closable(samples: AsyncIterator[Sample]) -> AsyncGenerator[Sample, None]:
+    """An async generator over any iterator, so that it can be closed."""
+    try:
+        async for sample in samples:
+            yield sample
+    finally:
+        close = getattr(samples, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,95 @@
+"""JSON schemas as grammars over a teacher's tokens, by xgrammar.
+
+In: a schema that `teacher_wire.schemas` let through; out: which tokens may come next. What it yields is checked again by
+the student: a grammar is a help to the model, not a proof.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor as Torch
+
+from teacher_wire.errors import LimitError, RequestError
+
+_CACHE_BYTES = 256 << 20  # of compiled grammars; the one in use may be as large again
+_MAX_GRAMMAR_BYTES = 128 << 20
+_MAX_WHITESPACE = 4  # between two tokens of JSON: room for a habit, not for an endless loop
+
+
+def available() -> bool:
+    """Whether xgrammar is installed."""
+    return importlib.util.find_spec("xgrammar") is not None
+
+
+class Grammars:
+    """Compiles and keeps grammars of one tokenizer; may be used from two threads.
+
+    Args:
+        tokenizer: of transformers.
+        vocab_rows: ids that may be written.
+        end_ids: the teacher's own ends of text.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_rows: int, end_ids: frozenset[int]) -> None:
+        import xgrammar
+
+        info = xgrammar.TokenizerInfo.from_huggingface(
+            tokenizer, vocab_size=vocab_rows, stop_token_ids=sorted(end_ids) or None
+        )
+        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
+        self._matcher = xgrammar.GrammarMatcher
+        self._lock = threading.Lock()
+        # xgrammar lets control characters into strings of bounded length (0.2.8), where JSON has none.
+        clean = [not any(byte < 32 and byte not in b"\r\n" for byte in token) for token in info.decoded_vocab]
+        self._clean_V = torch.tensor(clean)[:vocab_rows]
+
+    def compile(self, schema: str) -> Any:
+        """The grammar of a schema.
+
+        Raises:
+            RequestError, LimitError: there is none, or it is too large.
+        """
+        with self._lock:
+            try:
+                compiled = self._compiler.compile_json_schema(schema, max_whitespace_cnt=_MAX_WHITESPACE)
+            except Exception as error:  # xgrammar raises what its C++ throws
+                said = " ".join(str(error).split())[:200]
+                raise RequestError(f"no grammar can be made of the schema: {said}", field="json_schema") from error
+        if compiled.memory_size_bytes > _MAX_GRAMMAR_BYTES:
+            size = compiled.memory_size_bytes
+            raise LimitError("the grammar is too large", field="json_schema", value=size, limit=_MAX_GRAMMAR_BYTES)
+        return compiled
+
+    def follow(self, schema: str, stop_ids: frozenset[int]) -> Follower:
+        """Where a new text stands in the grammar of `schema`; it ends with one of `stop_ids`, or by itself if there are none."""
+        matcher = self._matcher(
+            self.compile(schema),
+            override_stop_tokens=sorted(stop_ids) or None,
+            terminate_without_stop_token=not stop_ids,
+        )
+        return Follower(matcher, self._clean_V)
+
+
+class Follower:
+    """One text's place in its grammar."""
+
+    def __init__(self, matcher: Any, clean_V: Torch) -> None:
+        self._matcher = matcher
+        self._bits_1W = torch.zeros(1, -(-len(clean_V) // 32), dtype=torch.int32)
+        self._clean_V = clean_V
+
+    def allowed_V(self) -> Torch:
+        """bool [V] on the host: ids that may come next."""
+        self._matcher.fill_next_token_bitmask(self._bits_1W)
+        shifted = self._bits_1W[0][:, None] >> torch.arange(32, dtype=torch.int32)
+        return (shifted & 1).flatten()[: len(self._clean_V)].bool() & self._clean_V
+
+    def accept(self, token_id: int) -> bool:
+        """Goes on by one token; whether the text is complete with it."""
+        accepted = self._matcher.accept_token(token_id)
+        assert accepted, "only allowed tokens are sampled"
+        return bool(self._matcher.is_terminated())
