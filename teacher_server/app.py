@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from teacher_server.backends.model_folder import check_local
-from teacher_server.config import EDGE_NAME, ServerConfig, TransformersBackend
+from teacher_server.config import EDGE_NAME, ServerConfig, TransformersBackend, VllmBackend
 from teacher_server.edge.auth import TokenFile
 from teacher_server.errors import ServerConfigError
 
@@ -30,7 +30,7 @@ def check(config: ServerConfig) -> None:
         ServerConfigError: a folder, file or port that cannot work, by name.
     """
     for teacher in config.teachers:
-        if isinstance(teacher.backend, TransformersBackend):
+        if isinstance(teacher.backend, TransformersBackend | VllmBackend):
             try:
                 check_local(teacher.backend.model)
             except ServerConfigError as error:
