@@ -55,6 +55,31 @@ def train(
     console.print(f"[bold green]done[/] {result.steps} steps  {figures}\nmodel: {result.output_dir / 'final'}")
 
 
+@app.command()
+def traces(
+    config: Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
+    resume: Annotated[str, typer.Option(help="auto: go on with the run in output_dir")] = "no",
+) -> None:
+    """Ask a teacher for reasoning traces, verify them, and write them as rows to train on."""
+    if resume not in ("auto", "no"):
+        raise ConfigError(f"--resume {resume}: choose auto or no")
+    from student_trainer.traces.config import load_traces_config
+
+    loaded = load_traces_config(config, overrides)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    from student_trainer.traces.run import make_traces
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = make_traces(loaded, resume=resume == "auto", console=console)
+    except KeyboardInterrupt:
+        again = shlex.join([str(config), *(overrides or [])])
+        console.print(f"interrupted; go on with: student-trainer traces {again} --resume auto", markup=False)
+        raise SystemExit(130) from None
+    console.print(f"[bold green]done[/] {result.output_dir / 'traces.jsonl'}")
+
+
 def main() -> None:
     """The console script: one line and exit code 2 for what the user can mend."""
     try:

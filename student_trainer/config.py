@@ -7,13 +7,14 @@ that names the key; nothing here builds anything.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from student_trainer.errors import ConfigError
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -297,6 +298,15 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
     Raises:
         ConfigError: one line that names file and key.
     """
+    return parse_config(read_tree(path, overrides), str(path))
+
+
+def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The plain data of a config file with its overrides.
+
+    Raises:
+        ConfigError: one line that names the file.
+    """
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -309,7 +319,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
         raise ConfigError(f"{path}: must hold sections, not {type(tree).__name__}")
     for override in overrides or []:
         _override(tree, override)
-    return parse_config(tree, str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> TrainConfig:
@@ -318,8 +328,13 @@ def parse_config(tree: dict[str, Any], origin: str) -> TrainConfig:
     Raises:
         ConfigError: one line that names `origin` and every wrong key.
     """
+    return parse_as(TrainConfig, tree, origin)
+
+
+def parse_as(kind: type[Parsed], tree: dict[str, Any], origin: str) -> Parsed:
+    """A config of a kind from plain data; raises as `parse_config`."""
     try:
-        return TrainConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{origin}: {_describe(error)}") from error
 

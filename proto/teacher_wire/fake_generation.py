@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,7 +47,7 @@ class FakeWriter:
         if self.mistake not in WRITER_MISTAKES:
             raise ValueError(f"mistake must be one of {'|'.join(WRITER_MISTAKES)}, not {self.mistake!r}")
 
-    async def samples(self, call: GenerateCall, vocab_rows: int) -> AsyncIterator[Sample]:
+    async def samples(self, call: GenerateCall, vocab_rows: int) -> AsyncGenerator[Sample, None]:
         """The samples of a call, in order."""
         self.calls += 1
         if self.refusals:

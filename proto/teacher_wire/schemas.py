@@ -46,7 +46,7 @@ def check_schema(text: str, max_bytes: int) -> None:
     _check_depth(text)
     try:
         schema = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
-        text.encode()
+        json.dumps(schema, ensure_ascii=False).encode()  # no half characters, escaped ones neither
     except (ValueError, RecursionError) as error:
         raise RequestError(f"not JSON: {str(error)[:120]}", field="json_schema") from None
     if not isinstance(schema, dict):

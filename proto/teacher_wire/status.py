@@ -108,4 +108,5 @@ def _trailing(error: grpc.RpcError) -> Sequence[tuple[str, str | bytes]]:
 
 
 def _cut(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()  # half characters cannot travel
     return text if len(text) <= MAX_DETAIL_CHARS else text[: MAX_DETAIL_CHARS - 1] + "…"

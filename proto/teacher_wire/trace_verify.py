@@ -59,7 +59,7 @@ def verify(
         prompt: the exact user content.
         finished: whether the teacher came to an end by itself.
         gold: the known answer, if there is one; else `majority` decides.
-        majority: normalised answer of most samples of this prompt.
+        majority: normalised answer of most samples of this prompt; "" if they are at odds.
         caps: the longest accepted trace.
     """
     caps = caps or Caps()
@@ -164,7 +164,8 @@ def _check_answer(trace: Trace, gold: str | None, majority: str | None) -> None:
         if answer != normalize_answer(gold):
             raise TraceError("wrong_answer", f"{answer[:80]!r}, not {normalize_answer(gold)[:80]!r}")
     elif majority is not None and answer != majority:
-        raise TraceError("minority_answer", f"{answer[:80]!r}, most have {majority[:80]!r}")
+        most = f"most have {majority[:80]!r}" if majority else "no answer has a majority"
+        raise TraceError("minority_answer", f"{answer[:80]!r}, {most}")
 
 
 def _check_arithmetic(trace: Trace) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncGenerator
 
 from teacher_server.backends.base import ModelFacts
-from teacher_server.config import FakeBackend
+from teacher_server.config import FakeBackend, GenerationConfig
+from teacher_server.generation import OnThread
 from teacher_wire.fake import FakeTeacher
+from teacher_wire.fake_generation import FakeWriter
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, TokenBatch, float32
 
 
@@ -15,7 +19,10 @@ class FakeModel:
 
     def __init__(self, config: FakeBackend) -> None:
         self._delay_s = config.delay_s
-        self._teacher = FakeTeacher(vocab_rows=config.vocab_rows, hidden_size=config.hidden_size, seed=config.seed)
+        writer = FakeWriter(delay_s=config.delay_s, generates=("tokens",))  # it holds to no schema
+        self._teacher = FakeTeacher(
+            vocab_rows=config.vocab_rows, hidden_size=config.hidden_size, seed=config.seed, writer=writer
+        )
         info = self._teacher.teacher_info()
         kept = {name: getattr(info, name) for name in ModelFacts.__dataclass_fields__ if name != "max_sequence_tokens"}
         self._facts = ModelFacts(**kept, max_sequence_tokens=info.limits.max_sequence_tokens)
@@ -32,3 +39,28 @@ class FakeModel:
         weight = float32(self._teacher.weight_VD)
         rows, columns = weight.shape
         return TeacherHead(HeadHeader("float32", rows, columns, None, 1.0, 0.0, self._facts.head_sha256), weight)
+
+    def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> FakeGeneration:
+        return FakeGeneration(self._teacher)
+
+
+class FakeGeneration:
+    """A `Generation` without a queue: every call is answered as it comes."""
+
+    def __init__(self, teacher: FakeTeacher) -> None:
+        self._teacher = teacher
+
+    def start(self) -> None:
+        """Nothing to begin."""
+
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Sample, None]:
+        return self._teacher.writer.samples(call, self._teacher.vocab_rows)
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+    def check_health(self) -> None:
+        """Always well."""
+
+    def counters(self) -> dict[str, int]:
+        return {}

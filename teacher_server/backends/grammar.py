@@ -7,6 +7,7 @@ the student: a grammar is a help to the model, not a proof.
 from __future__ import annotations
 
 import importlib.util
+import re
 import threading
 from typing import Any
 
@@ -17,6 +18,7 @@ from teacher_wire.errors import LimitError, RequestError
 
 _CACHE_BYTES = 256 << 20  # of compiled grammars; the one in use may be as large again
 _MAX_GRAMMAR_BYTES = 128 << 20
+_PLACE_IN_XGRAMMAR = re.compile(r"^\[[\d:]+\] \S+: ")
 _MAX_WHITESPACE = 4  # between two tokens of JSON: room for a habit, not for an endless loop
 
 
@@ -57,7 +59,7 @@ class Grammars:
             try:
                 compiled = self._compiler.compile_json_schema(schema, max_whitespace_cnt=_MAX_WHITESPACE)
             except Exception as error:  # xgrammar raises what its C++ throws
-                said = " ".join(str(error).split())[:200]
+                said = _PLACE_IN_XGRAMMAR.sub("", " ".join(str(error).split()))[:200]
                 raise RequestError(f"no grammar can be made of the schema: {said}", field="json_schema") from error
         if compiled.memory_size_bytes > _MAX_GRAMMAR_BYTES:
             size = compiled.memory_size_bytes

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from student_trainer.trainer import learning_rate_share
 from teacher_server.config import TeacherConfig, TransformersBackend
 from teacher_server.engine import TeacherEngine
 from teacher_wire.client import TeacherClient
+from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.loopback import serve
 from teacher_wire.messages import HeadHeader, ScoreCall, SignalSpec, TeacherInfo, TeacherSignals
 
@@ -168,10 +169,17 @@ class EngineService:
         return self._engine.info
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
+        self._start()
+        return await self._engine.score(call)
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        self._start()
+        return self._engine.generate(call)
+
+    def _start(self) -> None:
         if self._loop is None:  # only the server's loop may run the engine
             self._loop = asyncio.get_running_loop()
             self._engine.start()
-        return await self._engine.score(call)
 
     def stop(self) -> None:
         """Ends the engine; from outside the server's loop."""

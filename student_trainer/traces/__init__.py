@@ -1,0 +1,1 @@
+"""Reasoning traces: asked of a teacher, verified here, kept as rows to train on."""

@@ -1,0 +1,293 @@
+"""`student-trainer traces`: questions to a teacher, samples back, verified traces on disk.
+
+In: a config; out: a folder of rows to train on. It asks a few calls ahead, writes in the order of the questions, and ends
+with an error when the teacher's samples are not worth learning from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from student_trainer.embedded import embedded_teacher
+from student_trainer.errors import ConfigError, ModelError, RunError
+from student_trainer.feed import background
+from student_trainer.traces.config import TracesConfig
+from student_trainer.traces.folder import Stats, TracesFolder
+from student_trainer.traces.judge import judge
+from student_trainer.traces.questions import Question, digest, encode_questions, read_questions
+from teacher_wire.channel import Credentials
+from teacher_wire.client import TeacherClient
+from teacher_wire.errors import CapabilityError, LimitError, MismatchError
+from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
+from teacher_wire.identity import text_sha256, tokenizer_sha256
+from teacher_wire.messages import TeacherInfo
+from teacher_wire.traces import Caps, generation_schema
+
+_SHOWN_EVERY_S = 10.0  # where there is no terminal
+
+
+@dataclass(frozen=True)
+class TracesResult:
+    """What a finished run leaves."""
+
+    output_dir: Path
+    stats: Stats
+
+
+def make_traces(config: TracesConfig, *, resume: bool = False, console: Console | None = None) -> TracesResult:
+    """Asks for traces as `config` says.
+
+    Args:
+        config: the run.
+        resume: go on with a run that is in `output_dir`.
+        console: where progress is shown.
+
+    Raises:
+        StudentError, TeacherWireError: something a user can mend; what is done stays done.
+    """
+    console = console or Console(stderr=True)
+    tokenizer = _load_tokenizer(config.tokenizer)
+    questions = read_questions(config.data)
+    prompts = encode_questions(questions, tokenizer, config.data)
+    console.print(f"{len(questions):,} questions, {sum(map(len, prompts)):,} tokens")
+    if config.teacher.address is not None:
+        return background.run(_run(config, config.teacher.address, tokenizer, questions, prompts, resume, console))
+    assert config.teacher.embedded is not None
+    with embedded_teacher(config.teacher.embedded) as address:
+        return background.run(_run(config, address, tokenizer, questions, prompts, resume, console))
+
+
+async def _run(
+    config: TracesConfig,
+    address: str,
+    tokenizer: Any,
+    questions: list[Question],
+    prompts: list[list[int]],
+    resume: bool,
+    console: Console,
+) -> TracesResult:
+    teacher = config.teacher
+    credentials = Credentials(
+        teacher.ca_file, teacher.cert_file, teacher.key_file, os.environ.get(teacher.token_env, "")
+    )
+    async with TeacherClient(
+        address,
+        credentials=credentials,
+        retry_for_s=teacher.retry_s,
+        on_trouble=lambda error: console.print(f"[yellow]{error}[/]; trying again"),
+    ) as client:
+        info = await client.teacher(teacher.name, wait_for_s=teacher.wait_s)
+        spec = _spec(config)
+        _agree(info, tokenizer, config)
+        _check_sizes(info, spec, questions, prompts)
+        identity = _identity(config, info, questions)
+        folder = TracesFolder(config.output_dir, identity, resume=resume)
+        shown = _Shown(console, config.output_dir.name, len(questions), folder)
+        try:
+            asking = _Asking(client, info, spec, prompts, config)
+            await _work(asking, folder, questions, tokenizer, config, shown)
+        finally:
+            shown.close()
+            folder.close()
+    console.print(f"teacher {info.name}: {folder.stats.describe()}")
+    return TracesResult(config.output_dir, folder.stats)
+
+
+async def _work(
+    asking: _Asking,
+    folder: TracesFolder,
+    questions: list[Question],
+    tokenizer: Any,
+    config: TracesConfig,
+    shown: _Shown,
+) -> None:
+    caps = Caps(**config.caps.model_dump())
+    _check_rate(folder.stats, asking.info, config)
+    began_s = time.perf_counter()
+    async for number, samples in asking.answers(folder.done):
+        now_s = time.perf_counter()
+        judgement = judge(questions[number], samples, tokenizer, asking.spec, asking.info, caps)
+        folder.add(judgement, now_s - began_s)
+        began_s = now_s
+        shown.update()
+        _check_rate(folder.stats, asking.info, config)
+
+
+class _Asking:
+    """Calls under way, a few ahead of what is taken."""
+
+    def __init__(
+        self,
+        client: TeacherClient,
+        info: TeacherInfo,
+        spec: SamplingSpec,
+        prompts: list[list[int]],
+        config: TracesConfig,
+    ) -> None:
+        self.info, self.spec = info, spec
+        self._client = client
+        self._prompts = prompts
+        self._config = config
+
+    async def answers(self, first: int) -> Any:
+        """(number, samples) of every question from `first` on, in order."""
+        groups = _groups(self._prompts, first, self._config.prompts_per_call, self.spec, self.info)
+        under_way: deque[tuple[range, asyncio.Task[list[list[Sample]]]]] = deque()
+        try:
+            for group in groups:
+                under_way.append((group, asyncio.create_task(self._ask(group))))
+                if len(under_way) >= self._config.calls:
+                    for pair in await _finished(*under_way.popleft()):
+                        yield pair
+            while under_way:
+                for pair in await _finished(*under_way.popleft()):
+                    yield pair
+        finally:
+            for _, task in under_way:
+                task.cancel()
+            await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
+
+    async def _ask(self, group: range) -> list[list[Sample]]:
+        found: list[list[Sample]] = [[] for _ in group]
+        batch = PromptBatch.pack([self._prompts[number] for number in group])
+        async for sample in self._client.generate(self.info, self.spec, batch):
+            found[sample.prompt].append(sample)
+        return found
+
+
+async def _finished(group: range, task: asyncio.Task[list[list[Sample]]]) -> list[tuple[int, list[Sample]]]:
+    try:
+        return list(zip(group, await task, strict=True))
+    except BaseException:
+        task.cancel()
+        raise
+
+
+def _groups(
+    prompts: Sequence[Sequence[int]], first: int, most: int, spec: SamplingSpec, info: TeacherInfo
+) -> Iterator[range]:
+    """Questions of one call each: neighbours, under the teacher's limits."""
+    start, tokens = first, 0
+    for number in range(first, len(prompts)):
+        needed = spec.samples * (len(prompts[number]) + spec.max_new_tokens)
+        full = number - start >= min(most, info.limits.max_request_sequences)
+        if number > start and (full or tokens + needed > info.limits.max_generate_tokens):
+            yield range(start, number)
+            start, tokens = number, 0
+        tokens += needed
+    if start < len(prompts):
+        yield range(start, len(prompts))
+
+
+def _spec(config: TracesConfig) -> SamplingSpec:
+    sampling = config.sampling
+    schema = generation_schema(Caps(**config.caps.model_dump())) if sampling.json_schema else None
+    return SamplingSpec(
+        samples=sampling.samples,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_new_tokens=sampling.max_new_tokens,
+        seed=sampling.seed,
+        json_schema=json.dumps(schema) if schema else "",
+    )
+
+
+def _agree(info: TeacherInfo, tokenizer: Any, config: TracesConfig) -> None:
+    """Refuses a teacher that reads our ids otherwise, or does not write."""
+    ours = tokenizer_sha256(tokenizer.backend_tokenizer.to_str())
+    if info.tokenizer_sha256 != ours:
+        raise MismatchError(
+            f"teacher {info.name!r} ({info.model}) has another tokenizer than {config.tokenizer}",
+            field="tokenizer_sha256", value=info.tokenizer_sha256[:16] or "none", limit=ours[:16],
+        )  # fmt: skip
+    uses_chat = config.data.template == "chat" or (config.data.template == "auto" and bool(tokenizer.chat_template))
+    template = text_sha256(tokenizer.chat_template)
+    if uses_chat and info.chat_template_sha256 != template and not config.teacher.allow_template_mismatch:
+        raise MismatchError(
+            f"teacher {info.name!r} has another chat template; set teacher.allow_template_mismatch=true if you want ours",
+            field="chat_template_sha256", value=info.chat_template_sha256[:16] or "none", limit=template[:16],
+        )  # fmt: skip
+    if config.sampling.json_schema and "json_schema" not in info.generates:
+        raise CapabilityError(
+            f"teacher {info.name!r} holds to no JSON schema; set sampling.json_schema=false if it knows the form by itself",
+            field="generates", value="json_schema", limit="|".join(info.generates) or "nothing",
+        )  # fmt: skip
+
+
+def _check_sizes(info: TeacherInfo, spec: SamplingSpec, questions: list[Question], prompts: list[list[int]]) -> None:
+    """Every question alone must be within the teacher's limits; the longest is looked at."""
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+    try:
+        check_generate(GenerateCall(info.name, "", spec, PromptBatch.pack([prompts[longest]])), info)
+    except LimitError as error:
+        error.add_note(f"the longest question is {questions[longest].key}, {len(prompts[longest])} tokens")
+        raise
+
+
+def _check_rate(stats: Stats, info: TeacherInfo, config: TracesConfig) -> None:
+    accept = config.accept
+    if stats.samples >= accept.after and stats.rate < accept.min_rate:
+        raise RunError(
+            f"teacher {info.name!r}: only {stats.accepted} of {stats.samples} samples were accepted "
+            f"({stats.rate:.1%}, accept.min_rate is {accept.min_rate:.0%}); most likely the prompt or the schema does not suit "
+            f"it: {stats.describe()}; see {config.output_dir}/quarantine.jsonl"
+        )
+
+
+def _identity(config: TracesConfig, info: TeacherInfo, questions: list[Question]) -> dict[str, Any]:
+    settings = config.model_dump(mode="json", include={"sampling", "caps"})
+    settings |= {"instruction": config.data.instruction, "template": config.data.template}
+    return {"teacher": info.fingerprint, "tokenizer": info.tokenizer_sha256, "questions": digest(questions), **settings}
+
+
+def _load_tokenizer(name: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"tokenizer {name!r} cannot be loaded: {str(error)[:300]}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"tokenizer {name!r} is no fast tokenizer (tokenizer.json), which the handshake needs")
+    return tokenizer
+
+
+class _Shown:
+    """A bar over the questions, or a line now and then where there is no terminal."""
+
+    def __init__(self, console: Console, title: str, total: int, folder: TracesFolder) -> None:
+        self._console, self._folder = console, folder
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        self._progress = Progress(
+            *columns,
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=folder.done, figures="")
+        self._progress.start()
+        self._said_s = time.monotonic()
+
+    def update(self) -> None:
+        """After each question."""
+        stats = self._folder.stats
+        figures = f"accepted {stats.rate:.0%}  {stats.tokens / max(stats.seconds, 1e-9):,.0f} tok/s"
+        self._progress.update(self._task, completed=stats.questions, figures=figures)
+        if not self._console.is_terminal and time.monotonic() - self._said_s >= _SHOWN_EVERY_S:
+            self._said_s = time.monotonic()
+            self._console.print(f"{stats.questions:,} questions: {figures}", highlight=False)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._progress.stop()

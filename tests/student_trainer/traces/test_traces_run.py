@@ -1,0 +1,307 @@
+"""`student-trainer traces` against a fake teacher on the real wire: right traces kept, planted faults quarantined by reason,
+resumption without a trace twice, and a stop when the teacher is not worth it."""
+
+import io
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from student_trainer.config import parse_as
+from student_trainer.errors import ConfigError, DataError, RunError
+from student_trainer.traces.config import TracesConfig
+from student_trainer.traces.places import mean_probability, token_spans, value_spans
+from student_trainer.traces.run import _groups, make_traces
+from teacher_wire.errors import CapabilityError, LimitError, MismatchError, ServerError
+from teacher_wire.fake_generation import FakeWriter
+from teacher_wire.generation import SamplingSpec
+from teacher_wire.loopback import serve
+from teacher_wire.traces import parse
+from tests.student_trainer.conftest import fake_for
+
+END = 2  # <|im_end|> of the tiny tokenizer
+QUIET = Console(file=io.StringIO())
+QUESTIONS = 12
+
+
+def prompt_of(number):
+    return f"Nr. {number}: 苹果 {number} 🍎 and\r\n{number + 1} pears"
+
+
+def right(number, **changes):
+    """The right trace of a question, as plain data."""
+    prompt = prompt_of(number).encode()
+    quote = f"{number} 🍎 and\r\n"
+    start = prompt.index(quote.encode())
+    fields = {
+        "evidence": [{"id": 0, "start": start, "end": start + len(quote.encode()), "text": quote}],
+        "steps": [
+            {"id": 1, "kind": "extract", "text": "apples", "evidence": [0], "depends_on": []},
+            {"id": 2, "kind": "compute", "text": f"{number}+{number + 1}={2 * number + 1}", "evidence": [],
+             "depends_on": [1]},
+        ],
+        "answer": {"text": str(2 * number + 1)},
+    }  # fmt: skip
+    return json.dumps(fields | changes, ensure_ascii=False)
+
+
+def faulty(number, fault):
+    fields = json.loads(right(number))
+    if fault == "repaired":
+        fields["evidence"][0] |= {"start": 0, "end": 3, "text": f"{number} 🍎 and\n{number + 1} pears"}
+    if fault == "wrong_answer":
+        fields["answer"]["text"] = "999"
+    if fault == "invented_evidence":
+        fields["evidence"][0]["text"] = "plums"
+    if fault == "cyclic_dependency":
+        fields["steps"][0]["depends_on"] = [2]
+    if fault == "too_long":
+        fields["steps"][0]["text"] = "x" * 300
+    if fault == "nul":
+        fields["steps"][0]["text"] = "\0"
+    if fault == "wrong_prompt":
+        fields["prompt_sha256"] = "0" * 64
+    if fault == "schema":
+        del fields["steps"]
+    if fault == "wrong_arithmetic":
+        fields["steps"][1]["text"] = "1+1=3"
+    text = json.dumps(fields, ensure_ascii=False)
+    return text[:-2] if fault == "broken_json" else text
+
+
+FAULTS = ["wrong_answer", "invented_evidence", "cyclic_dependency", "too_long", "nul", "wrong_prompt", "schema",
+          "wrong_arithmetic", "broken_json"]  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path, model_factory):
+    """A fake teacher that writes `texts[number, sample]`, else the right trace; and a config for it."""
+    folder = model_factory("qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    fake = fake_for(folder)
+    texts = {}
+
+    def write(prompt_ids, sample):
+        number = int(re.search(r"Nr. (\d+)", tokenizer.decode(prompt_ids)).group(1))
+        text = texts.get((number, sample), texts.get(number)) or right(number)
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], END]
+
+    fake.writer = FakeWriter(write=write)
+    rows = tmp_path / "questions.jsonl"
+    rows.write_text("".join(
+        json.dumps({"prompt": prompt_of(n), "answer": f" {2 * n + 1}.0 "}, ensure_ascii=False) + "\n"
+        for n in range(QUESTIONS)
+    ))  # fmt: skip
+    with serve(fake) as server:
+        fake.texts, fake.rows, fake.server, fake.folder = texts, rows, server, tmp_path / "out"
+
+        def config(**sections):
+            tree = {
+                "output_dir": str(fake.folder), "tokenizer": str(folder), "data": {"sources": [str(rows)]},
+                "teacher": {"address": server.address, "retry_s": 5}, "prompts_per_call": 3,
+                "sampling": {"samples": 1}, "caps": {"step_bytes": 256},
+            }  # fmt: skip
+            for name, section in sections.items():
+                tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
+            return parse_as(TracesConfig, tree, "test")
+
+        fake.config = config
+        yield fake
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(world, resume=False, **sections):
+    return make_traces(world.config(**sections), resume=resume, console=QUIET)
+
+
+def test_right_traces_are_kept_in_order_and_complete(world):
+    stats = run(world).stats
+    assert (stats.questions, stats.with_trace, stats.samples, stats.accepted) == (12, 12, 12, 12)
+    rows = lines(world.folder / "traces.jsonl")
+    assert [row["source"] for row in rows] == [f"{world.rows}:{n + 1}" for n in range(QUESTIONS)]
+    for number, row in enumerate(rows):
+        trace = parse(json.dumps(row["trace"]))
+        assert row["conversation"] == [{"role": "user", "content": prompt_of(number)}]
+        assert trace.answer.normalized == str(2 * number + 1)
+        for quote in trace.evidence:
+            assert prompt_of(number).encode()[quote.start : quote.end].decode() == quote.text
+        assert trace.teacher_revision == world.teacher_info().fingerprint
+        assert 0.2 <= trace.steps[0].confidence < 1 and trace.answer.confidence < 1, "probabilities of the tokens"
+    figures = json.loads((world.folder / "stats.json").read_text())
+    assert figures["accept_rate"] == 1 and figures["tokens_per_s"] > 0
+
+
+def test_planted_faults_are_quarantined_by_reason_and_fall_back_to_the_answer(world):
+    for number, fault in enumerate(FAULTS):
+        world.texts[number] = faulty(number, fault)
+    world.texts[10] = faulty(10, "repaired")
+    stats = run(world).stats
+    assert stats.rejected == dict.fromkeys(sorted(FAULTS, key=list(stats.rejected).index), 1)
+    assert (stats.accepted, stats.repaired) == (3, 1)
+    assert [entry["reason"] for entry in lines(world.folder / "quarantine.jsonl")] == FAULTS
+    rows = lines(world.folder / "traces.jsonl")
+    assert [row["trace"] is None for row in rows] == [True] * len(FAULTS) + [False] * 3
+    assert rows[0]["answer"] == " 1.0 "
+    (quote,) = rows[10]["trace"]["evidence"]
+    assert prompt_of(10).encode()[quote["start"] : quote["end"]].decode() == quote["text"] == "10 🍎 and\r\n11 pears"
+
+
+def test_without_answers_the_majority_decides_and_is_the_confidence(world):
+    world.texts[3, 1] = faulty(3, "wrong_answer")
+    for sample in (0, 2, 4):
+        world.texts[4, sample] = faulty(4, "wrong_answer")
+    world.texts[5, 0], world.texts[5, 1] = faulty(5, "wrong_answer"), right(5).replace('"11"', '"12"')
+    world.texts[5, 2] = world.texts[5, 3] = world.texts[5, 4] = "no JSON"
+    stats = run(world, data={"use_answers": False}, sampling={"samples": 5}).stats
+    assert stats.rejected == {"broken_json": 3, "minority_answer": 1 + 2 + 2}
+    rows = {row["source"].rpartition(":")[2]: row for row in lines(world.folder / "traces.jsonl")}
+    assert "6" not in rows, "no majority, no known answer: nothing to learn"
+    assert rows["4"]["trace"]["answer"]["confidence"] == 0.8 and rows["4"]["trace"]["sampling"]["agree"] == 4
+    assert rows["5"]["trace"]["answer"]["normalized"] == "999" and rows["5"]["trace"]["sampling"]["agree"] == 3
+    assert rows["5"]["answer"] is None
+
+
+def test_a_run_that_breaks_is_resumed_without_a_trace_twice(world, tmp_path):
+    for number in (1, 7):
+        world.texts[number] = faulty(number, "schema")
+    run(world)
+    straight = {name: (world.folder / name).read_bytes() for name in ("traces.jsonl", "quarantine.jsonl")}
+    whole = (world.folder / "progress.jsonl").read_bytes().splitlines(keepends=True)
+    for done in (0, 1, 5, 11):
+        broken = tmp_path / f"broken{done}"
+        shutil.copytree(world.folder, broken)
+        (broken / "progress.jsonl").write_bytes(b"".join(whole[:done]) + whole[done][:20])
+        with (broken / "traces.jsonl").open("ab") as file:
+            file.write(b'{"half a')
+        before = world.writer.written
+        result = run(world, resume=True, output_dir=str(broken))
+        assert world.writer.written - before == QUESTIONS - done
+        for name, content in straight.items():
+            assert (broken / name).read_bytes() == content
+        assert result.stats.questions == QUESTIONS
+    assert run(world, resume=True).stats.questions == QUESTIONS, "a finished run has nothing left to do"
+
+
+def test_a_crashing_teacher_leaves_what_is_done(world):
+    world.writer.mistake = "crash"
+    with pytest.raises(ServerError):
+        run(world)
+    world.writer.mistake = ""
+    world.writer.break_after = 2
+    assert run(world, resume=True).stats.questions == QUESTIONS
+
+
+def test_another_run_is_not_taken_up(world):
+    run(world)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run(world)
+    with pytest.raises(RunError, match="sampling"):
+        run(world, resume=True, sampling={"samples": 2})
+    world.rows.write_text(world.rows.read_text().replace("pears", "plums"))
+    with pytest.raises(RunError, match="questions"):
+        run(world, resume=True)
+    (world.folder / "traces.jsonl").unlink()
+    world.rows.write_text(world.rows.read_text().replace("plums", "pears"))
+    with pytest.raises(RunError, match=r"traces\.jsonl"):
+        run(world, resume=True)
+
+
+def test_a_teacher_below_the_rate_stops_the_run(world):
+    for number in range(QUESTIONS):
+        world.texts[number] = "no JSON"
+    with pytest.raises(RunError, match=r"0 of 10 samples.*broken_json 10.*quarantine"):
+        run(world, accept={"min_rate": 0.2, "after": 10}, prompts_per_call=5)
+    assert len(lines(world.folder / "quarantine.jsonl")) == 10
+    with pytest.raises(RunError, match="0 of 10"):
+        run(world, resume=True, accept={"min_rate": 0.2, "after": 10})
+
+
+def test_what_cannot_work_is_said_before_anything_is_asked(world, model_factory, tmp_path):
+    with pytest.raises(LimitError) as caught:
+        run(world, sampling={"max_new_tokens": 4096})
+    assert "longest question" in caught.value.__notes__[0]
+    world.writer.generates = ("tokens",)
+    with pytest.raises(CapabilityError):
+        run(world)
+    assert run(world, sampling={"json_schema": False}).stats.accepted == QUESTIONS
+    world.tokenizer_sha256 = "0" * 64
+    with pytest.raises(MismatchError, match="tokenizer"):
+        run(world, output_dir=str(tmp_path / "other"))
+    for row, field in (
+        ({"prompt": " "}, "prompt"),
+        ({"prompt": "x", "answer": 3}, "answer"),
+        ({"prompt": "x", "y": 1}, "y"),
+    ):
+        world.rows.write_text(json.dumps(row))
+        with pytest.raises(DataError, match=f"field={field}"):
+            run(world, output_dir=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_training_rows_are_questions_too(world):
+    rows = [{"instruction": f"Nr. {n}:", "input": prompt_of(n).partition(": ")[2], "output": "?"} for n in range(2)]
+    world.rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    world.texts |= {n: right(n).replace('"start": ', '"start": 1') for n in range(2)}
+    stats = run(world, data={"use_answers": False}).stats
+    assert (stats.with_trace, stats.repaired) == (2, 2)
+
+
+def test_calls_stay_within_the_teachers_limits(world):
+    info = world.teacher_info()
+    prompts = [[1] * n for n in (5, 900, 3, 3, 3, 3, 800)]
+    spec = SamplingSpec(samples=64, max_new_tokens=4000)
+    groups = list(_groups(prompts, 1, 3, spec, info))
+    assert [list(group) for group in groups] == [[1, 2, 3], [4, 5, 6]]
+    spec = SamplingSpec(samples=64, max_new_tokens=8000)
+    groups = list(_groups(prompts, 0, 9, spec, info))
+    assert [number for group in groups for number in group] == list(range(7))
+    for group in groups:
+        assert sum(64 * (len(prompts[n]) + 8000) for n in group) <= info.limits.max_generate_tokens
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON, st.sampled_from([None, 1, "\t"]), st.booleans())
+@settings(deadline=None)
+def test_places_of_values(value, indent, ascii_only):
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
+    spans = value_spans(text)
+
+    def check(node, path):
+        if isinstance(node, dict | list):
+            for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+                check(inner, (*path, key))
+        else:
+            start, end = spans.pop(path)
+            assert json.loads(text[start:end]) == node
+
+    check(value, ())
+    assert not spans
+
+
+@pytest.mark.parametrize("text", ["plain cat sat", "苹果 🍎 é", '{"a": "🍎\\n"}', ""])
+def test_places_of_tokens(model_factory, text):
+    tokenizer = AutoTokenizer.from_pretrained(model_factory("qwen2"))
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], END]
+    spans = token_spans(ids, text, tokenizer)
+    assert len(spans) == len(ids) and spans[-1] == (len(text), len(text))
+    for (start, end), token_id in zip(spans, ids, strict=True):
+        piece = tokenizer.decode([token_id], skip_special_tokens=True)
+        assert text[start:end] == piece or "\ufffd" in piece
+    logp = np.full(len(ids), -1.0, np.float32)
+    assert mean_probability(spans, logp, (0, max(1, len(text)))) == pytest.approx(math.exp(-1) if text else 1.0)
