@@ -255,9 +255,13 @@ class VllmModel:
         ):
             if value > limit:
                 raise LimitError("above the limit of this backend", field=field, value=value, limit=limit)
-        ids = [batch.token_ids_T] if batch.extra_ids_NM is None else [batch.token_ids_T, batch.extra_ids_NM]
-        if max(int(part.max()) for part in ids) >= facts.vocab_rows:
-            raise RequestError("token id outside the vocabulary", field="token_ids", limit=facts.vocab_rows - 1)
+        for field, ids, below in (
+            ("token_ids", batch.token_ids_T, facts.vocab_rows),
+            ("labels", batch.labels_N(), spec.vocab_rows),
+            ("extra_ids", batch.extra_ids_NM, spec.vocab_rows),
+        ):
+            if ids is not None and int(ids.max()) >= below:
+                raise RequestError("outside the vocabulary", field=field, value=int(ids.max()), limit=below - 1)
 
     def _states(self, batches: list[TokenBatch]) -> Iterator[tuple[int, Torch]]:
         """(batch, states [N, D] of its wanted rows on the head's device), each as soon as vLLM has made all of it."""
