@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from teacher_server.backends import Backend, build_backend
-from teacher_server.backends.base import WritingBackend
+from teacher_server.backends.base import OutsideBackend, WritingBackend
 from teacher_server.batcher import Batcher, Job
 from teacher_server.config import TeacherConfig
 from teacher_server.generation import Result
@@ -220,6 +220,8 @@ class TeacherEngine:
             raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
         if self._generation is not None:
             self._generation.check_health()
+        if isinstance(self._backend, OutsideBackend):
+            self._backend.check_health()
 
     def counters(self) -> dict[str, int]:
         """What this replica has done and holds, for status displays and tests."""

@@ -226,7 +226,7 @@ def sampling_params(spec: SamplingSpec, seed: int) -> SamplingParams:
         temperature=spec.temperature,
         top_p=spec.top_p,
         max_tokens=spec.max_new_tokens,
-        seed=seed,
+        seed=seed if spec.temperature else None,  # a stream of its own costs a kernel a step
         stop_token_ids=list(spec.stop_ids),
         ignore_eos=spec.ignore_eos,
         logprobs=None if structured else 0,
