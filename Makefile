@@ -1,13 +1,14 @@
-# make demo | make test | make lint | make bench | make soak | make extras: each sets up what it needs by itself.
+# make demo | make test | make lint | make bench | make soak | make extras | make setup-vllm: each sets up what it needs by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VENV)/.installed-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PROTO_TOOLS := .tools/proto
 STUBS := proto/teacher_wire/v1/teacher.proto
 
-.PHONY: setup demo test lint format bench soak extras stubs clean
+.PHONY: setup setup-vllm demo test lint format bench soak extras stubs clean
 
 setup: $(STAMP)
 
@@ -21,11 +22,25 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@$(PIP) install --constraint deploy/constraints.txt --editable '.[dev]'
 	@touch $@
 
+# vLLM into the same environment. On a machine with CUDA its own requirements move two of our pins (fastapi, numpy; within our
+# bounds); without CUDA nothing of ours moves: see deploy/constraints-vllm.txt.
+setup-vllm: $(VLLM_STAMP)
+
+$(VLLM_STAMP): $(STAMP) deploy/constraints-vllm.txt
+	@echo "== installing vLLM into $(VENV) (once)"
+	@if command -v nvidia-smi >/dev/null; then \
+	    grep -vE '^(fastapi|numpy)==' deploy/constraints.txt >$(VENV)/constraints-cuda.txt && \
+	    $(PIP) install --constraint $(VENV)/constraints-cuda.txt 'vllm==0.32.0'; \
+	else \
+	    $(PIP) install --no-deps --requirement deploy/constraints-vllm.txt; \
+	fi
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/python -m deploy.demo
 
-test: $(STAMP) $(PROTO_TOOLS)
-	@$(BIN)/python -m pytest
+test: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
+	@LYCEUM_VLLM=1 $(BIN)/python -m pytest
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

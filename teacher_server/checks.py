@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from teacher_server.backends.model_folder import check_local
-from teacher_server.config import ServerConfig, TransformersBackend
+from teacher_server.config import ServerConfig, TransformersBackend, VllmBackend
 from teacher_server.edge.auth import TokenFile
 from teacher_server.errors import ServerConfigError
 
@@ -37,7 +37,7 @@ def check_files(config: ServerConfig) -> None:
         ServerConfigError: naming the setting.
     """
     for teacher in config.teachers:
-        if isinstance(teacher.backend, TransformersBackend):
+        if isinstance(teacher.backend, TransformersBackend | VllmBackend):
             try:
                 check_local(teacher.backend.model)
             except ServerConfigError as error:

@@ -133,6 +133,60 @@ class TransformersBackend(_Strict):
     quantization: Literal["none", "fp8"] = "none"
 
 
+class VllmBackend(_Strict):
+    """A causal language model that vLLM runs: labels from its final states, and writing in running batches.
+
+    Every role is an engine of its own, with its own copy of the weights: one replica with both needs twice the weights,
+    two deployments of one role each need the same in two places. JSON schemas need both roles in one replica, since the
+    log-probabilities of a sample before its schema come from the engine that scores. A replica also holds the output head
+    (vocabulary x width x bytes of the dtype, 1.1 GB for Qwen2.5-7B) and `reduce_mb`.
+
+    Attributes:
+        model: hub id or local folder.
+        revision: of a hub id.
+        dtype: of weights and arithmetic.
+        roles: `score`, `generate` or both.
+        max_model_len: longest sequence; the model's own limit if not given. The key-value cache must hold one.
+        gpu_memory_utilization: part of a GPU that all engines of the replica take together, in equal parts: weights,
+            activations and what is left as key-value cache. Not used where `kv_cache_gb` is given.
+        kv_cache_gb: key-value cache of each engine; on a CPU 1 if not given.
+        tensor_parallel_size: GPUs (or processes on a CPU) that each engine is spread over; `num_gpus` must give as many.
+        prefix_caching: reuse of cached prompts by `generate`. Labels need every token's state, so `score` never reads it.
+        max_batch_tokens: tokens of one forward pass of an engine. `batch.max_tokens` should be a multiple, so that
+            labels are reduced while the engine computes the next ones.
+        max_sequences: that an engine runs at once.
+        enforce_eager: no compilation and no CUDA graphs: starts in seconds, writes slower.
+        threads: of each engine on a CPU, and of the reductions.
+        serve_head: students may fetch the output head (needed for `hidden`).
+        reduce_mb: bound on logits held at a time while reducing.
+        answer_mb: largest answer to one request; `full` takes rows x vocabulary x bytes of the dtype.
+    """
+
+    kind: Literal["vllm"] = "vllm"
+    model: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    roles: Annotated[tuple[Literal["score", "generate"], ...], Field(min_length=1)] = ("score",)
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    prefix_caching: bool = True
+    max_batch_tokens: Annotated[int, Field(ge=16)] = 16_384
+    max_sequences: Annotated[int, Field(ge=1)] = 256
+    enforce_eager: bool = False
+    threads: Annotated[int, Field(ge=1)] = 1
+    serve_head: bool = True
+    reduce_mb: Annotated[int, Field(ge=1)] = 256
+    answer_mb: Annotated[int, Field(ge=1)] = 1_024
+
+    @model_validator(mode="after")
+    def _distinct_roles(self) -> VllmBackend:
+        if len(set(self.roles)) != len(self.roles):
+            raise ValueError(f"roles are named once each, got {', '.join(self.roles)}")
+        return self
+
+
 class FakeBackend(_Strict):
     """The deterministic fake of `teacher_wire.fake`, for trying things out without a model.
 
@@ -225,7 +279,7 @@ class TeacherConfig(_Strict):
     """
 
     name: Name
-    backend: Annotated[TransformersBackend | FakeBackend, Field(discriminator="kind")]
+    backend: Annotated[TransformersBackend | VllmBackend | FakeBackend, Field(discriminator="kind")]
     deterministic: bool = False
     batch: BatchConfig = BatchConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -304,7 +358,7 @@ def describe_errors(error: ValidationError) -> str:
     """Every problem of a validation on one line: key, complaint, value."""
     problems = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"] if part not in ("transformers", "fake")) or "config"
+        key = ".".join(str(part) for part in item["loc"] if part not in ("transformers", "vllm", "fake")) or "config"
         if item["type"] == "extra_forbidden":
             problems.append(f"{key}: unknown key")
         elif item["type"] == "missing":

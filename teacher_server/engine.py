@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from teacher_server.backends import Backend, build_backend
-from teacher_server.backends.base import WritingBackend
+from teacher_server.backends.base import OutsideBackend, WritingBackend
 from teacher_server.batcher import Batcher, Job
 from teacher_server.config import DEFAULT_TENANT, TeacherConfig
 from teacher_server.generation import Result
@@ -270,6 +270,8 @@ class TeacherEngine:
             raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
         if self._generation is not None:
             self._generation.check_health()
+        if isinstance(self._backend, OutsideBackend):
+            self._backend.check_health()
 
     def counters(self) -> dict[str, Any]:
         """What this replica has done and holds, for status displays and tests."""

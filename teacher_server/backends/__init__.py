@@ -6,11 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from teacher_server.backends.base import Backend, ModelFacts
-from teacher_server.config import FakeBackend, TransformersBackend
+from teacher_server.config import FakeBackend, TransformersBackend, VllmBackend
 
 
 def _transformers(config: Any, deterministic: bool) -> Backend:
     from teacher_server.backends.transformers_backend import load
+
+    return load(config, deterministic=deterministic)
+
+
+def _vllm(config: Any, deterministic: bool) -> Backend:
+    from teacher_server.backends.vllm_backend import load
 
     return load(config, deterministic=deterministic)
 
@@ -21,10 +27,14 @@ def _fake(config: Any, deterministic: bool) -> Backend:
     return FakeModel(config)
 
 
-BACKENDS: dict[str, Callable[[Any, bool], Backend]] = {"transformers": _transformers, "fake": _fake}
+BACKENDS: dict[str, Callable[[Any, bool], Backend]] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+    "fake": _fake,
+}
 
 
-def build_backend(config: TransformersBackend | FakeBackend, *, deterministic: bool) -> Backend:
+def build_backend(config: TransformersBackend | VllmBackend | FakeBackend, *, deterministic: bool) -> Backend:
     """Loads the model that `config` describes; only now is torch imported, and only for kinds that need it."""
     return BACKENDS[config.kind](config, deterministic)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from teacher_wire.messages import SignalSpec, TeacherHead, TeacherSignals, TokenBatch
 
@@ -64,3 +64,14 @@ class WritingBackend(Backend, Protocol):
 
     def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> Generation:
         """What answers Generate. `on_thread` runs a call where `score` runs; a backend with a queue of its own needs none."""
+
+
+@runtime_checkable
+class OutsideBackend(Protocol):
+    """A backend whose model lives in processes of its own."""
+
+    def check_health(self) -> None:
+        """Raises RuntimeError if they are gone."""
+
+    def close(self) -> None:
+        """Ends them."""

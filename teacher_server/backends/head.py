@@ -1,0 +1,140 @@
+"""The output head of a folder, alone: what turns states of any engine into labels.
+
+In: states after the final norm and what a student asked for; out: signals on the host. Reads no weight but the head's.
+Axes: N wanted rows, C chunk rows, V vocabulary, D width, M named ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor as Torch
+
+from teacher_server.errors import ServerConfigError
+from teacher_server.signals import output
+from teacher_server.signals.reduce import OutputHead
+from teacher_server.signals.reduce import reduce as reduce_rows
+from teacher_server.signals.transfer import ToHost, to_device, to_wire
+from teacher_wire.identity import head_sha256
+from teacher_wire.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, TokenBatch
+
+_HEAD_NAMES = ("lm_head.weight",)
+_TIED_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
+_OUTLIER_CHANNELS_BELOW = 1 << 16
+
+
+@dataclass(frozen=True)
+class Head(OutputHead):
+    """An output head that can be given away."""
+
+    def on_wire(self) -> TeacherHead:
+        """The whole head, for students."""
+        weight = to_wire(self.weight_VD.detach().cpu().contiguous())
+        bias = None if self.bias_V is None else to_wire(self.bias_V.detach().cpu().contiguous())
+        digest = head_sha256(weight, bias, self.logit_scale, self.final_softcap)
+        rows, columns = weight.shape
+        header = HeadHeader(weight.dtype, rows, columns, bias, self.logit_scale, self.final_softcap, digest)
+        return TeacherHead(header, weight)
+
+
+def load_head(folder: Path, text_config: Any, dtype: torch.dtype, device: torch.device) -> Head:
+    """The head of a model folder.
+
+    Args:
+        folder: with safetensors.
+        text_config: the model's text configuration.
+        dtype, device: of the head.
+
+    Raises:
+        ServerConfigError: the folder holds no head under a known name.
+    """
+    tied = bool(getattr(text_config, "tie_word_embeddings", False))
+    files = _files_of_weights(folder)
+    names = [name for name in (_TIED_NAMES if tied else _HEAD_NAMES) if name in files]
+    if not names:
+        wanted = " or ".join(_TIED_NAMES if tied else _HEAD_NAMES)
+        raise ServerConfigError(f"model folder {folder} has no output head: no weight called {wanted}")
+    weight_VD = _read(files[names[0]], names[0]).to(device=device, dtype=dtype)
+    bias_V = None
+    if "lm_head.bias" in files:
+        bias_V = _read(files["lm_head.bias"], "lm_head.bias").to(device=device, dtype=dtype)
+    return Head(weight_VD, bias_V, _logit_scale(text_config), _softcap(text_config))
+
+
+def _files_of_weights(folder: Path) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+        except SafetensorError as error:
+            raise ServerConfigError(f"{file} is no safetensors file: {error}") from error
+    return found
+
+
+def _read(file: Path, name: str) -> Torch:
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ServerConfigError(f"{file}: {name} cannot be read: {error}") from error
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor an architecture multiplies logits with: Cohere `logit_scale`, Granite `logits_scaling` (a divisor)."""
+    if getattr(config, "logit_scale", None):
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)
+    return 1.0
+
+
+def _softcap(config: Any) -> float:
+    return float(getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def reduce(head: Head, hidden_ND: Torch, batch: TokenBatch, spec: SignalSpec, logit_bytes: int) -> TeacherSignals:
+    """The signals of one request, without timing and fingerprint.
+
+    Args:
+        head: of the model that made the states, on their device.
+        hidden_ND: states after the final norm of the wanted rows, in packed order.
+        batch: the request's tokens.
+        spec: what is asked for.
+        logit_bytes: bound on float32 logits held at a time.
+    """
+    device = hidden_ND.device
+    labels_N = to_device(batch.labels_N(), device).long()
+    extra_NM = None if batch.extra_ids_NM is None else to_device(batch.extra_ids_NM, device).long()
+    found = ToHost(reduce_rows(head, hidden_ND, labels_N, extra_NM, spec, logit_bytes)).wait()
+    return TeacherSignals.of({name: to_wire(part, _ids_below(name, spec)) for name, part in found.items()})
+
+
+def label_logp(head: Head, hidden_ND: Torch, labels_N: Torch, vocab_rows: int, logit_bytes: int) -> Torch:
+    """float32 [N] on the states' device: log-probability of each label."""
+    pieces = []
+    for rows in _chunks(len(hidden_ND), vocab_rows, logit_bytes):
+        _, label_C = output.lse_and_label(head.logits(hidden_ND[rows], vocab_rows), labels_N[rows])
+        pieces.append(label_C)
+    return torch.cat(pieces)
+
+
+def _chunks(rows: int, vocab_rows: int, logit_bytes: int) -> Iterator[slice]:
+    """Slices whose float32 logits stay under a bound."""
+    step = max(1, logit_bytes // (4 * vocab_rows))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _ids_below(name: str, spec: SignalSpec) -> int:
+    """The bound of an id tensor: channels of a state, or tokens."""
+    return _OUTLIER_CHANNELS_BELOW if name == "outlier_ids_NO" else spec.vocab_rows

@@ -1,0 +1,418 @@
+"""A causal language model that vLLM runs: labels from exact final states, and writing in vLLM's running batches.
+
+In: packed tokens of several requests, or prompts; out: signals on the host, or samples. Labels are states by vLLM's pooling
+runner, reduced by our own head: never `prompt_logprobs`, whose [tokens x vocabulary] buffer no engine's memory plan counts.
+Axes: T tokens of a sequence, N wanted rows, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor as Torch
+from transformers import AutoConfig, AutoTokenizer
+
+from teacher_server.backends import grammar, internlm
+from teacher_server.backends.base import ModelFacts
+from teacher_server.backends.head import Head, label_logp, load_head, reduce
+from teacher_server.backends.model_folder import fetch, fingerprint
+from teacher_server.backends.vllm_writing import EngineGeneration, Writer
+from teacher_server.config import GenerationConfig
+from teacher_server.config import VllmBackend as Config
+from teacher_server.errors import ServerConfigError
+from teacher_server.generation import OnThread, Sequence
+from teacher_wire.errors import CapabilityError, LimitError, RequestError, TeacherWireError
+from teacher_wire.generation import Sample, SamplingSpec
+from teacher_wire.identity import text_sha256, tokenizer_sha256
+from teacher_wire.messages import DTYPES, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
+
+if TYPE_CHECKING:
+    from teacher_server.backends.vllm_engine import Engine, Loop
+
+# Architectures whose logits are the head of `load_head` on vLLM's final state: checked against transformers, one by one.
+ARCHITECTURES = (
+    "CohereForCausalLM", "Gemma2ForCausalLM", "Glm4ForCausalLM", "GlmForCausalLM", "GraniteForCausalLM", "InternLM3ForCausalLM",
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+)  # fmt: skip
+_MIN_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
+_PROBE_TOKENS = 16
+_PROBE_WRITTEN = 4
+# Nats between the log-probability that one engine writes with and the other scores with.
+_PROBE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
+_CPU_CACHE_GB = 1.0
+
+
+def load(config: Config, *, deterministic: bool, overrides: dict[str, Any] | None = None) -> VllmModel:
+    """Starts one vLLM engine a role.
+
+    Args:
+        config: what to run.
+        deterministic: an engine runs one sequence at a time and reuses nothing, so that equal requests get equal bits.
+        overrides: of vLLM's EngineArgs, for benches.
+
+    Raises:
+        ServerConfigError: no vLLM, no such folder, an architecture or a memory budget that vLLM cannot serve.
+    """
+    folder = fetch(config.model, config.revision)
+    internlm.register()
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ServerConfigError(
+            f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:400]}"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ServerConfigError(
+            f"model {config.model!r} has no fast tokenizer (tokenizer.json), which the handshake needs"
+        )
+    _check_architecture(config, model_config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(config.threads)
+    head = load_head(folder, model_config.get_text_config(), getattr(torch, config.dtype), device)
+    with _environment(config):
+        try:
+            from teacher_server.backends import vllm_engine
+        except ImportError as error:
+            raise ServerConfigError(f"backend vllm: vLLM cannot be imported ({error}); make setup-vllm") from error
+        arguments = _arguments(config, folder, device, deterministic=deterministic) | (overrides or {})
+        loop = vllm_engine.Loop()
+        engines: dict[str, Engine] = {}
+        try:
+            for role in config.roles:
+                engines[role] = vllm_engine.start(role, loop, arguments)
+        except BaseException:
+            _close(engines, loop)
+            raise
+    return VllmModel(config, folder, model_config, tokenizer, head, engines, loop)
+
+
+def _check_architecture(config: Config, model_config: Any) -> None:
+    names = getattr(model_config, "architectures", None) or [f"model_type {model_config.model_type}"]
+    if names[0] not in ARCHITECTURES:
+        raise ServerConfigError(
+            f"model {config.model!r}: backend vllm does not know the head of {names[0]} "
+            f"(known: {', '.join(ARCHITECTURES)}); use the transformers backend"
+        )
+
+
+def _arguments(config: Config, folder: Path, device: torch.device, *, deterministic: bool) -> dict[str, Any]:
+    """vLLM's EngineArgs that both roles share."""
+    cache_gb = config.kv_cache_gb or (None if device.type == "cuda" else _CPU_CACHE_GB)
+    many = config.tensor_parallel_size > 1
+    return {
+        "model": str(folder),
+        "tokenizer": str(folder),
+        "trust_remote_code": False,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "gpu_memory_utilization": config.gpu_memory_utilization / len(config.roles),
+        "kv_cache_memory_bytes": None if cache_gb is None else int(cache_gb * (1 << 30)),
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": "mp" if many else None,  # inside a Ray actor vLLM would ask Ray for more
+        "enable_prefix_caching": config.prefix_caching and not deterministic,
+        "max_num_batched_tokens": config.max_batch_tokens,
+        "max_num_seqs": 1 if deterministic else config.max_sequences,
+        "enforce_eager": config.enforce_eager,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+
+
+@contextlib.contextmanager
+def _environment(config: Config) -> Iterator[None]:
+    """What vLLM reads while its processes start; afterwards this process's variables are as they were."""
+    wanted = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(config.threads),
+    }
+    before = dict(os.environ)
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _close(engines: dict[str, Engine], loop: Loop) -> None:
+    for engine in engines.values():
+        engine.close()
+    loop.close()
+
+
+class VllmModel:
+    """A loaded model; see `backends.base.WritingBackend`."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        model_config: Any,
+        tokenizer: Any,
+        head: Head,
+        engines: dict[str, Engine],
+        loop: Loop,
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._head = head
+        self._engines = engines
+        self._loop = loop
+        try:
+            self._probe()
+        except BaseException:
+            self.close()
+            raise
+        text = model_config.get_text_config()
+        rows, columns = head.weight_VD.shape
+        scores = "score" in engines
+        self._facts = ModelFacts(
+            model=config.model,
+            # Labels of two backends differ by rounding: they are two teachers to caches and to runs that resume.
+            fingerprint=fingerprint(folder, f"{config.dtype} vllm"),
+            architecture=model_config.architectures[0],
+            dtype=config.dtype,
+            vocab_rows=rows,
+            tokenizer_size=len(tokenizer),
+            tokenizer_sha256=tokenizer_sha256(tokenizer.backend_tokenizer.to_str()),
+            chat_template_sha256=text_sha256(tokenizer.chat_template),
+            hidden_size=columns,
+            layers=text.num_hidden_layers,
+            head_sha256=head.on_wire().header.sha256 if scores and config.serve_head else "",
+            transports=_transports(config) if scores else (),
+            max_sequence_tokens=min(engine.max_model_len for engine in engines.values()),
+            generates=self._generates(),
+        )
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self._facts
+
+    def _generates(self) -> tuple[str, ...]:
+        if "generate" not in self._engines:
+            return ()
+        return ("tokens", "json_schema") if "score" in self._engines else ("tokens",)
+
+    def head(self) -> TeacherHead:
+        if not self._facts.head_sha256:
+            raise CapabilityError("this teacher does not serve its output head", field="head", value=self._config.model)
+        return self._head.on_wire()
+
+    # ------------------------------------------------------------------ score
+
+    def begin(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> Callable[[], list[TeacherSignals]]:
+        answers = self.score(jobs)  # vLLM's own loop keeps the device busy within a batch
+        return lambda: answers
+
+    @torch.inference_mode()
+    def score(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> list[TeacherSignals]:
+        for batch, spec in jobs:
+            self._refuse(batch, spec)
+        started = time.perf_counter()
+        answers: list[TeacherSignals | None] = [None] * len(jobs)
+        reduced_s = 0.0
+        for job, hidden_ND in self._states([batch for batch, _ in jobs]):
+            begun = time.perf_counter()
+            answers[job] = reduce(self._head, hidden_ND, *jobs[job], self._config.reduce_mb << 20)
+            reduced_s += time.perf_counter() - begun
+        timing = Timing(
+            forward_us=round((time.perf_counter() - started - reduced_s) * 1e6),
+            reduce_us=round(reduced_s * 1e6),
+            batch_tokens=sum(batch.tokens for batch, _ in jobs),
+        )
+        fingerprint_ = self._facts.fingerprint
+        return [replace(answer, timing=timing, fingerprint=fingerprint_) for answer in answers if answer is not None]
+
+    def _refuse(self, batch: TokenBatch, spec: SignalSpec) -> None:
+        """What vLLM must never see: it is refused here, whoever let it through.
+
+        Raises:
+            CapabilityError, LimitError, RequestError: naming field, value and limit.
+        """
+        facts = self._facts
+        if spec.transport not in facts.transports:
+            raise CapabilityError(
+                "this backend does not give this signal",
+                field="transport", value=spec.transport, limit="|".join(facts.transports),
+            )  # fmt: skip
+        answer_bytes = batch.rows * spec.row_bytes(facts.hidden_size, DTYPES[facts.dtype][1])
+        for field, value, limit in (
+            ("vocab_rows", spec.vocab_rows, facts.vocab_rows),
+            ("sequence tokens", int(batch.lengths_B.max()), facts.max_sequence_tokens),
+            ("answer bytes", answer_bytes, self._config.answer_mb << 20),
+        ):
+            if value > limit:
+                raise LimitError("above the limit of this backend", field=field, value=value, limit=limit)
+        for field, ids, below in (
+            ("token_ids", batch.token_ids_T, facts.vocab_rows),
+            ("labels", batch.labels_N(), spec.vocab_rows),
+            ("extra_ids", batch.extra_ids_NM, spec.vocab_rows),
+        ):
+            if ids is not None and int(ids.max()) >= below:
+                raise RequestError("outside the vocabulary", field=field, value=int(ids.max()), limit=below - 1)
+
+    def _states(self, batches: list[TokenBatch]) -> Iterator[tuple[int, Torch]]:
+        """(batch, states [N, D] of its wanted rows on the head's device), each as soon as vLLM has made all of it."""
+        asked: list[tuple[int, np.ndarray]] = []  # batch and wanted rows of each sequence that vLLM is given
+        sequences: list[list[int]] = []
+        for number, batch in enumerate(batches):
+            for start, stop in zip(batch.cu_lengths_B1[:-1], batch.cu_lengths_B1[1:], strict=True):
+                rows = np.flatnonzero(batch.wanted_T[start:stop])
+                if len(rows):  # nothing behind the last wanted row is needed: attention is causal
+                    asked.append((number, rows))
+                    sequences.append(batch.token_ids_T[start : start + rows[-1] + 1].tolist())
+        arrived: queue.SimpleQueue[tuple[int, Torch | TeacherWireError]] = queue.SimpleQueue()
+        work = self._engines["score"].encode(sequences, lambda *came: arrived.put(came))
+        found: dict[int, Torch] = {}
+        missing = np.bincount([number for number, _ in asked], minlength=len(batches))
+        try:
+            for _ in sequences:
+                index, state_TD = arrived.get()
+                if isinstance(state_TD, TeacherWireError):
+                    raise state_TD
+                number, rows = asked[index]
+                found[index] = self._on_device(state_TD, rows)
+                missing[number] -= 1
+                if not missing[number]:
+                    yield number, torch.cat([found.pop(i) for i, (owner, _) in enumerate(asked) if owner == number])
+        finally:
+            work.cancel()
+
+    def _on_device(self, state_TD: Torch, rows: np.ndarray) -> Torch:
+        weight_VD = self._head.weight_VD
+        wanted_ND = state_TD if len(rows) == len(state_TD) else state_TD[torch.from_numpy(rows)]
+        return wanted_ND.to(device=weight_VD.device, dtype=weight_VD.dtype)
+
+    # ---------------------------------------------------------------- writing
+
+    def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> EngineGeneration:
+        grammars = None
+        if "json_schema" in self._facts.generates:
+            rows = min(self._facts.vocab_rows, self._facts.tokenizer_size)
+            grammars = grammar.Grammars(self._tokenizer, rows, frozenset({self._tokenizer.eos_token_id} - {None}))
+
+        def prepare(spec: SamplingSpec) -> None:
+            refuse_sampling(spec)
+            if spec.json_schema and grammars is not None:
+                grammars.compile(spec.json_schema)  # what cannot be compiled here must not be tried in the engine
+
+        writer = Writer(prepare, self._write, self.check_health, self.counters)
+        return EngineGeneration(writer, config, exclusive=deterministic)
+
+    async def _write(self, sequence: Sequence) -> Sample:
+        prompt_ids = sequence.prompt_ids.tolist()
+        seed = sample_seed(sequence.spec.seed, sequence.index, sequence.prompt_ids)
+        written = await asyncio.wrap_future(self._engines["generate"].write_on(prompt_ids, sequence.spec, seed))
+        ids_n = np.array(written.token_ids, np.int32)
+        if written.token_logp is None:
+            loop = asyncio.get_running_loop()
+            logp_n = await loop.run_in_executor(None, self._logp, prompt_ids, written.token_ids)
+        else:
+            logp_n = np.array(written.token_logp, np.float32)
+        return Sample(sequence.prompt, sequence.index, ids_n, np.minimum(logp_n, 0.0), written.finish)
+
+    @torch.inference_mode()
+    def _logp(self, prompt_ids: list[int], token_ids: list[int]) -> np.ndarray:
+        """float32 [n]: log-probability of each token behind the prompt, from the engine that scores."""
+        ids = np.array(prompt_ids + token_ids, np.int32)
+        wanted = np.zeros(len(ids), np.bool_)
+        wanted[len(prompt_ids) - 1 : -1] = True
+        batch = TokenBatch(ids, np.array([0, len(ids)], np.int32), wanted)
+        ((_, hidden_ND),) = self._states([batch])
+        labels_N = torch.tensor(token_ids, device=hidden_ND.device)
+        rows = self._head.weight_VD.shape[0]
+        return label_logp(self._head, hidden_ND, labels_N, rows, self._config.reduce_mb << 20).cpu().numpy()
+
+    # ----------------------------------------------------------------- engine
+
+    def _probe(self) -> None:
+        """One request through every engine, and with both the same log-probabilities from both.
+
+        Raises:
+            ServerConfigError: an engine died on it, or the two differ.
+        """
+        rows = self._head.weight_VD.shape[0]
+        limit = min(engine.max_model_len for engine in self._engines.values())
+        prompt_ids = [i * 7919 % rows for i in range(1, min(_PROBE_TOKENS, limit - _PROBE_WRITTEN) + 1)]
+        spec = SamplingSpec(temperature=0.0, max_new_tokens=_PROBE_WRITTEN, ignore_eos=True)
+        try:
+            written = None
+            if "generate" in self._engines:
+                written = self._engines["generate"].write_on(prompt_ids, spec, 0).result()
+            if "score" in self._engines:
+                ids = prompt_ids[1:2] if written is None else written.token_ids
+                scored_n = self._logp(prompt_ids, ids)
+        except TeacherWireError as error:
+            raise ServerConfigError(
+                f"model {self._config.model!r}: vLLM's engine fails on its first request: {error.message} "
+                "(its own log is above)"
+            ) from error
+        if written is not None and written.token_logp is not None and "score" in self._engines:
+            difference = float(np.abs(scored_n - np.array(written.token_logp)).max())
+            tolerance = _PROBE_TOLERANCE[self._config.dtype]
+            if not difference <= tolerance:
+                raise ServerConfigError(
+                    f"model {self._config.model!r}: what vLLM writes with is not its head applied to its last state "
+                    f"(difference {difference:.2g} nats, tolerance {tolerance:g}); this architecture is not supported yet"
+                )
+
+    def check_health(self) -> None:
+        """Raises RuntimeError if an engine is gone."""
+        for engine in self._engines.values():
+            engine.check_health()
+
+    def counters(self) -> dict[str, int]:
+        """Sequences in each engine, by its own scheduler's statistics."""
+        return {
+            f"vllm_{role}_{name}": getattr(engine.load, name)
+            for role, engine in self._engines.items()
+            for name in ("running", "waiting")
+        }
+
+    def close(self) -> None:
+        """Ends all engines."""
+        _close(self._engines, self._loop)
+
+
+def _transports(config: Config) -> tuple[str, ...]:
+    return ("top_k", "hidden", "full") if config.serve_head else ("top_k", "full")
+
+
+def refuse_sampling(spec: SamplingSpec) -> None:
+    """What vLLM would do differently without a word.
+
+    Raises:
+        RequestError: a temperature between 0 and vLLM's smallest, or a schema whose text could not end.
+    """
+    if 0 < spec.temperature < _MIN_TEMPERATURE:
+        raise RequestError(
+            "this teacher draws at a temperature of 0, or at this and above",
+            field="temperature", value=spec.temperature, limit=f">= {_MIN_TEMPERATURE}",
+        )  # fmt: skip
+    if spec.json_schema and (spec.ignore_eos or spec.stop_ids):
+        raise RequestError(
+            "this teacher ends a text under a schema with its own end of text",
+            field="stop_ids" if spec.stop_ids else "ignore_eos", value=spec.json_schema[:40], limit="none",
+        )  # fmt: skip
+
+
+def sample_seed(seed: int, index: int, prompt_ids: np.ndarray) -> int:
+    """The seed of one sample, below 2^63: a function of these three alone."""
+    digest = hashlib.sha256(b"%d,%d," % (seed, index) + prompt_ids.astype("<i4").tobytes()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
