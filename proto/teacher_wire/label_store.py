@@ -230,6 +230,16 @@ class LabelStore:
 
     # ----------------------------------------------------------------- budget
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the folder at the last look, and our own since; 0 before the first one or without a budget."""
+        return self._total or 0
+
+    def look(self) -> None:
+        """Counts what is in the folder; takes a while if that is much."""
+        with self._making_room:
+            self._total, self._unseen = sum(file.size for file in self._files()), 0
+
     def _fits(self, size: int) -> bool:
         """Counts `size` bytes in, after deleting the longest unused if the budget asks for it."""
         if self._max_bytes is None:

@@ -52,11 +52,12 @@ class EdgeServer:
         self._config = config
         self._admission = Admission()
         kept = config.store
+        self._store = LabelStore(kept.folder, round(kept.disk_gb * 2**30)) if kept.folder else None
         self._sharing = LabelSharing(
             service,
             self._admission,
             memory_bytes=kept.memory_mb << 20,
-            store=LabelStore(kept.folder, round(kept.disk_gb * 2**30)) if kept.folder else None,
+            store=self._store,
         )
         self._gate = _Gate(self._sharing)
         tokens = TokenFile(config.tokens_file) if config.tokens_file else None
@@ -100,6 +101,8 @@ class EdgeServer:
         except RuntimeError as error:
             raise ServerConfigError(f"edge.port: cannot listen on {self._config.address} (is it taken?)") from error
         await self._server.start()
+        if self._store is not None:
+            self._looking = asyncio.create_task(asyncio.to_thread(self._store.look))
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:

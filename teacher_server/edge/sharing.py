@@ -210,6 +210,7 @@ class LabelSharing:
         """Hits and sizes, for status displays and tests."""
         disk = (
             {f"disk_{f.name}": getattr(self._store.stats, f.name) for f in fields(self._store.stats)}
+            | {"disk_bytes": self._store.used_bytes}
             if self._store
             else {}
         )

@@ -359,6 +359,10 @@ def test_the_longest_unused_go_first_and_the_budget_is_kept(tmp_path):
     assert {key_of(e) for e in [*used, *entries[15:25]]} <= there
     assert key_of(entries[3]) not in there and key_of(entries[4]) not in there
     assert store.stats.evicted == 25 - len(there) and store.stats.evicted_bytes > 0
+    again = LabelStore(store.folder, 10**9)
+    assert again.used_bytes == 0
+    again.look()
+    assert again.used_bytes == store.used_bytes == sum(f.stat().st_size for f in store.folder.rglob("*.safetensors"))
     assert len(there) * size > 0.8 * budget, "no more went than had to"
 
 
