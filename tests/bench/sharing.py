@@ -8,6 +8,7 @@ loopback); every student is a process of its own that keeps four requests open a
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -120,7 +121,8 @@ def main() -> None:
 def bare_in_own_process(model: Path) -> float:
     """As the replica has it: torch started afresh, nothing else in the process."""
     code = f"from pathlib import Path; from tests.bench.sharing import bare; print(bare(Path({str(model)!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as Ray sets it for a replica
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     return float(done.stdout.splitlines()[-1])
 
 
