@@ -25,6 +25,7 @@ from teacher_server.generation import Result
 from teacher_wire import codec
 from teacher_wire.errors import CapabilityError, DeadlineError, ServerError, TeacherWireError, UnavailableError
 from teacher_wire.generation import GenerateCall, Sample, check_generate
+from teacher_wire.identity import text_sha256
 from teacher_wire.messages import HeadHeader, Limits, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class TeacherEngine:
         facts, limits = self._backend.facts, self._config.limits
         sequence = min(limits.max_sequence_tokens or facts.max_sequence_tokens, facts.max_sequence_tokens)
         shared = {name: getattr(facts, name) for name in facts.__dataclass_fields__ if name != "max_sequence_tokens"}
+        if self._config.deterministic:  # the same weights and other bits: labels of the two are not each other's
+            shared["fingerprint"] = text_sha256(f"{facts.fingerprint} deterministic")
         return TeacherInfo(
             name=self._config.name,
             deterministic=self._config.deterministic,

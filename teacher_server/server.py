@@ -22,6 +22,7 @@ from teacher_server.serve_cluster import ServeCluster, check_room, metrics_addre
 _STEP_S = 1.0
 _START_STEP_S = 0.2
 _BOARD_S = 2.0
+_BOARD_START_S = 60.0  # its process has to come up first
 
 
 class Server:
@@ -59,7 +60,7 @@ class Server:
         self._say("metrics at " + ", ".join(metrics_addresses()))
         self._cluster.start_edges(self.config.edge, self._plan)
         while True:
-            self._post(self._plan)
+            self._post(self._plan, _BOARD_START_S)
             self._rollout.start()
             if self._cluster.edges_are_up() and self._rollout.settled:
                 break
@@ -118,5 +119,5 @@ class Server:
         """Takes everything of ours out of a cluster that stays."""
         self._cluster.remove_all()
 
-    def _post(self, plan: Plan) -> None:
-        ray.get(self._board.post.remote(plan), timeout=_BOARD_S)
+    def _post(self, plan: Plan, timeout_s: float = _BOARD_S) -> None:
+        ray.get(self._board.post.remote(plan), timeout=timeout_s)

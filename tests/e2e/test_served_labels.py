@@ -71,7 +71,7 @@ async def test_deterministic_is_bit_equal_in_any_company(teachers):
         crowd = await asyncio.gather(*noise[:4], client.score(exact, spec, batch), *noise[4:])
         for name, tensor in alone.tensors().items():
             assert crowd[4].tensors()[name].array.tobytes() == tensor.array.tobytes()
-        assert crowd[4].timing.batch_tokens == batch.tokens, "a forward pass held this request alone"
+        assert exact.fingerprint != shared.fingerprint, "the same weights, but not the same bits: they share no labels"
         company = await asyncio.gather(*(client.score(shared, spec, TokenBatch.pack(sequences(s))) for s in range(8)))
         np.testing.assert_allclose(company[0].hidden_ND.array, alone.hidden_ND.array, atol=TOLERANCE)
         assert max(answer.timing.batch_tokens for answer in company) > batch.tokens, "requests shared a forward pass"

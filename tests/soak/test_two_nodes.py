@@ -1,4 +1,4 @@
-"""Must show 7: a Ray cluster of two machines, the student on a third; a machine with a replica dies; training goes on.
+"""Must show 7: a Ray cluster of two machines, an edge on each, the student on a third; one machine dies; training goes on.
 
 The machines are network namespaces (tests/soak/hosts.py). The node dies twice: by SIGKILL to all its processes, whose
 connections break at once, and by losing its network without a word. Each time it comes back and is used again.
@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ pytestmark = [
 ]
 PORT = 50061
 ROWS, BATCH = 6000, 4
-TOKENS_PER_S = 1500  # a quota paces the student, so that it needs its teachers all the time
+TOKENS_PER_S = 3000  # a quota, half of it at each edge, paces the student, so that it needs its teachers all the time
 
 
 def write_rows(path: Path) -> Path:
@@ -76,7 +77,7 @@ async def test_a_node_dies_and_training_goes_on(model_factory, tmp_path, capsys)
     token = secrets.token_hex(16)
     with hosts(tmp_path, "head", "node", "student") as machines:
         head, node, student = machines.values()
-        ca, cert, key = make_certificates(tmp_path, head.address)
+        ca, cert, key = make_certificates(tmp_path, f"{head.address},IP:{node.address}")
         (tmp_path / "tokens").write_text(f"lab {token}\n")
         health = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "3"}  # docs/operating.md
         env = {f"RAY_health_check_{name}": value for name, value in health.items()}
@@ -86,7 +87,7 @@ async def test_a_node_dies_and_training_goes_on(model_factory, tmp_path, capsys)
             "exact", model, autoscaling={"min_replicas": 2, "max_replicas": 2}, batch={"max_tokens": 512}
         )
         config = {
-            "edge": {"host": head.address, "port": PORT, "tls": tls, "tokens_file": str(tmp_path / "tokens")},
+            "edge": {"host": "0.0.0.0", "count": 2, "port": PORT, "tls": tls, "tokens_file": str(tmp_path / "tokens")},
             "ray": {"address": f"{head.address}:6379"},
             "teachers": [{**teacher, "num_cpus": 0.6}],  # one a node
             "tenants": {"lab": {"tokens_per_s": TOKENS_PER_S, "operator": True}},
@@ -99,7 +100,7 @@ async def test_a_node_dies_and_training_goes_on(model_factory, tmp_path, capsys)
                 return "Ray runtime started" in machine.read("ray.log")
 
             await wait(joined, 60, machine, "ray.log")
-        head.start(sys.executable, "-m", "teacher_server.cli", "up", tmp_path / "server.yaml", log="up.log", **env)
+        up = head.start(sys.executable, "-m", "teacher_server.cli", "up", tmp_path / "server.yaml", log="up.log", **env)
 
         async def ready():
             return "ready" in head.read("up.log")
@@ -136,6 +137,11 @@ async def test_a_node_dies_and_training_goes_on(model_factory, tmp_path, capsys)
                 return condition
 
             await wait(both, 60, head, "up.log")
+            async with TeacherClient(
+                f"{node.address}:{PORT}", credentials=Credentials(ca_file=ca, token=token)
+            ) as other:
+                assert await other.describe() == await client.describe()
+                assert {e.node for e in (await other.server_status()).edges} == {head.address, node.address}
             await wait(gained(20), 120, student, "train.log")
             for name, strike in (("killed", node.kill), ("cut off", node.cut)):
                 strike()
@@ -148,6 +154,9 @@ async def test_a_node_dies_and_training_goes_on(model_factory, tmp_path, capsys)
                 told[f"node {name}: back with a replica after (s)"] = await wait(both, 120, head, "up.log")
                 await wait(gained(20), 60, student, "train.log")
             status = await client.server_status()
+        student.kill()
+        up.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(up.wait, 90) == 0, head.read("up.log")[-3000:]
         log = student.read("train.log")
         with capsys.disabled():
             told |= {"up after (s)": up_s, "steps in all": steps(tmp_path / "student")}
