@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from teacher_server.config import GenerationConfig
 from teacher_server.generation import Sequence, SequenceQueue
@@ -113,7 +114,10 @@ class EngineGeneration:
     def _admit(self) -> None:
         for sequence in self._queue.admit():
             task = self._writing[sequence.number] = asyncio.create_task(self._write(sequence))
-            task.add_done_callback(lambda _, number=sequence.number: self._writing.pop(number))
+            task.add_done_callback(partial(self._ended, sequence.number))
+
+    def _ended(self, number: int, _: asyncio.Task[None]) -> None:
+        del self._writing[number]
 
     async def _write(self, sequence: Sequence) -> None:
         outcome: Sample | TeacherWireError
