@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor as Torch
 from vllm import AsyncEngineArgs, PoolingParams, SamplingParams, TokensPrompt
-from vllm.config import PoolerConfig
+from vllm.config import PoolerConfig, StructuredOutputsConfig
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -184,7 +184,7 @@ def start(role: Role, loop: Loop, arguments: dict[str, Any]) -> Engine:
             "hf_overrides": {"head_dtype": "model"},
         }
     else:
-        arguments = {**arguments, "structured_outputs_config": {"backend": "xgrammar"}}
+        arguments = {**arguments, "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar")}
     load = Load()
     try:
         return Engine(loop.run(_start(arguments, load)), loop, load)

@@ -28,6 +28,7 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
         ("import teacher_server.batcher", HEAVY),
         ("import teacher_server.app, teacher_server.edge.server, teacher_server.engine", {"student_trainer", "torch"}),
         ("import teacher_server.backends.transformers_backend", {"student_trainer", "ray"}),
+        ("import teacher_server.backends.vllm_backend", {"student_trainer", "ray", "vllm"}),
         ("import student_trainer.train, student_trainer.report", {"teacher_server", "ray"}),
         ("import student_trainer.losses.output", {"teacher_server", "ray", "transformers", "peft", "grpc"}),
     ],
