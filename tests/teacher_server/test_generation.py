@@ -82,6 +82,17 @@ async def test_greedy_texts_are_those_of_the_model_called_directly(model_factory
             assert got[number, 0].finish == ("stop" if ids[-1] == 2 else "length")
 
 
+async def test_rows_that_come_and_go_in_the_middle_do_not_disturb_the_others(model_factory):
+    folder = model_factory("qwen2")
+    wanted = [([9] * 30, 4), ([5, 6, 7], 20), ([1, 2], 9), ([8] * 40, 5), ([3] * 12, 14), ([7], 7)]
+    async with running(folder, generation={"max_running": 3}) as engine:
+        calls = [write(engine, SamplingSpec(1, 0.0, 1.0, new, ignore_eos=True), [prompt]) for prompt, new in wanted]
+        for (prompt, new), got in zip(wanted, await asyncio.gather(*calls), strict=True):
+            ids, logps = greedy(folder, prompt, new, end=-1)
+            assert got[0, 0].token_ids_n.tolist() == ids
+            np.testing.assert_allclose(got[0, 0].token_logp_n, logps, atol=2e-4)
+
+
 async def test_a_sample_depends_on_prompt_seed_and_number_alone(model_factory):
     spec = SamplingSpec(samples=3, temperature=0.8, top_p=0.9, max_new_tokens=16, seed=7)
     async with running(model_factory("qwen2"), generation={"max_running": 5}) as engine:
@@ -235,7 +246,9 @@ async def test_limits_and_a_full_queue_are_refused_by_name(model_factory):
         spec = SamplingSpec(max_new_tokens=30, ignore_eos=True)
         gate = threading.Event()
         engine._thread.submit(gate.wait)  # no step is made before the gate opens
-        first = [asyncio.create_task(write(engine, spec, [[1]])) for _ in range(2)]
+        first = [asyncio.create_task(write(engine, spec, [[1]]))]
+        await until(lambda: engine.counters()["generate_running"] == 1)
+        first.append(asyncio.create_task(write(engine, spec, [[1]])))
         await until(lambda: engine.counters()["generate_waiting"] == 1)
         with pytest.raises(OverloadedError) as caught:
             await write(engine, spec, [[1]])

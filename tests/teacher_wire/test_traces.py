@@ -173,6 +173,7 @@ def test_of_several_places_the_nearest_is_taken(start, expected):
         ("e\u0301", "e", None),  # not half of a character
         ("👩\u200d👧", "👧", "👧"),
         ("abc", " ", None),
+        ("a  q\u0301", "a q", None),  # would end inside a character
         ("abc", "abd", None),
     ],
 )
