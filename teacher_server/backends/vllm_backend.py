@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import queue
 import time
@@ -27,7 +26,7 @@ from teacher_server.backends import grammar, internlm
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, label_logp, load_head, reduce
 from teacher_server.backends.model_folder import fetch, fingerprint
-from teacher_server.backends.vllm_writing import EngineGeneration, Writer
+from teacher_server.backends.vllm_writing import EngineGeneration, Writer, refuse_sampling, sample_seed
 from teacher_server.config import GenerationConfig
 from teacher_server.config import VllmBackend as Config
 from teacher_server.errors import ServerConfigError
@@ -45,7 +44,6 @@ ARCHITECTURES = (
     "CohereForCausalLM", "Gemma2ForCausalLM", "Glm4ForCausalLM", "GlmForCausalLM", "GraniteForCausalLM", "InternLM3ForCausalLM",
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
 )  # fmt: skip
-_MIN_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
 _PROBE_TOKENS = 16
 _PROBE_WRITTEN = 4
 # Nats between the log-probability that one engine writes with and the other scores with.
@@ -392,27 +390,3 @@ class VllmModel:
 
 def _transports(config: Config) -> tuple[str, ...]:
     return ("top_k", "hidden", "full") if config.serve_head else ("top_k", "full")
-
-
-def refuse_sampling(spec: SamplingSpec) -> None:
-    """What vLLM would do differently without a word.
-
-    Raises:
-        RequestError: a temperature between 0 and vLLM's smallest, or a schema whose text could not end.
-    """
-    if 0 < spec.temperature < _MIN_TEMPERATURE:
-        raise RequestError(
-            "this teacher draws at a temperature of 0, or at this and above",
-            field="temperature", value=spec.temperature, limit=f">= {_MIN_TEMPERATURE}",
-        )  # fmt: skip
-    if spec.json_schema and (spec.ignore_eos or spec.stop_ids):
-        raise RequestError(
-            "this teacher ends a text under a schema with its own end of text",
-            field="stop_ids" if spec.stop_ids else "ignore_eos", value=spec.json_schema[:40], limit="none",
-        )  # fmt: skip
-
-
-def sample_seed(seed: int, index: int, prompt_ids: np.ndarray) -> int:
-    """The seed of one sample, below 2^63: a function of these three alone."""
-    digest = hashlib.sha256(b"%d,%d," % (seed, index) + prompt_ids.astype("<i4").tobytes()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -7,6 +7,7 @@ engine holds, so that one tenant's flood does not fill it; a call that is closed
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -14,12 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+
 from teacher_server.config import GenerationConfig
 from teacher_server.generation import Sequence, SequenceQueue
-from teacher_wire.errors import ServerError, TeacherWireError, UnavailableError
+from teacher_wire.errors import RequestError, ServerError, TeacherWireError, UnavailableError
 from teacher_wire.generation import GenerateCall, Sample, SamplingSpec
 
 log = logging.getLogger(__name__)
+_MIN_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
 
 
 @dataclass(frozen=True)
@@ -134,3 +138,27 @@ class EngineGeneration:
         if sequence.call in self._open:
             self._open[sequence.call].arrived.put_nowait(outcome)
         self._admit()
+
+
+def refuse_sampling(spec: SamplingSpec) -> None:
+    """What vLLM would do differently without a word.
+
+    Raises:
+        RequestError: a temperature between 0 and vLLM's smallest, or a schema whose text could not end.
+    """
+    if 0 < spec.temperature < _MIN_TEMPERATURE:
+        raise RequestError(
+            "this teacher draws at a temperature of 0, or at this and above",
+            field="temperature", value=spec.temperature, limit=f">= {_MIN_TEMPERATURE}",
+        )  # fmt: skip
+    if spec.json_schema and (spec.ignore_eos or spec.stop_ids):
+        raise RequestError(
+            "this teacher ends a text under a schema with its own end of text",
+            field="stop_ids" if spec.stop_ids else "ignore_eos", value=spec.json_schema[:40], limit="none",
+        )  # fmt: skip
+
+
+def sample_seed(seed: int, index: int, prompt_ids: np.ndarray) -> int:
+    """The seed of one sample, below 2^63: a function of these three alone."""
+    digest = hashlib.sha256(b"%d,%d," % (seed, index) + prompt_ids.astype("<i4").tobytes()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

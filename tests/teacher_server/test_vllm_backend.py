@@ -19,7 +19,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from teacher_server.backends import transformers_backend, vllm_backend
-from teacher_server.backends.vllm_backend import refuse_sampling, sample_seed
+from teacher_server.backends.vllm_writing import refuse_sampling, sample_seed
 from teacher_server.config import TeacherConfig, TransformersBackend, VllmBackend
 from teacher_server.engine import TeacherEngine
 from teacher_server.errors import ServerConfigError
@@ -27,6 +27,7 @@ from teacher_wire.errors import LimitError, RequestError, UnavailableError
 from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.loopback import serve
 from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.traces import Caps, generation_schema
 from tests.e2e.classroom import EngineService
 from tests.faults.test_hostile_generate import REQUESTS, attack
 
@@ -237,6 +238,8 @@ async def test_finished_samples_obey_their_schema_and_carry_log_probabilities_be
             assert sample.token_ids_n[-1] == tokenizer.eos_token_id
             text = tokenizer.decode(sample.token_ids_n, skip_special_tokens=True)
             jsonschema.validate(json.loads(text), SCHEMA)
+        trace = SamplingSpec(max_new_tokens=20, json_schema=json.dumps(generation_schema(Caps())))
+        assert len(await write(engine, trace, [[5, 6, 7]])) == 1, "vLLM takes the schema of traces"
         ids = [5, 6, 7, *finished[0].token_ids_n.tolist()]
         scored = await engine.score(ScoreCall("r", "t", "", SignalSpec("full", VOCAB), TokenBatch.pack([ids])))
         np.testing.assert_allclose(scored.label_logp_N.array[2:], finished[0].token_logp_n, atol=5e-4)
