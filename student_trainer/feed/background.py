@@ -21,10 +21,15 @@ Result = TypeVar("Result")
 @lru_cache(maxsize=1)
 def loop() -> asyncio.AbstractEventLoop:
     """The loop, running."""
-    grpc.aio.init_grpc_aio()  # held for ever: with its last channel grpc would close a socket that the loop still reads
     made = asyncio.new_event_loop()
     threading.Thread(target=made.run_forever, name="teacher-io", daemon=True).start()
+    asyncio.run_coroutine_threadsafe(_hold_grpc(), made).result()
     return made
+
+
+async def _hold_grpc() -> None:
+    """For ever: with its last channel grpc would close a socket that the loop still reads. It needs a running loop."""
+    grpc.aio.init_grpc_aio()
 
 
 def start(work: Coroutine[Any, Any, Result]) -> Future[Result]:
