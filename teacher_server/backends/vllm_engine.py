@@ -23,6 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from teacher_server.backends import death_watch
 from teacher_server.errors import ServerConfigError
 from teacher_wire.errors import RequestError, ServerError, TeacherWireError, UnavailableError
 from teacher_wire.generation import SamplingSpec
@@ -90,6 +91,8 @@ class Engine:
         self._llm = llm
         self._loop = loop
         self._numbers = itertools.count()
+        processes = llm.engine_core.resources.engine_manager.processes
+        self._watch = death_watch.start([process.pid for process in processes])
         self.load = load
         self.max_model_len = int(llm.model_config.max_model_len)
 
@@ -154,6 +157,7 @@ class Engine:
     def close(self) -> None:
         """Ends its processes."""
         self._loop.run(self._close())
+        self._watch.communicate()
 
     async def _close(self) -> None:
         handler = self._llm.output_handler
