@@ -59,6 +59,9 @@ class ModelConfig(_Strict):
     Attributes:
         path: hub id or local folder.
         lora: adapters, or null to train every weight.
+        compiled: compute decoder layers as compiled functions while training (`compiled.py`); `auto`: on a GPU.
+        graphs: record the passes of each length that comes again and replay them with one launch each (`graphed.py`); `auto`: on a GPU,
+            with compiled layers and without dropout. Lengths are then padded to a few.
         threads: torch threads on CPU.
     """
 
@@ -68,6 +71,8 @@ class ModelConfig(_Strict):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     lora: LoraSettings | None = LoraSettings()
     gradient_checkpointing: bool = False
+    compiled: Literal["auto", "on", "off"] = "auto"
+    graphs: Literal["auto", "off"] = "auto"
     threads: Positive = 1
 
 
@@ -282,7 +287,7 @@ class FeedConfig(_Strict):
 
     Attributes:
         max_mb: bytes of labels requested or waiting.
-        max_batches: micro-batches requested or waiting.
+        max_batches: micro-batches requested or waiting, at most; how many it takes to hide the teacher's time is measured.
         window_mb: reply bytes the server may have under way.
     """
 

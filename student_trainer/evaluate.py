@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from student_trainer.data.dataset import TokenizedDataset, collate
+from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.packing import pack
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
@@ -65,10 +66,10 @@ def measure(
         index_N = torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded["input_ids"].shape[1])).to(
             device
         )
-        state_BLD = student.states(padded["input_ids"].to(device), padded["attention_mask"].to(device))
+        state_BLD = student.states(padded["input_ids"].to(device))
         state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[index_N]
         labels_N = torch.from_numpy(packed.labels_N()).long().to(device)
-        teacher = None if labels is None else rows_on(labels(number), teacher_head, device)
+        teacher = None if labels is None else rows_on(LabelTensors.of(labels(number)), teacher_head, device)
         found = measure_rows(state_ND, head, teacher, labels_N, chunk_rows=max(16, chunk_bytes // (16 * vocab_rows)))
         for name in (
             "nll_sum",

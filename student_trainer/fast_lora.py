@@ -8,7 +8,6 @@ Axes: N tokens, I inputs and O outputs of a layer, R rank.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,23 +22,36 @@ def install(model: nn.Module) -> int:
         module for module in model.modules() if type(module) is LoraLayer and type(module.base_layer) is nn.Linear
     ]
     for layer in layers:
-        layer.forward = partial(_forward, layer)
+        layer.__class__ = FastLoraLayer
     return len(layers)
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """peft's own forward unless this call is one adapter, on, unmerged, without dropout, in the weight's dtype."""
-    base, names = layer.base_layer, layer.active_adapters
-    name = names[0] if len(names) == 1 else None
-    simple = not (args or kwargs or layer.disable_adapters or layer.merged or name in layer.lora_variant)
-    if not simple or name not in layer.lora_A or not isinstance(layer.lora_dropout[name], nn.Identity):
-        return LoraLayer.forward(layer, x, *args, **kwargs)
-    device = x.device.type
-    computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    if not x.dtype == base.weight.dtype == computed_in or a.bias is not None or b.bias is not None:
-        return LoraLayer.forward(layer, x)
-    return _LoraLinear.apply(x, base.weight, base.bias, a.weight, b.weight, layer.scaling[name])
+def uninstall(model: nn.Module) -> None:
+    """Takes `install` back."""
+    for module in model.modules():
+        if type(module) is FastLoraLayer:
+            module.__class__ = LoraLayer
+
+
+class FastLoraLayer(LoraLayer):
+    """peft's layer with another forward; what it does not cover goes to peft's own."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., I] -> [..., O]; ours if this call is one adapter, on, unmerged, without dropout, in the weight's dtype."""
+        base, names = self.base_layer, self.active_adapters
+        name = names[0] if len(names) == 1 else None
+        simple = not (args or kwargs or self.disable_adapters or self.merged or name in self.lora_variant)
+        if not simple or name not in self.lora_A or not isinstance(self.lora_dropout[name], nn.Identity):
+            return super().forward(x, *args, **kwargs)
+        device = x.device.type
+        computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        if not x.dtype == base.weight.dtype == computed_in or a.bias is not None or b.bias is not None:
+            return super().forward(x)
+        if torch.compiler.is_compiling():  # the compiler joins casts, scaling and sums by itself
+            low = nn.functional.linear(x, a.weight.to(x.dtype)) * scaling
+            return base(x) + nn.functional.linear(low, b.weight.to(x.dtype))
+        return _LoraLinear.apply(x, base.weight, base.bias, a.weight, b.weight, scaling)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -295,7 +295,7 @@ def open_any_feed(
     return LabelFeed(
         teacher.desk.source(teacher.info, spec), request,
         first=first, count=count, max_bytes=config.feed.max_mb << 20, max_batches=config.feed.max_batches,
-        on_close=on_close,
+        pinned=torch.cuda.is_available(), on_close=on_close,
     )  # fmt: skip
 
 

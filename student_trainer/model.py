@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from student_trainer import fast_lora, internlm
+from student_trainer import compiled, fast_lora, internlm
 from student_trainer.config import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head, Lora
 
+_DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 # One of these makes a tokenizer; without any, transformers builds an empty one and says nothing.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -52,11 +53,13 @@ class Student:
         model: the causal language model, wrapped by peft if it has adapters.
         tokenizer: its tokenizer.
         sha256: of the weights it started from, adapters included.
+        is_graphed: its passes may be recorded (`graphed.py`).
     """
 
     model: Any
     tokenizer: Any
     sha256: str = ""
+    is_graphed: bool = False
 
     @property
     def outline(self) -> Outline:
@@ -73,10 +76,14 @@ class Student:
         """V, rows of the output head."""
         return int(self.causal_lm.get_output_embeddings().weight.shape[0])
 
-    def states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """[B, L, D] after the final norm, with gradients if training."""
+    def states(self, input_ids_BL: Tensor) -> Tensor:
+        """[B, L, D] after the final norm, with gradients if training, of right-padded sequences.
+
+        No mask is needed, since attention is causal: a token sees nothing of what stands behind it. And without one the fast
+        kernels run, and nobody reads a mask back from the device.
+        """
         body = self.causal_lm.get_decoder()
-        return body(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False).last_hidden_state
+        return body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
 
     def head(self, vocab_rows: int) -> Head:
         """The output head over the first `vocab_rows` ids: frozen, trained, tied or with adapters, as it is now."""
@@ -122,7 +129,20 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _with_adapters(model, config.lora, config.gradient_checkpointing)
-    return Student(model, tokenizer, _sha256(model))
+    return Student(model, tokenizer, _sha256(model), quicken(model, config))
+
+
+def quicken(model: Any, config: ModelConfig) -> bool:
+    """Compiles the layers as configured; returns whether passes may be recorded: on a GPU, compiled, nothing drawn at random."""
+    on_gpu = torch.cuda.is_available()
+    is_compiled = config.compiled == "on" or (config.compiled == "auto" and on_gpu)
+    if is_compiled and not compiled.install(model):
+        if config.compiled == "on":
+            raise ModelError(f"model.compiled=on: {type(model).__name__} has no decoder layers that can be compiled")
+        is_compiled = False
+    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    draws = draws or any(getattr(model.config.get_text_config(), name, 0) for name in _DROPOUTS)
+    return on_gpu and is_compiled and config.graphs == "auto" and not draws
 
 
 def load_outline(config: ModelConfig) -> Outline:

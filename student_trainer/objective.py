@@ -11,7 +11,7 @@ import torch
 
 from student_trainer.config import LabelConfig, LossConfig, OutputLossConfig, ScheduleConfig
 from student_trainer.errors import ConfigError
-from student_trainer.feed.arrays import to_torch, unpack_state
+from student_trainer.feed.arrays import LabelTensors, to_torch
 from student_trainer.losses.divergence import Divergence, advice
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import BFLOAT16, FLOAT32, Tolerance
@@ -19,7 +19,7 @@ from student_trainer.losses.output import OutputLossSpec
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
 from student_trainer.losses.truncated import check_temperature
 from student_trainer.schedules import Schedule
-from teacher_wire.messages import TeacherHead, TeacherSignals
+from teacher_wire.messages import TeacherHead
 
 
 @dataclass(frozen=True)
@@ -91,25 +91,26 @@ def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
     return whole.slice(vocab_rows)
 
 
-def rows_on(signals: TeacherSignals, head: Head | None, device: torch.device, likeliest: int = 0) -> TeacherRows:
+def rows_on(labels: LabelTensors, head: Head | None, device: torch.device, likeliest: int = 0) -> TeacherRows:
     """An answer as the losses want it, on the student's device; `likeliest` is k if the student named ids beside them."""
-    lse_N, label_N = to_torch(signals.lse_N, device), to_torch(signals.label_logp_N, device)
-    if signals.hidden_ND is not None or signals.state_int8_ND is not None:
+    labels = labels.to(device)
+    found = labels.named
+    lse_N, label_N = found["lse_N"], found["label_logp_N"]
+    if "hidden_ND" in found or "state_int8_ND" in found:
         assert head is not None, "hidden labels need the teacher's head"
         dtype = head.weight_VD.dtype  # the teacher's
-        return HiddenRows(unpack_state(signals, dtype, device), head, lse_N, label_N, _tolerance(str(dtype)))
-    if signals.logits_NV is not None:
-        tolerance = _tolerance(signals.logits_NV.dtype)
-        return FullRows(to_torch(signals.logits_NV, device), lse_N, label_N, tolerance)
-    assert signals.topk_ids_NK is not None and signals.topk_logits_NK is not None and signals.tail_logp_N is not None
-    tolerance = _tolerance(signals.topk_logits_NK.dtype)
-    ids_NK, logits_NK = to_torch(signals.topk_ids_NK, device), to_torch(signals.topk_logits_NK, device)
-    return TopKRows(ids_NK, logits_NK, to_torch(signals.tail_logp_N, device), lse_N, label_N, tolerance, likeliest)
+        return HiddenRows(labels.state(dtype), head, lse_N, label_N, _tolerance(dtype))
+    if "logits_NV" in found:
+        logits_NV = found["logits_NV"]
+        return FullRows(logits_NV, lse_N, label_N, _tolerance(logits_NV.dtype))
+    logits_NK = found["topk_logits_NK"]
+    tail_N, tolerance = found["tail_logp_N"], _tolerance(logits_NK.dtype)
+    return TopKRows(found["topk_ids_NK"], logits_NK, tail_N, lse_N, label_N, tolerance, likeliest)
 
 
-def _tolerance(dtype: str) -> Tolerance:
+def _tolerance(dtype: torch.dtype) -> Tolerance:
     """How closely two computations in the teacher's dtype must agree."""
-    return FLOAT32 if dtype.endswith("float32") else BFLOAT16
+    return FLOAT32 if dtype == torch.float32 else BFLOAT16
 
 
 def _divergence(output: OutputLossConfig) -> Divergence:

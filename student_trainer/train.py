@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from student_trainer import evaluate
 from student_trainer.config import TrainConfig
@@ -61,6 +62,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     torch.set_num_threads(config.model.threads)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over logits for nobody
     check_folder(config, resume)
     if config.labels.transport != "auto":
         check_loss(config.loss, config.labels)
@@ -112,6 +114,7 @@ def _run(
         teacher_head=teacher.head if teacher else None,
         measure=_measure(config, student, held_out, teacher, objective) if held_out else None,
         callbacks=[progress],
+        on_trouble=lambda told: console.print(f"[yellow]note:[/] {escape(told)}"),
     )
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)

@@ -17,32 +17,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from student_trainer import checkpoint
+from student_trainer import checkpoint, graphed
 from student_trainer.config import OptimizationConfig, TrainConfig
 from student_trainer.data.dataset import TokenizedDataset, collate
 from student_trainer.errors import RunError
+from student_trainer.feed.arrays import LabelTensors, ahead
 from student_trainer.feed.order import OrderedDataset, RunOrder
 from student_trainer.feed.packing import pack
 from student_trainer.feed.prefetch import LabelFeed
 from student_trainer.feed.source import LabelRequest, LabelUsage
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
-from student_trainer.losses.integrity import Integrity, TeacherHeadMismatch
+from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.output import LossParts, output_loss
 from student_trainer.model import Student
 from student_trainer.objective import Objective, rows_on
 from student_trainer.run_folder import LOG_NAME
-from teacher_wire.messages import TeacherSignals, TokenBatch
+from student_trainer.verdicts import Verdicts
+from teacher_wire.messages import TokenBatch
 
 
 @dataclass
 class _Meter:
     """What happened since the last log entry; device tensors, so that a step waits for nothing."""
 
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     waited_s: float = 0.0
     labels: LabelUsage = field(default_factory=LabelUsage)
@@ -72,6 +75,21 @@ _COUNTS = ("acc1_hits", "acc3_hits")
 TIMED = ("tokens_per_s", "wait_share", "cache_hits", "runtime_s")
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The supervised rows of a padded micro-batch, on the host: what is known of them there need not be read from the device.
+
+    Attributes:
+        index_N: int64, where they are in the flattened batch.
+        labels_N: int64, the tokens they describe.
+        weights_N: float32, of their losses.
+    """
+
+    index_N: Tensor
+    labels_N: Tensor
+    weights_N: Tensor
+
+
 class DistillationTrainer(Trainer):
     """See module; built by `train.py`.
 
@@ -86,6 +104,7 @@ class DistillationTrainer(Trainer):
         teacher_head: the teacher's output head, for `hidden` labels.
         measure: figures of the held-out data; None if there are none.
         callbacks: transformers callbacks.
+        on_trouble: told in a sentence what makes the run slower than it might be.
     """
 
     def __init__(
@@ -101,6 +120,7 @@ class DistillationTrainer(Trainer):
         teacher_head: Head | None = None,
         measure: Callable[[], dict[str, float]] | None = None,
         callbacks: list[Any] | None = None,
+        on_trouble: Callable[[str], None] = print,
     ) -> None:
         self._config = config
         self._student = student
@@ -118,17 +138,25 @@ class DistillationTrainer(Trainer):
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
         pad_id = student.tokenizer.pad_token_id
         pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
+        device = next(student.model.parameters()).device if not torch.cuda.is_available() else torch.device("cuda")
+        self._verdicts = Verdicts(device)
+        is_graphed = student.is_graphed
+        length = graphed.padded_length if is_graphed else lambda longest: longest
         super().__init__(
             model=student.model,
             args=training_arguments(config, order.steps, evaluates=measure is not None),
             train_dataset=OrderedDataset(data, order),
             eval_dataset=[] if measure is None else [None],  # only asked whether there is one: see `evaluate`
-            data_collator=lambda examples: collate(examples, pad_id),
+            data_collator=lambda examples: collate(examples, pad_id, length),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # our loss divides by the rows of the whole window
         self.can_return_loss = True
+        self._states: Callable[[Tensor], Tensor] = self._body
+        if is_graphed:
+            trained = [p for p in student.causal_lm.get_decoder().parameters() if p.requires_grad]
+            self._states = graphed.GraphedBody(self._body, trained, on_trouble)
 
     # ------------------------------------------------------------------ data
 
@@ -137,7 +165,7 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor]:
+    ) -> tuple[list[Any], float]:
         """The micro-batches of one window with their labels, and Z, the weight of its supervised rows (algorithms.md 1.5)."""
         first = self.state.global_step * self._order.accumulation
         numbers = range(first, first + num_batches)
@@ -147,27 +175,26 @@ class DistillationTrainer(Trainer):
                 self._ask(number, replace(batch["request"], batch=self._with_own_ids(batch)))
         if self._open_feed is not None:
             for number, batch in zip(numbers, batches, strict=True):
-                batch["signals"] = self._take(number)
-        weights = sum(float(batch["weights_N"].sum(dtype=torch.float64)) for batch in batches)
-        return batches, torch.tensor(weights, device=device)
+                batch["labels"] = self._take(number)
+        return batches, sum(float(batch["rows"].weights_N.sum(dtype=torch.float64)) for batch in batches)
 
     def _padded(self, number: int, batch: dict[str, Any]) -> dict[str, Any]:
         """One padded micro-batch with its supervised rows."""
         indices = self._order.batch(number)
-        assert batch.pop("indices").tolist() == indices, "the data loader left the order of the run"
+        assert list(batch.pop("indices")) == indices, "the data loader left the order of the run"
         del batch["loss_mask"]
         batch["request"] = request = pack([self._data[index].example for index in indices])
         packed = request.batch
         padded_length = batch["input_ids"].shape[1]
-        batch["row_index_N"] = torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded_length))
-        batch["labels_N"] = torch.from_numpy(packed.labels_N()).long()
-        batch["weights_N"] = torch.from_numpy(
-            np.concatenate([self._data[index].example.target_weights for index in indices])
+        batch["rows"] = _Rows(
+            torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded_length)),
+            torch.from_numpy(packed.labels_N()).long(),
+            torch.from_numpy(np.concatenate([self._data[index].example.target_weights for index in indices])),
         )
         self._meter.tokens += packed.tokens
         return batch
 
-    def _take(self, number: int) -> TeacherSignals:
+    def _take(self, number: int) -> LabelTensors:
         """The teacher's answer about micro-batch `number`, and how long it was waited for."""
         if self._feed is None:
             assert self._open_feed is not None
@@ -176,7 +203,7 @@ class DistillationTrainer(Trainer):
         labels = self._feed.take(number)
         self._meter.waited_s += self._feed.stats.wait_s - before_s
         self._meter.labels.add(labels.usage)
-        return labels.signals
+        return labels.tensors
 
     @torch.no_grad()
     def _with_own_ids(self, batch: dict[str, Any]) -> TokenBatch:
@@ -185,8 +212,8 @@ class DistillationTrainer(Trainer):
         head = self._student.head(self._objective.vocab_rows)
         device = head.weight_VD.device
         with self.accelerator.autocast():
-            state_BLD = self._student.states(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-        state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[batch["row_index_N"].to(device)]
+            state_BLD = self._student.states(batch["input_ids"].to(device))
+        state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[batch["rows"].index_N.to(device)]
         self.model.train()
         step = self._objective.at(self.state.global_step).chunk_rows(self._objective.vocab_rows)
         count = self._config.labels.extra_ids
@@ -199,18 +226,17 @@ class DistillationTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The objective on one micro-batch, normalised by the rows of its window."""
-        with self.accelerator.autocast():
-            state_BLD = self._student.states(inputs["input_ids"], inputs["attention_mask"])
-        state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[inputs["row_index_N"]]
-        signals = inputs.get("signals")
-        teacher = None if signals is None else rows_on(signals, self._teacher_head, state_ND.device, self._likeliest)
-        labels_N = inputs["labels_N"]
+        rows, device = inputs["rows"], self.args.device
+        index_N = ahead({"index_N": rows.index_N}, device)["index_N"]
+        labels: LabelTensors | None = inputs.get("labels")
+        teacher = None if labels is None else rows_on(labels, self._teacher_head, device, self._likeliest)
+        state_BLD = self._states(inputs["input_ids"])
         result = output_loss(
-            state_ND,
+            state_BLD.reshape(-1, state_BLD.shape[-1])[index_N],
             self._student.head(self._objective.vocab_rows),
             teacher,
-            labels_N,
-            inputs["weights_N"],
+            rows.labels_N,
+            rows.weights_N,
             num_items_in_batch,
             self._objective.at(self.state.global_step),
         )
@@ -218,23 +244,29 @@ class DistillationTrainer(Trainer):
         self._meter.add(result.parts)
         return result.total
 
+    def _body(self, input_ids_BL: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            return self._student.states(input_ids_BL)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward pass; then, and before any optimizer step, the check of the labels that were used.
+        """Forward and backward pass, and the verdicts on labels that are there by now; bad ones are never learned from.
 
         Raises:
-            TeacherHeadMismatch: the labels are not what the teacher's head makes of its states; names the sample.
+            TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._evidence is not None:
-            self._check_integrity(*self._evidence)
+            self._verdicts.add(*self._evidence)
         return loss
 
-    def _check_integrity(self, integrity: Integrity, request: LabelRequest) -> None:
-        try:
-            integrity.check()  # compared on the device since the forward pass: nothing to wait for by now
-        except TeacherHeadMismatch as error:
-            error.add_note(f"sample {request.names[request.batch.sequence_of_row(error.row)]}")
-            raise
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As configured; on a GPU it passes over every step once labels were refused (`verdicts.py`)."""
+        optimizer = super().create_optimizer(model)
+        if self._verdicts.refused.is_cuda:
+            optimizer.found_inf = (
+                self._verdicts.refused
+            )  # torch's own word for a step that a fused optimizer leaves out
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate as a pure function of the step."""
@@ -250,6 +282,7 @@ class DistillationTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Figures of the held-out data, logged as `eval_*`."""
         assert self._measure is not None
+        self._verdicts.settle()
         began_s = time.perf_counter()
         self.model.eval()
         metrics = {f"eval_{name}": value for name, value in self._measure().items()}
@@ -267,6 +300,7 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss and the rates, and writes one line of train_log.jsonl."""
+        self._verdicts.settle()
         if "loss" in logs:
             logs |= self._meter.figures()
             self._meter = _Meter()
@@ -278,6 +312,7 @@ class DistillationTrainer(Trainer):
     # ------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._verdicts.settle()
         super()._save_checkpoint(model, trial)
         run_folder = Path(self.args.output_dir)
         checkpoint.mark_complete(run_folder / f"checkpoint-{self.state.global_step}")
@@ -341,10 +376,11 @@ def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> T
         report_to=list(settings.report_to) or "none",
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
         disable_tqdm=True,
         dataloader_num_workers=0,  # labels are joined in this process; workers after a channel may crash (grpc#32992)
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="no",

@@ -9,7 +9,7 @@ Axes: B examples of a batch, L tokens of one example, Lmax of the longest in the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -73,12 +73,11 @@ class Overlength(NamedTuple):
 
 
 class Batch(TypedDict):
-    """Right-padded tensors of one batch."""
+    """Right-padded tensors of one batch. Attention is causal: what stands behind a sequence is not seen by it, and needs no mask."""
 
     input_ids: torch.Tensor  # int64 [B, Lmax]
-    attention_mask: torch.Tensor  # int64 [B, Lmax], 1 at tokens
     loss_mask: torch.Tensor  # bool [B, Lmax], True at target tokens; the token, not the row that predicts it
-    indices: torch.Tensor  # int64 [B], positions in the dataset
+    indices: tuple[int, ...]  # [B], positions in the dataset; on the host, where they are read
 
 
 class TokenizedDataset:
@@ -194,29 +193,29 @@ def encode(
     return encoded
 
 
-def collate(items: Sequence[IndexedExample], pad_id: int) -> Batch:
+def collate(
+    items: Sequence[IndexedExample], pad_id: int, padded_length: Callable[[int], int] = lambda longest: longest
+) -> Batch:
     """Right-pad examples into one batch.
 
     Args:
         items: what the dataset gave; at least one.
-        pad_id: the id written behind the shorter examples; masked in `attention_mask` and `loss_mask`.
+        pad_id: the id written behind the shorter examples; masked in `loss_mask`.
+        padded_length: Lmax for a longest example of so many tokens; not less.
     """
     import torch
 
-    shape = len(items), max(item.example.token_ids.size for item in items)
+    shape = len(items), padded_length(max(item.example.token_ids.size for item in items))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=np.bool_)
     for b, item in enumerate(items):
         example, length = item.example, item.example.token_ids.size
         input_ids[b, :length] = example.token_ids
-        attention_mask[b, :length] = 1
         loss_mask[b, :length] = example.loss_mask
     return {
         "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
         "loss_mask": torch.from_numpy(loss_mask),
-        "indices": torch.tensor([item.index for item in items], dtype=torch.int64),
+        "indices": tuple(item.index for item in items),
     }
 
 

@@ -1,7 +1,8 @@
 """Labels ahead of the step that needs them: one source on the background loop; the bridge between steps and async code.
 
 In: numbered requests, begun in order; out: `take(number)`, which waits and says how long. Bytes under way are bounded:
-a request is begun only when its whole answer fits into what is left. A failed request fails the step that needs it.
+a request is begun only when its whole answer fits into what is left, and no more are than the teacher's time takes (`depth`).
+A failed request fails the step that needs it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from student_trainer.feed import background
+from student_trainer.feed.arrays import LabelTensors
+from student_trainer.feed.depth import Depth
 from student_trainer.feed.source import LabelRequest, Labels, LabelSource, LabelUsage
 from teacher_wire.errors import CancelledRequestError, LimitError, TeacherWireError
+from teacher_wire.messages import TeacherSignals
 
 
 @dataclass
@@ -32,6 +36,21 @@ class FeedStats:
     usage: LabelUsage = field(default_factory=LabelUsage)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Labels that have been waited for, checked and made ready.
+
+    Attributes:
+        signals: as they came.
+        tensors: the same for torch; in memory that a GPU copies from by itself, if the feed was told so.
+        usage: what they took.
+    """
+
+    signals: TeacherSignals
+    tensors: LabelTensors
+    usage: LabelUsage
+
+
 class LabelFeed:
     """Fetches labels of the requests `first .. count-1`, in order, ahead of `take`.
 
@@ -40,6 +59,7 @@ class LabelFeed:
         request: number -> what to ask; called in a thread of the feed, may wait.
         first, count: the range of numbers.
         max_bytes, max_batches: bounds on answers asked for and not yet taken.
+        pinned: make tensors that a GPU copies from by itself.
         on_close: wakes a `request` that is waiting.
     """
 
@@ -52,6 +72,7 @@ class LabelFeed:
         count: int,
         max_bytes: int,
         max_batches: int,
+        pinned: bool = False,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
@@ -59,9 +80,11 @@ class LabelFeed:
         self._count = count
         self._next = first
         self._max_bytes = max_bytes
-        self._max_batches = max_batches
+        self._pinned = pinned
         self._on_close = on_close
-        self._promises: dict[int, Future[Labels]] = {}
+        self.depth = Depth(max_batches)
+        self._taken_s: float | None = None
+        self._promises: dict[int, Future[Taken]] = {}
         self._lock = threading.Condition()
         self._held: dict[int, int] = {}
         self._closed = False
@@ -69,13 +92,15 @@ class LabelFeed:
         self.stats = FeedStats()
         self._work = background.start(self._run())
 
-    def take(self, number: int) -> Labels:
+    def take(self, number: int) -> Taken:
         """The checked labels of request `number`; each can be taken once.
 
         Raises:
             TeacherWireError: the request failed, or its answer was refused.
         """
         started = time.perf_counter()
+        if self._taken_s is not None:
+            self.depth.taken(started - self._taken_s)
         with self._lock:
             while number not in self._promises:
                 if self._error is not None:
@@ -87,7 +112,8 @@ class LabelFeed:
         except CancelledRequestError as error:
             raise (self._error or error) from None  # the feed ended for a reason: say that one
         finally:
-            self.stats.wait_s += time.perf_counter() - started
+            self._taken_s = time.perf_counter()
+            self.stats.wait_s += self._taken_s - started
             with self._lock:
                 self._promises.pop(number, None)
                 self._held.pop(number, None)
@@ -95,7 +121,7 @@ class LabelFeed:
         self._count_in(labels)
         return labels
 
-    def _count_in(self, labels: Labels) -> None:
+    def _count_in(self, labels: Taken) -> None:
         stats, signals = self.stats, labels.signals
         stats.usage.add(labels.usage)
         stats.batches += 1
@@ -146,19 +172,28 @@ class LabelFeed:
 
     async def _fetch(self, number: int, request: LabelRequest) -> None:
         promise = self._promises[number]
+        asked_s = time.perf_counter()
         try:
-            promise.set_result(await self._source.labels(request))
+            labels = await self._source.labels(request)
+            ready = await asyncio.to_thread(self._ready, labels)
+            with self._lock:
+                self.depth.answered(time.perf_counter() - asked_s)
+                self._lock.notify_all()
+            promise.set_result(ready)
         except asyncio.CancelledError:
             promise.cancel()
             raise
         except Exception as error:
             promise.set_exception(_with_names(error, request))
 
+    def _ready(self, labels: Labels) -> Taken:
+        return Taken(labels.signals, LabelTensors.of(labels.signals, pinned=self._pinned), labels.usage)
+
     def _wait_for_room(self, size: int) -> bool:
         """Blocks until `size` more bytes may be under way; False when the feed is closed."""
         with self._lock:
             while not self._closed and self._held:
-                if len(self._held) < self._max_batches and sum(self._held.values()) + size <= self._max_bytes:
+                if len(self._held) < self.depth.batches and sum(self._held.values()) + size <= self._max_bytes:
                     break
                 self._lock.wait()
             return not self._closed

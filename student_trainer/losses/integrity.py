@@ -64,6 +64,17 @@ class Integrity:
         """Compares on the device and sends the result on its way, so that a later `check` waits for nothing else."""
         _ = self._compared
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `check` would not wait."""
+        event = self._compared[2]
+        return event is None or event.query()
+
+    @property
+    def refused(self) -> Tensor:
+        """float32 []: 1 if `check` will raise, else 0; on the device, without waiting for it."""
+        return self._compared[1]
+
     def check(self) -> None:
         """Compares; waits once, for the device to reach `begin` (or now, if that was not called).
 
@@ -74,11 +85,11 @@ class Integrity:
         rows, allowed = self.row_N.numel(), self.tolerance
         if not rows:
             return
-        told, arrived = self._compared
+        told, _, arrived = self._compared
         if arrived is not None:
             arrived.synchronize()
         failing, row, served_lse, seen_lse, served_logp, seen_logp, error = told.tolist()
-        if failing <= max(1, FORGIVEN_SHARE * rows) and error <= GROSS:
+        if failing <= self._forgiven and error <= GROSS:
             return
         mismatch = TeacherHeadMismatch(
             f"{int(failing)} of {rows} teacher rows do not belong to these tokens or this output head",
@@ -91,11 +102,15 @@ class Integrity:
         mismatch.row = int(row)
         raise mismatch
 
+    @property
+    def _forgiven(self) -> float:
+        return max(1, FORGIVEN_SHARE * self.row_N.numel())
+
     @cached_property
-    def _compared(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Rows out of tolerance and the figures of the worst one; from a GPU, on their way until the event."""
+    def _compared(self) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+        """Rows out of tolerance and the figures of the worst one, from a GPU on their way until the event; and `refused`."""
         if not self.row_N.numel():
-            return self.served_lse_N.double(), None
+            return self.served_lse_N.double(), self.served_lse_N.new_zeros((), dtype=torch.float32), None
         allowed = self.tolerance
         size_N = self.served_lse_N.abs()
         lse_N = (self.seen_lse_N - self.served_lse_N).abs() / (allowed.lse_abs + allowed.lse_rel * size_N)
@@ -104,9 +119,10 @@ class Integrity:
         figures = (self.row_N, self.served_lse_N, self.seen_lse_N, self.served_logp_N, self.seen_logp_N, error_N)
         worst_6 = torch.stack([figure.double() for figure in figures])[:, error_N.argmax()[None]][:, 0]
         told_7 = torch.cat([(error_N > 1).sum().double()[None], worst_6])
+        refused = ((told_7[0] > self._forgiven) | (told_7[-1] > GROSS)).float()
         if not told_7.is_cuda:
-            return told_7, None
+            return told_7, refused, None
         host_7 = torch.empty_like(told_7, device="cpu", pin_memory=True).copy_(told_7, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return host_7, arrived
+        return host_7, refused, arrived

@@ -1,7 +1,8 @@
 """The loss on output distributions: teacher against student, and the data's own tokens, over chunks of rows.
 
 In: the student's states after its final norm, its head, the teacher's rows. Out: one differentiable number, its parts.
-Must never hold more than a chunk of logits, nor wait for the device after the rows of weight 0 are dropped.
+Must never hold more than a chunk of logits, nor wait for the device: not at all if labels and weights are on the host,
+else once, when the rows of weight 0 are dropped.
 
 Axes: N rows, M rows of weight above 0, C rows of a chunk, V vocabulary rows, K kept ids, D width, R rank.
 Source: algorithms.md 3.2.
@@ -110,8 +111,8 @@ def output_loss(
         head: the student's, sliced to the V of the labels. What of it requires a gradient gets one; the weight may be
             the embedding (tied).
         rows: the teacher's, in the same order; None for hard labels only (then kd_weight must be 0).
-        label_ids_N: int64, the token each row describes; read where the weight is not 0.
-        weights_N: >= 0; rows of weight 0 are never projected.
+        label_ids_N: int64, the token each row describes; read where the weight is not 0. Beside the states, or on the host.
+        weights_N: >= 0, where the labels are; rows of weight 0 are never projected.
         normalizer: Z of the whole accumulation window over all ranks, not of this call (algorithms.md 1.5).
         spec: what to compute.
     Returns:
@@ -122,9 +123,10 @@ def output_loss(
         DataError: lengths, a vocabulary, a label or a weight that does not fit.
     """
     _check_call(student_hidden_ND, head, rows, label_ids_N, weights_N, spec)
-    kept_M = weights_N.detach().nonzero()[:, 0]  # the one wait for the device: shapes depend on it
+    kept_M = weights_N.detach().nonzero()[:, 0]  # if they are on the device, the one wait for it: shapes depend on it
     labels_M, weights_M, count = label_ids_N[kept_M], weights_N[kept_M], kept_M.numel()
     _check_values(labels_M, weights_M, normalizer, head.vocab_rows)
+    kept_M, labels_M, weights_M = (_beside(student_hidden_ND, t) for t in (kept_M, labels_M, weights_M))
     dtype = wide(student_hidden_ND, head.weight_VD)
     grad_dtype = torch.bfloat16 if _narrow(student_hidden_ND, head) else dtype
     is_fused = dtype == torch.float32 and fused.usable(student_hidden_ND) and _has_kernel(rows, spec)
@@ -394,8 +396,15 @@ def _check_call(
     check_vocabulary(rows, head)
 
 
+def _beside(there: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` on the device of `there`; from the host it is on its way when this returns."""
+    if tensor.device == there.device:
+        return tensor
+    return (tensor.pin_memory() if there.is_cuda else tensor).to(there.device, non_blocking=True)
+
+
 def _check_values(label_ids_N: Tensor, weights_N: Tensor, normalizer: float | Tensor, vocab_rows: int) -> None:
-    """What must be read from the device; it has just been waited for, so this costs next to nothing."""
+    """What must be read; if it is on the device, that has just been waited for, so this costs next to nothing."""
     if not label_ids_N.numel():
         return
     z = torch.as_tensor(normalizer, device=weights_N.device)

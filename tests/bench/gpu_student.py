@@ -1,58 +1,56 @@
-"""A student whose labels come over gRPC while it trains, beside labels in memory, no teacher, and a teacher in the process.
+"""A student's run on a GPU: no teacher, labels in memory, labels over gRPC while it trains; beside the usual ways of the same run.
 
-Shapes, LoRA and step are those of `student_memory` (1.5B student, 2 x 2048 tokens); the teacher is a random 7B behind the
-product's edge and engine in a process of its own, on the first GPU; the student is on the last one. With one GPU both share it,
-and a second pass over the same micro-batches, whose labels the edge has kept, shows what their arrival alone costs.
-    python -m tests.bench.gpu_student [--json]
+Shapes of Qwen2.5-1.5B (student, LoRA r=16 on every linear layer, gradient checkpointing, bfloat16, 2 x 2048 tokens a micro-batch, one an
+update) and 7B (teacher) with random weights. Ours are runs of `DistillationTrainer` itself, transformers' Trainer around it, with the
+product's feed; the teacher is behind the product's edge and engine in a process of its own, on the first GPU; the student is on the last
+one. With one GPU both share it. The usual ways are bare loops of the calls a training script makes, which favours them.
+    python -m tests.bench.gpu_student [--json] [--steps N]
 
-Columns: milliseconds a step over a run of steps on end, and its ratio to the reference named; share of the time in which the
-step waited for labels; most memory of the student's process in use.
+Columns: milliseconds a step over a run of steps on end; ratios to SFT the usual way (peft's layers, kernel by kernel), to the same with
+our compiled layers, and to labels in memory; share of the time waited for labels; memory in use and held at most by the student's process.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
+import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, TrainerCallback
 
+from student_trainer import compiled
+from student_trainer.config import TrainConfig, parse_config
+from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.feed import background
 from student_trainer.feed.desk import LabelDesk
-from student_trainer.feed.prefetch import LabelFeed
-from student_trainer.feed.source import LabelRequest
-from student_trainer.objective import head_on
+from student_trainer.feed.order import RunOrder
+from student_trainer.feed.packing import pack
+from student_trainer.feed.prefetch import FeedStats, LabelFeed, Taken
+from student_trainer.losses.head import Head
+from student_trainer.model import quicken
+from student_trainer.objective import Objective, head_on
+from student_trainer.trainer import DistillationTrainer
 from teacher_wire.client import TeacherClient
-from teacher_wire.messages import SignalSpec, TeacherHead, TeacherInfo, TeacherSignals
-from tests.bench.gpu_client import fresh_batch
-from tests.bench.student_memory import FKL, GIB, LENGTH, SEQUENCES, SFT, Bench, Case, K, V
+from teacher_wire.messages import SignalSpec, TeacherHead, TeacherInfo
+from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
 from tests.bench.table import show
+from tests.tiny import make_tokenizer
 
-STEPS, SKIPPED, ROUNDS = 20, 6, 2  # of a run; the first are served by what was asked ahead before the clock started
-AHEAD = 4
+SKIPPED = 6  # steps before the clock starts: compilation, recording, and what was asked ahead
 SPECS = {"hidden": SignalSpec("hidden", V), "top_k": SignalSpec("top_k", V, k=K)}
-CASES = {
-    "SFT, transformers": Case("SFT, transformers", fast=True),
-    "SFT, ours": Case("SFT, ours", SFT, fast=True),
-    "hidden": Case("hidden", FKL, "hidden", fast=True, late=True),
-    "top_k": Case("top_k", FKL, "top_k", fast=True, late=True),
-}
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A micro-batch and its labels."""
-
-    request: LabelRequest
-    signals: TeacherSignals
+Row = dict[str, object]
 
 
 class Remote:
@@ -68,19 +66,17 @@ class Remote:
 
     async def _meet(self) -> tuple[TeacherInfo, TeacherHead]:
         async with TeacherClient(self.address) as client:
-            info = await client.teacher(wait_for_s=180)
+            info = await client.teacher(wait_for_s=240)
             return info, await client.head(info)
 
-    def feed(self, transport: str, count: int, seed: int) -> tuple[LabelFeed, Callable[[int], LabelRequest]]:
-        """Labels of `count` fresh micro-batches, asked ahead as a run does."""
-
-        def request(number: int) -> LabelRequest:
-            batch = fresh_batch(np.random.default_rng((seed, number)), "uniform", SEQUENCES * LENGTH, V)
-            return LabelRequest(batch, tuple(f"{number}.{b}" for b in range(batch.sequences)))
-
-        desk = LabelDesk(lambda: TeacherClient(self.address, window_bytes=256 << 20), None)
-        source = desk.source(self.info, SPECS[transport])
-        return LabelFeed(source, request, first=0, count=count, max_bytes=256 << 20, max_batches=AHEAD), request
+    def feed(self, transport: str, data: TokenizedDataset, order: RunOrder) -> LabelFeed:
+        """As a run opens it, without a cache on disk."""
+        desk = LabelDesk(lambda: TeacherClient(self.address, window_bytes=128 << 20), None)
+        return LabelFeed(
+            desk.source(self.info, SPECS[transport]),
+            lambda number: pack([data[index].example for index in order.batch(number)]),
+            first=0, count=order.batches, max_bytes=512 << 20, max_batches=64, pinned=True,
+        )  # fmt: skip
 
     def stop(self) -> None:
         """Ends the teacher's process."""
@@ -88,104 +84,197 @@ class Remote:
         self._process.wait()
 
 
-class Student:
-    """The steps of `student_memory`, on batches that change."""
+class InMemory:
+    """Labels that are there already, in the place of a feed."""
 
-    def __init__(self, head: TeacherHead) -> None:
+    def __init__(self, kept: list[Taken]) -> None:
+        self._kept = kept
+        self.stats = FeedStats()
+
+    def take(self, number: int) -> Taken:
+        """Those of micro-batch `number`."""
+        return self._kept[number]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Clock(TrainerCallback):
+    """Times steps on end, the first ones not counted."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self.ms = self._began_s = self.waited_s = 0.0
+        self.feed: Callable[[], FeedStats | None] = lambda: None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Waits for the device where the clock starts and where it stops, nowhere else."""
+        stats = self.feed()
+        if state.global_step == SKIPPED:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._began_s, self.waited_s = time.perf_counter(), stats.wait_s if stats else 0.0
+        elif state.global_step == SKIPPED + self._steps:
+            torch.cuda.synchronize()
+            self.ms = (time.perf_counter() - self._began_s) / self._steps * 1e3
+            self.waited_s = (stats.wait_s if stats else 0.0) - self.waited_s
+
+
+class Room:
+    """Model, data and figures of all runs."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.bench = Bench()
         self.bench.place_head(False)
-        self.bench.head = head_on(head, V, torch.device("cuda"))
+        self.bench.signals, self.bench.rows = {}, {}
+        self.folder = Path(tempfile.mkdtemp())
+        tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(self.folder / "tokenizer"))
+        self.student = self.bench.student
+        self.student.tokenizer = tokenizer
+        self.head: Head | None = None
+        self.rows: list[Row] = []
 
-    def step(self, case: Case, labelled: Labelled | None) -> None:
-        """One micro-batch and one update."""
-        if labelled is not None:
-            batch = labelled.request.batch
-            ids_BL = torch.from_numpy(batch.token_ids_T.reshape(SEQUENCES, LENGTH))
-            self.bench.ids_BL = ids_BL.long().cuda(non_blocking=True)
-            self.bench.labels_N = torch.from_numpy(batch.labels_N()).long().cuda(non_blocking=True)
-            self.bench.signals = {case.labels: labelled.signals}
-        self.bench.step(case)
+    def order(self) -> RunOrder:
+        """One micro-batch a step."""
+        sequences = SEQUENCES * (self.steps + SKIPPED)
+        return RunOrder(
+            sequences, batch_size=SEQUENCES, accumulation=1, epochs=1, max_steps=self.steps + SKIPPED, seed=0
+        )
 
-    def run_ms(self, case: Case, batches: Iterator[Labelled | None]) -> float:
-        """Milliseconds a step, on end, the first ones not counted."""
-        self.bench.place_layers(case.fast)
-        began_s = 0.0
-        for number in range(STEPS + SKIPPED):
-            if number == SKIPPED:
+    def data(self, seed: int) -> TokenizedDataset:
+        """Random sequences; all but the first token of each supervised."""
+        rng = np.random.default_rng(seed)
+        mask = np.ones(LENGTH, np.bool_)
+        mask[0] = False
+        ids_SL = rng.integers(0, V, (SEQUENCES * (self.steps + SKIPPED), LENGTH), dtype=np.int32)
+        return TokenizedDataset([Example(ids, mask, 0, str(s)) for s, ids in enumerate(ids_SL)])
+
+    def config(self, loss: dict[str, Any], transport: str) -> TrainConfig:
+        """As a user's file would say it."""
+        tree = {
+            "run": {"output_dir": str(self.folder / "run")},
+            "model": {"path": "random", "gradient_checkpointing": True},
+            "data": {"train": ["random"]},
+            "teacher": {"address": "127.0.0.1:1"},
+            "labels": {"transport": transport, "k": K},
+            "loss": loss,
+            "train": {"batch_size": SEQUENCES, "accumulation": 1, "max_steps": self.steps + SKIPPED, "bf16": True},
+        }
+        return parse_config(tree, "bench")
+
+    def ours(
+        self, name: str, transport: str = "", feed: Callable[[TokenizedDataset, RunOrder], Any] | None = None,
+        seed: int = 0, divergence: str = "forward_kl", deterministic: bool = True,
+    ) -> Row:  # fmt: skip
+        """A run of the trainer as it ships."""
+        loss: dict[str, Any] = (
+            {"output": {"divergence": divergence}} if transport else {"output": None, "sft_weight": 1.0}
+        )
+        config = self.config(loss, transport or "hidden")
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        self.bench.place_layers(True)
+        compiled.uninstall(self.student.model)
+        self.student.is_graphed = quicken(self.student.model, config.model)
+        self.bench.optimizer = None  # its state is not part of our run
+        data, order = self.data(seed), self.order()
+        opened: list[Any] = []
+
+        def open_feed(_: int) -> Any:
+            assert feed is not None
+            opened.append(feed(data, order))
+            return opened[-1]
+
+        clock = Clock(self.steps)
+        clock.feed = lambda: opened[-1].stats if opened else None
+        trainer = DistillationTrainer(
+            config, self.student, data, order, Objective(config.loss, V),
+            open_feed=open_feed if transport else None, teacher_head=self.head if transport == "hidden" else None,
+            callbacks=[clock], on_trouble=lambda told: print("TROUBLE:", told, flush=True),
+        )  # fmt: skip
+        began_s = time.perf_counter()
+        trainer.train()
+        whole_s = time.perf_counter() - began_s
+        trainer.close()
+        row = self._row(name, clock.ms, clock.waited_s / (clock.ms * self.steps / 1e3))
+        last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+        print(f"{name}: {row} whole {whole_s:.0f} s, loss {last['loss']:.4f}", flush=True)
+        del trainer
+        self.free()
+        return row
+
+    def usual(self, name: str, step: Callable[[], None], *, fast: bool) -> Row:
+        """A bare loop."""
+        torch.use_deterministic_algorithms(False)
+        compiled.uninstall(self.student.model)
+        self.bench.place_layers(fast)
+        if fast:
+            compiled.install(self.student.model)
+        self.bench.optimizer = torch.optim.AdamW(self.bench.trained, lr=1e-5, fused=True)
+        count = max(6, self.steps // 2)
+        for number in range(count + 3):
+            if number == 3:
                 torch.cuda.synchronize()
-                began_s = time.perf_counter()
-            self.step(case, next(batches))
-        torch.cuda.synchronize()
-        return (time.perf_counter() - began_s) / STEPS * 1e3
-
-
-def nothing() -> Iterator[None]:
-    """No labels."""
-    while True:
-        yield None
-
-
-def kept(batches: list[Labelled]) -> Iterator[Labelled]:
-    """Labels in memory, over and over."""
-    while True:
-        yield from batches
-
-
-def arriving(feed: LabelFeed, request: Callable[[int], LabelRequest], count: int) -> Iterator[Labelled]:
-    """Labels as they come."""
-    for number in range(count):
-        yield Labelled(request(number), feed.take(number).signals)
-
-
-def measured(student: Student, remote: Remote) -> list[dict[str, object]]:
-    """All steps but the one with a teacher in the process."""
-    count = STEPS + SKIPPED
-    memory: dict[str, list[Labelled]] = {}
-    for transport in SPECS:
-        feed, request = remote.feed(transport, 3, 99)
-        memory[transport] = list(arriving(feed, request, 3))
-        feed.close()
-    times: dict[str, list[float]] = {}
-    waits: dict[str, float] = {}
-    peaks: dict[str, float] = {}
-    for seed in range(ROUNDS):
-        for name, case in CASES.items():
-            torch.cuda.reset_peak_memory_stats()
-            in_memory: Iterator[Labelled | None] = kept(memory[case.labels]) if case.labels else nothing()
-            times.setdefault(name, []).append(student.run_ms(case, in_memory))
-            peaks[name] = torch.cuda.max_memory_allocated() / GIB
-            for over in (f"{name} over gRPC", f"{name} over gRPC, kept by the edge") if case.labels else ():
-                feed, request = remote.feed(case.labels, count, seed)
                 torch.cuda.reset_peak_memory_stats()
                 began_s = time.perf_counter()
-                times.setdefault(over, []).append(student.run_ms(case, arriving(feed, request, count)))
-                waits[over] = feed.stats.wait_s / (time.perf_counter() - began_s)
-                peaks[over] = torch.cuda.max_memory_allocated() / GIB
-                feed.close()
-    usual = times["SFT, transformers"]
-    ratio = lambda one, other: statistics.median(a / b for a, b in zip(one, other, strict=True))  # noqa: E731
-    return [
-        {
-            "step": name,
-            "ms": statistics.median(taken),
-            "x SFT": ratio(taken, usual),
-            "x in memory": ratio(taken, times[name.partition(" over")[0]]) if "gRPC" in name else "",
-            "waited": waits.get(name, ""),
-            "peak GiB": peaks[name],
-            "tokens/s": SEQUENCES * LENGTH / statistics.median(taken) * 1e3,
-        }
-        for name, taken in times.items()
-    ]
+            step()
+        torch.cuda.synchronize()
+        row = self._row(name, (time.perf_counter() - began_s) / count * 1e3, 0.0)
+        print(f"{name}: {row}", flush=True)
+        self.bench.optimizer = None
+        self.free()
+        return row
+
+    def _row(self, name: str, ms: float, waited: float) -> Row:
+        used, held = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+        row: Row = {"step": name, "ms": ms, "waited": waited, "used GiB": used, "held GiB": held}
+        self.rows.append(row)
+        return row
+
+    def free(self) -> None:
+        """Nothing of one run is left for the next."""
+        self.student.model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def in_process(student: Student) -> dict[str, object]:
+def measured(room: Room, remote: Remote) -> None:
+    """All runs but the one with a teacher in the process."""
+    bench = room.bench
+    sft = Case("SFT, transformers")
+    room.usual("SFT, usual", lambda: bench.step(sft), fast=False)
+    room.usual("SFT, usual loss, our layers", lambda: bench.step(sft), fast=True)
+    room.ours("SFT, ours")
+    room.head = head_on(remote.head, V, torch.device("cuda"))
+    for seed, transport in enumerate(SPECS):
+        name = "hidden" if transport == "hidden" else f"top-{K}"
+        data, order = room.data(seed), room.order()
+        feed = remote.feed(transport, data, order)
+        kept = [feed.take(number) for number in range(order.batches)]
+        feed.close()
+        room.ours(name, transport, lambda _d, _o, kept=kept: InMemory(kept), seed)  # type: ignore[misc]
+        if transport == "hidden":
+            room.ours(
+                f"{name}, not deterministic",
+                transport,
+                lambda _d, _o, kept=kept: InMemory(kept),
+                seed,
+                deterministic=False,
+            )  # type: ignore[misc]
+        fetch = lambda data, order, transport=transport: remote.feed(transport, data, order)  # noqa: E731
+        room.ours(f"{name} over gRPC", transport, fetch, seed + 100)
+        room.ours(f"{name} over gRPC, kept by the edge", transport, fetch, seed)
+        room.ours(f"{name} over gRPC, again", transport, fetch, seed + 200)
+        room.ours(f"{name}, again", transport, lambda _d, _o, kept=kept: InMemory(kept), seed)  # type: ignore[misc]
+    room.head = None
+
+
+def in_process(room: Room) -> None:
     """The usual way: the teacher beside the student, full logits of both, JSD 0.5, peft's own LoRA layers."""
     from tests.bench.gpu_teacher import random_model
 
-    bench = student.bench
-    bench.head = None
-    teacher = random_model()
-    case = replace(CASES["SFT, transformers"], fast=False)
+    bench, teacher = room.bench, random_model()
 
     def step() -> None:
         with torch.no_grad():
@@ -197,26 +286,7 @@ def in_process(student: Student) -> dict[str, object]:
         bench.optimizer.step()
         bench.optimizer.zero_grad()
 
-    bench.place_layers(case.fast)
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        began_s = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - began_s) * 1e3)
-    ms = statistics.median(times[3:])
-    peak = torch.cuda.max_memory_allocated() / GIB
-    return {
-        "step": "teacher in the process, usual way",
-        "ms": ms,
-        "x SFT": "",
-        "x in memory": "",
-        "waited": "",
-        "peak GiB": peak,
-        "tokens/s": SEQUENCES * LENGTH / ms * 1e3,
-    }
+    room.usual("teacher in the process, usual", step, fast=False)
 
 
 def _jsd(ours_BLV: Tensor, theirs_BLV: Tensor) -> Tensor:
@@ -227,13 +297,32 @@ def _jsd(ours_BLV: Tensor, theirs_BLV: Tensor) -> Tensor:
     return 0.5 * sum(both, start=torch.zeros((), device="cuda"))
 
 
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """The table: every step beside the references of the run."""
+    ms = {str(row["step"]): float(str(row["ms"])) for row in rows}
+    usual, layers, inside = (
+        ms[n] for n in ("SFT, usual", "SFT, usual loss, our layers", "teacher in the process, usual")
+    )
+    found = []
+    for row in rows:
+        name = str(row["step"])
+        memory = name.partition(" over")[0]
+        beside = min(ms[memory], ms[f"{memory}, again"]) if " over gRPC" in name else None
+        found.append({
+            "step": name, "ms": round(ms[name], 1), "x SFT": round(ms[name] / usual, 3),
+            "x SFT, our layers": round(ms[name] / layers, 3), "x in memory": round(ms[name] / beside, 3) if beside else "",
+            "tokens/s": round(SEQUENCES * LENGTH / ms[name] * 1e3), "x in-process": round(inside / ms[name], 2),
+            "waited": row["waited"], "used GiB": row["used GiB"], "held GiB": row["held GiB"],
+        })  # fmt: skip
+    return found
+
+
 async def serve(port: int) -> None:
     """The teacher's process."""
     from tests.bench import gpu_server, gpu_teacher
 
-    _held = await gpu_server.started(
-        gpu_teacher.backend(gpu_teacher.random_model()), port, memory_mb=4096
-    )  # unheld, it would stop
+    model = gpu_teacher.backend(gpu_teacher.random_model())
+    _held = await gpu_server.started(model, port, memory_mb=4096)  # unheld, it would stop
     await asyncio.Event().wait()
 
 
@@ -241,6 +330,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON too")
+    parser.add_argument("--steps", type=int, default=24, help="counted steps of a run")
     parser.add_argument("--serve", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -248,15 +338,18 @@ def main() -> None:
         return
     gpus = torch.cuda.device_count()
     torch.cuda.set_device(gpus - 1)
+    room = Room(options.steps)
     remote = Remote(0)
     try:
-        student = Student(remote.head)
-        rows = measured(student, remote)
+        measured(room, remote)
     finally:
         remote.stop()
-    rows.append(in_process(student))
+    in_process(room)
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, teacher on {'another' if gpus > 1 else 'the same'} GPU"
+    rows = with_ratios(room.rows)
     show(f"a student's step, {SEQUENCES} x {LENGTH} tokens; {where}", rows, as_json=options.json)
+    if "OUT" in os.environ:
+        Path(os.environ["OUT"], "gpu_student.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from student_trainer import fast_lora
 from student_trainer.config import LoraSettings
+from student_trainer.feed.arrays import LabelTensors
 from student_trainer.losses import fused
 from student_trainer.losses.align import row_index
 from student_trainer.losses.divergence import Divergence
@@ -128,7 +129,10 @@ class Bench:
         self.head: Head | None = None
         self.place_head(True)
         self.signals = self._serve()
-        self.rows = {name: rows_on(signals, self.head, torch.device("cuda")) for name, signals in self.signals.items()}
+        self.rows = {
+            name: rows_on(LabelTensors.of(signals), self.head, torch.device("cuda"))
+            for name, signals in self.signals.items()
+        }
 
     def place_head(self, wanted: bool) -> None:
         """The teacher's head onto the device, or off it."""
@@ -139,11 +143,7 @@ class Bench:
 
     def place_layers(self, fast: bool) -> None:
         """peft's LoRA layers, or `fast_lora`'s."""
-        if fast:
-            fast_lora.install(self.student.model)
-            return
-        for module in self.student.model.modules():
-            module.__dict__.pop("forward", None)
+        fast_lora.install(self.student.model) if fast else fast_lora.uninstall(self.student.model)
 
     def _serve(self) -> dict[str, TeacherSignals]:
         """What a teacher of these shapes would answer, in host memory."""
@@ -176,7 +176,7 @@ class Bench:
         elif case.resident:
             rows = self.rows[case.labels]
         else:
-            rows = rows_on(self.signals[case.labels], self.head, device)
+            rows = rows_on(LabelTensors.of(self.signals[case.labels]), self.head, device)
         ones_N = torch.ones_like(self.labels_N, dtype=torch.float32)
         assert case.spec is not None
         head = self.student.head(V)
@@ -185,7 +185,7 @@ class Bench:
     def states(self) -> Tensor:
         """[N, D] of the supervised rows."""
         with torch.autocast("cuda", torch.bfloat16):
-            state_BLD = self.student.states(self.ids_BL, self.mask_BL)
+            state_BLD = self.student.states(self.ids_BL)
         return state_BLD.reshape(-1, state_BLD.shape[-1])[self.index_N]
 
     def step(self, case: Case) -> None:
@@ -211,7 +211,9 @@ class Bench:
         self.place_head(False)
         self.place_head(case.labels == "hidden")
         if case.resident:
-            self.rows = {case.labels: rows_on(self.signals[case.labels], self.head, torch.device("cuda"))}
+            self.rows = {
+                case.labels: rows_on(LabelTensors.of(self.signals[case.labels]), self.head, torch.device("cuda"))
+            }
         self.step(case)
         gc.collect()
         torch.cuda.empty_cache()
@@ -294,7 +296,10 @@ def main() -> None:
             peaks.append(bench.peak_gib(case))
         print(case.name, peaks[-1], flush=True)
     bench.place_head(True)
-    bench.rows = {name: rows_on(signals, bench.head, torch.device("cuda")) for name, signals in bench.signals.items()}
+    bench.rows = {
+        name: rows_on(LabelTensors.of(signals), bench.head, torch.device("cuda"))
+        for name, signals in bench.signals.items()
+    }
     for _ in range(ROUNDS):
         for case, taken in zip(CASES, times, strict=True):
             with _kernels(not case.plain):

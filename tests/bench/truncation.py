@@ -201,6 +201,7 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
     from student_trainer.config import ModelConfig
     from student_trainer.data.dataset import build_dataset
     from student_trainer.data.sources import parse_source
+    from student_trainer.feed.arrays import LabelTensors
     from student_trainer.feed.packing import pack
     from student_trainer.model import load_student
     from student_trainer.objective import rows_on
@@ -222,13 +223,15 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
 
         def ask(spec: SignalSpec) -> tuple[TeacherRows, float]:
             signals = room.labels(examples, spec)
-            return rows_on(signals, head, device).take(chosen_N.to(device)), signals.payload_bytes / signals.rows
+            return rows_on(LabelTensors.of(signals), head, device).take(
+                chosen_N.to(device)
+            ), signals.payload_bytes / signals.rows
 
         states = []
         for example in examples:
             ids_1L = torch.from_numpy(example.token_ids)[None].long().to(device)
             wanted_L = torch.from_numpy(pack([example]).batch.wanted_T).to(device)
-            states.append(own.states(ids_1L, torch.ones_like(ids_1L))[0][wanted_L])
+            states.append(own.states(ids_1L)[0][wanted_L])
         student_NV = own.head(vocab_rows).logits(torch.cat(states)[chosen_N.to(device)]).double()
         hidden, size = ask(SignalSpec("hidden", vocab_rows))
         assert isinstance(hidden, HiddenRows)

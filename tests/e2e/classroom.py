@@ -28,6 +28,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from student_trainer.config import OptimizationConfig
 from student_trainer.data.dataset import Example
+from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.heads import fetch_head
 from student_trainer.feed.order import RunOrder
 from student_trainer.feed.packing import pack
@@ -278,7 +279,11 @@ def train_student(recipe: StudentRecipe, examples: Sequence[Example], arm: Arm, 
         len(examples), batch_size=recipe.batch_size, accumulation=1, epochs=1, max_steps=recipe.steps, seed=seed
     )
     spec = OutputLossSpec() if arm.spec else OutputLossSpec(kd_weight=0.0, sft_weight=1.0)
-    labels = None if arm.spec is None else rows_on(room.labels(examples, arm.spec), room.head, torch.device("cpu"))
+    labels = (
+        None
+        if arm.spec is None
+        else rows_on(LabelTensors.of(room.labels(examples, arm.spec)), room.head, torch.device("cpu"))
+    )
     first_row = np.cumsum([0, *(int(example.loss_mask.sum()) for example in examples)])
     optimizer, scheduler = optimization(student.model, recipe.steps)
     for step in range(recipe.steps):
@@ -287,7 +292,7 @@ def train_student(recipe: StudentRecipe, examples: Sequence[Example], arm: Arm, 
         ids_BL = torch.from_numpy(packed.token_ids_T.astype(np.int64)).reshape(len(indices), -1)
         rows_N = torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, ids_BL.shape[1]))
         labels_N = torch.from_numpy(packed.labels_N()).long()
-        state_ND = student.states(ids_BL, torch.ones_like(ids_BL)).flatten(0, 1)[rows_N]
+        state_ND = student.states(ids_BL).flatten(0, 1)[rows_N]
         head = student.head(head_rows)
         kept_N = np.concatenate([np.arange(first_row[index], first_row[index + 1]) for index in indices])
         teacher = None if labels is None else labels.take(torch.from_numpy(kept_N))

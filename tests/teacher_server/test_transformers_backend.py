@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer.feed.arrays import to_torch, unpack_state
+from student_trainer.feed.arrays import LabelTensors, to_torch
 from student_trainer.objective import head_on
 from teacher_server.backends.transformers_backend import load
 from teacher_server.config import TransformersBackend
@@ -206,9 +206,9 @@ def test_compressed_states_carry_the_figures_of_what_travels(model_factory):
         [(batch, SignalSpec("hidden", 300)), (batch, SignalSpec("hidden", 300, compression="int8"))]
     )
     head = head_on(teacher.head(), 300, torch.device("cpu"))
-    seen = head.logits(unpack_state(packed, torch.float32))
+    seen = head.logits(LabelTensors.of(packed).state(torch.float32))
     np.testing.assert_allclose(packed.lse_N.array, seen.logsumexp(-1), atol=1e-4)
-    true = head.logits(unpack_state(exact, torch.float32)).double().log_softmax(-1)
+    true = head.logits(LabelTensors.of(exact).state(torch.float32)).double().log_softmax(-1)
     kl = (true.exp() * (true - seen.double().log_softmax(-1))).sum(-1)
     assert 0 < kl.mean() < 2e-3
     assert packed.payload_bytes < 0.5 * exact.payload_bytes

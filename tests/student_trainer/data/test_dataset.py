@@ -84,9 +84,9 @@ def test_collate_pads_right(tmp_path: Path) -> None:
     data = build_dataset([write(tmp_path / "a.jsonl", ["a", "b" * 30, "cc"])], tokenizer("chatml"), max_tokens=64)
     batch = collate([data[2], data[1]], pad_id=7)
     lengths = [data[2].example.token_ids.size, data[1].example.token_ids.size]
-    assert batch["input_ids"].shape == batch["loss_mask"].shape == batch["attention_mask"].shape == (2, max(lengths))
-    assert batch["indices"].tolist() == [2, 1]
-    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert batch["input_ids"].shape == batch["loss_mask"].shape == (2, max(lengths))
+    assert batch["indices"] == (2, 1)
+    assert collate([data[2], data[1]], 7, lambda longest: longest + 3)["input_ids"].shape == (2, max(lengths) + 3)
     for b, example in enumerate([data[2].example, data[1].example]):
         n = lengths[b]
         assert batch["input_ids"][b, :n].tolist() == example.token_ids.tolist()

@@ -1,0 +1,60 @@
+"""Decoder layers as compiled functions, gradient checkpointing inside: norms, rotations, gates and casts fused, half the kernels.
+
+In: a model whose layers are transformers'; out: the same modules, parameters and names, which compute the same numbers by another way
+while they train. Measuring and writing stay as they were. One graph serves all layers of a kind: a first one for the first shape, a
+second one for all other lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def install(model: nn.Module, backend: str = "inductor") -> int:
+    """Gives every decoder layer of `model` a compiled forward for training; returns how many.
+
+    Args:
+        model: a causal language model of transformers, with or without adapters.
+        backend: of torch.compile; others than the default are for tests.
+    """
+    run = torch.compile(_run, backend=backend)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    kinds = {kind: _compiled_class(kind, run) for kind in {type(layer) for layer in layers}}
+    for layer in layers:
+        layer.__class__ = kinds[type(layer)]  # one class for all: the compiler keeps a graph for each class it meets
+    return len(layers)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Takes `install` back."""
+    for module in model.modules():
+        if isinstance(module, _Compiled):
+            module.__class__ = module.plain_kind  # type: ignore[assignment]
+
+
+class _Compiled:
+    """A class that `install` makes; `plain_kind` is the layer's own."""
+
+    plain_kind: type[nn.Module]
+
+
+def _compiled_class(kind: type[nn.Module], run: Any) -> type[nn.Module]:
+    def call(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return kind.__call__(self, hidden, *args, **kwargs)
+        return run(self, hidden, args, kwargs)
+
+    return type(kind.__name__, (_Compiled, kind), {"__call__": call, "plain_kind": kind, "__module__": kind.__module__})
+
+
+def _run(layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not layer.gradient_checkpointing:
+        return nn.Module.__call__(layer, hidden, *args, **kwargs)
+    forward = functools.partial(nn.Module.__call__, layer)
+    return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)

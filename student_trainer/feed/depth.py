@@ -1,0 +1,50 @@
+"""How many micro-batches to ask ahead: as many as the student uses up while one answer is on its way, and some in reserve.
+
+In: times of answers and of steps; out: a number. Policy in numbers: no clock, no thread, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+RESERVE = 2  # beside what the mean latency takes: one that is late, one in hand
+MARGIN = 1.5  # of latency: a busy teacher is not always equally busy
+_SHARE = 0.2  # of the newest measurement in a mean
+FIRST = 4  # until something has been measured
+
+
+class Depth:
+    """Smoothed latency of an answer and interval between two that were taken.
+
+    A teacher slower than its student answers the later, the more it is asked: depth then grows to `most`, where it helps nobody and harms
+    nobody; its own queue is fair.
+
+    Args:
+        most: never more.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.latency_s: float | None = None
+        self.interval_s: float | None = None
+
+    def answered(self, latency_s: float) -> None:
+        """An answer came so long after it was asked for."""
+        self.latency_s = _smoothed(self.latency_s, latency_s)
+
+    def taken(self, interval_s: float) -> None:
+        """A micro-batch was taken so long after the one before it, waiting for labels not counted."""
+        self.interval_s = _smoothed(self.interval_s, interval_s)
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches that should be asked for or in hand, from 1 to `most`."""
+        if self.latency_s is None or self.interval_s is None:
+            return min(self._most, FIRST)
+        if self.interval_s <= 0:
+            return self._most
+        return max(1, min(self._most, RESERVE + math.ceil(MARGIN * self.latency_s / self.interval_s)))
+
+
+def _smoothed(mean: float | None, newest: float) -> float:
+    return newest if mean is None else mean + _SHARE * (newest - mean)

@@ -1,0 +1,174 @@
+"""The student's quick ways on a real GPU: recorded passes equal plain ones, no step waits for the device, bad labels teach nothing.
+
+On a machine without pytest's plugins: python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib tests/gpu
+"""
+
+import copy
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from student_trainer import compiled
+from student_trainer import trainer as trainer_module
+from student_trainer.config import ModelConfig, parse_config
+from student_trainer.feed.arrays import ahead
+from student_trainer.graphed import GraphedBody, padded_length
+from student_trainer.losses.integrity import TeacherHeadMismatch
+from student_trainer.model import load_student
+from student_trainer.train import train
+from teacher_wire.fake import FakeTeacher
+from teacher_wire.loopback import serve
+from tests.student_trainer.conftest import fake_for, run_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+QUIET = Console(file=io.StringIO())
+SHAPES = [(2, 32), (2, 32), (2, 32), (2, 48), (2, 48), (2, 32), (2, 48), (3, 64)]
+
+
+@pytest.fixture
+def folder(model_factory):
+    return model_factory("qwen2", hidden=64)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
+def test_recorded_passes_give_the_plain_gradients_over_windows_and_shapes(folder, lora):
+    config = ModelConfig(path=str(folder), dtype="float32", lora=lora, gradient_checkpointing=True, compiled="on")
+    student = load_student(config, 0)
+    assert student.is_graphed
+    student.model.cuda().train()
+    plain = copy.deepcopy(student)
+    compiled.uninstall(plain.model)
+    body = student.causal_lm.get_decoder()
+    told = []
+    graphed = GraphedBody(student.states, [p for p in body.parameters() if p.requires_grad], told.append)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    for _ in range(3):  # gradients of a window add up, and are taken away at its end
+        for shape in SHAPES:
+            ids_BL = torch.randint(0, 300, shape, device="cuda", generator=generator)
+            weight_BLD = torch.randn(*shape, 64, device="cuda", generator=generator)
+            for states in (graphed, plain.states):
+                (states(ids_BL) * weight_BLD).sum().backward()
+        found = {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None}
+        expected = {n: p.grad for n, p in plain.model.named_parameters() if p.grad is not None}
+        assert found.keys() == expected.keys()
+        for name, grad in expected.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
+        for one in (student, plain):
+            one.model.zero_grad(set_to_none=True)
+    assert not told and len(graphed._passes) == 3, told
+
+
+def test_what_cannot_be_recorded_is_told_and_run_as_ever(folder):
+    student = load_student(ModelConfig(path=str(folder), dtype="float32", lora={"rank": 4}), 0)
+    student.model.cuda().train()
+
+    def asks_the_device(ids_BL):
+        assert int(ids_BL.sum()) >= 0
+        return student.states(ids_BL)
+
+    told = []
+    graphed = GraphedBody(asks_the_device, [p for p in student.model.parameters() if p.requires_grad], told.append)
+    ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
+    for _ in range(4):
+        torch.testing.assert_close(graphed(ids_BL), student.states(ids_BL), rtol=1e-3, atol=1e-3)
+    assert len(told) == 1 and "cannot be recorded" in told[0]
+
+
+def test_few_lengths():
+    lengths = {padded_length(n) for n in range(2, 4097)}
+    assert len(lengths) <= 64 and all(padded_length(n) >= n for n in range(2, 4097))
+    assert all(padded_length(n) <= max(32, n * 1.13 + 1) for n in range(2, 4097))
+
+
+class Spoiling(FakeTeacher):
+    """Wrong about one sequence alone."""
+
+    bad: bytes = b""
+
+    async def score(self, call):
+        self.mistake = "state" if self.bad and self.bad in call.batch.token_ids_T.tobytes() else ""
+        return await super().score(call)
+
+
+@pytest.fixture
+def teacher(folder):
+    fake = fake_for(folder, hidden_size=32)
+    names = ("vocab_rows", "hidden_size", "tokenizer_sha256", "chat_template_sha256")
+    return Spoiling(**{name: getattr(fake, name) for name in names})
+
+
+def config_for(tmp_path, folder, rows_file, address, **sections):
+    tree = run_config(
+        tmp_path, folder, rows_file, address,
+        model={"dtype": "bfloat16", "lora": {"rank": 4}, "gradient_checkpointing": True},
+        cache={"labels": False}, **sections,
+    )  # fmt: skip
+    tree["data"]["eval"] = []
+    tree["train"] |= {"bf16": True, "accumulation": 1, "log_steps": 50, "save_steps": 0, "schedule": "constant"}
+    return parse_config(tree, "test")
+
+
+@pytest.mark.parametrize("transport", ["hidden", "top_k"])
+def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, transport, monkeypatch):
+    plain = trainer_module.DistillationTrainer.get_batch_samples
+
+    def watched(self, *args):
+        torch.cuda.set_sync_debug_mode("error" if 30 <= self.state.global_step < 38 else "default")
+        return plain(self, *args)
+
+    monkeypatch.setattr(trainer_module.DistillationTrainer, "get_batch_samples", watched)
+    with serve(teacher) as server:
+        config = config_for(
+            tmp_path,
+            folder,
+            rows_file,
+            server.address,
+            labels={"transport": transport, "k": 20},
+            train={"max_steps": 40},
+        )
+        try:
+            train(config, console=QUIET)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bad_labels_teach_nothing_though_they_are_known_late(tmp_path, folder, rows_file, teacher, monkeypatch):
+    taken = {}
+    plain = trainer_module.DistillationTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        step = self.state.global_step
+        taken[step] = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        if step == 4:
+            taken["names"] = inputs["request"].names
+            taken["tokens"] = inputs["request"].batch.token_ids_T.tobytes()
+        taken["trainer"] = self
+        return plain(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.DistillationTrainer, "compute_loss", watched)
+    with serve(teacher) as server:
+        good = config_for(tmp_path / "good", folder, rows_file, server.address, train={"max_steps": 12})
+        train(good, console=QUIET)
+        before, names = taken[4], taken["names"]
+        teacher.bad = taken["tokens"]
+        with pytest.raises(TeacherHeadMismatch) as refused:
+            train(
+                config_for(tmp_path / "bad", folder, rows_file, server.address, train={"max_steps": 12}), console=QUIET
+            )
+    assert any(name in note for name in names for note in refused.value.__notes__)
+    trained = {n: p for n, p in taken["trainer"].model.named_parameters() if p.requires_grad}
+    for name, weight in before.items():
+        torch.testing.assert_close(trained[name], weight, rtol=0, atol=0)
+    assert taken["trainer"].state.global_step <= 4 + 4
+
+
+def test_copies_ahead_are_whole(folder):
+    """Under load on the working stream, many times: a copy that is read before it has come would show."""
+    busy = torch.randn(2048, 2048, device="cuda")
+    for number in range(50):
+        host = torch.full((1 << 20,), number, dtype=torch.int64)
+        busy = (busy @ busy).clamp_(-1, 1)
+        moved = ahead({"x": host}, torch.device("cuda"))["x"]
+        assert torch.equal(moved.cpu(), host)
