@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -57,4 +57,18 @@ def _run(layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     if not layer.gradient_checkpointing:
         return nn.Module.__call__(layer, hidden, *args, **kwargs)
     forward = functools.partial(nn.Module.__call__, layer)
-    return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, hidden, *args, use_reentrant=False, context_fn=_keep_attention, **kwargs)
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What attention gives is kept, one [B, L, D] a layer; all else is computed again.
+
+    To the compiler every attention might draw random numbers (torch tags it `nondeterministic_seeded`, with or without dropout); computed
+    twice, it would save and restore the generator's state around it, which no recording (`graphed.py`) can hold.
+    """
+    draws = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+    return CheckpointPolicy.MUST_SAVE if draws else CheckpointPolicy.PREFER_RECOMPUTE

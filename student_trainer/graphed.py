@@ -108,7 +108,9 @@ class _Gradients:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self._flat = {
-            dtype: torch.zeros(sum(p.numel() for p in parameters if p.dtype == dtype), dtype=dtype, device="cuda")
+            dtype: torch.zeros(
+                sum(p.numel() for p in parameters if p.dtype == dtype), dtype=dtype, device=parameters[0].device
+            )
             for dtype in {p.dtype for p in parameters}
         }
         used = dict.fromkeys(self._flat, 0)

@@ -129,7 +129,10 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _with_adapters(model, config.lora, config.gradient_checkpointing)
-    return Student(model, tokenizer, _sha256(model), quicken(model, config))
+    digest = _sha256(model)
+    if torch.cuda.is_available():  # now: whatever goes beside it, such as the teacher's head, asks where it is
+        model = model.cuda()
+    return Student(model, tokenizer, digest, quicken(model, config))
 
 
 def quicken(model: Any, config: ModelConfig) -> bool:

@@ -235,6 +235,7 @@ class Room:
     def free(self) -> None:
         """Nothing of one run is left for the next."""
         self.student.model.zero_grad(set_to_none=True)
+        self.student.model.__dict__.pop("forward", None)  # accelerate's, which gives float32 logits
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -337,7 +338,7 @@ def main() -> None:
         asyncio.run(serve(options.serve))
         return
     gpus = torch.cuda.device_count()
-    torch.cuda.set_device(gpus - 1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus - 1)  # before anything is made on a device: transformers takes the first it sees
     room = Room(options.steps)
     remote = Remote(0)
     try:
