@@ -240,7 +240,7 @@ def main() -> None:
             show(f"{title}; {where}", rows, as_json=options.json)
     if "OUT" in os.environ:
         (Path(os.environ["OUT"]) / "gpu_server.json").write_text(
-            json.dumps({"where": where, "tables": tables}, indent=1)
+            json.dumps({"where": where, "tables": tables}, indent=1, default=str)
         )
 
 
