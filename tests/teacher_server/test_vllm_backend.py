@@ -40,6 +40,9 @@ pytestmark = [
     ),
 ]
 VOCAB = 300
+SMALL_BLOCKS = {
+    "block_size": 32
+}  # vLLM's default on a CPU is 128: no prefix of these short sequences would ever be cached
 HIDDEN = SignalSpec("hidden", VOCAB)
 PROMPTS = [[5, 6, 7], [9] * 30, [1, 2], [5, 6, 7]]
 
@@ -76,7 +79,9 @@ def reference(folder, dtype):
 def wide(folder):
     """Both roles, float32, with a prefix cache."""
     model = vllm_backend.load(
-        settings(folder, dtype="float32", roles=("score", "generate"), prefix_caching=True), deterministic=False
+        settings(folder, dtype="float32", roles=("score", "generate"), prefix_caching=True),
+        deterministic=False,
+        overrides=SMALL_BLOCKS,
     )
     yield model
     model.close()
@@ -105,7 +110,8 @@ def cosine(left_ND, right_ND):
 @contextlib.contextmanager
 def scoring(folder, dtype, prefix_caching):
     """An engine for one test."""
-    model = vllm_backend.load(settings(folder, dtype=dtype, prefix_caching=prefix_caching), deterministic=False)
+    config = settings(folder, dtype=dtype, prefix_caching=prefix_caching)
+    model = vllm_backend.load(config, deterministic=False, overrides=SMALL_BLOCKS)
     try:
         yield model
     finally:
