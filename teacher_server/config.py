@@ -152,8 +152,8 @@ class VllmBackend(_Strict):
         kv_cache_gb: key-value cache of each engine; on a CPU 1 if not given.
         tensor_parallel_size: GPUs (or processes on a CPU) that each engine is spread over; `num_gpus` must give as many.
         prefix_caching: reuse of cached prompts by `generate`. Labels need every token's state, so `score` never reads it.
-        max_batch_tokens: tokens of one forward pass of an engine. `batch.max_tokens` should be a multiple, so that
-            labels are reduced while the engine computes the next ones.
+        max_batch_tokens: tokens of one forward pass of an engine. `batch.max_tokens` should be no less: two such batches are
+            under way at a time, so that the engine computes the next labels while the last travel and are reduced.
         max_sequences: that an engine runs at once.
         enforce_eager: no compilation and no CUDA graphs: starts in seconds, writes slower.
         threads: of each engine on a CPU, and of the reductions.

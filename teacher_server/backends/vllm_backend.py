@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor as Torch
 from transformers import AutoConfig, AutoTokenizer
 
 from teacher_server.backends import grammar, internlm
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, label_logp, load_head, reduce
 from teacher_server.backends.model_folder import fetch, fingerprint
+from teacher_server.backends.vllm_states import StatesUnderWay
 from teacher_server.backends.vllm_writing import EngineGeneration, Writer, refuse_sampling, sample_seed
 from teacher_server.config import GenerationConfig
 from teacher_server.config import VllmBackend as Config
@@ -214,23 +213,29 @@ class VllmModel:
 
     # ------------------------------------------------------------------ score
 
-    def begin(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> Callable[[], list[TeacherSignals]]:
-        answers = self.score(jobs)  # vLLM's own loop keeps the device busy within a batch
-        return lambda: answers
-
-    @torch.inference_mode()
     def score(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> list[TeacherSignals]:
+        return self.begin(jobs)()
+
+    def begin(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> Callable[[], list[TeacherSignals]]:
+        """Puts a batch into vLLM's queue; what it returns reduces the states as they come, in the thread that calls it.
+
+        So vLLM computes the next batch while the last one travels and is reduced.
+        """
         for batch, spec in jobs:
             self._refuse(batch, spec)
-        started = time.perf_counter()
+        under_way = StatesUnderWay(self._engines["score"], [batch for batch, _ in jobs])
+        return lambda: self._answers(jobs, under_way)
+
+    @torch.inference_mode()
+    def _answers(self, jobs: list[tuple[TokenBatch, SignalSpec]], under_way: StatesUnderWay) -> list[TeacherSignals]:
         answers: list[TeacherSignals | None] = [None] * len(jobs)
         reduced_s = 0.0
-        for job, hidden_ND in self._states([batch for batch, _ in jobs]):
+        for job, hidden_ND in under_way.states(self._head.weight_VD):
             begun = time.perf_counter()
             answers[job] = reduce(self._head, hidden_ND, *jobs[job], self._config.reduce_mb << 20)
             reduced_s += time.perf_counter() - begun
         timing = Timing(
-            forward_us=round((time.perf_counter() - started - reduced_s) * 1e6),
+            forward_us=round(under_way.took_s * 1e6),
             reduce_us=round(reduced_s * 1e6),
             batch_tokens=sum(batch.tokens for batch, _ in jobs),
         )
@@ -264,38 +269,6 @@ class VllmModel:
         ):
             if ids is not None and int(ids.max()) >= below:
                 raise RequestError("outside the vocabulary", field=field, value=int(ids.max()), limit=below - 1)
-
-    def _states(self, batches: list[TokenBatch]) -> Iterator[tuple[int, Torch]]:
-        """(batch, states [N, D] of its wanted rows on the head's device), each as soon as vLLM has made all of it."""
-        asked: list[tuple[int, np.ndarray]] = []  # batch and wanted rows of each sequence that vLLM is given
-        sequences: list[list[int]] = []
-        for number, batch in enumerate(batches):
-            for start, stop in zip(batch.cu_lengths_B1[:-1], batch.cu_lengths_B1[1:], strict=True):
-                rows = np.flatnonzero(batch.wanted_T[start:stop])
-                if len(rows):  # nothing behind the last wanted row is needed: attention is causal
-                    asked.append((number, rows))
-                    sequences.append(batch.token_ids_T[start : start + rows[-1] + 1].tolist())
-        arrived: queue.SimpleQueue[tuple[int, Torch | TeacherWireError]] = queue.SimpleQueue()
-        work = self._engines["score"].encode(sequences, lambda *came: arrived.put(came))
-        found: dict[int, Torch] = {}
-        missing = np.bincount([number for number, _ in asked], minlength=len(batches))
-        try:
-            for _ in sequences:
-                index, state_TD = arrived.get()
-                if isinstance(state_TD, TeacherWireError):
-                    raise state_TD
-                number, rows = asked[index]
-                found[index] = self._on_device(state_TD, rows)
-                missing[number] -= 1
-                if not missing[number]:
-                    yield number, torch.cat([found.pop(i) for i, (owner, _) in enumerate(asked) if owner == number])
-        finally:
-            work.cancel()
-
-    def _on_device(self, state_TD: Torch, rows: np.ndarray) -> Torch:
-        weight_VD = self._head.weight_VD
-        wanted_ND = state_TD if len(rows) == len(state_TD) else state_TD[torch.from_numpy(rows)]
-        return wanted_ND.to(device=weight_VD.device, dtype=weight_VD.dtype)
 
     # ---------------------------------------------------------------- writing
 
@@ -332,7 +305,7 @@ class VllmModel:
         wanted = np.zeros(len(ids), np.bool_)
         wanted[len(prompt_ids) - 1 : -1] = True
         batch = TokenBatch(ids, np.array([0, len(ids)], np.int32), wanted)
-        ((_, hidden_ND),) = self._states([batch])
+        ((_, hidden_ND),) = StatesUnderWay(self._engines["score"], [batch]).states(self._head.weight_VD)
         labels_N = torch.tensor(token_ids, device=hidden_ND.device)
         rows = self._head.weight_VD.shape[0]
         return label_logp(self._head, hidden_ND, labels_N, rows, self._config.reduce_mb << 20).cpu().numpy()

@@ -85,6 +85,9 @@ class Engine:
         llm: vLLM's.
         loop: where it lives.
         load: written by its scheduler's statistics.
+
+    Attributes:
+        last_states_s: when somebody last had all the states it asked for, by `time.perf_counter`.
     """
 
     def __init__(self, llm: AsyncLLM, loop: Loop, load: Load) -> None:
@@ -94,6 +97,7 @@ class Engine:
         processes = llm.engine_core.resources.engine_manager.processes
         self._watch = death_watch.start([process.pid for process in processes])
         self.load = load
+        self.last_states_s = 0.0
         self.max_model_len = int(llm.model_config.max_model_len)
 
     def encode(self, sequences: Sequence[list[int]], on_state: OnState) -> Future[None]:

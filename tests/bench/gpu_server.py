@@ -1,9 +1,9 @@
 """Label tokens a second on one GPU, end to end: seen by client processes over gRPC, and what each stage takes.
 
 The teacher is a random model in the shape of Qwen2.5-7B in bfloat16; the server is the product's edge and engine in one
-process without Ray (which the lent GPU machines lack). References of the same run: transformers eager, our backend in a
-loop without a server, and vLLM by the scripts of ../shared/anchors where vLLM is installed.
-    python -m tests.bench.gpu_server [--json] [--anchors FOLDER] [--quick]
+process without Ray and, with `--ray`, `teacher-server up` with Ray Serve as well (see pack_gpu.sh). References of the same run:
+transformers eager, our backend in a loop without a server, and vLLM by the scripts of ../shared/anchors where it is installed.
+    python -m tests.bench.gpu_server [--json] [--anchors FOLDER] [--quick] [--ray]
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import asyncio
 import importlib.util
 import json
 import os
-import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,8 +31,16 @@ from teacher_server.edge.server import EdgeServer
 from teacher_server.engine import TeacherEngine
 from teacher_wire import codec
 from teacher_wire.messages import HeadHeader, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
-from tests.bench import gpu_teacher
-from tests.bench.gpu_client import TimedIterator
+from tests.bench import gpu_ray, gpu_teacher
+from tests.bench.gpu_client import (
+    Seen,
+    TimedIterator,
+    free_port,
+    pull_by_processes,
+    quiet_stages,
+    seen_by_clients,
+    window,
+)
 from tests.bench.table import show
 
 CLIENTS = 4
@@ -106,29 +112,17 @@ async def started(
     return edge, engine, backend
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 async def served(model: TransformersModel, seconds: float) -> tuple[Rows, Rows]:
     """What four client processes see at once, and the stages of one request when nobody else asks."""
     port = free_port()
     edge, engine, backend = await started(model, port)
     encode = codec.encode_chunks = TimedIterator(codec.encode_chunks)  # type: ignore[assignment]
 
-    async def ask(labels: str, lengths: str, clients: int, depth: int, seconds: float) -> list[dict[str, Any]]:
-        command = [sys.executable, "-m", "tests.bench.gpu_client", f"127.0.0.1:{port}", "--depth", str(depth)]
-        command += ["--transport", gpu_teacher.SPECS[labels].transport, "--lengths", lengths, "--seconds", str(seconds)]
+    async def ask(labels: str, lengths: str, clients: int, depth: int, seconds: float) -> Seen:
         backend.done.clear()
         encode.seconds = 0.0
-        processes = [
-            await asyncio.create_subprocess_exec(*command, "--seed", str(seed), stdout=subprocess.PIPE)
-            for seed in range(clients)
-        ]
-        return [json.loads((await process.communicate())[0]) for process in processes]
+        transport = gpu_teacher.SPECS[labels].transport
+        return await pull_by_processes(f"127.0.0.1:{port}", transport, lengths, clients, depth, seconds)
 
     together: Rows = []
     alone: Rows = []
@@ -146,53 +140,25 @@ async def served(model: TransformersModel, seconds: float) -> tuple[Rows, Rows]:
             }
             together.append({"labels": labels, "lengths": lengths, **figures})
             print(together[-1], flush=True)
-        alone.append({"labels": labels, **quiet(await ask(labels, "uniform", 1, 1, 5.0), encode.seconds)})
+        seen = await ask(labels, "uniform", 1, 1, 5.0)
+        encode_ms = encode.seconds / len(seen[0]["answers"]) * 1e3
+        alone.append({"labels": labels, **quiet_stages(seen, {"encode": encode_ms})})
         print(alone[-1], flush=True)
     await edge.drain()
     await engine.stop()
     return together, alone
 
 
-def loaded(seen: list[dict[str, Any]], done: list[tuple[float, int, int]]) -> dict[str, object]:
-    """Rates while all clients ask, without the first two batches and the last."""
-    start_s = max(client["answers"][0][0] for client in seen) + 1.0
-    end_s = min(client["answers"][-1][0] for client in seen)
-    answers = sorted(
-        (when, tokens) for client in seen for when, _, tokens in client["answers"] if start_s < when < end_s
-    )
-    times = np.array([when for when, _ in answers])
-    label_rate = np.polyfit(times, np.cumsum([tokens for _, tokens in answers]), 1)[
-        0
-    ]  # answers come in lumps of a batch
+def loaded(seen: Seen, done: list[tuple[float, int, int]]) -> dict[str, object]:
+    """What the clients saw, with the GPU's idle time and the batches as the backend itself noted them."""
+    start_s, end_s = window(seen)
     batches = [batch for batch in done if start_s < batch[0] < end_s]
     took_s = batches[-1][0] - batches[0][0]
-    every = sum(tokens for client in seen for _, _, tokens in client["answers"])
-    latencies_ms = [1e3 * took for client in seen for _, took, _ in client["answers"]]
     return {
-        "label tokens/s": float(round(label_rate)),
+        **seen_by_clients(seen),
         "GPU idle": 1 - sum(busy_us for _, busy_us, _ in batches[1:]) / 1e6 / took_s,
         "tokens a batch": float(np.mean([tokens for _, _, tokens in batches])),
-        "bytes/token": sum(client["payload_bytes"] for client in seen) / every,
-        "median latency ms": statistics.median(latencies_ms),
     }
-
-
-def quiet(seen: list[dict[str, Any]], encode_s: float) -> dict[str, object]:
-    """Milliseconds of each stage of a request of 4,096 tokens; the wire is what no other stage explains."""
-    (client,) = seen
-    answers, stages = client["answers"][2:], client["stages"][2:]
-    asked = len(client["answers"])
-    queue, forward, reduce = (statistics.median(stage) / 1e3 for stage in zip(*stages, strict=True))
-    spent = {
-        "queue": queue,
-        "forward": forward,
-        "reduce": reduce,
-        "encode": encode_s / asked * 1e3,
-        "decode": client["decode_s"] / asked * 1e3,
-        "verify": client["verify_s"] / asked * 1e3,
-    }
-    whole = statistics.median(took for _, took, _ in answers) * 1e3
-    return {**spent, "copy, wire, rest": whole - sum(spent.values()), "whole ms": whole}
 
 
 def bare(model: Any, *, quick: bool) -> Rows:
@@ -244,6 +210,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print each table's figures as JSON too")
     parser.add_argument("--anchors", type=Path, default=Path("../shared/anchors"))
     parser.add_argument("--quick", action="store_true", help="only what is served, with its references")
+    parser.add_argument(
+        "--ray", action="store_true", help="also serve the same model by `teacher-server up` with Ray Serve"
+    )
     parser.add_argument("--seconds", type=float, default=12.0, help="of each measurement over gRPC")
     options = parser.parse_args()
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Qwen2.5-7B shape"
@@ -256,6 +225,12 @@ def main() -> None:
     teacher = gpu_teacher.backend(model)
     together, alone = asyncio.run(served(teacher, options.seconds))
     tables += [("served: four client processes over gRPC", together), ("one request of 2 x 2,048 tokens, ms", alone)]
+    if options.ray:
+        labels = {name: spec.transport for name, spec in gpu_teacher.SPECS.items()}
+        try:
+            tables += gpu_ray.tables(model, labels, gpu_ray.Asked(CLIENTS, seconds=options.seconds))
+        except RuntimeError as error:
+            print(error, flush=True)  # the other figures are worth having
     if not options.quick:
         tables.append(("one call of so many sequences of 2,048 tokens", gpu_teacher.growth(teacher)))
         tables.append(("a prompt that 8 sequences share", [gpu_teacher.shared_prefix(model)]))
@@ -263,6 +238,10 @@ def main() -> None:
     for title, rows in tables:
         if rows:
             show(f"{title}; {where}", rows, as_json=options.json)
+    if "OUT" in os.environ:
+        (Path(os.environ["OUT"]) / "gpu_server.json").write_text(
+            json.dumps({"where": where, "tables": tables}, indent=1, default=str)
+        )
 
 
 if __name__ == "__main__":

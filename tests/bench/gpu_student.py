@@ -57,7 +57,7 @@ class Remote:
     """The teacher's process and what the student needs of it once."""
 
     def __init__(self, gpu: int) -> None:
-        from tests.bench.gpu_server import free_port
+        from tests.bench.gpu_client import free_port
 
         self.address = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "tests.bench.gpu_student", "--serve", self.address.rpartition(":")[2]]

@@ -1,7 +1,7 @@
 """Real vLLM behind the backend: the same labels as transformers, texts that obey, nothing left behind, nothing that kills it.
 
-One engine a role, in float32 with a prefix cache, and one in bfloat16 without. `make test` installs vLLM; without it (a plain
-`pytest`) these tests are skipped.
+One engine a role, in float32 with a prefix cache, and one in bfloat16 without; the other two combinations have an engine of
+their own for one test each. `make test` installs vLLM; without it (a plain `pytest`) these tests are skipped.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -39,6 +40,9 @@ pytestmark = [
     ),
 ]
 VOCAB = 300
+SMALL_BLOCKS = {
+    "block_size": 32
+}  # vLLM's default on a CPU is 128: no prefix of these short sequences would ever be cached
 HIDDEN = SignalSpec("hidden", VOCAB)
 PROMPTS = [[5, 6, 7], [9] * 30, [1, 2], [5, 6, 7]]
 
@@ -75,7 +79,9 @@ def reference(folder, dtype):
 def wide(folder):
     """Both roles, float32, with a prefix cache."""
     model = vllm_backend.load(
-        settings(folder, dtype="float32", roles=("score", "generate"), prefix_caching=True), deterministic=False
+        settings(folder, dtype="float32", roles=("score", "generate"), prefix_caching=True),
+        deterministic=False,
+        overrides=SMALL_BLOCKS,
     )
     yield model
     model.close()
@@ -101,27 +107,74 @@ def cosine(left_ND, right_ND):
     return (left_ND * right_ND).sum(-1) / np.linalg.norm(left_ND, axis=-1) / np.linalg.norm(right_ND, axis=-1)
 
 
-def test_labels_equal_the_transformers_backends_row_for_row(wide, folder):
-    expected = reference(folder, "float32")
+@contextlib.contextmanager
+def scoring(folder, dtype, prefix_caching):
+    """An engine for one test."""
+    config = settings(folder, dtype=dtype, prefix_caching=prefix_caching)
+    model = vllm_backend.load(config, deterministic=False, overrides=SMALL_BLOCKS)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def assert_labels_equal(model, folder, times):
+    """In float32: every row's likeliest token, and all numbers within rounding, each time they are asked for."""
     batch = TokenBatch.pack(sequences())
     jobs = [(batch, HIDDEN), (batch, SignalSpec("top_k", VOCAB, k=9)), (batch, SignalSpec("full", VOCAB))]
-    theirs = expected.score(jobs)
-    for _ in range(2):  # the second time every prefix is in the cache
-        ours = wide.score(jobs)
+    theirs = reference(folder, "float32").score(jobs)
+    for _ in range(times):
+        ours = model.score(jobs)
         for mine, other in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(mine.lse_N.array, other.lse_N.array, atol=2e-4)
             np.testing.assert_allclose(mine.label_logp_N.array, other.label_logp_N.array, atol=2e-4)
         assert cosine(ours[0].hidden_ND.array, theirs[0].hidden_ND.array).min() > 0.9999
         np.testing.assert_allclose(ours[0].hidden_ND.array, theirs[0].hidden_ND.array, atol=5e-4)
-        np.testing.assert_array_equal(ours[1].topk_ids_NK.array[:, 0], theirs[1].topk_ids_NK.array[:, 0])
         np.testing.assert_allclose(ours[2].logits_NV.array, theirs[2].logits_NV.array, atol=5e-4)
+        top_1_N = theirs[2].logits_NV.array.argmax(-1)
+        assert len(top_1_N) == batch.rows
+        np.testing.assert_array_equal(ours[2].logits_NV.array.argmax(-1), top_1_N)
+        np.testing.assert_array_equal(ours[1].topk_ids_NK.array[:, 0], top_1_N)
+
+
+def assert_states_point_the_same_way(model, folder, times):
+    """In bfloat16: row for row, each time they are asked for."""
+    batch = TokenBatch.pack(sequences())
+    (theirs,) = reference(folder, "bfloat16").score([(batch, HIDDEN)])
+    for _ in range(times):
+        (ours,) = model.score([(batch, HIDDEN)])
+        assert ours.hidden_ND.dtype == "bfloat16" and ours.rows == batch.rows
+        assert cosine(ours.hidden_ND.as_float32(), theirs.hidden_ND.as_float32()).min() >= 0.9999
+
+
+def test_labels_equal_the_transformers_backends_row_for_row(wide, folder):
+    assert_labels_equal(wide, folder, times=2)  # the second time every prefix is in the cache
+
+
+def test_labels_equal_the_transformers_backends_without_a_prefix_cache(folder):
+    with scoring(folder, "float32", prefix_caching=False) as model:
+        assert_labels_equal(model, folder, times=1)
 
 
 def test_in_bfloat16_without_a_prefix_cache_states_point_the_same_way(narrow, calm):
-    batch = TokenBatch.pack(sequences())
-    ((ours,), (theirs,)) = (model.score([(batch, HIDDEN)]) for model in (narrow, reference(calm, "bfloat16")))
-    assert ours.hidden_ND.dtype == "bfloat16"
-    assert cosine(ours.hidden_ND.as_float32(), theirs.hidden_ND.as_float32()).min() >= 0.9999
+    assert_states_point_the_same_way(narrow, calm, times=1)
+
+
+def test_in_bfloat16_with_a_prefix_cache_states_point_the_same_way(calm):
+    with scoring(calm, "bfloat16", prefix_caching=True) as model:
+        assert_states_point_the_same_way(model, calm, times=2)
+
+
+def test_batches_begun_while_others_are_under_way_get_their_own_labels(wide):
+    """As the engine does: the next is in vLLM before the last is waited for, and the waits are in other threads."""
+    jobs = [[(TokenBatch.pack([ids]), SignalSpec("full", VOCAB))] for ids in sequences()]
+    alone = [wide.score(job)[0] for job in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        waits = [pool.submit(wide.begin(job)) for job in jobs]
+        for wait, expected in zip(waits, alone, strict=True):
+            (mine,) = wait.result(timeout=60)
+            np.testing.assert_allclose(mine.logits_NV.array, expected.logits_NV.array, atol=5e-4)
+            assert mine.timing.batch_tokens == expected.timing.batch_tokens
 
 
 def test_only_wanted_rows_come_back(wide):

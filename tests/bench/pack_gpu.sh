@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Packs vLLM 0.25.1, Ray 2.60 and what they and our edge need for a GPU machine (x86-64, Python 3.12, torch 2.11+cu130, Hopper) that
+# reaches no package registry: three folders p1, p2, p3 of archives, each below 60 MiB, that gpu_setup.sh unpacks there into one folder.
+#     bash tests/bench/pack_gpu.sh .pack        # about six minutes on two cores; 400 MB of downloads, none of them kept
+# Left out: vLLM's attention library for Ampere, its Rust front end and kernels for other chips; of Ray its jars, dashboard pages, debug
+# symbols and the libraries that ray.serve does not import. torch, triton, numpy, transformers are the machine's own.
+set -euo pipefail
+out=${1:?usage: pack_gpu.sh FOLDER}
+here=$(cd "$(dirname "$0")" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+target=(--no-deps --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none)
+for n in 39 35 34 31 28 27 26 24 17 12 5; do target+=(--platform "manylinux_2_${n}_x86_64"); done
+target+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
+
+pack() { # ARCHIVE LEVEL FOLDER NAME...: blocks of 8 MiB, so that unpacking uses all cores
+    local archive=$1 level=$2 folder=$3
+    shift 3
+    mkdir -p "$(dirname "$archive")"
+    tar -C "$folder" -cf - "$@" | xz -T0 "-$level" --block-size=8MiB >"$archive"
+}
+
+rm -rf "$out/p1" "$out/p2" "$out/p3"
+python3 -m pip install -q --no-compile "${target[@]}" --target "$work/site" -r "$here/gpu_packages.txt"
+rm -rf "$work/site/bin"
+pack "$out/p3/site.tar.xz" 6 "$work/site" .
+
+python3 -m pip download -q "${target[@]}" -d "$work" ray==2.60.0 vllm==0.25.1
+unzip -q "$work"/ray-*.whl -d "$work/ray"
+rm "$work"/ray-*.whl
+(
+    cd "$work/ray/ray"
+    rm -rf jars rllib tune train data llm air dashboard/client/build serve/llm
+    strip --strip-unneeded _raylet.so core/src/ray/gcs/gcs_server core/src/ray/raylet/raylet
+    chmod +x core/src/ray/gcs/gcs_server core/src/ray/raylet/raylet
+)
+pack "$out/p3/ray.tar.xz" 6 "$work/ray" ray ray-2.60.0.dist-info
+
+unzip -q "$work"/vllm-*.whl -d "$work/vllm"
+rm "$work"/vllm-*.whl
+core=vllm/_C_stable_libtorch.abi3.so moe=vllm/_moe_C_stable_libtorch.abi3.so
+pack "$out/p1/vllm_core.tar.xz" 3 "$work/vllm" "$core"
+pack "$out/p2/vllm_moe.tar.xz" 3 "$work/vllm" "$moe"
+(
+    cd "$work/vllm"
+    rm -rf "$core" "$moe" vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so vllm/vllm-rs vllm/third_party/deep_gemm vllm/third_party/fmha_sm100
+    find vllm \( -name '*.cu' -o -name '*.hpp' -o -name '*.h' \) -delete
+)
+pack "$out/p2/vllm_python.tar.xz" 6 "$work/vllm" vllm vllm-0.25.1.dist-info
+
+for part in "$out"/p?; do
+    (cd "$part" && sha256sum ./*.tar.xz >"SHA256SUMS.$(basename "$part")")
+    size=$(du -sb "$part" | cut -f1)
+    echo "$part: $size bytes"
+    [ "$size" -lt $((60 << 20)) ] || { echo "$part: above 60 MiB" >&2; exit 1; }
+done
