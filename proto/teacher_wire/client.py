@@ -17,7 +17,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 
@@ -74,13 +74,10 @@ class _Pending:
     call: ScoreCall
     info: TeacherInfo
     future: asyncio.Future[TeacherSignals]
+    answer: Assembly
     failing_since: float = math.inf  # of the clock; infinite while all goes well
     reply_id: int = 0
-    answer: Assembly = field(init=False)
     resumed_at: int = 0
-
-    def __post_init__(self) -> None:
-        self.answer = Assembly(self.call, self.info)
 
     def message(self) -> pb.ScoreUp:
         request = codec.encode_call(self.call)
@@ -286,7 +283,8 @@ class TeacherClient:
                 value=self._window_bytes,
                 limit=needed,
             )
-        pending = _Pending(next(self._numbers), call, info, asyncio.get_running_loop().create_future())
+        future = asyncio.get_running_loop().create_future()
+        pending = _Pending(next(self._numbers), call, info, future, Assembly(call, info))
         self._pending[call.request_id] = pending
         self.stats.requests += 1
         if self._stream is None or self._stream.done():
