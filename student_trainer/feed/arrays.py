@@ -7,18 +7,16 @@ import torch
 
 from teacher_wire.messages import BLOCK_CHANNELS, TeacherSignals, Tensor
 
-_NARROW_IDS, _WIDE_IDS = ("uint8", "uint16"), ("uint24", "int32")
+_IDS = ("uint8", "uint16", "uint24", "int32")
 
 
 def to_torch(tensor: Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The same values on `device`; float dtypes are kept, ids become int64, there if they have 32 bits here."""
-    if tensor.dtype in _NARROW_IDS:
+    """The same values on `device`; float dtypes are kept, ids become int64."""
+    if tensor.dtype in _IDS:
         return torch.from_numpy(tensor.array.astype(np.int64)).to(device, non_blocking=True)
     array = np.ascontiguousarray(tensor.array)
     if not array.flags.writeable:  # torch has no read-only tensors; what came off the wire is never written to
         array = array.copy()
-    if tensor.dtype in _WIDE_IDS:  # below 2^31
-        return torch.from_numpy(array.view(np.int32)).to(device, non_blocking=True).long()
     if tensor.dtype == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device, non_blocking=True)
     return torch.from_numpy(array).to(device, non_blocking=True)
