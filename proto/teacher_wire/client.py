@@ -17,11 +17,12 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 
 from teacher_wire import PROTOCOL, codec, generate_client, status, status_codec
+from teacher_wire.assembly import Assembly
 from teacher_wire.channel import Credentials, addresses_of, call_metadata, open_channel
 from teacher_wire.errors import (
     CancelledRequestError,
@@ -73,16 +74,16 @@ class _Pending:
     call: ScoreCall
     info: TeacherInfo
     future: asyncio.Future[TeacherSignals]
+    answer: Assembly
     failing_since: float = math.inf  # of the clock; infinite while all goes well
     reply_id: int = 0
-    parts: list[TeacherSignals] = field(default_factory=list)
     resumed_at: int = 0
 
     def message(self) -> pb.ScoreUp:
         request = codec.encode_call(self.call)
-        self.resumed_at = len(self.parts)
-        if self.parts:
-            request.resume.CopyFrom(pb.Resume(reply_id=self.reply_id, next_chunk=len(self.parts)))
+        self.resumed_at = self.answer.chunks
+        if self.resumed_at:
+            request.resume.CopyFrom(pb.Resume(reply_id=self.reply_id, next_chunk=self.resumed_at))
         return pb.ScoreUp(request=request)
 
 
@@ -282,7 +283,8 @@ class TeacherClient:
                 value=self._window_bytes,
                 limit=needed,
             )
-        pending = _Pending(next(self._numbers), call, info, asyncio.get_running_loop().create_future())
+        future = asyncio.get_running_loop().create_future()
+        pending = _Pending(next(self._numbers), call, info, future, Assembly(call, info))
         self._pending[call.request_id] = pending
         self.stats.requests += 1
         if self._stream is None or self._stream.done():
@@ -380,33 +382,30 @@ class TeacherClient:
     def _take(self, down: pb.ScoreDown) -> None:
         kind = down.WhichOneof("message")
         if kind == "chunk":
-            payload = codec.payload_bytes(down.chunk)
+            payload = self._take_chunk(down.chunk)
             self.stats.payload_bytes += payload
             self._up.put_nowait(pb.ScoreUp(credit=pb.Credit(bytes=payload)))
-            self._take_chunk(down.chunk)
         elif kind == "done":
             self._take_done(down.done)
         elif kind == "failed":
             self._take_failed(down.failed)
 
-    def _take_chunk(self, chunk: pb.ScoreChunk) -> None:
+    def _take_chunk(self, chunk: pb.ScoreChunk) -> int:
+        """Writes a chunk into its answer; its payload bytes, which are given back even if nobody wants it."""
         pending = self._pending.get(chunk.request_id)
         if pending is None:  # taken back by us while it was on its way
-            return
+            return codec.payload_bytes(chunk)
         pending.failing_since = math.inf
         if pending.reply_id != chunk.reply_id:
             pending.reply_id = chunk.reply_id
-            pending.parts = []
-        elif chunk.index == len(pending.parts) == pending.resumed_at != 0:
+            pending.answer = Assembly(pending.call, pending.info)
+        elif chunk.index == pending.answer.chunks == pending.resumed_at != 0:
             self.stats.resumed_chunks += chunk.index
         try:
-            if chunk.index != len(pending.parts) or chunk.first_row != sum(part.rows for part in pending.parts):
-                raise LabelError(
-                    "chunks out of order", field="chunk.index", value=chunk.index, limit=len(pending.parts)
-                )
-            pending.parts.append(codec.decode_chunk(chunk, pending.call.spec, pending.info))
+            return codec.decode_chunk(chunk, pending.answer)
         except LabelError as error:
             self._resolve(pending, error)
+            return codec.payload_bytes(chunk)
 
     def _take_done(self, done: pb.ScoreDone) -> None:
         pending = self._pending.get(done.request_id)
@@ -416,7 +415,7 @@ class TeacherClient:
         self._answered_s = time.monotonic()
         self._pace.answered(done.request_id)
         try:
-            self._resolve(pending, codec.finish_reply(pending.parts, done, pending.call))
+            self._resolve(pending, codec.finish_reply(pending.answer, done, pending.call))
             self.stats.replies += 1
         except LabelError as error:
             self._resolve(pending, error)

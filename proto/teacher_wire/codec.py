@@ -7,11 +7,11 @@ wrong and raises a RequestError (towards a server) or a LabelError (towards a st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from teacher_wire import PROTOCOL, tensors
+from teacher_wire.assembly import Assembly
 from teacher_wire.errors import CapabilityError, LabelError, LimitError, MismatchError, RequestError, TensorError
 from teacher_wire.identity import head_sha256
 from teacher_wire.messages import (
@@ -28,9 +28,6 @@ from teacher_wire.messages import (
     Timing,
     TokenBatch,
     Transport,
-    blocks_of,
-    outliers_of,
-    token_id_dtype,
 )
 from teacher_wire.v1 import teacher_pb2 as pb
 
@@ -54,13 +51,6 @@ _WIRE_FIELD = {
     "state_scales_NG": "state_scales",
     "outlier_ids_NO": "outlier_ids",
     "outlier_values_NO": "outlier_values",
-}
-_ALWAYS = {"lse_N", "label_logp_N"}
-_EXPECTED = {
-    ("top_k", "none"): _ALWAYS | {"topk_ids_NK", "topk_logits_NK", "tail_logp_N"},
-    ("hidden", "none"): _ALWAYS | {"hidden_ND"},
-    ("hidden", "int8"): _ALWAYS | {"state_int8_ND", "state_scales_NG", "outlier_ids_NO", "outlier_values_NO"},
-    ("full", "none"): _ALWAYS | {"logits_NV"},
 }
 
 
@@ -253,68 +243,56 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
 
 def encode_chunks(
     request_id: str, reply_id: int, signals: TeacherSignals, chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[pb.ScoreChunk]:
-    """The answer as chunks of whole rows, about `chunk_bytes` of payload each."""
+) -> Iterator[pb.ScoreDown]:
+    """The answer as chunks of whole rows, about `chunk_bytes` of payload each, in the envelopes in which they travel.
+
+    They are built in place: a message handed to the constructor of another one is copied.
+    """
     row_bytes = max(1, signals.payload_bytes // max(1, signals.rows))
     step = max(1, chunk_bytes // row_bytes)
+    parts = signals.tensors()
     for index, start in enumerate(range(0, signals.rows, step)):
-        part = signals.slice(start, min(start + step, signals.rows))
-        yield pb.ScoreChunk(
-            request_id=request_id,
-            reply_id=reply_id,
-            index=index,
-            first_row=start,
-            rows=part.rows,
-            **{_WIRE_FIELD[name]: tensors.encode(tensor) for name, tensor in part.tensors().items()},
-        )
+        stop = min(start + step, signals.rows)
+        down = pb.ScoreDown()
+        chunk = down.chunk
+        chunk.request_id, chunk.reply_id, chunk.index = request_id, reply_id, index
+        chunk.first_row, chunk.rows = start, stop - start
+        for name, tensor in parts.items():
+            tensors.fill(getattr(chunk, _WIRE_FIELD[name]), tensor.rows(start, stop))
+        yield down
 
 
 def payload_bytes(chunk: pb.ScoreChunk) -> int:
-    """Payload of a chunk, the unit of credits."""
-    return sum(len(getattr(chunk, field).data) for field in _WIRE_FIELD.values())
+    """Payload of a chunk, the unit of credits, whatever it holds; copies it once."""
+    return sum(len(getattr(chunk, field).data) for field in _WIRE_FIELD.values() if chunk.HasField(field))
 
 
-def decode_chunk(chunk: pb.ScoreChunk, spec: SignalSpec, info: TeacherInfo) -> TeacherSignals:
-    """The rows of one chunk, with dtypes and widths checked against what was asked.
+def decode_chunk(chunk: pb.ScoreChunk, answer: Assembly) -> int:
+    """Writes a chunk into the answer that it continues; its payload bytes. Dtypes and widths must be what was asked.
 
     Raises:
-        LabelError: something is missing, superfluous, of another type or width.
+        LabelError: something is missing, superfluous, of another type or width, out of order or more than was asked.
+            The answer is then good for nothing.
     """
-    found = {name: field for name, field in _WIRE_FIELD.items() if chunk.HasField(field)}
-    expected = _EXPECTED[spec.transport, spec.compression]
-    if set(found) != expected:
+    if chunk.index != answer.chunks or chunk.first_row != answer.rows:
+        raise LabelError("chunks out of order", field="chunk.index", value=chunk.index, limit=answer.chunks)
+    found = {name for name, field in _WIRE_FIELD.items() if chunk.HasField(field)}
+    if found != answer.names:
         raise LabelError(
             "the answer holds other tensors than asked",
             field="chunk",
             value=sorted(found),
-            limit=sorted(expected),
+            limit=sorted(answer.names),
         )
-    ids = token_id_dtype(spec.vocab_rows)
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "lse_N": ((chunk.rows,), "float32"),
-        "label_logp_N": ((chunk.rows,), "float32"),
-        "tail_logp_N": ((chunk.rows,), "float32"),
-        "topk_ids_NK": ((chunk.rows, spec.kept), ids),
-        "topk_logits_NK": ((chunk.rows, spec.kept), info.dtype),
-        "hidden_ND": ((chunk.rows, info.hidden_size), info.dtype),
-        "logits_NV": ((chunk.rows, spec.vocab_rows), info.dtype),
-        "state_int8_ND": ((chunk.rows, info.hidden_size), "int8"),
-        "state_scales_NG": ((chunk.rows, blocks_of(info.hidden_size)), "float16"),
-        "outlier_ids_NO": ((chunk.rows, outliers_of(info.hidden_size)), "uint16"),
-        "outlier_values_NO": ((chunk.rows, outliers_of(info.hidden_size)), "bfloat16"),
-    }
-    parts = {}
-    for name, field in found.items():
+    payload = 0
+    for name, room in answer.room(chunk.rows).items():
+        field = _WIRE_FIELD[name]
         try:
-            tensor = tensors.decode(getattr(chunk, field), field)
+            payload += tensors.decode_into(getattr(chunk, field), field, room)
         except TensorError as error:
             raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
-        if (tensor.shape, tensor.dtype) != shapes[name]:
-            raise LabelError(
-                "wrong shape or dtype", field=field, value=(tensor.shape, tensor.dtype), limit=shapes[name]
-            )
-        parts[name] = tensor
-    return TeacherSignals.of(parts)
+    answer.took(chunk.rows)
+    return payload
 
 
 def encode_timing(timing: Timing) -> pb.Timing:
@@ -327,21 +305,21 @@ def encode_timing(timing: Timing) -> pb.Timing:
     )
 
 
-def finish_reply(parts: list[TeacherSignals], done: pb.ScoreDone, call: ScoreCall) -> TeacherSignals:
-    """The whole answer out of its chunks.
+def finish_reply(answer: Assembly, done: pb.ScoreDone, call: ScoreCall) -> TeacherSignals:
+    """The whole answer, whose chunks have come.
 
     Raises:
         LabelError: rows are missing, or another teacher answered.
     """
-    rows = sum(part.rows for part in parts)
-    if rows != done.rows or rows != call.batch.rows or len(parts) != done.chunks:
+    rows = answer.rows
+    if rows != done.rows or rows != call.batch.rows or answer.chunks != done.chunks:
         raise LabelError("the answer is incomplete", field="rows", value=rows, limit=call.batch.rows)
     if call.fingerprint and done.fingerprint != call.fingerprint:
         raise LabelError(
             "another teacher answered", field="fingerprint", value=done.fingerprint, limit=call.fingerprint
         )
     timing = Timing(done.timing.queue_us, done.timing.forward_us, done.timing.reduce_us, done.timing.batch_tokens)
-    return replace(TeacherSignals.join(parts), fingerprint=done.fingerprint, timing=timing)
+    return TeacherSignals.of(answer.whole(), done.fingerprint, timing)
 
 
 # ---------------------------------------------------------------------- head

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from teacher_wire import uint24
 from teacher_wire.errors import LabelError
 from teacher_wire.messages import DTYPES, SignalSpec, TeacherSignals, Tensor, TokenBatch
 
@@ -195,11 +196,7 @@ def _add(digest: Any, part: bytes | memoryview) -> None:
 
 def _narrow(tensor: Tensor) -> np.ndarray:
     """The array as it is kept: 24-bit ids as three bytes each, others as they are in memory."""
-    array = np.ascontiguousarray(tensor.array)
-    if tensor.dtype != "uint24":
-        return array
-    wide = array.astype("<u4", copy=False).view(np.uint8).reshape(*array.shape, 4)
-    return _copied(wide, np.empty((*array.shape, 3), np.uint8))
+    return uint24.pack(tensor.array) if tensor.dtype == "uint24" else np.ascontiguousarray(tensor.array)
 
 
 def _widen(dtype: str, array: np.ndarray) -> Tensor:
@@ -208,12 +205,6 @@ def _widen(dtype: str, array: np.ndarray) -> Tensor:
         return Tensor(dtype, array)
     if array.dtype != np.uint8 or array.shape[-1:] != (DTYPES[dtype][1],):
         raise LabelError("uint24 is kept as three bytes", field="dtype", value=array.dtype)
-    wide = _copied(array, np.zeros((*array.shape[:-1], 4), np.uint8))
-    return Tensor(dtype, wide.view("<u4").reshape(array.shape[:-1]))
-
-
-def _copied(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """`target` with the three lowest bytes of `source`, one at a time: six times faster than a copy of all three."""
-    for place in range(3):
-        target[..., place] = source[..., place]
-    return target
+    ids = np.empty(array.shape[:-1], np.uint32)
+    uint24.unpack(array.reshape(-1), ids)
+    return Tensor(dtype, ids)

@@ -14,29 +14,22 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from teacher_wire.errors import LabelError
 from teacher_wire.label_blob import LabelEntry, LabelSummary, decode_labels, encode_labels, label_keys, read_summary
+from teacher_wire.label_budget import PARTIAL, SUFFIX, Budget, File, files_of, unlink
 from teacher_wire.messages import SignalSpec, TeacherSignals, TokenBatch
 
 __all__ = ["Amount", "LabelStore", "Shelf", "StoreStats", "label_keys"]
 
 log = logging.getLogger(__name__)
 
-_SUFFIX = ".safetensors"
-_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
-_PARTIAL = ".partial"
-_PARTIAL_AGE_S = 3600.0
-# Of the budget: the fill at which the oldest go, what they are brought down to, and what one process writes before it looks
-# again. Three writers at once stay under the budget.
-_FULL, _LOW, _UNSEEN = 0.95, 0.90, 0.02
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _TRIES = 3
 
@@ -88,17 +81,6 @@ class Shelf:
     newest_use_s: float
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    size: int
-    used_s: float
-
-    @property
-    def key(self) -> str:
-        return self.path.name.removesuffix(_SUFFIX)
-
-
 class LabelStore:
     """A folder of labels; every method may be called from any thread and any number of processes.
 
@@ -114,12 +96,10 @@ class LabelStore:
         self.folder = folder.expanduser()
         self.stats = StoreStats()
         self._max_bytes = max_bytes
+        self._budget = Budget(self.folder, max_bytes, lambda size: self._count(evicted=1, evicted_bytes=size))
         self._on_trouble = on_trouble or log.warning
         self._counting = threading.Lock()
-        self._making_room = threading.Lock()
         self._writable = True
-        self._total: int | None = None  # bytes at the last look plus our own since
-        self._unseen = 0  # our own since the last look
 
     # ------------------------------------------------------------ read, write
 
@@ -169,7 +149,7 @@ class LabelStore:
         return signals
 
     def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}{_SUFFIX}"
+        return self.folder / key[:2] / f"{key}{SUFFIX}"
 
     def _read(self, key: str) -> TeacherSignals | None:
         path = self._path(key)
@@ -198,7 +178,7 @@ class LabelStore:
     def _publish(self, key: str, data: bytes) -> bool:
         """Puts a blob in its place, whole; False if one is there already."""
         path = self._path(key)
-        partial = path.with_name(f".{key[:16]}.{os.getpid()}.{secrets.token_hex(4)}{_PARTIAL}")
+        partial = path.with_name(f".{key[:16]}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("xb") as file:
@@ -233,53 +213,21 @@ class LabelStore:
     @property
     def used_bytes(self) -> int:
         """Bytes of the folder at the last look, and our own since; 0 before the first one or without a budget."""
-        return self._total or 0
+        return self._budget.used_bytes
 
     def look(self) -> None:
         """Counts what is in the folder; takes a while if that is much."""
-        with self._making_room:
-            self._total, self._unseen = sum(file.size for file in self._files()), 0
+        self._budget.look()
 
     def _fits(self, size: int) -> bool:
-        """Counts `size` bytes in, after deleting the longest unused if the budget asks for it."""
-        if self._max_bytes is None:
-            return True
-        full, low = self._max_bytes * _FULL, self._max_bytes * _LOW
-        if size > low:
+        """Makes room for `size` bytes; False if the budget can never have it."""
+        if size > self._budget.largest_bytes:
             self._give_up(
                 f"the labels of one sequence ({size:,} bytes) are above the budget of {self._max_bytes:,} bytes"
             )
             return False
-        with self._making_room:
-            if self._total is None or self._total + size > full or self._unseen + size > self._max_bytes * _UNSEEN:
-                files = sorted(self._files(), key=lambda file: file.used_s)
-                self._total, self._unseen = sum(file.size for file in files), 0
-                if self._total + size > full:
-                    self._evict(files, self._total + size - low)
-            self._total += size
-            self._unseen += size
-            return True
-
-    def _evict(self, oldest_first: list[_File], excess: float) -> None:
-        assert self._total is not None
-        for file in oldest_first:
-            if excess <= 0:
-                break
-            if _unlink(file.path):
-                self._count(evicted=1, evicted_bytes=file.size)
-            excess -= file.size
-            self._total -= file.size
-
-    def _files(self) -> Iterator[_File]:
-        """Every entry; temporary files that nobody can be writing any more are removed on the way."""
-        for shelf in _listed(self.folder):
-            for item in _listed(shelf.path) if len(shelf.name) == 2 else ():
-                with contextlib.suppress(FileNotFoundError):
-                    status = item.stat()
-                    if _ENTRY.fullmatch(item.name):
-                        yield _File(Path(item.path), status.st_size, status.st_mtime)
-                    elif item.name.endswith(_PARTIAL) and time.time() - status.st_mtime > _PARTIAL_AGE_S:
-                        _unlink(Path(item.path))
+        self._budget.admit(size)
+        return True
 
     # ----------------------------------------------------------------- upkeep
 
@@ -287,7 +235,7 @@ class LabelStore:
         """Totals by teacher and transport, by falling size, and how many files have no readable header."""
         shelves: dict[tuple[str, str], Shelf] = {}
         unreadable = 0
-        for file in self._files():
+        for file in files_of(self.folder):
             summary = _summary(file.path)
             if summary is None:
                 unreadable += 1
@@ -310,7 +258,7 @@ class LabelStore:
         Args:
             progress: told the bytes read and the bytes in all.
         """
-        files = list(self._files())
+        files = list(files_of(self.folder))
         total, done = sum(file.size for file in files), 0
         whole, damaged = Amount(), Amount()
         for file in files:
@@ -323,15 +271,15 @@ class LabelStore:
             progress(done, total)
         return whole, damaged
 
-    def _whole(self, file: _File) -> bytes | None:
+    def _whole(self, file: File) -> bytes | None:
         """A blob, verified; empty if it is gone, None if it was damaged and is deleted now."""
         try:
-            data = file.path.read_bytes()
+            data = Path(file.path).read_bytes()
             decode_labels(file.key, data)
         except FileNotFoundError:
             return b""
         except LabelError:
-            self._drop_damaged(file.path)
+            self._drop_damaged(Path(file.path))
             return None
         return data
 
@@ -353,7 +301,7 @@ class LabelStore:
             used_since_s: only those used at or after this time (seconds since 1970).
             dry_run: only say what would go.
         """
-        files = sorted(self._files(), key=lambda file: file.used_s)
+        files = sorted(files_of(self.folder), key=lambda file: file.used_s)
         total = sum(file.size for file in files)
         latest_s = time.time() - unused_for_s if unused_for_s else float("inf")
         gone = Amount()
@@ -362,7 +310,7 @@ class LabelStore:
                 break
             if not used_since_s <= file.used_s <= latest_s or not _is_of(file.path, teacher):
                 continue
-            if dry_run or _unlink(file.path):
+            if dry_run or unlink(file.path):
                 gone = _plus(gone, file.size)
         return gone
 
@@ -379,7 +327,7 @@ class LabelStore:
         Raises:
             OSError: the other folder cannot be written.
         """
-        files = [file for file in self._files() if _is_of(file.path, teacher)]
+        files = [file for file in files_of(self.folder) if _is_of(file.path, teacher)]
         total, done = sum(file.size for file in files), 0
         copied, damaged = Amount(), Amount()
         for file in files:
@@ -397,34 +345,17 @@ def _plus(amount: Amount, size: int) -> Amount:
     return Amount(amount.sequences + 1, amount.bytes + size)
 
 
-def _summary(path: Path) -> LabelSummary | None:
+def _summary(path: str) -> LabelSummary | None:
     """What the file's header says; None if it is gone or has none."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             return read_summary(file)
     except (OSError, LabelError):
         return None
 
 
-def _is_of(path: Path, teacher: str) -> bool:
+def _is_of(path: str, teacher: str) -> bool:
     if not teacher:
         return True
     summary = _summary(path)
     return summary is not None and summary.fingerprint.startswith(teacher)
-
-
-def _unlink(path: Path) -> bool:
-    """Whether it was there, and we have deleted it."""
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _listed(folder: str | Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as items:
-            return list(items)
-    except (FileNotFoundError, NotADirectoryError):
-        return []

@@ -300,10 +300,10 @@ class _Stream:
             self._keys[request.request_id] = key
             resumed = request.HasField("resume") and request.resume.reply_id == reply.reply_id
             skipped = request.resume.next_chunk if resumed else 0
-            for chunk in reply.chunks[:skipped]:  # the student has these already
-                self._window.give_back(codec.payload_bytes(chunk))
-            for chunk in reply.chunks[skipped:]:
-                self._out.put_nowait(pb.ScoreDown(chunk=chunk))
+            for down in reply.chunks[:skipped]:  # the student has these already
+                self._window.give_back(codec.payload_bytes(down.chunk))
+            for down in reply.chunks[skipped:]:
+                self._out.put_nowait(down)
             self._out.put_nowait(pb.ScoreDown(done=reply.done))
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -345,7 +345,7 @@ class _Stream:
             fingerprint=signals.fingerprint,
             timing=codec.encode_timing(signals.timing),
         )
-        return _Reply(reply_id, chunks, done, sum(map(codec.payload_bytes, chunks)), time.monotonic())
+        return _Reply(reply_id, chunks, done, signals.payload_bytes, time.monotonic())
 
 
 class _Window:
@@ -393,7 +393,7 @@ class _Reply:
     """A finished answer, ready to be sent again."""
 
     reply_id: int
-    chunks: list[pb.ScoreChunk]
+    chunks: list[pb.ScoreDown]
     done: pb.ScoreDone
     payload_bytes: int
     born: float

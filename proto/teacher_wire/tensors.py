@@ -1,7 +1,7 @@
 """Ragged tensors as bytes: dtype, shape and a little-endian C-order buffer, with every refusal.
 
-In: `messages.Tensor`; out: `v1.Tensor`, and back. Decoding never copies a float or int32 tensor
-and never trusts a length: a buffer that is not exactly product(shape) * width bytes is refused.
+In: `messages.Tensor`; out: `v1.Tensor`, and back. It never trusts a length: a buffer that is not exactly
+product(shape) * width bytes is refused. `message.data` copies each time it is read, so it is read once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from teacher_wire import uint24
 from teacher_wire.errors import TensorError
 from teacher_wire.messages import DTYPES, Tensor
 from teacher_wire.v1 import teacher_pb2 as pb
@@ -37,18 +38,25 @@ def dtype_name(code: int, field: str) -> str:
 
 
 def encode(tensor: Tensor) -> pb.Tensor:
-    """`tensor` as a message; one copy."""
+    """`tensor` as a message."""
+    message = pb.Tensor()
+    fill(message, tensor)
+    return message
+
+
+def fill(message: pb.Tensor, tensor: Tensor) -> None:
+    """Writes `tensor` into an empty message; in its place within another one it need not be copied there."""
     array = tensor.array
+    message.dtype = _CODE[tensor.dtype]
+    message.shape.extend(array.shape)
     if tensor.dtype == "uint24":
-        wide = np.ascontiguousarray(array, dtype="<u4")
-        data = wide.view(np.uint8).reshape(*array.shape, 4)[..., :3].tobytes()
+        message.data = uint24.pack(array).tobytes()
     else:
-        data = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-    return pb.Tensor(dtype=_CODE[tensor.dtype], shape=array.shape, data=data)
+        message.data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def decode(message: pb.Tensor, field: str) -> Tensor:
-    """The tensor in `message`; read-only, sharing its buffer where the type allows.
+    """The tensor in `message`; read-only where it is not copied, as all but uint24 are.
 
     Args:
         message: what arrived.
@@ -57,24 +65,51 @@ def decode(message: pb.Tensor, field: str) -> Tensor:
     Raises:
         TensorError: unknown dtype, too many axes, or a byte count that does not fit the shape.
     """
+    name, shape, data = _checked(message, field)
+    if name == "uint24":
+        ids = np.empty(shape, np.uint32)
+        uint24.unpack(data, ids)
+        return Tensor(name, ids)
+    return Tensor(name, _values(name, data).reshape(shape).view(DTYPES[name][0]))
+
+
+def decode_into(message: pb.Tensor, field: str, out: Tensor) -> int:
+    """Writes the tensor in `message` into `out` (contiguous); the bytes it took on the wire.
+
+    Args:
+        message: what arrived.
+        field: its name, for the error.
+        out: of the shape and dtype that it must have.
+
+    Raises:
+        TensorError: as `decode`, or it has another shape or dtype.
+    """
+    name, shape, data = _checked(message, field)
+    if (shape, name) != (out.shape, out.dtype):
+        raise TensorError("wrong shape or dtype", field=field, value=(shape, name), limit=(out.shape, out.dtype))
+    if name == "uint24":
+        uint24.unpack(data, out.array)
+    else:
+        out.array.reshape(-1)[:] = _values(name, data)
+    return len(data)
+
+
+def _values(name: str, data: bytes) -> np.ndarray:
+    return np.frombuffer(data, np.dtype(DTYPES[name][0]).newbyteorder("<"))
+
+
+def _checked(message: pb.Tensor, field: str) -> tuple[str, tuple[int, ...], bytes]:
+    """Name of the dtype, shape and bytes of a tensor whose bytes fit its shape."""
     name = dtype_name(message.dtype, field)
     shape = tuple(message.shape)
     if len(shape) > MAX_AXES:
         raise TensorError("too many axes", field=f"{field}.shape", value=len(shape), limit=MAX_AXES)
-    width = DTYPES[name][1]
-    expected = math.prod(shape) * width  # Python ints: no overflow to hide in
+    expected = math.prod(shape) * DTYPES[name][1]  # Python ints: no overflow to hide in
     if any(axis >= 1 << 40 for axis in shape):  # empty, and yet more than numpy can count
         raise TensorError("axis too long", field=f"{field}.shape", value=list(shape), limit="2^40")
-    if expected != len(message.data):
+    data = message.data
+    if expected != len(data):
         raise TensorError(
-            f"{name}{list(shape)} takes {expected} bytes",
-            field=f"{field}.data",
-            value=len(message.data),
-            limit=expected,
+            f"{name}{list(shape)} takes {expected} bytes", field=f"{field}.data", value=len(data), limit=expected
         )
-    if name == "uint24":
-        wide = np.zeros((*shape, 4), np.uint8)
-        wide[..., :3] = np.frombuffer(message.data, np.uint8).reshape(*shape, 3)
-        return Tensor(name, wide.view("<u4").reshape(shape))
-    numpy_dtype = np.dtype(DTYPES[name][0]).newbyteorder("<")
-    return Tensor(name, np.frombuffer(message.data, numpy_dtype).reshape(shape).view(DTYPES[name][0]))
+    return name, shape, data

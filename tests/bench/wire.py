@@ -1,24 +1,30 @@
-"""The wire on one core: bytes and label tokens a second through the codec, and through gRPC on loopback.
+"""The wire on one core: bytes and label tokens a second of CPU time, step by step, and through gRPC on loopback.
 
 Reference of the same run: copying the same bytes once (memcpy), the least any path can do.
-    python -m tests.bench.wire [--json]
+    OMP_NUM_THREADS=1 python -m tests.bench.wire [--json]
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 
 import numpy as np
 
+from student_trainer.feed.verify import check_signals
 from teacher_wire import codec
+from teacher_wire.assembly import Assembly
 from teacher_wire.client import TeacherClient
 from teacher_wire.fake import FakeTeacher
 from teacher_wire.loopback import serve
 from teacher_wire.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, Tensor, TokenBatch, float32
 from teacher_wire.v1 import teacher_pb2 as pb
-from tests.bench.table import arguments, seconds, show
+from tests.bench.table import arguments, cpu_seconds, show
 
-TOKENS, WIDTH, VOCAB = 2048, 3584, 152_064  # one sequence of a 7B teacher
+TOKENS, WIDTH, VOCAB, KEPT = 2048, 3584, 152_064, 64  # sequences of a 7B teacher, two of them a request
+SPECS = {"hidden": SignalSpec("hidden", VOCAB), "top-64": SignalSpec("top_k", VOCAB, k=KEPT)}
+UNDER_WAY = 8
 
 
 class Canned(FakeTeacher):
@@ -36,67 +42,105 @@ class Canned(FakeTeacher):
         return self.answers[call.spec.transport]
 
 
-def answers() -> dict[str, TeacherSignals]:
-    """Rows as a bf16 7B teacher gives them."""
+def request() -> TokenBatch:
+    """Two sequences of random odd tokens."""
+    rng = np.random.default_rng(1)
+    return TokenBatch.pack([(rng.integers(0, VOCAB // 2, TOKENS) * 2 + 1).tolist() for _ in range(2)])
+
+
+def answers(batch: TokenBatch) -> dict[str, TeacherSignals]:
+    """Rows as a bf16 7B teacher gives them, which pass every check."""
     rng = np.random.default_rng(0)
-    rows = TOKENS - 1
+    rows = batch.rows
+    states = Tensor("bfloat16", rng.integers(0, 1 << 14, (rows, WIDTH), dtype=np.uint16))
     two = {"lse_N": float32(rng.random(rows)), "label_logp_N": float32(-rng.random(rows))}
-    bits = lambda *shape: Tensor("bfloat16", rng.integers(0, 1 << 14, shape, dtype=np.uint16))  # noqa: E731
-    ids = Tensor("uint24", rng.integers(0, VOCAB, (rows, 64)).astype(np.uint32))
-    top = {**two, "topk_ids_NK": ids, "topk_logits_NK": bits(rows, 64), "tail_logp_N": float32(-rng.random(rows))}
+    ids_NK = rng.permuted(np.tile(np.arange(0, VOCAB, VOCAB // 1024, np.uint32), (rows, 1)), axis=1)[:, :KEPT].copy()
+    labels_N = batch.labels_N()
+    ids_NK[::2, 3] = labels_N[::2]  # every second next token is among the kept, which are even otherwise
+    bits_NK = np.sort(rng.normal(0, 2, (rows, KEPT)).astype(np.float32))[:, ::-1].copy().view(np.uint32) >> 16
+    logits_NK = Tensor("bfloat16", bits_NK.astype(np.uint16))
+    values_NK = logits_NK.as_float32()
+    lse_N = np.log(np.exp(values_NK.astype(np.float64)).sum(1) / 0.9)
+    label_N = np.where(ids_NK[:, 3] == labels_N, values_NK[:, 3] - lse_N, -30.0)
+    top = {
+        "lse_N": float32(lse_N),
+        "label_logp_N": float32(label_N),
+        "topk_ids_NK": Tensor("uint24", ids_NK),
+        "topk_logits_NK": logits_NK,
+        "tail_logp_N": float32(np.full(rows, np.log(0.1))),
+    }
+    return {"hidden": TeacherSignals.of({**two, "hidden_ND": states}, "f"), "top_k": TeacherSignals.of(top, "f")}
+
+
+def steps(
+    signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, info: TeacherInfo
+) -> dict[str, Callable[[], object]]:
+    """What happens to an answer on its way, each step by itself and all of the codec's together."""
+    call = ScoreCall("r", info.name, info.fingerprint, spec, batch)
+    downs = list(codec.encode_chunks("r", 1, signals))
+    on_the_wire = [down.SerializeToString() for down in downs]
+    done = pb.ScoreDone(rows=signals.rows, chunks=len(downs), fingerprint="f")
+
+    def decode(messages: list[pb.ScoreDown]) -> TeacherSignals:
+        answer = Assembly(call, info)
+        for down in messages:
+            codec.decode_chunk(down.chunk, answer)
+        return codec.finish_reply(answer, done, call)
+
+    def through_codec() -> TeacherSignals:
+        answer = Assembly(call, info)
+        for down in codec.encode_chunks("r", 1, signals):
+            codec.decode_chunk(pb.ScoreDown.FromString(down.SerializeToString()).chunk, answer)
+        return codec.finish_reply(answer, done, call)
+
+    arrived = through_codec()
+    for name, tensor in signals.tensors().items():
+        np.testing.assert_array_equal(arrived.tensors()[name].array, tensor.array)
     return {
-        "hidden": TeacherSignals.of({**two, "hidden_ND": bits(rows, WIDTH)}, "f"),
-        "top_k": TeacherSignals.of(top, "f"),
+        "one copy (reference)": lambda: [tensor.array.copy() for tensor in signals.tensors().values()],
+        "encode": lambda: list(codec.encode_chunks("r", 1, signals)),
+        "serialise": lambda: [down.SerializeToString() for down in downs],
+        "parse": lambda: [pb.ScoreDown.FromString(data) for data in on_the_wire],
+        "decode into the whole answer": lambda: decode(downs),
+        "all four": through_codec,
+        "verify (check_signals)": lambda: check_signals(arrived, spec, batch, ["a", "b"]),
     }
 
 
 def main() -> None:
     """Prints the table."""
     options = arguments(__doc__ or "")
-    canned = answers()
+    batch = request()
+    canned = answers(batch)
     base = FakeTeacher().teacher_info()
     changes = {"name": "fake", "fingerprint": "f", "dtype": "bfloat16", "vocab_rows": VOCAB, "hidden_size": WIDTH}
     info = TeacherInfo(**{**vars(base), **changes})
-    batch = TokenBatch.pack([[1] * TOKENS])
-    rows = []
-    for transport, k in (("hidden", 0), ("top_k", 64)):
-        spec, signals = SignalSpec(transport, VOCAB, k=k), canned[transport]
-        payload = signals.payload_bytes
-
-        def copy(signals: TeacherSignals = signals) -> None:
-            for tensor in signals.tensors().values():
-                tensor.array.copy()
-
-        def through_codec(signals: TeacherSignals = signals, spec: SignalSpec = spec) -> None:
-            parts = []
-            for chunk in codec.encode_chunks("r", 1, signals):
-                data = pb.ScoreDown(chunk=chunk).SerializeToString()
-                parts.append(codec.decode_chunk(pb.ScoreDown.FromString(data).chunk, spec, info))
-            TeacherSignals.join(parts)
-
-        reference = seconds(copy)
+    rows: list[dict[str, object]] = []
+    for labels, spec in SPECS.items():
+        signals = canned[spec.transport]
+        took = {step: cpu_seconds(work) for step, work in steps(signals, spec, batch, info).items()}
         with serve(Canned(canned, info)) as server:
-            loop = asyncio.new_event_loop()
-            client = TeacherClientOnLoop(loop, server.address)
-            paths = {
-                "one copy (reference)": reference,
-                "encode + serialise + parse + decode + join": seconds(through_codec),
-                "gRPC on loopback, 8 requests under way": seconds(lambda c=client, s=spec: c.score(info, s, batch, 8))
-                / 8,
-            }
+            client = TeacherClientOnLoop(asyncio.new_event_loop(), server.address)
+            least_s, median_s = cpu_seconds(
+                lambda c=client, s=spec: c.score(info, s, batch, UNDER_WAY), clock=time.process_time
+            )
+            took[f"gRPC on loopback, both sides, {UNDER_WAY} under way"] = least_s / UNDER_WAY, median_s / UNDER_WAY
             client.close()
-        for path, took in paths.items():
+        reference_s = took["one copy (reference)"][0]
+        for step, (least_s, median_s) in took.items():
             rows.append(
                 {
-                    "labels": f"{transport}{k or ''}",
-                    "path": path,
-                    "bytes/token": round(payload / signals.rows),
-                    "MB/s": payload / took / 1e6,
-                    "label tokens/s": float(round(signals.rows / took)),
-                    "of one copy": reference / took,
+                    "labels": labels,
+                    "step": step,
+                    "ms, least": least_s * 1e3,
+                    "median": median_s * 1e3,
+                    "MB/s": signals.payload_bytes / least_s / 1e6,
+                    "M label tokens/s": signals.rows / least_s / 1e6,
+                    "copies": least_s / reference_s,
                 }
             )
-    show(f"the wire, {TOKENS} tokens of a 7B teacher in bf16, one process", rows, as_json=options.json)
+    title = f"the wire: {signals.rows} label tokens of a 7B teacher in bf16, CPU time of one core (MB/s and on: of the least)"
+    show(title, rows, as_json=options.json)
 
 
 class TeacherClientOnLoop:

@@ -351,7 +351,7 @@ async def test_a_reader_that_stops_stops_the_teacher_within_its_window():
 async def test_a_broken_stream_goes_on_at_the_next_chunk():
     fake = FakeTeacher()
     batch = big_batch(sequences=40)
-    expected = list(codec.encode_chunks("r", 0, fake.signals(SPECS[1], batch)))
+    expected = [down.chunk for down in codec.encode_chunks("r", 0, fake.signals(SPECS[1], batch))]
     assert len(expected) > 2
     with serve(fake) as server:
         async with Wire(server.address, 64 << 20) as wire:
