@@ -79,7 +79,7 @@ class GraphedBody:
             self._passes[ids_BL.shape] = self._record(ids_BL.clone())
         except RuntimeError as error:
             self._works = False
-            said = " ".join(str(error).split())[:200]
+            said = " ".join(str(error.__context__ or error).split())[:200]  # a broken recording hides what broke it
             self._on_trouble(f"the student's passes cannot be recorded and are launched kernel by kernel: {said}")
         return self._works
 

@@ -61,6 +61,10 @@ class Watched:
     def head(self) -> TeacherHead:
         return self._model.head()
 
+    def generation(self, *args: Any, **settings: Any) -> Any:
+        """The backend's own."""
+        return self._model.generation(*args, **settings)
+
     def score(self, jobs: list[Job]) -> list[TeacherSignals]:
         return self.begin(jobs)()
 

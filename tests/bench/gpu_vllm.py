@@ -1,7 +1,7 @@
 """vLLM bare beside our vLLM backend on one GPU, in one run: labels by hidden state and top-64, and writing.
 
 Random weights in the shape of Qwen2.5-7B (`--shape tiny` for a machine without a GPU). Every mode is a process of its own, one
-after another: bare `token_embed`; bare `prompt_logprobs` and writing; ours through the product's engine (queue, batches begun
+after another: bare `token_embed`; bare writing, prefill and `prompt_logprobs`; ours through the product's engine (queue, batches begun
 while the last is reduced, no gRPC). In: nothing; out: a table of tokens/s and the ratios that issue 5 asks for, as JSON under
 $OUT where that is set. About four minutes on an H100 or H200.
 """
@@ -158,12 +158,16 @@ class Bench:
                 llm.generate(prompts[:parts], params[:parts], use_tqdm=False)
 
             self.rate(name, o.samples * o.new_tokens, write, o.samples)
-        params = SamplingParams(max_tokens=1, prompt_logprobs=K, detokenize=False)
+        for name, asked, repeat in (
+            ("bare prefill, no labels", {}, 3),
+            (f"bare prompt_logprobs k={K}", {"prompt_logprobs": K}, 2),
+        ):
+            params = SamplingParams(max_tokens=1, detokenize=False, **asked)
 
-        def score(parts: int) -> None:
-            llm.generate(scored[:parts], params, use_tqdm=False)
+            def score(parts: int, params: SamplingParams = params) -> None:
+                llm.generate(scored[:parts], params, use_tqdm=False)
 
-        self.rate(f"bare prompt_logprobs k={K}", LOGPROB_SEQUENCES * o.tokens, score, LOGPROB_SEQUENCES, repeat=2)
+            self.rate(name, LOGPROB_SEQUENCES * o.tokens, score, LOGPROB_SEQUENCES, repeat=repeat)
 
     def engine(self, role: str, decoding: str, **overrides: Any) -> tuple[Any, Any]:
         """The product's engine around our backend, and the backend."""
