@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def install(model: nn.Module, backend: str = "inductor") -> int:
-    """Gives every decoder layer of `model` a compiled forward for training; returns how many.
+    """Gives every decoder layer of `model` a compiled forward for training; returns how many have one.
 
     Args:
         model: a causal language model of transformers, with or without adapters.
@@ -25,8 +25,9 @@ def install(model: nn.Module, backend: str = "inductor") -> int:
     """
     run = torch.compile(_run, backend=backend)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    kinds = {kind: _compiled_class(kind, run) for kind in {type(layer) for layer in layers}}
-    for layer in layers:
+    plain = [layer for layer in layers if not isinstance(layer, _Compiled)]
+    kinds = {kind: _compiled_class(kind, run) for kind in {type(layer) for layer in plain}}
+    for layer in plain:
         layer.__class__ = kinds[type(layer)]  # one class for all: the compiler keeps a graph for each class it meets
     return len(layers)
 

@@ -133,3 +133,30 @@ def test_closing_early_leaves_nothing_on_the_server():
         feed.close()
         wait_for(lambda: server.servicer.open_requests == 0)
     assert feed._work.done()
+
+
+def test_no_more_is_asked_ahead_than_hides_the_teachers_time():
+    """The bounds allow a hundred; a teacher that answers at once needs a few, one that takes its time needs more."""
+    asked = {}
+    for name, delay_s in (("quick", 0.0), ("slow", 1.0)):
+        fake = FakeTeacher(delay_s=delay_s)
+        with serve(fake) as server:
+            feed = open_feed(server.address, fake, count=200)
+            for number in range(30):
+                feed.take(number)
+                time.sleep(0.1)
+            asked[name] = fake.calls - 30
+            feed.close()
+    assert asked["quick"] <= 8, asked
+    assert asked["slow"] >= 12, asked
+
+
+def test_what_is_taken_is_ready_for_torch():
+    fake = FakeTeacher()
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake)
+        taken = feed.take(0)
+        feed.close()
+    assert taken.tensors.named.keys() == taken.signals.tensors().keys()
+    for name, tensor in taken.signals.tensors().items():
+        np.testing.assert_array_equal(taken.tensors.named[name].numpy(), tensor.array)

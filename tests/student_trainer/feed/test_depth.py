@@ -1,0 +1,37 @@
+"""How far ahead: enough to hide the teacher's time, no more."""
+
+import pytest
+
+from student_trainer.feed.depth import FIRST, RESERVE, Depth
+
+
+def settled(latency_s, interval_s, most=64):
+    depth = Depth(most)
+    for _ in range(60):
+        depth.answered(latency_s)
+        depth.taken(interval_s)
+    return depth
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "interval_s", "least", "most"),
+    [(0.01, 1.0, RESERVE + 1, RESERVE + 1), (0.3, 0.1, 5, 7), (1.0, 0.1, 12, 20), (100.0, 0.1, 64, 64)],
+)
+def test_as_many_as_one_answer_takes_steps_and_some_in_reserve(latency_s, interval_s, least, most):
+    assert least <= settled(latency_s, interval_s).batches <= most
+
+
+def test_bounded_by_what_is_allowed_and_by_one():
+    assert settled(10.0, 0.1, most=3).batches == 3
+    assert Depth(1).batches == 1 and Depth(64).batches == FIRST
+    assert settled(1.0, 0.0).batches == 64, "a student that takes no time uses whatever it is given"
+
+
+def test_one_odd_answer_changes_little_and_a_lasting_change_is_followed():
+    depth = settled(0.1, 0.1)
+    before = depth.batches
+    depth.answered(1.0)
+    assert depth.batches <= before + 4
+    for _ in range(60):
+        depth.answered(2.0)
+    assert depth.batches >= 30

@@ -1,0 +1,196 @@
+"""Compiled layers against the plain ones, in values and gradients; and what makes passes fit for recording."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from student_trainer import compiled, graphed
+from student_trainer.config import LoraSettings, ModelConfig
+from student_trainer.errors import ModelError
+from student_trainer.model import Student, load_student, quicken
+
+FAMILIES = ["qwen2", "llama", "gemma2", "glm4", "cohere", "granite"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def student_of(folder, *, checkpointing: bool = True, lora: dict[str, Any] | None = None) -> Student:
+    settings = LoraSettings(**(lora or {"rank": 4}))
+    config = ModelConfig(path=str(folder), dtype="float32", lora=settings, gradient_checkpointing=checkpointing)
+    student = load_student(config, 0)
+    for name, parameter in student.model.named_parameters():
+        if "lora_B" in name:  # zero at first: then nothing would reach A
+            torch.nn.init.normal_(parameter, std=0.1)
+    student.model.train()
+    return student
+
+
+def step(student: Student, length: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids_BL = torch.arange(3, 3 + 2 * length).remainder(290).reshape(2, length)
+    state_BLD = student.states(ids_BL)
+    (state_BLD * torch.linspace(-1, 1, state_BLD.numel()).view_as(state_BLD)).sum().backward()
+    grads = {name: p.grad for name, p in student.model.named_parameters() if p.grad is not None}
+    student.model.zero_grad(set_to_none=True)
+    return state_BLD.detach(), grads
+
+
+def same(one: Student, other: Student, length: int) -> None:
+    (states, grads), (expected, expected_grads) = step(one, length), step(other, length)
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+    assert grads.keys() == expected_grads.keys() and grads
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_values_and_gradients_for_every_length(model_factory, family, checkpointing):
+    plain = student_of(model_factory(family), checkpointing=checkpointing)
+    quick = copy.deepcopy(plain)
+    assert compiled.install(quick.model, "aot_eager") == 2
+    for length in (9, 14, 70, 9):
+        same(quick, plain, length)
+    assert quick.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+def test_one_graph_serves_all_layers_and_a_second_one_all_lengths(model_factory):
+    student = student_of(model_factory("qwen2"))
+    compiled.install(student.model, "aot_eager")
+    for length in (9, 14, 33, 70, 9, 21):
+        step(student, length)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def test_measuring_is_left_alone_and_all_can_be_taken_back(model_factory):
+    plain = student_of(model_factory("qwen2"))
+    quick = copy.deepcopy(plain)
+    compiled.install(quick.model, "aot_eager")
+    ids_BL = torch.arange(24).reshape(2, 12)
+    for one in (plain, quick):
+        one.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(quick.states(ids_BL), plain.states(ids_BL), rtol=0, atol=0)
+    assert counters["stats"]["unique_graphs"] == 0
+    compiled.uninstall(quick.model)
+    assert [type(m) for m in quick.model.modules()] == [type(m) for m in plain.model.modules()]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_nothing_random_is_computed_twice(model_factory, monkeypatch, kept):
+    """A recording cannot hold the generator's state; torch saves it for attention, which might draw, if it is computed again."""
+    names: dict[str, list[str]] = {"forward": [], "backward": []}
+
+    def keep(into: str) -> Any:
+        def compile_graph(graph: Any, _: Any) -> Any:
+            names[into] += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            return make_boxed_func(graph)
+
+        return compile_graph
+
+    if not kept:  # the test can fail
+        monkeypatch.setattr(compiled, "_policy", lambda *_, **__: compiled.CheckpointPolicy.PREFER_RECOMPUTE)
+    backend = aot_autograd(
+        fw_compiler=keep("forward"), bw_compiler=keep("backward"), partition_fn=min_cut_rematerialization_partition
+    )
+    student = student_of(model_factory("qwen2"))
+    compiled.install(student.model, backend)
+    step(student, 12)
+    random = [name for name in names["forward"] + names["backward"] if "rng_state" in name]
+    assert (not random) == kept
+    if kept:
+        backward = names["backward"]
+        assert any("attention" in name and "backward" in name for name in backward)
+        assert not any("attention" in name and "backward" not in name for name in backward)
+        plain_products = sum(".mm" in name or "addmm" in name for name in names["forward"])
+        assert plain_products == 21, "seven layers and two products of each adapter"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_real_compiler(model_factory):
+    plain = student_of(model_factory("qwen2"))
+    quick = copy.deepcopy(plain)
+    compiled.install(quick.model)
+    same(quick, plain, 12)
+
+
+def test_which_students_are_compiled_and_recorded(model_factory, monkeypatch):
+    folder = str(model_factory("qwen2"))
+
+    def found(**settings: Any) -> tuple[bool, bool]:
+        model = student_of(model_factory("qwen2"), lora=settings.pop("lora", None)).model
+        compiled.uninstall(model)  # loaded as on a GPU, it is compiled already
+        is_graphed = quicken(model, ModelConfig(path=folder, **settings))
+        return is_graphed, any(isinstance(module, compiled._Compiled) for module in model.modules())
+
+    assert found() == (False, False), "on a CPU neither"
+    assert found(compiled="on") == (False, True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = {"lora": {"rank": 4, "dropout": 0.1}}
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, *_: self)
+    assert found() == (True, True)
+    assert found(graphs="off") == (False, True)
+    assert found(compiled="off") == (False, False)
+    assert found(**config) == (False, True), "dropout draws"
+    with pytest.raises(ModelError, match=r"model\.compiled=on: Linear"):
+        quicken(torch.nn.Linear(2, 2), ModelConfig(path=folder, compiled="on"))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "internlm3", "glm"])
+def test_right_padded_sequences_need_no_mask(model_factory, family):
+    """Sliding windows, soft caps and all: a token sees nothing of what stands behind it."""
+    student = student_of(model_factory(family))
+    student.model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids_BL = torch.randint(3, 300, (3, 100), generator=generator)
+    lengths = (100, 80, 7)
+    mask_BL = torch.zeros_like(ids_BL)
+    for b, length in enumerate(lengths):
+        mask_BL[b, :length] = 1
+        ids_BL[b, length:] = 0
+    body = student.causal_lm.get_decoder()
+    with torch.no_grad():
+        masked_BLD = body(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+        state_BLD = student.states(ids_BL)
+    for b, length in enumerate(lengths):
+        torch.testing.assert_close(state_BLD[b, :length], masked_BLD[b, :length], rtol=1e-4, atol=2e-4)
+
+
+def test_few_lengths():
+    lengths = {graphed.padded_length(n) for n in range(2, 4097)}
+    assert len(lengths) <= graphed.MOST_SHAPES and graphed.padded_length(2048) == 2048
+    for n in range(2, 4097):
+        assert n <= graphed.padded_length(n) <= max(n + 4, n * 1.13)
+        assert graphed.padded_length(graphed.padded_length(n)) == graphed.padded_length(n)
+
+
+def test_gradients_in_one_buffer_add_up_over_a_window_and_go_at_its_end():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    plain = copy.deepcopy(model)
+    gradients = graphed._Gradients(list(model.parameters()))
+    for _ in range(3):
+        for number in range(4):
+            x = torch.randn(3, 4)
+            gradients.attach()
+            if number % 2:  # a shape that is seen for the first time
+                model(x).sum().backward()
+            else:  # a replay
+                gradients.add(torch.autograd.grad(model(x).sum(), list(model.parameters())))
+            plain(x).sum().backward()
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+        model.zero_grad(set_to_none=True)
+        plain.zero_grad(set_to_none=True)
