@@ -88,7 +88,8 @@ def load(config: Config, *, deterministic: bool, overrides: dict[str, Any] | Non
         engines: dict[str, Engine] = {}
         try:
             for role in config.roles:
-                engines[role] = vllm_engine.start(role, loop, arguments)
+                whole = _whole_prompts(arguments, model_config) if (role, device.type) == ("generate", "cpu") else {}
+                engines[role] = vllm_engine.start(role, loop, arguments | whole)
         except BaseException:
             _close(engines, loop)
             raise
@@ -124,6 +125,19 @@ def _arguments(config: Config, folder: Path, device: torch.device, *, determinis
         "enforce_eager": config.enforce_eager,
         "disable_log_stats": True,
         "seed": 0,
+    }
+
+
+def _whole_prompts(arguments: dict[str, Any], model_config: Any) -> dict[str, Any]:
+    """EngineArgs that keep a prompt in one forward pass.
+
+    On a CPU an engine dies of a seeded prompt that it computes in parts: after each part it sets back the sample's random
+    generator, which torch can do on CUDA alone (vLLM 0.32, `_bookkeeping_sync`).
+    """
+    longest = arguments["max_model_len"] or model_config.get_text_config().max_position_embeddings
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(arguments["max_num_batched_tokens"], longest),
     }
 
 
