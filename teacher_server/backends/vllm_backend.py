@@ -185,6 +185,7 @@ class VllmModel:
         self._head = head
         self._engines = engines
         self._loop = loop
+        self._reduce_bytes = (config.reduce_mb or (640 if head.weight_VD.is_cuda else 64)) << 20
         try:
             self._probe()
         except BaseException:
@@ -246,7 +247,7 @@ class VllmModel:
         reduced_s = 0.0
         for job, hidden_ND in under_way.states(self._head.weight_VD):
             begun = time.perf_counter()
-            answers[job] = reduce(self._head, hidden_ND, *jobs[job], self._config.reduce_mb << 20)
+            answers[job] = reduce(self._head, hidden_ND, *jobs[job], self._reduce_bytes)
             reduced_s += time.perf_counter() - begun
         timing = Timing(
             forward_us=round(under_way.took_s * 1e6),
@@ -322,7 +323,7 @@ class VllmModel:
         ((_, hidden_ND),) = StatesUnderWay(self._engines["score"], [batch]).states(self._head.weight_VD)
         labels_N = torch.tensor(token_ids, device=hidden_ND.device)
         rows = self._head.weight_VD.shape[0]
-        return label_logp(self._head, hidden_ND, labels_N, rows, self._config.reduce_mb << 20).cpu().numpy()
+        return label_logp(self._head, hidden_ND, labels_N, rows, self._reduce_bytes).cpu().numpy()
 
     # ----------------------------------------------------------------- engine
 
