@@ -261,7 +261,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=MODES + FURTHER, default=MODES)
     parser.add_argument("--mode", choices=MODES + FURTHER, help=argparse.SUPPRESS)
-    parser.add_argument("--limit", type=float, default=150, help="seconds after which a mode is given up")
+    parser.add_argument("--limit", type=float, default=170, help="seconds after which a mode is given up")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lyceum-vllm-bench")
     return parser.parse_args()
 
