@@ -88,7 +88,8 @@ def load(config: Config, *, deterministic: bool, overrides: dict[str, Any] | Non
         engines: dict[str, Engine] = {}
         try:
             for role in config.roles:
-                engines[role] = vllm_engine.start(role, loop, arguments)
+                whole = _whole_prompts(arguments, model_config) if (role, device.type) == ("generate", "cpu") else {}
+                engines[role] = vllm_engine.start(role, loop, arguments | whole)
         except BaseException:
             _close(engines, loop)
             raise
@@ -124,6 +125,19 @@ def _arguments(config: Config, folder: Path, device: torch.device, *, determinis
         "enforce_eager": config.enforce_eager,
         "disable_log_stats": True,
         "seed": 0,
+    }
+
+
+def _whole_prompts(arguments: dict[str, Any], model_config: Any) -> dict[str, Any]:
+    """EngineArgs that keep a prompt in one forward pass.
+
+    On a CPU an engine dies of a seeded prompt that it computes in parts: after each part it sets back the sample's random
+    generator, which torch can do on CUDA alone (vLLM 0.32, `_bookkeeping_sync`).
+    """
+    longest = arguments["max_model_len"] or model_config.get_text_config().max_position_embeddings
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(arguments["max_num_batched_tokens"], longest),
     }
 
 
@@ -171,6 +185,7 @@ class VllmModel:
         self._head = head
         self._engines = engines
         self._loop = loop
+        self._reduce_bytes = (config.reduce_mb or (640 if head.weight_VD.is_cuda else 64)) << 20
         try:
             self._probe()
         except BaseException:
@@ -232,7 +247,7 @@ class VllmModel:
         reduced_s = 0.0
         for job, hidden_ND in under_way.states(self._head.weight_VD):
             begun = time.perf_counter()
-            answers[job] = reduce(self._head, hidden_ND, *jobs[job], self._config.reduce_mb << 20)
+            answers[job] = reduce(self._head, hidden_ND, *jobs[job], self._reduce_bytes)
             reduced_s += time.perf_counter() - begun
         timing = Timing(
             forward_us=round(under_way.took_s * 1e6),
@@ -308,7 +323,7 @@ class VllmModel:
         ((_, hidden_ND),) = StatesUnderWay(self._engines["score"], [batch]).states(self._head.weight_VD)
         labels_N = torch.tensor(token_ids, device=hidden_ND.device)
         rows = self._head.weight_VD.shape[0]
-        return label_logp(self._head, hidden_ND, labels_N, rows, self._config.reduce_mb << 20).cpu().numpy()
+        return label_logp(self._head, hidden_ND, labels_N, rows, self._reduce_bytes).cpu().numpy()
 
     # ----------------------------------------------------------------- engine
 

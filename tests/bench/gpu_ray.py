@@ -130,10 +130,12 @@ class Server:
     def start(self) -> float:
         """Seconds until it was ready. Raises RuntimeError with its log if it does not come up."""
         began_s = time.monotonic()
+        # The lent machines' memory grows as it is used: Ray would take the first tens of gigabytes for all and kill the replica.
+        env = {**os.environ, "RAY_memory_monitor_refresh_ms": "0"}
         with self.log_file.open("w") as log:
             command = [sys.executable, "-m", "teacher_server.cli", "up", str(self._config_file)]
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env=env
             )
         while "ready" not in self.log_file.read_text():
             if self._process.poll() is not None or time.monotonic() - began_s > START_LIMIT_S:

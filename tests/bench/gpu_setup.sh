@@ -7,6 +7,14 @@
 set -euo pipefail
 stash=/tmp/pack site=/tmp/site
 
+unpack() { # ARCHIVE
+    if command -v xz >/dev/null; then
+        xz -dc -T0 "$1" | tar -C "$site" -xf -
+    else
+        python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' "$1" "$site"
+    fi
+}
+
 case ${1:-} in
 stash)
     mkdir -p "$stash"
@@ -22,7 +30,7 @@ finish)
     mkdir -p "$site"
     running=()
     for archive in "$stash"/*.tar.xz; do
-        xz -dc -T0 "$archive" | tar -C "$site" -xf - &
+        unpack "$archive" &
         running+=($!)
     done
     for job in "${running[@]}"; do wait "$job"; done

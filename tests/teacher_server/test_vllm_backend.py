@@ -270,6 +270,17 @@ async def test_a_sample_depends_on_prompt_seed_and_number_alone(wide):
     assert changed[0, 0].token_ids_n.tolist() != first[0, 0].token_ids_n.tolist()
 
 
+async def test_prompts_that_do_not_fit_one_forward_pass_together_are_written(wide):
+    """On a CPU vLLM's engine dies of a seeded prompt that it computes in parts."""
+    prompts = [[number + 3] * 100 for number in range(12)]  # of 256 tokens a pass
+    spec = SamplingSpec(temperature=1.0, max_new_tokens=4, seed=1, ignore_eos=True)
+    async with running(wide) as engine:
+        together = await write(engine, spec, prompts)
+        alone = await write(engine, spec, prompts[2:3])
+    assert len(together) == 12
+    assert together[2, 0].token_ids_n.tolist() == alone[0, 0].token_ids_n.tolist()
+
+
 SCHEMA = {
     "type": "object", "additionalProperties": False, "required": ["a", "b"],
     "properties": {
