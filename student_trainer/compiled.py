@@ -8,22 +8,27 @@ second one for all other lengths.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+log = logging.getLogger(__name__)
 
-def install(model: nn.Module, backend: str = "inductor") -> int:
+
+def install(model: nn.Module, backend: Any = "inductor", *, required: bool = True) -> int:
     """Gives every decoder layer of `model` a compiled forward for training; returns how many have one.
 
     Args:
         model: a causal language model of transformers, with or without adapters.
         backend: of torch.compile; others than the default are for tests.
+        required: layers that turn out not to compile are an error (TorchDynamoException), not a warning and run plainly.
     """
-    run = torch.compile(_run, backend=backend)
+    run = _Run(torch.compile(_run, backend=backend), required)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     plain = [layer for layer in layers if not isinstance(layer, _Compiled)]
     kinds = {kind: _compiled_class(kind, run) for kind in {type(layer) for layer in plain}}
@@ -39,17 +44,39 @@ def uninstall(model: nn.Module) -> None:
             module.__class__ = module.plain_kind  # type: ignore[assignment]
 
 
+class _Run:
+    """The compiled function, and whether it can be compiled here."""
+
+    def __init__(self, run: Any, required: bool) -> None:
+        self._run = run
+        self._required = required
+        self.works = True
+
+    def __call__(
+        self, plain: Any, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return self._run(layer, hidden, args, kwargs)
+        except TorchDynamoException as error:
+            if self._required or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
+                raise
+            self.works = False
+            said = " ".join(str(error).split())[:200]
+            log.warning("the student's layers cannot be compiled and are run as they are, which is slower: %s", said)
+            return plain(layer, hidden, *args, **kwargs)
+
+
 class _Compiled:
     """A class that `install` makes; `plain_kind` is the layer's own."""
 
     plain_kind: type[nn.Module]
 
 
-def _compiled_class(kind: type[nn.Module], run: Any) -> type[nn.Module]:
+def _compiled_class(kind: type[nn.Module], run: _Run) -> type[nn.Module]:
     def call(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        if not (self.training and run.works):
             return kind.__call__(self, hidden, *args, **kwargs)
-        return run(self, hidden, args, kwargs)
+        return run(kind.__call__, self, hidden, args, kwargs)
 
     return type(kind.__name__, (_Compiled, kind), {"__call__": call, "plain_kind": kind, "__module__": kind.__module__})
 

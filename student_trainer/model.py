@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 from transformers.utils import logging as transformers_logging
 
 from student_trainer import compiled, fast_lora, internlm
@@ -83,7 +83,8 @@ class Student:
         kernels run, and nobody reads a mask back from the device.
         """
         body = self.causal_lm.get_decoder()
-        return body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+        with _one_sequence_a_row():
+            return body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
 
     def head(self, vocab_rows: int) -> Head:
         """The output head over the first `vocab_rows` ids: frozen, trained, tied or with adapters, as it is now."""
@@ -136,16 +137,26 @@ def load_student(config: ModelConfig, seed: int) -> Student:
 
 
 def quicken(model: Any, config: ModelConfig) -> bool:
-    """Compiles the layers as configured; returns whether passes may be recorded: on a GPU, compiled, nothing drawn at random."""
+    """Compiles the layers as configured; returns whether passes are to be recorded, which only a GPU can.
+
+    Raises:
+        ModelError: layers that cannot be compiled, or passes that cannot be recorded, and must be.
+    """
     on_gpu = torch.cuda.is_available()
     is_compiled = config.compiled == "on" or (config.compiled == "auto" and on_gpu)
-    if is_compiled and not compiled.install(model):
+    if is_compiled and not compiled.install(model, required=config.compiled == "on"):
         if config.compiled == "on":
             raise ModelError(f"model.compiled=on: {type(model).__name__} has no decoder layers that can be compiled")
         is_compiled = False
     draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     draws = draws or any(getattr(model.config.get_text_config(), name, 0) for name in _DROPOUTS)
-    return on_gpu and is_compiled and config.graphs == "auto" and not draws
+    if config.graphs == "off":
+        return False
+    if draws or not is_compiled or not on_gpu:
+        raise ModelError(
+            "model.graphs=on needs a GPU, compiled layers (model.compiled) and no dropout in model and adapters"
+        )
+    return True
 
 
 def load_outline(config: ModelConfig) -> Outline:
@@ -163,6 +174,22 @@ def load_outline(config: ModelConfig) -> Outline:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
     _check_tokenizer(config, tokenizer)
     return Outline(tokenizer, int(model.get_output_embeddings().weight.shape[0]), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Spares transformers two questions whose answers are known.
+
+    Without a mask it looks for several sequences in a row by their positions, on the device, and waits for the answer; and while passes
+    are recorded (`graphed.py`) it would not look, and make a mask of all positions instead (masking_utils, 5.16 to 5.19).
+    """
+    before = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
+    masking_utils.find_packed_sequence_indices = lambda *_: None
+    masking_utils.is_tracing = lambda *_: False
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = before
 
 
 @contextlib.contextmanager

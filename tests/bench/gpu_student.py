@@ -150,11 +150,11 @@ class Room:
         ids_SL = rng.integers(0, V, (SEQUENCES * (self.steps + SKIPPED), LENGTH), dtype=np.int32)
         return TokenizedDataset([Example(ids, mask, 0, str(s)) for s, ids in enumerate(ids_SL)])
 
-    def config(self, loss: dict[str, Any], transport: str) -> TrainConfig:
+    def config(self, loss: dict[str, Any], transport: str, graphs: str) -> TrainConfig:
         """As a user's file would say it."""
         tree = {
             "run": {"output_dir": str(self.folder / "run")},
-            "model": {"path": "random", "gradient_checkpointing": True},
+            "model": {"path": "random", "gradient_checkpointing": True, "graphs": graphs},
             "data": {"train": ["random"]},
             "teacher": {"address": "127.0.0.1:1"},
             "labels": {"transport": transport, "k": K},
@@ -165,13 +165,13 @@ class Room:
 
     def ours(
         self, name: str, transport: str = "", feed: Callable[[TokenizedDataset, RunOrder], Any] | None = None,
-        seed: int = 0, divergence: str = "forward_kl", deterministic: bool = True,
+        seed: int = 0, divergence: str = "forward_kl", deterministic: bool = True, graphs: str = "off",
     ) -> Row:  # fmt: skip
-        """A run of the trainer as it ships."""
+        """A run of the trainer, as it ships unless told otherwise."""
         loss: dict[str, Any] = (
             {"output": {"divergence": divergence}} if transport else {"output": None, "sft_weight": 1.0}
         )
-        config = self.config(loss, transport or "hidden")
+        config = self.config(loss, transport or "hidden", graphs)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         self.bench.place_layers(True)
@@ -241,12 +241,11 @@ class Room:
 
 
 def measured(room: Room, remote: Remote) -> None:
-    """All runs but the one with a teacher in the process."""
+    """All runs but the one with a teacher in the process; what the issue asks for first."""
     bench = room.bench
     sft = Case("SFT, transformers")
     room.usual("SFT, usual", lambda: bench.step(sft), fast=False)
     room.usual("SFT, usual loss, our layers", lambda: bench.step(sft), fast=True)
-    room.ours("SFT, ours")
     room.head = head_on(remote.head, V, torch.device("cuda"))
     for seed, transport in enumerate(SPECS):
         name = "hidden" if transport == "hidden" else f"top-{K}"
@@ -254,21 +253,27 @@ def measured(room: Room, remote: Remote) -> None:
         feed = remote.feed(transport, data, order)
         kept = [feed.take(number) for number in range(order.batches)]
         feed.close()
-        room.ours(name, transport, lambda _d, _o, kept=kept: InMemory(kept), seed)  # type: ignore[misc]
-        if transport == "hidden":
+
+        def in_memory(_data: Any, _order: Any, kept: list[Taken] = kept) -> InMemory:
+            return InMemory(kept)
+
+        def fetched(data: TokenizedDataset, order: RunOrder, transport: str = transport) -> LabelFeed:
+            return remote.feed(transport, data, order)
+
+        for graphs, note in (("off", ""), ("on", ", recorded passes")):
+            room.ours(f"{name}{note}", transport, in_memory, seed, graphs=graphs)
             room.ours(
-                f"{name}, not deterministic",
-                transport,
-                lambda _d, _o, kept=kept: InMemory(kept),
-                seed,
-                deterministic=False,
-            )  # type: ignore[misc]
-        fetch = lambda data, order, transport=transport: remote.feed(transport, data, order)  # noqa: E731
-        room.ours(f"{name} over gRPC", transport, fetch, seed + 100)
-        room.ours(f"{name} over gRPC, kept by the edge", transport, fetch, seed)
-        if transport == "hidden":  # how much two equal runs differ
-            room.ours(f"{name} over gRPC, again", transport, fetch, seed + 200)
-            room.ours(f"{name}, again", transport, lambda _d, _o, kept=kept: InMemory(kept), seed)  # type: ignore[misc]
+                f"{name}{note} over gRPC", transport, fetched, seed + (100 if graphs == "off" else 300), graphs=graphs
+            )
+        if (
+            transport == "hidden"
+        ):  # how much two equal runs differ, what the shipped `train.deterministic` costs, and mere arrival
+            room.ours(f"{name}, again", transport, in_memory, seed)
+            room.ours(f"{name} over gRPC, again", transport, fetched, seed + 200)
+            room.ours(f"{name}, not deterministic", transport, in_memory, seed, deterministic=False)
+            room.ours(f"{name} over gRPC, kept by the edge", transport, fetched, seed)
+    room.ours("SFT, ours")
+    room.ours("SFT, ours, recorded passes", graphs="on")
     room.head = None
 
 

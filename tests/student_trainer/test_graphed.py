@@ -1,0 +1,140 @@
+"""Recorded passes without a GPU: a recorder of the tests runs again what CUDA would replay; tests/gpu has the real one."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from student_trainer import graphed
+from student_trainer.config import LoraSettings, ModelConfig
+from student_trainer.model import load_student
+from student_trainer.train import train
+from student_trainer.trainer import DistillationTrainer
+from tests.student_trainer.test_train import losses
+
+SHAPES = [(2, 32), (2, 32), (2, 32), (2, 48), (2, 48), (2, 32), (2, 48), (3, 64)]
+
+
+class Rerun:
+    """Passes that compute again what was recorded, into the same tensors."""
+
+    made = 0
+
+    def __init__(self, run, gradients, ids_BL, fault=""):
+        Rerun.made += 1
+        self._run, self._gradients, self._fault = run, gradients, fault
+        self._state = run(ids_BL)
+        self.ids_BL, self.state_BLD = ids_BL, self._state.detach().clone()
+        self.grad_BLD = torch.zeros_like(self.state_BLD)
+
+    def forward(self):
+        with torch.enable_grad():
+            self._state = self._run(self.ids_BL)
+        self.state_BLD.copy_(self._state.detach() * (1.1 if self._fault == "wrong" else 1))
+
+    def backward(self):
+        grads = torch.autograd.grad(self._state, self._gradients.parameters, self.grad_BLD, allow_unused=True)
+        for _ in range(2 if self._fault == "twice" else 1):
+            self._gradients.add(grads)
+
+
+def recorder(fault=""):
+    def record(run, gradients, ids_BL):
+        if fault == "refuses":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Rerun(run, gradients, ids_BL, fault)
+
+    return record
+
+
+def student_of(folder, lora):
+    settings = None if lora is None else LoraSettings(**lora)
+    config = ModelConfig(path=str(folder), dtype="float32", lora=settings, gradient_checkpointing=True)
+    student = load_student(config, 0)
+    student.model.train()
+    return student
+
+
+def trained(student):
+    return [p for p in student.causal_lm.get_decoder().parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
+def test_the_plain_gradients_over_windows_and_shapes(model_factory, lora):
+    student = student_of(model_factory("qwen2"), lora)
+    plain = copy.deepcopy(student)
+    told = []
+    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder())
+    generator = torch.Generator().manual_seed(0)
+    for window in range(3):  # gradients of a window add up, and are taken away at its end
+        for shape in SHAPES:
+            ids_BL = torch.randint(0, 300, shape, generator=generator)
+            weight_BLD = torch.randn(*shape, 32, generator=generator)
+            for states in (body, plain.states):
+                (states(ids_BL) * weight_BLD).sum().backward()
+        expected = {name: p.grad for name, p in plain.model.named_parameters() if p.grad is not None}
+        found = dict(student.model.named_parameters())
+        for name, grad in expected.items():
+            torch.testing.assert_close(found[name].grad, grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()))
+        assert body.recorded == (2 if window == 0 else 3), "the last shape comes once a window"
+        for one in (student, plain):
+            one.model.zero_grad(set_to_none=True)
+    assert not told
+
+
+@pytest.mark.parametrize("fault", ["refuses", "wrong", "twice"])
+def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(model_factory, fault):
+    student = student_of(model_factory("qwen2"), {"rank": 4})
+    plain = copy.deepcopy(student)
+    told = []
+    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder(fault))
+    for number in range(4):
+        ids_BL = torch.arange(32).reshape(2, 16) + number
+        for states in (body, plain.states):
+            (states(ids_BL) ** 2).sum().backward()
+    for one, other in zip(trained(student), trained(plain), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+    assert body.recorded == 0
+    assert len(told) == 1 and ("capturing" if fault == "refuses" else "differs") in told[0]
+
+
+def test_a_run_with_recorded_passes_is_the_run_without(config_of, tmp_path, monkeypatch):
+    """The whole trainer around them: windows, clipping, gradients that it takes away, lengths padded to a few."""
+    sections = {
+        "model": {"lora": {"rank": 4}, "gradient_checkpointing": True},
+        "data": {"eval": []},
+        "train": {"max_steps": 12},
+    }
+    logs = {}
+    plain = DistillationTrainer.__init__
+
+    def with_recordings(self, config, student, *args, **kwargs):
+        student.is_graphed = True
+        plain(self, config, student, *args, **kwargs)
+
+    for name in ("plain", "recorded"):
+        if name == "recorded":
+            monkeypatch.setattr(graphed, "CudaRecorder", recorder)
+            monkeypatch.setattr(DistillationTrainer, "__init__", with_recordings)
+        config = config_of(run={"output_dir": str(tmp_path / name), "cache_dir": str(tmp_path / "cache")}, **sections)
+        made = Rerun.made
+        train(config, console=Console(file=io.StringIO()))
+        logs[name] = losses(tmp_path / name)
+        assert (Rerun.made > made) == (name == "recorded")
+    assert len(logs["plain"]) == len(logs["recorded"])
+    for one, other in zip(logs["plain"], logs["recorded"], strict=True):
+        for entry in (one, other):
+            entry.pop("total_flos", None)  # padding counts too
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_few_lengths():
+    lengths = {graphed.padded_length(n) for n in range(2, 4097)}
+    assert len(lengths) <= graphed.MOST_SHAPES and graphed.padded_length(2048) == 2048
+    for n in range(2, 4097):
+        assert n <= graphed.padded_length(n) <= max(n + 4, n * 1.13)
+        assert graphed.padded_length(graphed.padded_length(n)) == graphed.padded_length(n)
