@@ -18,7 +18,6 @@ from student_trainer.losses.head import Head
 from student_trainer.losses.measure import measure as measure_rows
 from student_trainer.model import Student
 from student_trainer.objective import rows_on
-from teacher_wire.messages import TeacherSignals
 
 
 def batches(data: TokenizedDataset, batch_size: int) -> list[list[int]]:
@@ -34,7 +33,7 @@ def measure(
     batch_size: int,
     vocab_rows: int,
     *,
-    labels: Callable[[int], TeacherSignals] | None = None,
+    labels: Callable[[int], LabelTensors] | None = None,
     teacher_head: Head | None = None,
     chunk_bytes: int = 256 << 20,
 ) -> dict[str, float]:
@@ -69,7 +68,7 @@ def measure(
         state_BLD = student.states(padded["input_ids"].to(device))
         state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[index_N]
         labels_N = torch.from_numpy(packed.labels_N()).long().to(device)
-        teacher = None if labels is None else rows_on(LabelTensors.of(labels(number)), teacher_head, device)
+        teacher = None if labels is None else rows_on(labels(number), teacher_head, device)
         found = measure_rows(state_ND, head, teacher, labels_N, chunk_rows=max(16, chunk_bytes // (16 * vocab_rows)))
         for name in (
             "nll_sum",

@@ -149,7 +149,7 @@ def _fill(config: TrainConfig, teacher: Teacher, jobs: list[_Job], console: Cons
     shown = _Shown(console, sum(job.data[index].example.token_ids.size for job in jobs for index in job.indices))
     try:
         for job in jobs:
-            feed = open_any_feed(config, teacher, job.spec, job.request, 0, len(job.groups))
+            feed = open_any_feed(config, teacher, job.spec, job.request, 0, len(job.groups), prepare=lambda _: None)
             try:
                 for number in range(len(job.groups)):
                     usage.add(feed.take(number).usage)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,6 +26,7 @@ from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.embedded import embedded_teacher
 from student_trainer.errors import ConfigError
 from student_trainer.feed import background
+from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.choose import Probe, choose
 from student_trainer.feed.desk import LabelDesk
 from student_trainer.feed.handshake import StudentFacts, agree, shared_rows
@@ -41,7 +43,7 @@ from teacher_wire.channel import Credentials
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import TeacherWireError
 from teacher_wire.label_store import LabelStore
-from teacher_wire.messages import SignalSpec, TeacherInfo
+from teacher_wire.messages import SignalSpec, TeacherInfo, TeacherSignals
 
 
 @dataclass(frozen=True)
@@ -290,12 +292,13 @@ def open_any_feed(
     first: int,
     count: int,
     on_close: Callable[[], None] = lambda: None,
+    prepare: Callable[[TeacherSignals], Any] | None = None,
 ) -> LabelFeed:
-    """A feed of requests `first .. count-1` by one signal."""
+    """A feed of requests `first .. count-1` by one signal; what is taken is `LabelTensors` unless `prepare` makes something else."""
     return LabelFeed(
         teacher.desk.source(teacher.info, spec), request,
         first=first, count=count, max_bytes=config.feed.max_mb << 20, max_batches=config.feed.max_batches,
-        pinned=torch.cuda.is_available(), on_close=on_close,
+        prepare=prepare or partial(LabelTensors.of, pinned=torch.cuda.is_available()), on_close=on_close,
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def rows_on(labels: LabelTensors, head: Head | None, device: torch.device, likel
         return FullRows(logits_NV, lse_N, label_N, _tolerance(logits_NV.dtype))
     logits_NK = found["topk_logits_NK"]
     tail_N, tolerance = found["tail_logp_N"], _tolerance(logits_NK.dtype)
-    return TopKRows(found["topk_ids_NK"], logits_NK, tail_N, lse_N, label_N, tolerance, likeliest)
+    return TopKRows(found["topk_ids_NK"].long(), logits_NK, tail_N, lse_N, label_N, tolerance, likeliest)
 
 
 def _tolerance(dtype: torch.dtype) -> Tolerance:

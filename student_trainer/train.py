@@ -17,6 +17,7 @@ from rich.markup import escape
 from student_trainer import evaluate
 from student_trainer.config import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.packing import pack
 from student_trainer.feed.provided import ProvidedRequests
 from student_trainer.feed.source import LabelRequest
@@ -44,7 +45,6 @@ from student_trainer.run_folder import (
     settled_labels,
 )
 from student_trainer.trainer import DistillationTrainer
-from teacher_wire.messages import TeacherSignals
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
@@ -138,7 +138,7 @@ def _measure(
     """A function that measures the held-out data; the teacher's labels of them are kept if they fit feed.max_mb."""
     size = config.train.eval_batch_size
     groups = evaluate.batches(held_out, size)
-    kept: dict[int, TeacherSignals] = {}
+    kept: dict[int, LabelTensors] = {}
     measured = partial(
         evaluate.measure, student, held_out, size, objective.vocab_rows, chunk_bytes=config.loss.chunk_mb << 20
     )
@@ -154,11 +154,11 @@ def _measure(
         kept.clear()
         feed = open_any_feed(config, teacher, teacher.measuring, request, 0, len(groups))
 
-        def take(number: int) -> TeacherSignals:
-            signals = feed.take(number).signals
-            if sum(s.payload_bytes for s in kept.values()) + signals.payload_bytes <= config.feed.max_mb << 20:
-                kept[number] = signals
-            return signals
+        def take(number: int) -> LabelTensors:
+            labels: LabelTensors = feed.take(number).ready
+            if sum(other.nbytes for other in kept.values()) + labels.nbytes <= config.feed.max_mb << 20:
+                kept[number] = labels
+            return labels
 
         try:
             return measured(labels=take, teacher_head=teacher.head)

@@ -203,7 +203,7 @@ class DistillationTrainer(Trainer):
         labels = self._feed.take(number)
         self._meter.waited_s += self._feed.stats.wait_s - before_s
         self._meter.labels.add(labels.usage)
-        return labels.tensors
+        return labels.ready
 
     @torch.no_grad()
     def _with_own_ids(self, batch: dict[str, Any]) -> TokenBatch:

@@ -1,4 +1,4 @@
-"""Wire tensors as torch tensors: the one place where bfloat16 bits become numbers and ids become int64; and their way to a device.
+"""Wire tensors as torch tensors: the one place where bfloat16 bits become numbers and ids become int32; and their way to a device.
 
 In: an answer as numpy arrays; out: the same values beside the student, copied while the device works on something else.
 Axes: N rows, D width, K kept ids, V vocabulary rows, G blocks and O outliers of a compressed state.
@@ -19,12 +19,12 @@ _IDS = ("uint8", "uint16", "uint24", "int32")
 
 
 def to_torch(tensor: Tensor, device: torch.device | str = "cpu", *, pinned: bool = False) -> torch.Tensor:
-    """The same values on `device`; float dtypes are kept, ids become int64.
+    """The same values on `device`; float dtypes are kept, ids become int32 (what indexes with them widens them on the device).
 
     Args:
         pinned: into memory that a device can copy from by itself, for a later `ahead`; then `device` must be the host.
     """
-    array = tensor.array.astype(np.int64) if tensor.dtype in _IDS else np.ascontiguousarray(tensor.array)
+    array = tensor.array.astype(np.int32) if tensor.dtype in _IDS else np.ascontiguousarray(tensor.array)
     if tensor.dtype == "bfloat16":
         array = array.view(np.int16)
     if pinned:
@@ -43,7 +43,7 @@ class LabelTensors:
     """An answer as torch tensors.
 
     Attributes:
-        named: by the names of `TeacherSignals`; ids are int64.
+        named: by the names of `TeacherSignals`; ids are int32.
     """
 
     named: dict[str, torch.Tensor]
@@ -52,6 +52,11 @@ class LabelTensors:
     def of(cls, signals: TeacherSignals, *, pinned: bool = False) -> LabelTensors:
         """On the host; `pinned` as in `to_torch`."""
         return cls({name: to_torch(tensor, pinned=pinned) for name, tensor in signals.tensors().items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        return sum(tensor.nbytes for tensor in self.named.values())
 
     def to(self, device: torch.device) -> LabelTensors:
         """On `device`, by `ahead`."""
@@ -64,7 +69,7 @@ class LabelTensors:
         state_ND, scales_NG = self.named["state_int8_ND"].float(), self.named["state_scales_NG"].float()
         state_ND *= scales_NG.repeat_interleave(BLOCK_CHANNELS, dim=1)[:, : state_ND.shape[1]]
         values_NO = self.named["outlier_values_NO"].float()
-        return state_ND.scatter_(1, self.named["outlier_ids_NO"], values_NO).to(dtype)
+        return state_ND.scatter_(1, self.named["outlier_ids_NO"].long(), values_NO).to(dtype)
 
 
 def ahead(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -14,13 +14,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from student_trainer.feed import background
-from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.depth import Depth
 from student_trainer.feed.source import LabelRequest, Labels, LabelSource, LabelUsage
 from teacher_wire.errors import CancelledRequestError, LimitError, TeacherWireError
-from teacher_wire.messages import TeacherSignals
+from teacher_wire.messages import TeacherSignals, Timing
 
 
 @dataclass
@@ -41,14 +41,16 @@ class Taken:
     """Labels that have been waited for, checked and made ready.
 
     Attributes:
-        signals: as they came.
-        tensors: the same for torch; in memory that a GPU copies from by itself, if the feed was told so.
+        ready: what the feed's `prepare` made of them.
         usage: what they took.
+        rows, payload_bytes, timing: of the answer.
     """
 
-    signals: TeacherSignals
-    tensors: LabelTensors
+    ready: Any
     usage: LabelUsage
+    rows: int
+    payload_bytes: int
+    timing: Timing
 
 
 class LabelFeed:
@@ -59,7 +61,7 @@ class LabelFeed:
         request: number -> what to ask; called in a thread of the feed, may wait.
         first, count: the range of numbers.
         max_bytes, max_batches: bounds on answers asked for and not yet taken.
-        pinned: make tensors that a GPU copies from by itself.
+        prepare: makes of an answer what `take` gives, in a thread of the feed; the answer as it is if not given.
         on_close: wakes a `request` that is waiting.
     """
 
@@ -72,7 +74,7 @@ class LabelFeed:
         count: int,
         max_bytes: int,
         max_batches: int,
-        pinned: bool = False,
+        prepare: Callable[[TeacherSignals], Any] = lambda signals: signals,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
@@ -80,7 +82,7 @@ class LabelFeed:
         self._count = count
         self._next = first
         self._max_bytes = max_bytes
-        self._pinned = pinned
+        self._prepare = prepare
         self._on_close = on_close
         self.depth = Depth(max_batches)
         self._taken_s: float | None = None
@@ -121,14 +123,14 @@ class LabelFeed:
         self._count_in(labels)
         return labels
 
-    def _count_in(self, labels: Taken) -> None:
-        stats, signals = self.stats, labels.signals
-        stats.usage.add(labels.usage)
+    def _count_in(self, taken: Taken) -> None:
+        stats = self.stats
+        stats.usage.add(taken.usage)
         stats.batches += 1
-        stats.rows += signals.rows
-        stats.payload_bytes += signals.payload_bytes
-        stats.queue_s += signals.timing.queue_us / 1e6
-        stats.forward_s += signals.timing.forward_us / 1e6
+        stats.rows += taken.rows
+        stats.payload_bytes += taken.payload_bytes
+        stats.queue_s += taken.timing.queue_us / 1e6
+        stats.forward_s += taken.timing.forward_us / 1e6
 
     def close(self) -> None:
         """Ends; open requests are taken back."""
@@ -187,7 +189,8 @@ class LabelFeed:
             promise.set_exception(_with_names(error, request))
 
     def _ready(self, labels: Labels) -> Taken:
-        return Taken(labels.signals, LabelTensors.of(labels.signals, pinned=self._pinned), labels.usage)
+        signals = labels.signals  # not held longer than it takes: they may be as large as what is made of them
+        return Taken(self._prepare(signals), labels.usage, signals.rows, signals.payload_bytes, signals.timing)
 
     def _wait_for_room(self, size: int) -> bool:
         """Blocks until `size` more bytes may be under way; False when the feed is closed."""

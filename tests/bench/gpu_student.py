@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from student_trainer import compiled
 from student_trainer.config import TrainConfig, parse_config
 from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.feed import background
+from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.desk import LabelDesk
 from student_trainer.feed.order import RunOrder
 from student_trainer.feed.packing import pack
@@ -75,7 +77,8 @@ class Remote:
         return LabelFeed(
             desk.source(self.info, SPECS[transport]),
             lambda number: pack([data[index].example for index in order.batch(number)]),
-            first=0, count=order.batches, max_bytes=512 << 20, max_batches=64, pinned=True,
+            first=0, count=order.batches, max_bytes=512 << 20, max_batches=64,
+            prepare=partial(LabelTensors.of, pinned=True),
         )  # fmt: skip
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.desk import LabelDesk
 from student_trainer.feed.prefetch import LabelFeed
 from student_trainer.feed.source import LabelRequest
@@ -29,7 +30,7 @@ ROW_BYTES = SPEC.row_bytes(16, 4)
 REPLY_BYTES = 58 * ROW_BYTES
 
 
-def open_feed(address, fake, *, count=12, first=0, max_bytes=1 << 30, max_batches=100, retry_for_s=20.0):
+def open_feed(address, fake, *, count=12, first=0, max_bytes=1 << 30, max_batches=100, retry_for_s=20.0, **settings):
     def connect():
         return TeacherClient(address, retry_for_s=retry_for_s, backoff_s=(0.02, 0.05), on_trouble=lambda error: None)
 
@@ -40,6 +41,7 @@ def open_feed(address, fake, *, count=12, first=0, max_bytes=1 << 30, max_batche
         count=count,
         max_bytes=max_bytes,
         max_batches=max_batches,
+        **settings,
     )
 
 
@@ -56,7 +58,7 @@ def test_labels_come_by_number_whatever_the_order_of_answers():
         feed = open_feed(server.address, fake, first=3)
         for number in range(3, 12):
             np.testing.assert_array_equal(
-                feed.take(number).signals.logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
+                feed.take(number).ready.logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
             )
         feed.close()
     assert feed.stats.batches == 9 and feed.stats.rows == 9 * 58
@@ -118,7 +120,7 @@ def test_a_teacher_that_comes_back_is_waited_for():
     back.start()
     for number in range(1, 12):
         np.testing.assert_array_equal(
-            feed.take(number).signals.logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
+            feed.take(number).ready.logits_NV.array, fake.signals(SPEC, request(number).batch).logits_NV.array
         )
     feed.close()
     back.join()
@@ -151,12 +153,20 @@ def test_no_more_is_asked_ahead_than_hides_the_teachers_time():
     assert asked["slow"] >= 12, asked
 
 
-def test_what_is_taken_is_ready_for_torch():
+def test_what_is_taken_has_been_prepared_by_the_feed():
     fake = FakeTeacher()
+    threads = set()
+
+    def prepare(signals):
+        threads.add(threading.current_thread())
+        return LabelTensors.of(signals)
+
     with serve(fake) as server:
-        feed = open_feed(server.address, fake)
+        feed = open_feed(server.address, fake, prepare=prepare)
         taken = feed.take(0)
         feed.close()
-    assert taken.tensors.named.keys() == taken.signals.tensors().keys()
-    for name, tensor in taken.signals.tensors().items():
-        np.testing.assert_array_equal(taken.tensors.named[name].numpy(), tensor.array)
+    expected = fake.signals(SPEC, request(0).batch)
+    assert taken.ready.named.keys() == expected.tensors().keys() and taken.payload_bytes == expected.payload_bytes
+    for name, tensor in expected.tensors().items():
+        np.testing.assert_array_equal(taken.ready.named[name].numpy(), tensor.array)
+    assert threading.main_thread() not in threads

@@ -108,8 +108,8 @@ def test_what_is_on_disk_needs_no_connection(store, spec):
     )  # fmt: skip
     bounds = request(0, 1).batch.row_bounds_B1
     backwards = [first.signals.slice(bounds[b], bounds[b + 1]) for b in (1, 0)]
-    assert_same_labels(feed.take(0).signals, type(first.signals).join(backwards))
-    assert_same_labels(feed.take(1).signals, first.signals)
+    assert_same_labels(feed.take(0).ready, type(first.signals).join(backwards))
+    assert_same_labels(feed.take(1).ready, first.signals)
     feed.close()
     assert feed.stats.usage == LabelUsage(disk_sequences=4, disk_tokens=80) and feed.stats.usage.disk_share == 1.0
 
