@@ -1,8 +1,8 @@
 """Decoder layers as compiled functions, gradient checkpointing inside: norms, rotations, gates and casts fused, half the kernels.
 
-In: a model whose layers are transformers'; out: the same modules, parameters and names, which compute the same numbers by another way
-while they train. Measuring and writing stay as they were. One graph serves all layers of a kind: a first one for the first shape, a
-second one for all other lengths.
+In: a model whose layers are transformers'; out: the same modules, parameters and names, which while they train compute the same but for
+rounding. Measuring and writing stay as they were. One graph serves all layers of a kind and all lengths, so that what a batch is computed
+by does not depend on those before it: a resumed run goes by the same kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -28,7 +29,7 @@ def install(model: nn.Module, backend: Any = "inductor", *, required: bool = Tru
         backend: of torch.compile; others than the default are for tests.
         required: layers that turn out not to compile are an error (TorchDynamoException), not a warning and run plainly.
     """
-    run = _Run(torch.compile(_run, backend=backend), required)
+    run = _Run(torch.compile(_run, backend=backend, dynamic=True), required)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     plain = [layer for layer in layers if not isinstance(layer, _Compiled)]
     kinds = {kind: _compiled_class(kind, run) for kind in {type(layer) for layer in plain}}
@@ -50,13 +51,20 @@ class _Run:
     def __init__(self, run: Any, required: bool) -> None:
         self._run = run
         self._required = required
+        self._proven = False
         self.works = True
 
     def __call__(
         self, plain: Any, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        try:
+        if self._proven:  # patching takes time of a host that has none to spare
             return self._run(layer, hidden, args, kwargs)
+        try:
+            # The way back is compiled now, so that what cannot be shows here and not in the middle of a backward pass.
+            with functorch_config.patch(force_non_lazy_backward_lowering=True):
+                output = self._run(layer, hidden, args, kwargs)
+            self._proven = True
+            return output
         except TorchDynamoException as error:
             if self._required or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise
@@ -85,6 +93,8 @@ def _run(layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     if not layer.gradient_checkpointing:
         return nn.Module.__call__(layer, hidden, *args, **kwargs)
     forward = functools.partial(nn.Module.__call__, layer)
+    if not torch.compiler.is_compiling():  # the compiler has given this call up: as transformers would run it
+        return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
     return checkpoint(forward, hidden, *args, use_reentrant=False, context_fn=_keep_attention, **kwargs)
 
 

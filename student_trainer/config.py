@@ -286,7 +286,7 @@ class FeedConfig(_Strict):
     """How far labels are fetched ahead of the step that needs them.
 
     Attributes:
-        max_mb: bytes of labels requested or waiting.
+        max_mb: bytes of labels requested or waiting, as they travel; where a GPU copies them by itself they may take twice as much.
         max_batches: micro-batches requested or waiting, at most; how many it takes to hide the teacher's time is measured.
         window_mb: reply bytes the server may have under way.
     """

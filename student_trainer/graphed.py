@@ -113,13 +113,14 @@ class GraphedBody:
         record: Record | None = None,
     ) -> None:
         self._run = run
-        self._gradients = Gradients(parameters)
+        self._parameters = list(parameters)
+        self._gradients: Gradients | None = None  # of those that get any, once something is recorded
         self._on_trouble = on_trouble
         self._record = record or CudaRecorder()
         self._seen: set[torch.Size] = set()
         self._passes: dict[torch.Size, Passes] = {}
         self._works = True
-        self._anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
+        self._anchor = torch.zeros((), device=self._parameters[0].device, requires_grad=True)
 
     @property
     def recorded(self) -> int:
@@ -131,7 +132,8 @@ class GraphedBody:
         shape = ids_BL.shape
         if shape not in self._passes and (shape not in self._seen or not self._can_record(ids_BL)):
             self._seen.add(shape)
-            self._gradients.attach()
+            if self._gradients is not None:
+                self._gradients.attach()
             return self._run(ids_BL)
         return _Replay.apply(self._anchor, self._passes[shape], self._gradients, ids_BL)
 
@@ -140,8 +142,10 @@ class GraphedBody:
         if not self._works or len(self._passes) >= MOST_SHAPES:
             return False
         try:
+            if self._gradients is None:
+                self._gradients = Gradients(self._trained(ids_BL))
             passes = self._record(self._run, self._gradients, ids_BL.clone())
-            self._try(passes)
+            self._try(passes, self._gradients)
         except RuntimeError as error:
             self._works = False
             said = " ".join(str(error.__context__ or error).split())[:200]  # a broken recording hides what broke it
@@ -150,13 +154,18 @@ class GraphedBody:
         self._passes[ids_BL.shape] = passes
         return True
 
-    def _try(self, passes: Passes) -> None:
+    def _trained(self, ids_BL: Tensor) -> list[nn.Parameter]:
+        """The parameters that get a gradient; others keep none, so that an optimizer leaves them alone."""
+        state_BLD = self._run(ids_BL)
+        gradients = torch.autograd.grad(state_BLD, self._parameters, torch.zeros_like(state_BLD), allow_unused=True)
+        return [p for p, gradient in zip(self._parameters, gradients, strict=True) if gradient is not None]
+
+    def _try(self, passes: Passes, gradients: Gradients) -> None:
         """Replays both passes and compares them with the plain ones; leaves the gradients as they were.
 
         Raises:
             RuntimeError: they differ.
         """
-        gradients = self._gradients
         gradients.attach()
         before = {dtype: flat.clone() for dtype, flat in gradients.flat.items()}
         plain_BLD = self._run(passes.ids_BL)

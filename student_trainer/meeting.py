@@ -299,6 +299,7 @@ def open_any_feed(
         teacher.desk.source(teacher.info, spec), request,
         first=first, count=count, max_bytes=config.feed.max_mb << 20, max_batches=config.feed.max_batches,
         prepare=prepare or partial(LabelTensors.of, pinned=torch.cuda.is_available()), on_close=on_close,
+        burst=config.train.accumulation,
     )  # fmt: skip
 
 

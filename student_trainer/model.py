@@ -25,7 +25,15 @@ from student_trainer.config import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head, Lora
 
-_DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
+_DROPOUTS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+)
 # One of these makes a tokenizer; without any, transformers builds an empty one and says nothing.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -132,7 +140,14 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     model = _with_adapters(model, config.lora, config.gradient_checkpointing)
     digest = _sha256(model)
     if torch.cuda.is_available():  # now: whatever goes beside it, such as the teacher's head, asks where it is
-        model = model.cuda()
+        try:
+            model = model.cuda()
+        except torch.OutOfMemoryError as error:
+            needed, free = sum(p.nbytes for p in model.parameters()) / 2**30, torch.cuda.mem_get_info()[0] / 2**30
+            raise ModelError(
+                f"model.path {config.path}: its weights in model.dtype={config.dtype} take {needed:,.1f} GiB, "
+                f"the GPU has {free:,.1f} left"
+            ) from error
     return Student(model, tokenizer, digest, quicken(model, config))
 
 
@@ -148,13 +163,19 @@ def quicken(model: Any, config: ModelConfig) -> bool:
         if config.compiled == "on":
             raise ModelError(f"model.compiled=on: {type(model).__name__} has no decoder layers that can be compiled")
         is_compiled = False
-    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    draws = draws or any(getattr(model.config.get_text_config(), name, 0) for name in _DROPOUTS)
     if config.graphs == "off":
         return False
-    if draws or not is_compiled or not on_gpu:
+    if not on_gpu:
+        raise ModelError("model.graphs=on needs a GPU, and there is none")
+    if not is_compiled:
+        raise ModelError(f"model.graphs=on needs compiled layers, and model.compiled={config.compiled} gave none")
+    dropouts = {f"{name}.p": module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    text = model.config.get_text_config()
+    dropouts |= {f"config.{name}": getattr(text, name, 0) for name in _DROPOUTS}
+    drawing = next((f"{name}={value}" for name, value in dropouts.items() if value), None)
+    if drawing:
         raise ModelError(
-            "model.graphs=on needs a GPU, compiled layers (model.compiled) and no dropout in model and adapters"
+            f"model.graphs=on cannot record dropout: {drawing} (model.lora.dropout, or the model's config)"
         )
     return True
 

@@ -146,8 +146,13 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
+# Settings that came later, and what runs did that know nothing of them.
+_BEFORE_THEM = {"model.compiled": "off", "model.graphs": "off"}
+
+
 def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses to go on with other settings or another teacher."""
+    before["settings"] = _BEFORE_THEM | before["settings"]
     keys = sorted(before["settings"].keys() | now["settings"].keys())
     changed = [key for key in keys if before["settings"].get(key) != now["settings"].get(key)]
     if changed:

@@ -6,6 +6,7 @@ the checkpoints and, at the end, the model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -45,6 +46,8 @@ from student_trainer.run_folder import (
     settled_labels,
 )
 from student_trainer.trainer import DistillationTrainer
+
+log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
@@ -120,16 +123,36 @@ def _run(
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         trainer.save_model(str(config.run.output_dir / FINAL_NAME))  # before anything else can go wrong
         metrics = trainer.last_metrics() if held_out else {}
-    except TeacherHeadMismatch as error:
-        trainer.close()  # nothing more is kept
-        if teacher is not None and (told := teacher.desk.forget(teacher.info)):
-            error.add_note(told)
+    except BaseException as error:
+        _name_bad_labels(error, trainer, teacher)
         raise
     finally:
         progress.close()
         trainer.close()
     result = finish(config.run.output_dir, trainer.state.global_step, metrics)
     return replace(result, usage=teacher.desk.usage) if teacher else result
+
+
+def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, teacher: Teacher | None) -> None:
+    """Deletes labels that are not the teacher's. What else ended the run may have come before the verdict on them was read.
+
+    Raises:
+        TeacherHeadMismatch: there were such, and `error` is another.
+    """
+    trainer.close()  # nothing more is kept
+    mismatch = error if isinstance(error, TeacherHeadMismatch) else None
+    try:
+        trainer.settle()
+    except TeacherHeadMismatch as found:
+        mismatch = mismatch or found
+    except Exception:  # the device itself is gone
+        log.debug("no verdict", exc_info=True)
+    if mismatch is None:
+        return
+    if teacher is not None and (told := teacher.desk.forget(teacher.info)):
+        mismatch.add_note(told)
+    if mismatch is not error:
+        raise mismatch from error
 
 
 def _measure(
@@ -152,7 +175,7 @@ def _measure(
         if len(kept) == len(groups):
             return measured(labels=kept.__getitem__, teacher_head=teacher.head)
         kept.clear()
-        feed = open_any_feed(config, teacher, teacher.measuring, request, 0, len(groups))
+        feed = open_any_feed(config, teacher, teacher.measuring, request, 0, len(groups), prepare=LabelTensors.of)
 
         def take(number: int) -> LabelTensors:
             labels: LabelTensors = feed.take(number).ready

@@ -56,7 +56,10 @@ class _Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def figures(self) -> dict[str, float]:
-        """Means over weighted rows, shares of rows, rates over seconds."""
+        """Means over weighted rows, shares of rows, rates over seconds.
+
+        `wait_share` is time in which the host waited for labels; a GPU may still have had work meanwhile.
+        """
         seconds = max(time.perf_counter() - self.started_s, 1e-9)
         sums = {name: float(value) for name, value in self.sums.items()}
         rows = max(sums.get("rows", 0.0), 1.0)
@@ -319,6 +322,7 @@ class DistillationTrainer(Trainer):
         checkpoint.rotate(run_folder, self._config.train.keep_checkpoints)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._verdicts.settle()
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=state_dict)
@@ -337,6 +341,10 @@ class DistillationTrainer(Trainer):
     def _load_rng_state(self, checkpoint_dir: str | None) -> None:
         if checkpoint_dir is not None:
             checkpoint.load_random(Path(checkpoint_dir))
+
+    def settle(self) -> None:
+        """Waits for the verdicts on all labels used so far; raises as `training_step`."""
+        self._verdicts.settle()
 
     def close(self) -> None:
         """Ends the feed."""

@@ -10,6 +10,7 @@ import math
 RESERVE = 2  # beside what the mean latency takes: one that is late, one in hand
 MARGIN = 1.5  # of latency: a busy teacher is not always equally busy
 _SHARE = 0.2  # of the newest measurement in a mean
+_PAUSE = 5  # times the mean: longer is no step but an evaluation or a checkpoint
 FIRST = 4  # until something has been measured
 
 
@@ -21,10 +22,12 @@ class Depth:
 
     Args:
         most: never more.
+        burst: micro-batches that a student takes at once; never fewer than these and the reserve.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, burst: int = 1) -> None:
         self._most = most
+        self._least = burst + RESERVE if burst > 1 else 1
         self.latency_s: float | None = None
         self.interval_s: float | None = None
 
@@ -33,17 +36,19 @@ class Depth:
         self.latency_s = _smoothed(self.latency_s, latency_s)
 
     def taken(self, interval_s: float) -> None:
-        """A micro-batch was taken so long after the one before it, waiting for labels not counted."""
+        """A micro-batch was taken so long after the one before it, waiting for labels not counted; a pause counts little."""
+        if self.interval_s is not None:
+            interval_s = min(interval_s, _PAUSE * self.interval_s)
         self.interval_s = _smoothed(self.interval_s, interval_s)
 
     @property
     def batches(self) -> int:
         """Micro-batches that should be asked for or in hand, from 1 to `most`."""
         if self.latency_s is None or self.interval_s is None:
-            return min(self._most, FIRST)
+            return min(self._most, max(FIRST, self._least))
         if self.interval_s <= 0:
             return self._most
-        return max(1, min(self._most, RESERVE + math.ceil(MARGIN * self.latency_s / self.interval_s)))
+        return min(self._most, max(self._least, RESERVE + math.ceil(MARGIN * self.latency_s / self.interval_s)))
 
 
 def _smoothed(mean: float | None, newest: float) -> float:

@@ -61,6 +61,7 @@ class LabelFeed:
         request: number -> what to ask; called in a thread of the feed, may wait.
         first, count: the range of numbers.
         max_bytes, max_batches: bounds on answers asked for and not yet taken.
+        burst: micro-batches that are taken at once.
         prepare: makes of an answer what `take` gives, in a thread of the feed; the answer as it is if not given.
         on_close: wakes a `request` that is waiting.
     """
@@ -75,6 +76,7 @@ class LabelFeed:
         max_bytes: int,
         max_batches: int,
         prepare: Callable[[TeacherSignals], Any] = lambda signals: signals,
+        burst: int = 1,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
@@ -84,7 +86,7 @@ class LabelFeed:
         self._max_bytes = max_bytes
         self._prepare = prepare
         self._on_close = on_close
-        self.depth = Depth(max_batches)
+        self.depth = Depth(max_batches, burst)
         self._taken_s: float | None = None
         self._promises: dict[int, Future[Taken]] = {}
         self._lock = threading.Condition()

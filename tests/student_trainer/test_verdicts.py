@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
+from student_trainer import checkpoint
+from student_trainer.errors import RunError
 from student_trainer.feed.source import LabelRequest
 from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMismatch
+from student_trainer.run_folder import _compare
+from student_trainer.train import _name_bad_labels
 from student_trainer.verdicts import ON_THEIR_WAY, Verdicts
 from teacher_wire.messages import TokenBatch
 
@@ -81,6 +87,7 @@ def test_an_optimizer_that_is_given_refused_learns_nothing_from_then_on():
     """torch's fused AdamW passes over a step by `found_inf`, without the host having to know."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(5))
+    start = weight.detach().clone()
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     verdicts = late_verdicts()
     optimizer.found_inf = verdicts.refused
@@ -90,5 +97,71 @@ def test_an_optimizer_that_is_given_refused_learns_nothing_from_then_on():
         weight.grad = torch.ones(5)
         optimizer.step()
         seen.append(weight.detach().clone())
-    assert not torch.equal(seen[0], torch.zeros(5)) and int(optimizer.state[weight]["step"]) == 1
+    assert not torch.equal(seen[0], start) and int(optimizer.state[weight]["step"]) == 1
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
+
+
+def test_a_checkpoint_of_another_machine_does_not_say_how_this_one_computes(tmp_path):
+    """Written without fused kernels, read where they are, and where `found_inf` counts on them."""
+
+    def optimizer_of(fused):
+        weight = torch.nn.Parameter(torch.ones(5))
+        return weight, torch.optim.AdamW([weight], lr=0.1, fused=fused)
+
+    def step(weight, optimizer):
+        weight.grad = torch.linspace(-1, 1, 5)
+        optimizer.step()
+
+    weight, optimizer = optimizer_of(None)
+    step(weight, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    checkpoint.save_state(tmp_path, optimizer, scheduler)
+    other, fused = optimizer_of(True)
+    other.data.copy_(weight.data)
+    checkpoint.load_state(tmp_path, fused, torch.optim.lr_scheduler.LambdaLR(fused, lambda step: 1.0))
+    fused.found_inf = torch.zeros(())
+    step(other, fused)
+    step(weight, optimizer)
+    torch.testing.assert_close(other, weight)
+    fused.found_inf.fill_(1)
+    before = other.detach().clone()
+    step(other, fused)
+    assert torch.equal(other, before)
+
+
+class StoppedTrainer:
+    """A trainer whose run has ended, with a verdict that nobody has read."""
+
+    def __init__(self, verdicts):
+        self._verdicts = verdicts
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+    def settle(self):
+        self._verdicts.settle()
+
+
+def test_bad_labels_are_named_though_something_else_ended_the_run():
+    verdicts = late_verdicts()
+    verdicts.add(evidence(20.0, Late), request("bad"))
+    trainer, ended = StoppedTrainer(verdicts), RunError("the disk is full")
+    with pytest.raises(TeacherHeadMismatch) as refused:
+        _name_bad_labels(ended, trainer, None)
+    assert refused.value.__notes__ == ["sample bad:2"] and refused.value.__cause__ is ended and trainer.closed
+
+
+def test_what_ended_a_run_without_bad_labels_is_left_as_it_is():
+    verdicts = late_verdicts()
+    verdicts.add(evidence(0.0, Late), request("good"))
+    _name_bad_labels(RunError("the disk is full"), StoppedTrainer(verdicts), None)
+
+
+def test_a_run_begun_before_layers_were_compiled_goes_on_without():
+    before = {"settings": {"run.seed": 0}, "data": "d", "student": "s", "teacher": "t"}
+    now = {**before, "settings": {"run.seed": 0, "model.compiled": "off", "model.graphs": "off"}}
+    _compare(copy.deepcopy(before), now)
+    now["settings"]["model.compiled"] = "auto"
+    with pytest.raises(RunError, match=r"model\.compiled: 'off' -> 'auto'"):
+        _compare(copy.deepcopy(before), now)

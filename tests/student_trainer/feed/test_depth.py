@@ -21,6 +21,19 @@ def test_as_many_as_one_answer_takes_steps_and_some_in_reserve(latency_s, interv
     assert least <= settled(latency_s, interval_s).batches <= most
 
 
+def test_a_burst_is_always_covered_and_a_pause_counts_little():
+    assert Depth(64, burst=16).batches == 16 + RESERVE and Depth(8, burst=16).batches == 8
+    depth = Depth(64, burst=16)
+    for _ in range(40):
+        depth.answered(0.3)
+        depth.taken(0.3)
+    assert depth.batches == 16 + RESERVE
+    steady = settled(1.0, 0.1)
+    before = steady.batches
+    steady.taken(60.0)  # an evaluation
+    assert steady.batches >= before / 2
+
+
 def test_bounded_by_what_is_allowed_and_by_one():
     assert settled(10.0, 0.1, most=3).batches == 3
     assert Depth(1).batches == 1 and Depth(64).batches == FIRST
