@@ -71,8 +71,8 @@ class ModelConfig(_Strict):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     lora: LoraSettings | None = LoraSettings()
     gradient_checkpointing: bool = False
-    compiled: Literal["auto", "on", "off"] = "auto"
-    graphs: Literal["on", "off"] = "off"
+    compiled: bool | Literal["auto"] = "auto"
+    graphs: bool = False
     threads: Positive = 1
 
 

@@ -158,24 +158,26 @@ def quicken(model: Any, config: ModelConfig) -> bool:
         ModelError: layers that cannot be compiled, or passes that cannot be recorded, and must be.
     """
     on_gpu = torch.cuda.is_available()
-    is_compiled = config.compiled == "on" or (config.compiled == "auto" and on_gpu)
-    if is_compiled and not compiled.install(model, required=config.compiled == "on"):
-        if config.compiled == "on":
-            raise ModelError(f"model.compiled=on: {type(model).__name__} has no decoder layers that can be compiled")
+    is_compiled = config.compiled is True or (config.compiled == "auto" and on_gpu)
+    if is_compiled and not compiled.install(model, required=config.compiled is True):
+        if config.compiled is True:
+            raise ModelError(f"model.compiled=true: {type(model).__name__} has no decoder layers that can be compiled")
         is_compiled = False
-    if config.graphs == "off":
+    if not config.graphs:
         return False
     if not on_gpu:
-        raise ModelError("model.graphs=on needs a GPU, and there is none")
+        raise ModelError("model.graphs=true needs a GPU, and there is none")
     if not is_compiled:
-        raise ModelError(f"model.graphs=on needs compiled layers, and model.compiled={config.compiled} gave none")
+        raise ModelError(
+            f"model.graphs=true needs compiled layers, and model.compiled={str(config.compiled).lower()} gave none"
+        )
     dropouts = {f"{name}.p": module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     text = model.config.get_text_config()
     dropouts |= {f"config.{name}": getattr(text, name, 0) for name in _DROPOUTS}
     drawing = next((f"{name}={value}" for name, value in dropouts.items() if value), None)
     if drawing:
         raise ModelError(
-            f"model.graphs=on cannot record dropout: {drawing} (model.lora.dropout, or the model's config)"
+            f"model.graphs=true cannot record dropout: {drawing} (model.lora.dropout, or the model's config)"
         )
     return True
 

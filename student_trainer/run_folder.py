@@ -147,7 +147,7 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
 
 
 # Settings that came later, and what runs did that know nothing of them.
-_BEFORE_THEM = {"model.compiled": "off", "model.graphs": "off"}
+_BEFORE_THEM = {"model.compiled": False, "model.graphs": False}
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:

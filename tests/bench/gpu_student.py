@@ -153,7 +153,7 @@ class Room:
         ids_SL = rng.integers(0, V, (SEQUENCES * (self.steps + SKIPPED), LENGTH), dtype=np.int32)
         return TokenizedDataset([Example(ids, mask, 0, str(s)) for s, ids in enumerate(ids_SL)])
 
-    def config(self, loss: dict[str, Any], transport: str, graphs: str) -> TrainConfig:
+    def config(self, loss: dict[str, Any], transport: str, graphs: bool) -> TrainConfig:
         """As a user's file would say it."""
         tree = {
             "run": {"output_dir": str(self.folder / "run")},
@@ -168,7 +168,7 @@ class Room:
 
     def ours(
         self, name: str, transport: str = "", feed: Callable[[TokenizedDataset, RunOrder], Any] | None = None,
-        seed: int = 0, divergence: str = "forward_kl", deterministic: bool = True, graphs: str = "off",
+        seed: int = 0, divergence: str = "forward_kl", deterministic: bool = True, graphs: bool = False,
     ) -> Row:  # fmt: skip
         """A run of the trainer, as it ships unless told otherwise."""
         loss: dict[str, Any] = (
@@ -263,11 +263,9 @@ def measured(room: Room, remote: Remote) -> None:
         def fetched(data: TokenizedDataset, order: RunOrder, transport: str = transport) -> LabelFeed:
             return remote.feed(transport, data, order)
 
-        for graphs, note in (("off", ""), ("on", ", recorded passes")):
+        for graphs, note in ((False, ""), (True, ", recorded passes")):
             room.ours(f"{name}{note}", transport, in_memory, seed, graphs=graphs)
-            room.ours(
-                f"{name}{note} over gRPC", transport, fetched, seed + (100 if graphs == "off" else 300), graphs=graphs
-            )
+            room.ours(f"{name}{note} over gRPC", transport, fetched, seed + (300 if graphs else 100), graphs=graphs)
         if (
             transport == "hidden"
         ):  # how much two equal runs differ, what the shipped `train.deterministic` costs, and mere arrival
@@ -276,7 +274,7 @@ def measured(room: Room, remote: Remote) -> None:
             room.ours(f"{name}, not deterministic", transport, in_memory, seed, deterministic=False)
             room.ours(f"{name} over gRPC, kept by the edge", transport, fetched, seed)
     room.ours("SFT, ours")
-    room.ours("SFT, ours, recorded passes", graphs="on")
+    room.ours("SFT, ours, recorded passes", graphs=True)
     room.head = None
 
 

@@ -20,7 +20,7 @@ sed -i 's/^V, K, SEQUENCES, LENGTH, TEACHER_WIDTH = .*/V, K, SEQUENCES, LENGTH, 
 sed -i 's/^VOCAB, /VOCAB, /; s/152_064/2_048/; s/"hidden_size": 3584/"hidden_size": 96/; s/"intermediate_size": 18944/"intermediate_size": 128/
         s/"num_hidden_layers": 28/"num_hidden_layers": 2/; s/"num_attention_heads": 28/"num_attention_heads": 4/' gpu_teacher.py
 # Recorded passes need a GPU: here the same runs are made without.
-sed -i 's/("on", ", recorded passes")/("off", ", recorded passes")/; s/, graphs="on")/)/; s/^import torch$/import torch\nimport no_gpu/' gpu_student.py
+sed -i 's/(True, ", recorded passes")/(False, ", recorded passes")/; s/, graphs=True)/)/; s/^import torch$/import torch\nimport no_gpu/' gpu_student.py
 sed -i "s/^import torch$/import torch\nimport no_gpu/" gpu_server.py student_layers.py
 cat >"$copy/no_gpu.py" <<'END'
 import torch

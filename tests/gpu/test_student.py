@@ -35,7 +35,7 @@ def folder(model_factory):
 @pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
 def test_recorded_passes_give_the_plain_gradients_over_windows_and_shapes(folder, lora):
     config = ModelConfig(
-        path=str(folder), dtype="float32", lora=lora, gradient_checkpointing=True, compiled="on", graphs="on"
+        path=str(folder), dtype="float32", lora=lora, gradient_checkpointing=True, compiled=True, graphs=True
     )
     student = load_student(config, 0)
     assert student.is_graphed
@@ -95,7 +95,7 @@ def teacher(folder):
     return Spoiling(**{name: getattr(fake, name) for name in names})
 
 
-def config_for(tmp_path, folder, rows_file, address, graphs="off", **sections):
+def config_for(tmp_path, folder, rows_file, address, graphs=False, **sections):
     tree = run_config(
         tmp_path, folder, rows_file, address,
         model={"dtype": "bfloat16", "lora": {"rank": 4}, "gradient_checkpointing": True, "graphs": graphs},
@@ -106,7 +106,7 @@ def config_for(tmp_path, folder, rows_file, address, graphs="off", **sections):
     return parse_config(tree, "test")
 
 
-@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("transport", ["hidden", "top_k"])
 def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, transport, graphs, monkeypatch):
     torch.cuda.set_sync_debug_mode("error")

@@ -167,21 +167,21 @@ def test_which_students_are_compiled_and_recorded(model_factory, monkeypatch):
         return is_graphed, any(isinstance(module, compiled._Compiled) for module in model.modules())
 
     assert found() == (False, False), "on a CPU neither"
-    assert found(compiled="on") == (False, True)
+    assert found(compiled=True) == (False, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = {"lora": {"rank": 4, "dropout": 0.1}}
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, *_: self)
     assert found() == (False, True), "on a GPU it is compiled"
-    assert found(graphs="on") == (True, True)
-    assert found(compiled="off") == (False, False)
-    for refused, said in (({"compiled": "off"}, "model.compiled=off gave none"), (config, r"lora_dropout.*p=0\.1")):
+    assert found(graphs=True) == (True, True)
+    assert found(compiled=False) == (False, False)
+    for refused, said in (({"compiled": False}, "model.compiled=false gave none"), (config, r"lora_dropout.*p=0\.1")):
         with pytest.raises(ModelError, match=said):
-            found(graphs="on", **refused)
+            found(graphs=True, **refused)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ModelError, match=r"model\.graphs=on needs a GPU"):
-        found(graphs="on")
-    with pytest.raises(ModelError, match=r"model\.compiled=on: Linear"):
-        quicken(torch.nn.Linear(2, 2), ModelConfig(path=folder, compiled="on"))
+    with pytest.raises(ModelError, match=r"model\.graphs=true needs a GPU"):
+        found(graphs=True)
+    with pytest.raises(ModelError, match=r"model\.compiled=true: Linear"):
+        quicken(torch.nn.Linear(2, 2), ModelConfig(path=folder, compiled=True))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "internlm3", "glm"])

@@ -160,8 +160,8 @@ def test_what_ended_a_run_without_bad_labels_is_left_as_it_is():
 
 def test_a_run_begun_before_layers_were_compiled_goes_on_without():
     before = {"settings": {"run.seed": 0}, "data": "d", "student": "s", "teacher": "t"}
-    now = {**before, "settings": {"run.seed": 0, "model.compiled": "off", "model.graphs": "off"}}
+    now = {**before, "settings": {"run.seed": 0, "model.compiled": False, "model.graphs": False}}
     _compare(copy.deepcopy(before), now)
     now["settings"]["model.compiled"] = "auto"
-    with pytest.raises(RunError, match=r"model\.compiled: 'off' -> 'auto'"):
+    with pytest.raises(RunError, match=r"model\.compiled: False -> 'auto'"):
         _compare(copy.deepcopy(before), now)
