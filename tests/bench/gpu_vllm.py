@@ -34,8 +34,8 @@ SHAPES = {
     "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=2048),
 }  # fmt: skip
-MODES = ("bare_states", "our_labels", "our_labels_async", "bare_generate", "our_writing")
-FURTHER = ("bare_states_16_bit",)  # by --only
+MODES = ("bare_states", "our_labels", "bare_generate", "our_writing")
+FURTHER = ("bare_states_16_bit", "our_labels_async")  # by --only
 WRITING = ("bare_generate", "our_writing")  # in this order
 K = 64
 REQUEST_TOKENS = 4096
