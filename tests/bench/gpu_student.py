@@ -233,6 +233,8 @@ class Room:
         used, held = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
         row: Row = {"step": name, "ms": ms, "waited": waited, "used GiB": used, "held GiB": held}
         self.rows.append(row)
+        if "OUT" in os.environ:  # a run that is cut off leaves what it has
+            Path(os.environ["OUT"], "gpu_student_rows.json").write_text(json.dumps(self.rows, indent=1))
         return row
 
     def free(self) -> None:
@@ -244,11 +246,13 @@ class Room:
 
 
 def measured(room: Room, remote: Remote) -> None:
-    """All runs but the one with a teacher in the process; what the issue asks for first."""
+    """All runs; the references first, then what the issue asks for."""
     bench = room.bench
     sft = Case("SFT, transformers")
     room.usual("SFT, usual", lambda: bench.step(sft), fast=False)
     room.usual("SFT, usual loss, our layers", lambda: bench.step(sft), fast=True)
+    in_process(room)
+    room.free()
     room.head = head_on(remote.head, V, torch.device("cuda"))
     for seed, transport in enumerate(SPECS):
         name = "hidden" if transport == "hidden" else f"top-{K}"
@@ -354,7 +358,6 @@ def main() -> None:
         measured(room, remote)
     finally:
         remote.stop()
-    in_process(room)
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, teacher on {'another' if gpus > 1 else 'the same'} GPU"
     rows = with_ratios(room.rows)
     show(f"a student's step, {SEQUENCES} x {LENGTH} tokens; {where}", rows, as_json=options.json)
