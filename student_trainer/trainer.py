@@ -266,9 +266,8 @@ class DistillationTrainer(Trainer):
         """As configured; on a GPU it passes over every step once labels were refused (`verdicts.py`)."""
         optimizer = super().create_optimizer(model)
         if self._verdicts.refused.is_cuda:
-            optimizer.found_inf = (
-                self._verdicts.refused
-            )  # torch's own word for a step that a fused optimizer leaves out
+            # torch's own word for a step that a fused optimizer leaves out
+            optimizer.found_inf = self._verdicts.refused
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
