@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 
-RESERVE = 2  # beside what the mean latency takes: one that is late, one in hand
-MARGIN = 1.5  # of latency: a busy teacher is not always equally busy
+RESERVE = 2  # beside what the latency takes: one that is late, one in hand
+_DEVIATIONS = (
+    4  # above the mean, as TCP's retransmission timer has it (RFC 6298): a busy teacher is not always equally busy
+)
 _SHARE = 0.2  # of the newest measurement in a mean
 _PAUSE = 5  # times the mean: longer is no step but an evaluation or a checkpoint
 FIRST = 4  # until something has been measured
@@ -29,10 +31,15 @@ class Depth:
         self._most = most
         self._least = burst + RESERVE if burst > 1 else 1
         self.latency_s: float | None = None
+        self._deviation_s = 0.0
         self.interval_s: float | None = None
 
     def answered(self, latency_s: float) -> None:
         """An answer came so long after it was asked for."""
+        if self.latency_s is None:
+            self._deviation_s = latency_s / 2
+        else:
+            self._deviation_s = _smoothed(self._deviation_s, abs(latency_s - self.latency_s))
         self.latency_s = _smoothed(self.latency_s, latency_s)
 
     def taken(self, interval_s: float) -> None:
@@ -48,7 +55,8 @@ class Depth:
             return min(self._most, max(FIRST, self._least))
         if self.interval_s <= 0:
             return self._most
-        return min(self._most, max(self._least, RESERVE + math.ceil(MARGIN * self.latency_s / self.interval_s)))
+        latest_s = self.latency_s + _DEVIATIONS * self._deviation_s
+        return min(self._most, max(self._least, RESERVE + math.ceil(latest_s / self.interval_s)))
 
 
 def _smoothed(mean: float | None, newest: float) -> float:
