@@ -52,9 +52,8 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -
     for key, value in {**tensors, **plain["scalars"]}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    for group in plain[
-        "param_groups"
-    ]:  # how it computes is this machine's business, and decides where its step counters live
+    # How it computes is this machine's business, and decides where its step counters live.
+    for group in plain["param_groups"]:
         group |= {name: optimizer.defaults[name] for name in ("fused", "foreach") if name in optimizer.defaults}
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
     scheduler.load_state_dict(plain["scheduler"])

@@ -18,6 +18,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from student_trainer.errors import ModelError
+
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +29,7 @@ def install(model: nn.Module, backend: Any = "inductor", *, required: bool = Tru
     Args:
         model: a causal language model of transformers, with or without adapters.
         backend: of torch.compile; others than the default are for tests.
-        required: layers that turn out not to compile are an error (TorchDynamoException), not a warning and run plainly.
+        required: layers that turn out not to compile are an error (ModelError, at the first step), not a warning and run plainly.
     """
     run = _Run(torch.compile(_run, backend=backend, dynamic=True), required)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -66,10 +68,14 @@ class _Run:
             self._proven = True
             return output
         except TorchDynamoException as error:
-            if self._required or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise
-            self.works = False
             said = " ".join(str(error).split())[:200]
+            if self._required:
+                raise ModelError(
+                    f"model.compiled=true: the layers cannot be compiled here ({said}); set it to auto or false"
+                ) from error
+            self.works = False
             log.warning("the student's layers cannot be compiled and are run as they are, which is slower: %s", said)
             return plain(layer, hidden, *args, **kwargs)
 
@@ -109,4 +115,5 @@ def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     twice, it would save and restore the generator's state around it, which no recording (`graphed.py`) can hold.
     """
     draws = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
-    return CheckpointPolicy.MUST_SAVE if draws else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = draws and "attention" in str(op)  # not dropout: its outputs are as large as all that checkpointing saves
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

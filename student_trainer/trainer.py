@@ -141,8 +141,7 @@ class DistillationTrainer(Trainer):
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
         pad_id = student.tokenizer.pad_token_id
         pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
-        device = next(student.model.parameters()).device if not torch.cuda.is_available() else torch.device("cuda")
-        self._verdicts = Verdicts(device)
+        self._verdicts = Verdicts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         is_graphed = student.is_graphed
         length = graphed.padded_length if is_graphed else lambda longest: longest
         super().__init__(

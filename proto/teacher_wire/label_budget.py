@@ -164,9 +164,8 @@ class Budget:
             total -= self._evict(files, total + size - self._max_bytes * _LOW)
         with self._counting:
             self._unseen -= before
-            self._total = (
-                total + self._unseen
-            )  # what was written during the look may be in both: rather too much than too little
+            # What was written during the look may be in both: rather too much than too little.
+            self._total = total + self._unseen
             self._look_s = time.monotonic() - began_s
 
     def _evict(self, files: list[File], excess: float) -> int:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 
 RESERVE = 2  # beside what the latency takes: one that is late, one in hand
-_DEVIATIONS = (
-    4  # above the mean, as TCP's retransmission timer has it (RFC 6298): a busy teacher is not always equally busy
-)
+_DEVIATIONS = 4  # above the mean, as TCP's retransmission timer has it (RFC 6298): a teacher is not always equally busy
 _SHARE = 0.2  # of the newest measurement in a mean
 _PAUSE = 5  # times the mean: longer is no step but an evaluation or a checkpoint
 FIRST = 4  # until something has been measured
