@@ -35,7 +35,7 @@ SHAPES = {
                  num_key_value_heads=2, vocab_size=2048),
 }  # fmt: skip
 MODES = ("bare_states", "our_labels", "bare_generate", "our_writing")
-FURTHER = ("bare_states_16_bit", "our_labels_async")  # by --only
+FURTHER = ("bare_states_16_bit", "our_labels_async", "bare_states_compiled", "our_labels_compiled")  # by --only
 WRITING = ("bare_generate", "our_writing")  # in this order
 K = 64
 REQUEST_TOKENS = 4096
@@ -121,14 +121,14 @@ class Bench:
         death_watch.start([child.pid for child in psutil.Process().children()])
         return llm
 
-    def bare_states(self, name: str = "bare token_embed (float32)", **changes: Any) -> None:
+    def bare_states(self, name: str = "bare token_embed (float32)", decoding: str = "eager", **changes: Any) -> None:
         from vllm import PoolingParams
         from vllm.config import PoolerConfig
 
         o = self.options
         prompts = [{"prompt_token_ids": ids} for ids in self.ids(o.sequences, o.tokens)]
         llm = self.llm(
-            "eager", runner="pooling", convert="embed", pooler_config=PoolerConfig(task="token_embed"), **changes
+            decoding, runner="pooling", convert="embed", pooler_config=PoolerConfig(task="token_embed"), **changes
         )
         params = PoolingParams(use_activation=False)
 
@@ -139,6 +139,9 @@ class Bench:
 
     def bare_states_16_bit(self) -> None:
         self.bare_states("bare token_embed (bfloat16, as ours)", hf_overrides={"head_dtype": "model"})
+
+    def bare_states_compiled(self) -> None:
+        self.bare_states("bare token_embed (float32), compiled", "compiled")
 
     def bare_generate(self) -> None:
         from vllm import SamplingParams
@@ -192,11 +195,11 @@ class Bench:
         model = vllm_backend.load(config.backend, deterministic=False, overrides=overrides)
         return TeacherEngine(config, model), model
 
-    def our_labels(self, note: str = "", **overrides: Any) -> None:
+    def our_labels(self, note: str = "", decoding: str = "eager", **overrides: Any) -> None:
         from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
 
         o = self.options
-        engine, model = self.engine("score", "eager", **overrides)
+        engine, model = self.engine("score", decoding, **overrides)
         each = max(1, REQUEST_TOKENS // o.tokens)
         sequences = self.ids(o.sequences, o.tokens)
         requests = [TokenBatch.pack(sequences[i : i + each]) for i in range(0, len(sequences), each)]
@@ -205,12 +208,14 @@ class Bench:
         async def start() -> None:
             engine.start()
 
-        async def ask(spec: SignalSpec, batch: TokenBatch) -> int:
-            return (await engine.score(ScoreCall("bench", "", "", spec, batch))).rows  # and lets the answer go
+        async def ask(spec: SignalSpec, batch: TokenBatch) -> tuple[int, int]:
+            answer = await engine.score(ScoreCall("bench", "", "", spec, batch))  # and lets it go
+            return answer.rows, answer.timing.reduce_us
 
         async def score(spec: SignalSpec, parts: int) -> None:
-            rows = await asyncio.gather(*(ask(spec, batch) for batch in requests[:parts]))
-            assert sum(rows) == sum(batch.rows for batch in requests[:parts])
+            answers = await asyncio.gather(*(ask(spec, batch) for batch in requests[:parts]))
+            assert sum(rows for rows, _ in answers) == sum(batch.rows for batch in requests[:parts])
+            print(f"    of a batch, reduce: {statistics.median(us for _, us in answers) / 1e3:.1f} ms", flush=True)
 
         loop.run_until_complete(start())
         for name, spec in (
@@ -226,6 +231,9 @@ class Bench:
 
     def our_labels_async(self) -> None:
         self.our_labels(" (vLLM's async scheduling)", async_scheduling=True)
+
+    def our_labels_compiled(self) -> None:
+        self.our_labels(" (compiled, async scheduling)", "compiled", async_scheduling=True)
 
     def our_writing(self) -> None:
         from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec
@@ -305,6 +313,7 @@ def rows_of(found: dict[str, float]) -> list[dict[str, object]]:
     """The table, with what issue 5 asks each figure to be measured against."""
     bases = {
         "of bare token_embed": found.get("bare token_embed (float32)"),
+        "of bare, compiled": found.get("bare token_embed (float32), compiled"),
         "of prompt_logprobs": found.get(f"bare prompt_logprobs k={K}"),
         "of bare writing": found.get("bare writing"),
         "of bare writing as ours": found.get("bare writing, seeds and log-probabilities as ours"),
