@@ -59,15 +59,15 @@ class _Run:
     def __call__(
         self, plain: Any, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._proven:  # patching takes time of a host that has none to spare
-            return self._run(layer, hidden, args, kwargs)
         try:
+            if self._proven:  # patching takes time of a host that has none to spare
+                return self._run(layer, hidden, args, kwargs)
             # The way back is compiled now, so that what cannot be shows here and not in the middle of a backward pass.
             with functorch_config.patch(force_non_lazy_backward_lowering=True):
                 output = self._run(layer, hidden, args, kwargs)
             self._proven = True
             return output
-        except TorchDynamoException as error:
+        except (TorchDynamoException, _GivenUpError) as error:
             if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise
             said = " ".join(str(error).split())[:200]
@@ -78,6 +78,10 @@ class _Run:
             self.works = False
             log.warning("the student's layers cannot be compiled and are run as they are, which is slower: %s", said)
             return plain(layer, hidden, *args, **kwargs)
+
+
+class _GivenUpError(RuntimeError):
+    """torch runs the function as it is."""
 
 
 class _Compiled:
@@ -96,11 +100,11 @@ def _compiled_class(kind: type[nn.Module], run: _Run) -> type[nn.Module]:
 
 
 def _run(layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not torch.compiler.is_compiling():
+        raise _GivenUpError("torch is told not to compile, or has met more kinds of calls than it keeps graphs for")
     if not layer.gradient_checkpointing:
         return nn.Module.__call__(layer, hidden, *args, **kwargs)
     forward = functools.partial(nn.Module.__call__, layer)
-    if not torch.compiler.is_compiling():  # the compiler has given this call up: as transformers would run it
-        return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
     return checkpoint(forward, hidden, *args, use_reentrant=False, context_fn=_keep_attention, **kwargs)
 
 

@@ -60,8 +60,8 @@ class ModelConfig(_Strict):
         path: hub id or local folder.
         lora: adapters, or null to train every weight.
         compiled: compute decoder layers as compiled functions while training (`compiled.py`); `auto`: on a GPU.
-        graphs: on a GPU, record the passes of each length that comes again and replay them with one launch each (`graphed.py`); needs
-            compiled layers and no dropout. Lengths are then padded to a few. Not yet seen to work on a GPU, hence off.
+        graphs: record the passes of each length that comes again and replay them with one launch each (`graphed.py`); needs a GPU,
+            compiled layers and no dropout; `auto`: where these are given. Lengths are then padded to a few.
         threads: torch threads on CPU.
     """
 
@@ -72,7 +72,7 @@ class ModelConfig(_Strict):
     lora: LoraSettings | None = LoraSettings()
     gradient_checkpointing: bool = False
     compiled: bool | Literal["auto"] = "auto"
-    graphs: bool = False
+    graphs: bool | Literal["auto"] = "auto"
     threads: Positive = 1
 
 

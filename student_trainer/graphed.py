@@ -91,6 +91,9 @@ class Passes(Protocol):
     def backward(self) -> None:
         """Adds what `grad_BLD` makes of the last `forward` to the gradients."""
 
+    def settle(self) -> None:
+        """Gives back what only recording and trying needed."""
+
 
 Record = Callable[[Body, Gradients, Tensor], Passes]
 
@@ -146,6 +149,7 @@ class GraphedBody:
                 self._gradients = Gradients(self._trained(ids_BL))
             passes = self._record(self._run, self._gradients, ids_BL.clone())
             self._try(passes, self._gradients)
+            passes.settle()
         except RuntimeError as error:
             self._works = False
             said = " ".join(str(error.__context__ or error).split())[:200]  # a broken recording hides what broke it
@@ -201,8 +205,9 @@ class CudaRecorder:
         """Passes for ids of this shape; `ids_BL` becomes theirs.
 
         Raises:
-            RuntimeError: something in `run` cannot be recorded.
+            RuntimeError: something in `run` cannot be recorded, or there is no memory for it.
         """
+        _check_room()
         working = torch.cuda.current_stream()
         self._stream.wait_stream(working)
         with torch.cuda.stream(self._stream):  # libraries set up what they need for a stream the first time they see it
@@ -225,11 +230,29 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 yield
         except BaseException:
-            # torch (2.11) leaves its allocator recording when a capture ends badly: no memory that two streams have used is then
-            # ever given back.
+            # When a capture ends badly, torch (2.11) leaves its allocator recording, so that no memory that two streams have used is
+            # ever given back, and its generator too, so that nothing random can be drawn again.
+            device = torch.cuda.current_device()
             with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                torch._C._cuda_endAllocateToPool(device, self._pool)
+            generator, fresh = torch.cuda.default_generators[device], torch.Generator(f"cuda:{device}")
+            fresh.set_state(generator.get_state())
+            generator.graphsafe_set_state(fresh)
             raise
+
+
+def _check_room() -> None:
+    """A recording holds on to what its passes need, and the losses beside them may need as much as ever.
+
+    Raises:
+        RuntimeError: less is free than twice of what a step has needed so far beyond what always lies there.
+    """
+    lying, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - lying
+    if free < 2 * (most - lying):
+        raise RuntimeError(
+            f"{free / 2**30:.1f} GiB of the GPU are free, and {2 * (most - lying) / 2**30:.1f} may be needed"
+        )
 
 
 @dataclass(frozen=True)
@@ -245,6 +268,9 @@ class _CudaPasses:
 
     def backward(self) -> None:
         self._backward.replay()
+
+    def settle(self) -> None:
+        torch.cuda.empty_cache()  # the plain passes beside which these were tried; a recording cannot use what others hold
 
 
 class _Replay(torch.autograd.Function):

@@ -165,21 +165,23 @@ def quicken(model: Any, config: ModelConfig) -> bool:
         is_compiled = False
     if not config.graphs:
         return False
+    hindrance = _not_recorded(model, config, on_gpu=on_gpu, is_compiled=is_compiled)
+    if hindrance and config.graphs is True:
+        raise ModelError(f"model.graphs=true {hindrance}")
+    return not hindrance
+
+
+def _not_recorded(model: Any, config: ModelConfig, *, on_gpu: bool, is_compiled: bool) -> str:
+    """What keeps passes from being recorded; empty if nothing does."""
     if not on_gpu:
-        raise ModelError("model.graphs=true needs a GPU, and there is none")
+        return "needs a GPU, and there is none"
     if not is_compiled:
-        raise ModelError(
-            f"model.graphs=true needs compiled layers, and model.compiled={str(config.compiled).lower()} gave none"
-        )
+        return f"needs compiled layers, and model.compiled={str(config.compiled).lower()} gave none"
     dropouts = {f"{name}.p": module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     text = model.config.get_text_config()
     dropouts |= {f"config.{name}": getattr(text, name, 0) for name in _DROPOUTS}
     drawing = next((f"{name}={value}" for name, value in dropouts.items() if value), None)
-    if drawing:
-        raise ModelError(
-            f"model.graphs=true cannot record dropout: {drawing} (model.lora.dropout, or the model's config)"
-        )
-    return True
+    return f"cannot record dropout: {drawing} (model.lora.dropout, or the model's config)" if drawing else ""
 
 
 def load_outline(config: ModelConfig) -> Outline:

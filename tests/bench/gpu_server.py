@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -202,9 +204,16 @@ def vllm(anchors: Path) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("gen", "pool"):
             command = [sys.executable, str(anchors / "vllm_anchor.py"), mode]
-            subprocess.run(command, env={**os.environ, "OUT": folder}, check=False, timeout=300)
+            script = subprocess.Popen(command, env={**os.environ, "OUT": folder}, start_new_session=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                script.wait(timeout=240)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)  # its engine may outlive it, with the GPU's memory
+            script.wait()
+            time.sleep(3)
             file = Path(folder) / f"vllm_{mode}.json"
             found |= json.loads(file.read_text()) if file.exists() else {f"vllm {mode}": "failed"}
+    print(found, flush=True)
     return [found]
 
 
@@ -226,8 +235,10 @@ def main() -> None:
     tables.append(("transformers eager, 8 x 2048, tokens/s", [{k: round(v) for k, v in reference.items()}]))
     print(tables[-1], flush=True)
     tables.append(("bare backend, label tokens/s", bare(model, quick=options.quick)))
+    print(tables[-1], flush=True)
     teacher = gpu_teacher.backend(model)
     together, alone = asyncio.run(served(teacher, options.seconds))
+    print(together, alone, flush=True)
     tables += [("served: four client processes over gRPC", together), ("one request of 2 x 2,048 tokens, ms", alone)]
     if options.ray:
         labels = {name: spec.transport for name, spec in gpu_teacher.SPECS.items()}

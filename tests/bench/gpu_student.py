@@ -7,7 +7,8 @@ one. With one GPU both share it. The usual ways are bare loops of the calls a tr
     python -m tests.bench.gpu_student [--json] [--steps N]
 
 Columns: milliseconds a step over a run of steps on end; ratios to SFT the usual way (peft's layers, kernel by kernel), to the same with
-our compiled layers, and to labels in memory; share of the time waited for labels; memory in use and held at most by the student's process.
+our compiled layers, to SFT by our trainer (with recorded passes or kernel by kernel as the row itself), and to labels in memory; share of
+the time waited for labels; memory in use and held at most by the student's process.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ from tests.tiny import make_tokenizer
 
 SKIPPED = 6  # steps before the clock starts: compilation, recording, and what was asked ahead
 SPECS = {"hidden": SignalSpec("hidden", V), "top_k": SignalSpec("top_k", V, k=K)}
+BY_KERNEL = ", kernel by kernel"  # `model.graphs: false`
 Row = dict[str, object]
+Feed = Callable[[TokenizedDataset, RunOrder], Any]
 
 
 class Remote:
@@ -167,8 +170,8 @@ class Room:
         return parse_config(tree, "bench")
 
     def ours(
-        self, name: str, transport: str = "", feed: Callable[[TokenizedDataset, RunOrder], Any] | None = None,
-        seed: int = 0, divergence: str = "forward_kl", deterministic: bool = True, graphs: bool = False,
+        self, name: str, transport: str = "", feed: Feed | None = None,
+        seed: int = 0, divergence: str = "forward_kl", deterministic: bool = True, graphs: bool = True,
     ) -> Row:  # fmt: skip
         """A run of the trainer, as it ships unless told otherwise."""
         loss: dict[str, Any] = (
@@ -178,7 +181,6 @@ class Room:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         self.bench.place_layers(True)
-        compiled.uninstall(self.student.model)
         self.student.is_graphed = quicken(self.student.model, config.model)
         self.bench.optimizer = None  # its state is not part of our run
         data, order = self.data(seed), self.order()
@@ -254,8 +256,9 @@ def measured(room: Room, remote: Remote) -> None:
     in_process(room)
     room.free()
     room.head = head_on(remote.head, V, torch.device("cuda"))
+    room.ours("SFT, ours")
+    feeds: dict[str, tuple[str, Feed, Feed]] = {}
     for seed, transport in enumerate(SPECS):
-        name = "hidden" if transport == "hidden" else f"top-{K}"
         data, order = room.data(seed), room.order()
         feed = remote.feed(transport, data, order)
         kept = [feed.take(number) for number in range(order.batches)]
@@ -264,21 +267,18 @@ def measured(room: Room, remote: Remote) -> None:
         def in_memory(_data: Any, _order: Any, kept: list[Taken] = kept) -> InMemory:
             return InMemory(kept)
 
-        def fetched(data: TokenizedDataset, order: RunOrder, transport: str = transport) -> LabelFeed:
-            return remote.feed(transport, data, order)
-
-        for graphs, note in ((False, ""), (True, ", recorded passes")):
-            room.ours(f"{name}{note}", transport, in_memory, seed, graphs=graphs)
-            room.ours(f"{name}{note} over gRPC", transport, fetched, seed + (300 if graphs else 100), graphs=graphs)
-        if (
-            transport == "hidden"
-        ):  # how much two equal runs differ, what the shipped `train.deterministic` costs, and mere arrival
-            room.ours(f"{name}, again", transport, in_memory, seed)
-            room.ours(f"{name} over gRPC, again", transport, fetched, seed + 200)
-            room.ours(f"{name}, not deterministic", transport, in_memory, seed, deterministic=False)
-            room.ours(f"{name} over gRPC, kept by the edge", transport, fetched, seed)
-    room.ours("SFT, ours")
-    room.ours("SFT, ours, recorded passes", graphs=True)
+        fetched = partial(remote.feed, transport)
+        name = "hidden" if transport == "hidden" else f"top-{K}"
+        feeds[name] = transport, in_memory, fetched
+        room.ours(name, transport, in_memory, seed)
+        room.ours(f"{name} over gRPC", transport, fetched, seed + 100)  # other rows: the edge has none of these
+    hidden = feeds["hidden"][1]
+    room.ours("hidden, again", "hidden", hidden)  # how much two equal runs differ
+    room.ours("hidden, not deterministic", "hidden", hidden, deterministic=False)
+    room.ours(f"SFT, ours{BY_KERNEL}", graphs=False)
+    for seed, (name, (transport, in_memory, fetched)) in enumerate(feeds.items()):
+        room.ours(f"{name}{BY_KERNEL}", transport, in_memory, seed, graphs=False)
+        room.ours(f"{name}{BY_KERNEL} over gRPC", transport, fetched, seed + 200, graphs=False)
     room.head = None
 
 
@@ -320,9 +320,10 @@ def with_ratios(rows: list[Row]) -> list[Row]:
         name = str(row["step"])
         memory = name.partition(" over")[0]
         beside = min(ms[memory], ms.get(f"{memory}, again", ms[memory])) if " over gRPC" in name else None
+        ours = ms[f"SFT, ours{BY_KERNEL if BY_KERNEL in name else ''}"]
         found.append({
             "step": name, "ms": round(ms[name], 1), "x SFT": round(ms[name] / usual, 3),
-            "x SFT, our layers": round(ms[name] / layers, 3), "x in memory": round(ms[name] / beside, 3) if beside else "",
+            "x SFT, our layers": round(ms[name] / layers, 3), "x SFT, ours": round(ms[name] / ours, 3), "x in memory": round(ms[name] / beside, 3) if beside else "",
             "tokens/s": round(SEQUENCES * LENGTH / ms[name] * 1e3), "x in-process": round(inside / ms[name], 2),
             "waited": row["waited"], "used GiB": row["used GiB"], "held GiB": row["held GiB"],
         })  # fmt: skip

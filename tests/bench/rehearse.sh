@@ -20,14 +20,14 @@ sed -i 's/^V, K, SEQUENCES, LENGTH, TEACHER_WIDTH = .*/V, K, SEQUENCES, LENGTH, 
 sed -i 's/^VOCAB, /VOCAB, /; s/152_064/2_048/; s/"hidden_size": 3584/"hidden_size": 96/; s/"intermediate_size": 18944/"intermediate_size": 128/
         s/"num_hidden_layers": 28/"num_hidden_layers": 2/; s/"num_attention_heads": 28/"num_attention_heads": 4/' gpu_teacher.py
 # Recorded passes need a GPU: here the same runs are made without.
-sed -i 's/(True, ", recorded passes")/(False, ", recorded passes")/; s/, graphs=True)/)/; s/^import torch$/import torch\nimport no_gpu/' gpu_student.py
-sed -i "s/^import torch$/import torch\nimport no_gpu/" gpu_server.py student_layers.py
+sed -i 's/"graphs": graphs/"graphs": False/; s/^import torch$/import torch\nimport no_gpu/' gpu_student.py
+sed -i "s/^import torch$/import torch\nimport no_gpu/" gpu_server.py student_layers.py recordings.py
 cat >"$copy/no_gpu.py" <<'END'
 import torch
 
 for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_device"):
     setattr(torch.cuda, name, lambda *_, **__: None)
-torch.cuda.max_memory_allocated = torch.cuda.max_memory_reserved = lambda *_, **__: 0
+torch.cuda.max_memory_allocated = torch.cuda.max_memory_reserved = torch.cuda.memory_reserved = lambda *_, **__: 0
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_name = lambda *_: "no GPU"
 END

@@ -62,6 +62,44 @@ def test_recorded_passes_give_the_plain_gradients_over_windows_and_shapes(folder
     assert not told and graphed.recorded == 3, told
 
 
+def test_a_replay_gives_the_very_bits_of_the_plain_passes(folder):
+    """Else a resumed run, which records anew, would not be the run without a break."""
+    config = ModelConfig(path=str(folder), dtype="bfloat16", lora={"rank": 4}, gradient_checkpointing=True)
+    student = load_student(config, 0)
+    assert student.is_graphed, "by itself on a GPU"
+    student.model.train()
+    trained = [p for p in student.causal_lm.get_decoder().parameters() if p.requires_grad]
+    for name, parameter in student.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def run(ids_BL):
+        with torch.autocast("cuda", torch.bfloat16):
+            return student.states(ids_BL)
+
+    told = []
+    graphed = GraphedBody(run, trained, told.append)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for length in (256, 256, 512, 512, 256):
+            ids_BL = torch.randint(0, 300, (2, length), device="cuda", generator=generator)
+            weight_BLD = torch.randn(2, length, 64, device="cuda", generator=generator)
+            found = []
+            for states in (graphed, run):
+                student.model.zero_grad(set_to_none=True)
+                for _ in range(2):  # a window
+                    state_BLD = states(ids_BL)
+                    (state_BLD * weight_BLD).sum().backward()
+                found.append([state_BLD.detach().clone(), *(p.grad.clone() for p in trained if p.grad is not None)])
+                del state_BLD  # no graph of another pass may be alive while one is recorded
+            assert len(found[0]) == len(found[1]) > 10
+            assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not told and graphed.recorded == 2, told
+
+
 def test_what_cannot_be_recorded_is_told_and_run_as_ever(folder):
     student = load_student(ModelConfig(path=str(folder), dtype="float32", lora={"rank": 4}), 0)
     student.model.train()
@@ -73,9 +111,27 @@ def test_what_cannot_be_recorded_is_told_and_run_as_ever(folder):
     told = []
     graphed = GraphedBody(asks_the_device, [p for p in student.model.parameters() if p.requires_grad], told.append)
     ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
-    for _ in range(4):
-        torch.testing.assert_close(graphed(ids_BL), student.states(ids_BL), rtol=1e-3, atol=1e-3)
+    drawn = []
+    for attempt in (graphed, student.states):
+        torch.manual_seed(3)
+        torch.randn(5, device="cuda")
+        for _ in range(4):
+            torch.testing.assert_close(attempt(ids_BL), student.states(ids_BL), rtol=1e-3, atol=1e-3)
+        drawn.append(torch.randn(5, device="cuda"))  # a bad recording must not hold on to the generator, nor change it
+    assert torch.equal(*drawn)
     assert len(told) == 1 and "cannot be recorded" in told[0]
+
+
+def test_what_there_is_no_memory_for_is_not_recorded(folder, monkeypatch):
+    student = load_student(ModelConfig(path=str(folder), dtype="float32", lora={"rank": 4}), 0)
+    student.model.train()
+    told = []
+    graphed = GraphedBody(student.states, [p for p in student.model.parameters() if p.requires_grad], told.append)
+    ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 1 << 40)  # what a step has needed before
+    for _ in range(3):
+        torch.testing.assert_close(graphed(ids_BL), student.states(ids_BL), rtol=1e-3, atol=1e-3)
+    assert graphed.recorded == 0 and len(told) == 1 and "GiB of the GPU are free" in told[0]
 
 
 class Spoiling(FakeTeacher):
@@ -95,7 +151,7 @@ def teacher(folder):
     return Spoiling(**{name: getattr(fake, name) for name in names})
 
 
-def config_for(tmp_path, folder, rows_file, address, graphs=False, **sections):
+def config_for(tmp_path, folder, rows_file, address, graphs="auto", **sections):
     tree = run_config(
         tmp_path, folder, rows_file, address,
         model={"dtype": "bfloat16", "lora": {"rank": 4}, "gradient_checkpointing": True, "graphs": graphs},
@@ -106,7 +162,7 @@ def config_for(tmp_path, folder, rows_file, address, graphs=False, **sections):
     return parse_config(tree, "test")
 
 
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("graphs", [False, "auto"])
 @pytest.mark.parametrize("transport", ["hidden", "top_k"])
 def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, transport, graphs, monkeypatch):
     torch.cuda.set_sync_debug_mode("error")

@@ -149,6 +149,29 @@ def test_layers_whose_way_back_does_not_compile_are_run_as_they_are(model_factor
     assert "ptxas is missing" in caplog.text
 
 
+def test_layers_that_the_compiler_gives_up_later_are_told_of(model_factory, caplog, monkeypatch):
+    """torch goes on without a word once it has met too many kinds of calls."""
+    plain = student_of(model_factory("qwen2"))
+    quick, strict = copy.deepcopy(plain), copy.deepcopy(plain)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    compiled.install(quick.model, "aot_eager", required=False)
+    same(quick, plain, 9)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not [record for record in caplog.records if record.name == compiled.__name__]
+    for student in (quick, plain):
+        student.model.double()
+    for length in (9, 14):
+        same(quick, plain, length)
+    told = [record.getMessage() for record in caplog.records if record.name == compiled.__name__]
+    assert len(told) == 1 and "more kinds of calls" in told[0]
+    torch._dynamo.reset()
+    compiled.install(strict.model, "aot_eager")
+    step(strict, 9)
+    strict.model.double()
+    with pytest.raises(ModelError, match=r"model\.compiled=true: .*more kinds of calls.*set it to auto or false"):
+        step(strict, 9)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_the_real_compiler(model_factory):
     plain = student_of(model_factory("qwen2"))
@@ -171,9 +194,10 @@ def test_which_students_are_compiled_and_recorded(model_factory, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = {"lora": {"rank": 4, "dropout": 0.1}}
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, *_: self)
-    assert found() == (False, True), "on a GPU it is compiled"
-    assert found(graphs=True) == (True, True)
+    assert found() == found(graphs=True) == (True, True), "on a GPU both"
+    assert found(graphs=False) == (False, True)
     assert found(compiled=False) == (False, False)
+    assert found(**config) == (False, True), "what draws random numbers cannot be recorded"
     for refused, said in (({"compiled": False}, "model.compiled=false gave none"), (config, r"lora_dropout.*p=0\.1")):
         with pytest.raises(ModelError, match=said):
             found(graphs=True, **refused)
