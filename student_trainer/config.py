@@ -60,7 +60,7 @@ class ModelConfig(_Strict):
         path: hub id or local folder.
         lora: adapters, or null to train every weight.
         compiled: compute decoder layers as compiled functions while training (`compiled.py`); `auto`: on a GPU.
-        graphs: record the passes of each length that comes again and replay them with one launch each (`graphed.py`); needs a GPU,
+        graphs: record the passes of each length that comes often and replay them with one launch each (`graphed.py`); needs a GPU,
             compiled layers and no dropout; `auto`: where these are given. Lengths are then padded to a few.
         threads: torch threads on CPU.
     """

@@ -1,7 +1,7 @@
 """The body's passes as CUDA graphs: one launch forward and one back a micro-batch, where the host would launch thousands of kernels.
 
-In: a function from ids to states and the parameters it trains; out: the same function. A shape is run as ever when it is first seen,
-recorded when it comes again, tried against the plain passes, and replayed from then on. Whatever a recording reads and writes keeps its
+In: a function from ids to states and the parameters it trains; out: the same function. A shape is run as ever until it has come often
+enough, then recorded, tried against the plain passes, and replayed from then on. Whatever a recording reads and writes keeps its
 place in memory: parameters, and gradients as views of one buffer.
 
 Axes: B sequences, L padded length, D width.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 STEPS_AN_OCTAVE = 8
 SHORTEST = 32
+WORTH_RECORDING = 6  # a recording takes 0.4 s, what about six replays save (docs/speed.md): at worst twice the time of knowing beforehand
 MOST_SHAPES = 64  # recordings share one pool of memory; each keeps its states and some 10 MB of its own
 _TOLERANCE = 1e-2  # of the largest entry, between a replay and the plain passes; the kernels are the same
 Body = Callable[[Tensor], Tensor]
@@ -101,11 +103,15 @@ Record = Callable[[Body, Gradients, Tensor], Passes]
 class GraphedBody:
     """See module. States it gives are overwritten by the next call; gradients are added to the parameters' `.grad`.
 
+    Nobody may hold the graph of another pass over the same parameters while one is recorded: it is of another stream, and the recording
+    fails (and is told of).
+
     Args:
         run: ids [B, L] -> states [B, L, D] with a graph of autograd; no random numbers, no wait for the device.
         parameters: what `run` trains; others get no gradient from a replay.
         on_trouble: told in a sentence if a shape cannot be recorded; everything is then run as ever.
         record: makes the passes of a shape; `CudaRecorder` if not given.
+        worth: a shape is recorded when it comes for this time.
     """
 
     def __init__(
@@ -114,13 +120,15 @@ class GraphedBody:
         parameters: Sequence[nn.Parameter],
         on_trouble: Callable[[str], None],
         record: Record | None = None,
+        worth: int = WORTH_RECORDING,
     ) -> None:
         self._run = run
         self._parameters = list(parameters)
         self._gradients: Gradients | None = None  # of those that get any, once something is recorded
         self._on_trouble = on_trouble
         self._record = record or CudaRecorder()
-        self._seen: set[torch.Size] = set()
+        self._worth = worth
+        self._came: Counter[torch.Size] = Counter()
         self._passes: dict[torch.Size, Passes] = {}
         self._works = True
         self._anchor = torch.zeros((), device=self._parameters[0].device, requires_grad=True)
@@ -133,8 +141,8 @@ class GraphedBody:
     def __call__(self, ids_BL: Tensor) -> Tensor:
         """States [B, L, D] of ids on the device."""
         shape = ids_BL.shape
-        if shape not in self._passes and (shape not in self._seen or not self._can_record(ids_BL)):
-            self._seen.add(shape)
+        self._came[shape] += 1
+        if shape not in self._passes and (self._came[shape] < self._worth or not self._can_record(ids_BL)):
             if self._gradients is not None:
                 self._gradients.attach()
             return self._run(ids_BL)

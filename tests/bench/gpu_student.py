@@ -51,7 +51,7 @@ from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
 from tests.bench.table import show
 from tests.tiny import make_tokenizer
 
-SKIPPED = 6  # steps before the clock starts: compilation, recording, and what was asked ahead
+SKIPPED = 8  # steps before the clock starts: compilation, recording, and what was asked ahead
 SPECS = {"hidden": SignalSpec("hidden", V), "top_k": SignalSpec("top_k", V, k=K)}
 BY_KERNEL = ", kernel by kernel"  # `model.graphs: false`
 Row = dict[str, object]

@@ -36,7 +36,7 @@ def measured(order: str, way: str) -> dict[str, object]:
     compiled.install(bench.student.model)
     troubles: list[str] = []
     trained = [p for p in bench.student.causal_lm.get_decoder().parameters() if p.requires_grad]
-    body = None if way == "plain" else graphed.GraphedBody(bench.student.states, trained, troubles.append)
+    body = None if way == "plain" else graphed.GraphedBody(bench.student.states, trained, troubles.append, worth=2)
     states = body or bench.student.states
     lengths = list(LENGTHS)
     if order == "shuffled":

@@ -44,7 +44,7 @@ def test_recorded_passes_give_the_plain_gradients_over_windows_and_shapes(folder
     compiled.uninstall(plain.model)
     body = student.causal_lm.get_decoder()
     told = []
-    graphed = GraphedBody(student.states, [p for p in body.parameters() if p.requires_grad], told.append)
+    graphed = GraphedBody(student.states, [p for p in body.parameters() if p.requires_grad], told.append, worth=2)
     generator = torch.Generator(device="cuda").manual_seed(0)
     for _ in range(3):  # gradients of a window add up, and are taken away at its end
         for shape in SHAPES:
@@ -78,7 +78,7 @@ def test_a_replay_gives_the_very_bits_of_the_plain_passes(folder):
             return student.states(ids_BL)
 
     told = []
-    graphed = GraphedBody(run, trained, told.append)
+    graphed = GraphedBody(run, trained, told.append, worth=2)
     generator = torch.Generator(device="cuda").manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -109,7 +109,9 @@ def test_what_cannot_be_recorded_is_told_and_run_as_ever(folder):
         return student.states(ids_BL)
 
     told = []
-    graphed = GraphedBody(asks_the_device, [p for p in student.model.parameters() if p.requires_grad], told.append)
+    graphed = GraphedBody(
+        asks_the_device, [p for p in student.model.parameters() if p.requires_grad], told.append, worth=2
+    )
     ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
     drawn = []
     for attempt in (graphed, student.states):
@@ -126,7 +128,9 @@ def test_what_there_is_no_memory_for_is_not_recorded(folder, monkeypatch):
     student = load_student(ModelConfig(path=str(folder), dtype="float32", lora={"rank": 4}), 0)
     student.model.train()
     told = []
-    graphed = GraphedBody(student.states, [p for p in student.model.parameters() if p.requires_grad], told.append)
+    graphed = GraphedBody(
+        student.states, [p for p in student.model.parameters() if p.requires_grad], told.append, worth=2
+    )
     ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 1 << 40)  # what a step has needed before
     for _ in range(3):

@@ -71,7 +71,7 @@ def test_the_plain_gradients_over_windows_and_shapes(model_factory, lora):
     student = student_of(model_factory("qwen2"), lora)
     plain = copy.deepcopy(student)
     told = []
-    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder())
+    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder(), worth=2)
     generator = torch.Generator().manual_seed(0)
     for window in range(3):  # gradients of a window add up, and are taken away at its end
         for shape in SHAPES:
@@ -94,7 +94,7 @@ def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(mode
     student = student_of(model_factory("qwen2"), {"rank": 4})
     plain = copy.deepcopy(student)
     told = []
-    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder(fault))
+    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder(fault), worth=2)
     for number in range(4):
         ids_BL = torch.arange(32).reshape(2, 16) + number
         for states in (body, plain.states):
