@@ -47,6 +47,11 @@ def uninstall(model: nn.Module) -> None:
             module.__class__ = module.plain_kind  # type: ignore[assignment]
 
 
+def is_installed(model: nn.Module) -> bool:
+    """Whether layers of `model` have a compiled forward."""
+    return any(isinstance(module, _Compiled) for module in model.modules())
+
+
 class _Run:
     """The compiled function, and whether it can be compiled here."""
 

@@ -109,7 +109,8 @@ class GraphedBody:
     Args:
         run: ids [B, L] -> states [B, L, D] with a graph of autograd; no random numbers, no wait for the device.
         parameters: what `run` trains; others get no gradient from a replay.
-        on_trouble: told in a sentence if a shape cannot be recorded; everything is then run as ever.
+        on_trouble: told in a sentence if a shape cannot be recorded (everything is then run as ever), or if replays do not give the very
+            bits of the plain passes though torch is told to be deterministic.
         record: makes the passes of a shape; `CudaRecorder` if not given.
         worth: a shape is recorded when it comes for this time.
     """
@@ -131,6 +132,7 @@ class GraphedBody:
         self._came: Counter[torch.Size] = Counter()
         self._passes: dict[torch.Size, Passes] = {}
         self._works = True
+        self._rounds_alike = True
         self._anchor = torch.zeros((), device=self._parameters[0].device, requires_grad=True)
 
     @property
@@ -195,6 +197,12 @@ class GraphedBody:
             flat.copy_(before[dtype])
         if not all(distance <= _TOLERANCE for distance in off):
             raise RuntimeError(f"a replay differs from the plain passes by {max(off):.2g} of the largest entry")
+        if any(off) and self._rounds_alike and torch.are_deterministic_algorithms_enabled():
+            self._rounds_alike = False
+            self._on_trouble(
+                f"recorded passes round otherwise than plain ones here (by {max(off):.2g} of the largest entry), so a resumed run will not end "
+                "with the bits of an unbroken one; model.graphs=false would"
+            )
 
 
 def _distance(found: Tensor, plain: Tensor) -> float:

@@ -75,6 +75,14 @@ class Student:
         return Outline(self.tokenizer, self.vocab_rows, self.head(2).weight_VD.device)
 
     @property
+    def computed_by(self) -> str:
+        """Which kernels round: the device, and whether layers are compiled and passes recorded."""
+        device = self.head(2).weight_VD.device
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        ways = (("compiled layers", compiled.is_installed(self.model)), ("recorded passes", self.is_graphed))
+        return ", ".join([where, *(way for way, is_so in ways if is_so)])
+
+    @property
     def causal_lm(self) -> Any:
         """The model under the adapters."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

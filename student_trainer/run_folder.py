@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from student_trainer import checkpoint
 from student_trainer.config import LabelConfig, TrainConfig, dump_config
@@ -24,8 +25,8 @@ IDENTITY_NAME = "run.json"
 RESULT_NAME = "result.json"
 FINAL_NAME = "final"
 # Settings that may change between a run and its resumption: they decide where and how fast, not what.
-_FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "model.threads", "train.report_to", "train.log_steps",
-         "train.save_steps", "train.keep_checkpoints", "train.eval_batch_size")  # fmt: skip
+_FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "model.threads", "model.compiled", "model.graphs", "train.report_to",
+         "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.eval_batch_size")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def open_folder(config: TrainConfig, learned_from: dict[str, str], resume: bool,
 
     Args:
         config: the run.
-        learned_from: digests under `teacher`, `data` and `student`, which must not change over a run, and the `labels`
-            it was started with.
+        learned_from: digests under `teacher`, `data` and `student`, which must not change over a run; the `labels` it was started with;
+            and how it is `computed`, which may change and is told of, since other kernels round otherwise.
         resume: whether a run that is there may be taken up.
         console: told what was found.
 
@@ -115,7 +116,8 @@ def open_folder(config: TrainConfig, learned_from: dict[str, str], resume: bool,
     identity_file = folder / IDENTITY_NAME
     start = None
     if resume and identity_file.is_file():
-        _compare(json.loads(identity_file.read_text()), identity)
+        before = json.loads(identity_file.read_text())
+        _compare(before, identity)
         if (folder / RESULT_NAME).is_file():
             raise AlreadyFinished
         start = checkpoint.newest_complete(folder)
@@ -123,6 +125,12 @@ def open_folder(config: TrainConfig, learned_from: dict[str, str], resume: bool,
         console.print(
             f"resuming at step {checkpoint.step_of(start)}" if start else "no complete checkpoint: starting at step 0"
         )
+        computed = learned_from["computed"]
+        if before.get("computed", computed) != computed:
+            console.print(
+                f"[yellow]note:[/] computed until here by {escape(before['computed'])}, from here by "
+                f"{escape(computed)}: the same but for rounding"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / CONFIG_NAME, dump_config(config))
     _write(identity_file, json.dumps(identity, indent=1))
@@ -134,7 +142,7 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(node: Any, name: str) -> None:
-        if name.startswith(_FREE) and (name in _FREE or name.split(".")[0] in _FREE):
+        if _is_free(name):
             return
         if isinstance(node, dict):
             for key, value in node.items():
@@ -146,14 +154,15 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
-# Settings that came later, and what runs did that know nothing of them.
-_BEFORE_THEM = {"model.compiled": False, "model.graphs": False}
+def _is_free(name: str) -> bool:
+    return name in _FREE or name.split(".")[0] in _FREE
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses to go on with other settings or another teacher."""
-    before["settings"] = _BEFORE_THEM | before["settings"]
-    keys = sorted(before["settings"].keys() | now["settings"].keys())
+    keys = [
+        key for key in sorted(before["settings"].keys() | now["settings"].keys()) if not _is_free(key)
+    ]  # some became so
     changed = [key for key in keys if before["settings"].get(key) != now["settings"].get(key)]
     if changed:
         told = ", ".join(

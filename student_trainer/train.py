@@ -101,6 +101,7 @@ def _run(
         "data": data.sha256,
         "student": student.sha256,
         "labels": (teacher.labels if teacher else config.labels).model_dump_json(),
+        "computed": student.computed_by,
     }
     start = open_folder(config, learned_from, resume, console)
     progress = ConsoleProgress(console, config.run.output_dir.name)

@@ -34,7 +34,7 @@ class Rerun:
     def forward(self):
         with torch.enable_grad():
             self._state = self._run(self.ids_BL)
-        self.state_BLD.copy_(self._state.detach() * (1.1 if self._fault == "wrong" else 1))
+        self.state_BLD.copy_(self._state.detach() * {"wrong": 1.1, "rounds": 1 + 1e-6}.get(self._fault, 1))
 
     def backward(self):
         grads = torch.autograd.grad(self._state, self._gradients.parameters, self.grad_BLD, allow_unused=True)
@@ -103,6 +103,23 @@ def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(mode
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     assert body.recorded == 0
     assert len(told) == 1 and ("capturing" if fault == "refuses" else "differs") in told[0]
+
+
+@pytest.mark.parametrize("fault", ["", "rounds"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_replays_that_round_otherwise_are_told_of_where_bits_matter(model_factory, fault, deterministic):
+    student = student_of(model_factory("qwen2"), {"rank": 4})
+    told = []
+    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder(fault), worth=1)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for length in (16, 20):
+            body(torch.arange(2 * length).reshape(2, length))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert body.recorded == 2
+    assert ["round otherwise" in told_ for told_ in told] == ([True] if fault and deterministic else [])
 
 
 def test_a_run_with_recorded_passes_is_the_run_without(config_of, tmp_path, monkeypatch):

@@ -306,6 +306,30 @@ def test_where_and_how_fast_may_change_on_resumption(config_of):
 
 
 @pytest.mark.parametrize(
+    ("before", "told"),
+    [("CPU", False), ("NVIDIA H100, compiled layers, recorded passes", True), (None, False)],
+    ids=["here", "elsewhere", "by an earlier version"],
+)
+def test_other_kernels_are_told_of_on_resumption(config_of, before, told):
+    config = config_of(model={"lora": {"rank": 4}})
+    train(config, console=QUIET)
+    (config.run.output_dir / "result.json").unlink()  # as if it had been killed at its end
+    identity_file = config.run.output_dir / "run.json"
+    identity = json.loads(identity_file.read_text())
+    assert identity["computed"] == "CPU"
+    if before is None:
+        del identity["computed"]
+        identity["settings"] |= {"model.compiled": False}
+    else:
+        identity["computed"] = before
+    identity_file.write_text(json.dumps(identity))
+    output = io.StringIO()
+    train(config_of(model={"lora": {"rank": 4}, "graphs": False}), resume=True, console=Console(file=output, width=300))
+    assert ("the same but for rounding" in output.getvalue()) == told
+    assert not told or f"until here by {before}, from here by CPU" in output.getvalue()
+
+
+@pytest.mark.parametrize(
     ("mistake", "transport"),
     [("shifted", "full"), ("nan", "hidden"), ("foreign", "hidden"), ("state", "hidden"), ("shifted", "hidden")],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from student_trainer import checkpoint
 from student_trainer.errors import RunError
 from student_trainer.feed.source import LabelRequest
 from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMismatch
-from student_trainer.run_folder import _compare
 from student_trainer.train import _name_bad_labels
 from student_trainer.verdicts import ON_THEIR_WAY, Verdicts
 from teacher_wire.messages import TokenBatch
@@ -156,12 +153,3 @@ def test_what_ended_a_run_without_bad_labels_is_left_as_it_is():
     verdicts = late_verdicts()
     verdicts.add(evidence(0.0, Late), request("good"))
     _name_bad_labels(RunError("the disk is full"), StoppedTrainer(verdicts), None)
-
-
-def test_a_run_begun_before_layers_were_compiled_goes_on_without():
-    before = {"settings": {"run.seed": 0}, "data": "d", "student": "s", "teacher": "t"}
-    now = {**before, "settings": {"run.seed": 0, "model.compiled": False, "model.graphs": False}}
-    _compare(copy.deepcopy(before), now)
-    now["settings"]["model.compiled"] = "auto"
-    with pytest.raises(RunError, match=r"model\.compiled: False -> 'auto'"):
-        _compare(copy.deepcopy(before), now)
