@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from student_trainer.errors import ModelError
 
 log = logging.getLogger(__name__)
+_RUN = "_compiled_run"  # of a layer: its `_Run`
 
 
 def install(model: nn.Module, backend: Any = "inductor", *, required: bool = True) -> int:
@@ -29,14 +30,14 @@ def install(model: nn.Module, backend: Any = "inductor", *, required: bool = Tru
     Args:
         model: a causal language model of transformers, with or without adapters.
         backend: of torch.compile; others than the default are for tests.
-        required: layers that turn out not to compile are an error (ModelError, at the first step), not a warning and run plainly.
+        required: layers that turn out not to compile are an error (ModelError, at the step where that shows), not a warning and run plainly.
     """
     run = _Run(torch.compile(_run, backend=backend, dynamic=True), required)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     plain = [layer for layer in layers if not isinstance(layer, _Compiled)]
-    kinds = {kind: _compiled_class(kind, run) for kind in {type(layer) for layer in plain}}
     for layer in plain:
-        layer.__class__ = kinds[type(layer)]  # one class for all: the compiler keeps a graph for each class it meets
+        layer.__class__ = _compiled_class(type(layer))  # type: ignore[arg-type]
+        layer.__dict__[_RUN] = run
     return len(layers)
 
 
@@ -45,6 +46,7 @@ def uninstall(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Compiled):
             module.__class__ = module.plain_kind  # type: ignore[assignment]
+            del module.__dict__[_RUN]
 
 
 def is_installed(model: nn.Module) -> bool:
@@ -95,8 +97,12 @@ class _Compiled:
     plain_kind: type[nn.Module]
 
 
-def _compiled_class(kind: type[nn.Module], run: _Run) -> type[nn.Module]:
+@functools.cache
+def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """One for all layers and all models: the compiler keeps a graph for each class it meets, and eight at most."""
+
     def call(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = self.__dict__[_RUN]
         if not (self.training and run.works):
             return kind.__call__(self, hidden, *args, **kwargs)
         return run(kind.__call__, self, hidden, args, kwargs)

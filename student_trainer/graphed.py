@@ -1,19 +1,17 @@
-"""The body's passes as CUDA graphs: one launch forward and one back a micro-batch, where the host would launch thousands of kernels.
+"""The body's passes as recordings: one launch forward and one back a micro-batch, where the host would launch thousands of kernels.
 
 In: a function from ids to states and the parameters it trains; out: the same function. A shape is run as ever until it has come often
-enough, then recorded, tried against the plain passes, and replayed from then on. Whatever a recording reads and writes keeps its
-place in memory: parameters, and gradients as views of one buffer.
+enough, then recorded (`cuda_recorder.py`), tried against the plain passes, and replayed from then on. Whatever a recording reads and writes
+keeps its place in memory: parameters, and gradients as views of one buffer.
 
 Axes: B sequences, L padded length, D width.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +20,10 @@ from torch.autograd.function import once_differentiable
 
 STEPS_AN_OCTAVE = 8
 SHORTEST = 32
-WORTH_RECORDING = 6  # a recording takes 0.4 s, what about six replays save (docs/speed.md): at worst twice the time of knowing beforehand
+WORTH_RECORDING = 6  # a recording takes 0.4 s, what six to twelve replays save (docs/speed.md)
 MOST_SHAPES = 64  # recordings share one pool of memory; each keeps its states and some 10 MB of its own
-_TOLERANCE = 1e-2  # of the largest entry, between a replay and the plain passes; the kernels are the same
+# Between a replay and the plain passes, as a share of the norm of what they give; of a gradient near nothing, of a hundredth of the largest.
+_TOLERANCE, _NEAR_NOTHING = 1e-2, 1e-2
 Body = Callable[[Tensor], Tensor]
 
 
@@ -32,6 +31,10 @@ def padded_length(longest: int) -> int:
     """The length to pad to: few different ones, none more than an eighth too long."""
     step = max(SHORTEST // STEPS_AN_OCTAVE, 2 ** math.ceil(math.log2(max(longest, SHORTEST))) // (2 * STEPS_AN_OCTAVE))
     return -(-longest // step) * step
+
+
+class NoRoomError(RuntimeError):
+    """There is no memory for another recording now."""
 
 
 class Gradients:
@@ -71,6 +74,34 @@ class Gradients:
         pairs = [(v, g) for v, g in zip(self._views, gradients, strict=True) if g is not None]
         torch._foreach_add_([view for view, _ in pairs], [gradient.to(view.dtype) for view, gradient in pairs])
 
+    def zero(self) -> None:
+        """Nothing in any."""
+        for flat in self.flat.values():
+            flat.zero_()
+
+    def copied(self) -> dict[torch.dtype, Tensor]:
+        """What they are now; see `put`."""
+        return {dtype: flat.clone() for dtype, flat in self.flat.items()}
+
+    def put(self, copied: dict[torch.dtype, Tensor]) -> None:
+        """What they were."""
+        for dtype, flat in self.flat.items():
+            flat.copy_(copied[dtype])
+
+    def off(self, expected: dict[torch.dtype, Tensor]) -> float:
+        """The largest distance of any parameter's gradient from what is expected, as a share of its norm."""
+        distances, norms = [], []
+        used = dict.fromkeys(self.flat, 0)
+        for view in self._views:
+            start = used[view.dtype]
+            used[view.dtype] += view.numel()
+            plain = expected[view.dtype][start : used[view.dtype]].view_as(view)
+            distances.append(_norm(view - plain))
+            norms.append(_norm(plain))
+        norm = torch.stack(norms)
+        least = (norm.max() * _NEAR_NOTHING).clamp(min=1e-30)
+        return float((torch.stack(distances) / norm.maximum(least)).max())
+
 
 class Passes(Protocol):
     """One shape's recordings, and the tensors they read and write in place."""
@@ -93,11 +124,18 @@ class Passes(Protocol):
     def backward(self) -> None:
         """Adds what `grad_BLD` makes of the last `forward` to the gradients."""
 
+
+class Recorder(Protocol):
+    """Makes recordings."""
+
+    def check_room(self) -> None:
+        """Raises NoRoomError if there may be too little memory for another recording."""
+
+    def record(self, run: Body, gradients: Gradients, ids_BL: Tensor) -> Passes:
+        """Passes for ids of this shape; `ids_BL` becomes theirs. Raises RuntimeError if something in `run` cannot be recorded."""
+
     def settle(self) -> None:
         """Gives back what only recording and trying needed."""
-
-
-Record = Callable[[Body, Gradients, Tensor], Passes]
 
 
 class GraphedBody:
@@ -108,10 +146,11 @@ class GraphedBody:
 
     Args:
         run: ids [B, L] -> states [B, L, D] with a graph of autograd; no random numbers, no wait for the device.
-        parameters: what `run` trains; others get no gradient from a replay.
-        on_trouble: told in a sentence if a shape cannot be recorded (everything is then run as ever), or if replays do not give the very
-            bits of the plain passes though torch is told to be deterministic.
-        record: makes the passes of a shape; `CudaRecorder` if not given.
+        parameters: what `run` trains, at least one; others get no gradient from a replay.
+        recorder: makes the passes of a shape.
+        on_trouble: told in a sentence if a shape cannot be recorded (it and all others to come are then run as ever), if there is no room for
+            it now, or if replays do not give the very bits of the plain passes though torch is told to be deterministic.
+        is_ready: asked before a shape is recorded whether all that will lie in memory does.
         worth: a shape is recorded when it comes for this time.
     """
 
@@ -119,20 +158,22 @@ class GraphedBody:
         self,
         run: Body,
         parameters: Sequence[nn.Parameter],
+        recorder: Recorder,
         on_trouble: Callable[[str], None],
-        record: Record | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
         worth: int = WORTH_RECORDING,
     ) -> None:
         self._run = run
         self._parameters = list(parameters)
         self._gradients: Gradients | None = None  # of those that get any, once something is recorded
+        self._recorder = recorder
         self._on_trouble = on_trouble
-        self._record = record or CudaRecorder()
+        self._told: set[str] = set()
+        self._is_ready = is_ready
         self._worth = worth
         self._came: Counter[torch.Size] = Counter()
         self._passes: dict[torch.Size, Passes] = {}
         self._works = True
-        self._rounds_alike = True
         self._anchor = torch.zeros((), device=self._parameters[0].device, requires_grad=True)
 
     @property
@@ -152,21 +193,42 @@ class GraphedBody:
 
     def _can_record(self, ids_BL: Tensor) -> bool:
         """Whether the shape has passes now."""
-        if not self._works or len(self._passes) >= MOST_SHAPES:
+        if not self._works or len(self._passes) >= MOST_SHAPES or not self._is_ready():
+            return False
+        try:
+            self._recorder.check_room()
+        except NoRoomError as error:
+            self._came[ids_BL.shape] = 0  # asked again when it has come as often again
+            self._tell("room", f"passes of more lengths are not recorded while memory is short: {error}")
             return False
         try:
             if self._gradients is None:
                 self._gradients = Gradients(self._trained(ids_BL))
-            passes = self._record(self._run, self._gradients, ids_BL.clone())
-            self._try(passes, self._gradients)
-            passes.settle()
+            passes = self._recorder.record(self._run, self._gradients, ids_BL.clone())
+            off = self._try(passes, self._gradients)
         except RuntimeError as error:
             self._works = False
+            if not self._passes:
+                self._gradients = None
             said = " ".join(str(error.__context__ or error).split())[:200]  # a broken recording hides what broke it
-            self._on_trouble(f"the student's passes cannot be recorded and are launched kernel by kernel: {said}")
+            self._tell("works", f"the student's passes cannot be recorded and are launched kernel by kernel: {said}")
             return False
+        finally:
+            self._recorder.settle()
+        if off and torch.are_deterministic_algorithms_enabled():
+            self._tell(
+                "rounding",
+                f"recorded passes round otherwise than plain ones here (by {off:.2g} of what they give), so a resumed run will not end with "
+                "the bits of an unbroken one; with model.graphs=false it would",
+            )
         self._passes[ids_BL.shape] = passes
         return True
+
+    def _tell(self, what: str, sentence: str) -> None:
+        """Once of each kind."""
+        if what not in self._told:
+            self._told.add(what)
+            self._on_trouble(sentence)
 
     def _trained(self, ids_BL: Tensor) -> list[nn.Parameter]:
         """The parameters that get a gradient; others keep none, so that an optimizer leaves them alone."""
@@ -174,119 +236,39 @@ class GraphedBody:
         gradients = torch.autograd.grad(state_BLD, self._parameters, torch.zeros_like(state_BLD), allow_unused=True)
         return [p for p, gradient in zip(self._parameters, gradients, strict=True) if gradient is not None]
 
-    def _try(self, passes: Passes, gradients: Gradients) -> None:
-        """Replays both passes and compares them with the plain ones; leaves the gradients as they were.
+    def _try(self, passes: Passes, gradients: Gradients) -> float:
+        """Replays both passes and compares them with the plain ones; leaves the gradients as they were, whatever happens.
+
+        Returns:
+            the largest distance of states and gradients, as a share of their norms; 0 if all bits are the same.
 
         Raises:
-            RuntimeError: they differ.
+            RuntimeError: they differ by more than rounding.
         """
         gradients.attach()
-        before = {dtype: flat.clone() for dtype, flat in gradients.flat.items()}
-        plain_BLD = self._run(passes.ids_BL)
-        passes.grad_BLD.copy_(torch.linspace(-1, 1, plain_BLD.numel(), device=plain_BLD.device).view_as(plain_BLD))
-        gradients.add(torch.autograd.grad(plain_BLD, gradients.parameters, passes.grad_BLD, allow_unused=True))
-        expected = {dtype: flat.clone() for dtype, flat in gradients.flat.items()}
-        for _ in range(2):  # the second time over what the first has left behind
-            for dtype, flat in gradients.flat.items():
-                flat.copy_(before[dtype])
-            passes.forward()
-            passes.backward()
-        pairs = [(passes.state_BLD, plain_BLD), *((flat, expected[dtype]) for dtype, flat in gradients.flat.items())]
-        off = [_distance(found, plain.detach()) for found, plain in pairs]
-        for dtype, flat in gradients.flat.items():
-            flat.copy_(before[dtype])
-        if not all(distance <= _TOLERANCE for distance in off):
-            raise RuntimeError(f"a replay differs from the plain passes by {max(off):.2g} of the largest entry")
-        if any(off) and self._rounds_alike and torch.are_deterministic_algorithms_enabled():
-            self._rounds_alike = False
-            self._on_trouble(
-                f"recorded passes round otherwise than plain ones here (by {max(off):.2g} of the largest entry), so a resumed run will not end "
-                "with the bits of an unbroken one; model.graphs=false would"
-            )
-
-
-def _distance(found: Tensor, plain: Tensor) -> float:
-    """Largest difference, relative to the largest entry."""
-    return float((found.float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-30))
-
-
-class CudaRecorder:
-    """Records passes as CUDA graphs that share one pool of memory."""
-
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Body, gradients: Gradients, ids_BL: Tensor) -> Passes:
-        """Passes for ids of this shape; `ids_BL` becomes theirs.
-
-        Raises:
-            RuntimeError: something in `run` cannot be recorded, or there is no memory for it.
-        """
-        _check_room()
-        working = torch.cuda.current_stream()
-        self._stream.wait_stream(working)
-        with torch.cuda.stream(self._stream):  # libraries set up what they need for a stream the first time they see it
-            state_BLD = run(ids_BL)
-            torch.autograd.grad(state_BLD, gradients.parameters, torch.zeros_like(state_BLD), allow_unused=True)
-            del state_BLD
-        working.wait_stream(self._stream)
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with self._recording(forward):
-            state_BLD = run(ids_BL)
-        grad_BLD = torch.zeros_like(state_BLD, memory_format=torch.contiguous_format)
-        with self._recording(backward):
-            gradients.add(torch.autograd.grad(state_BLD, gradients.parameters, grad_BLD, allow_unused=True))
-        return _CudaPasses(ids_BL, state_BLD.detach(), grad_BLD, forward, backward)
-
-    @contextlib.contextmanager
-    def _recording(self, graph: torch.cuda.CUDAGraph) -> Any:
-        """Other threads go on copying labels meanwhile, hence "thread_local"."""
+        before = gradients.copied()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                yield
-        except BaseException:
-            # When a capture ends badly, torch (2.11) leaves its allocator recording, so that no memory that two streams have used is
-            # ever given back, and its generator too, so that nothing random can be drawn again.
-            device = torch.cuda.current_device()
-            with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(device, self._pool)
-            generator, fresh = torch.cuda.default_generators[device], torch.Generator(f"cuda:{device}")
-            fresh.set_state(generator.get_state())
-            generator.graphsafe_set_state(fresh)
-            raise
+            gradients.zero()
+            plain_BLD = self._run(passes.ids_BL)
+            passes.grad_BLD.copy_(torch.linspace(-1, 1, plain_BLD.numel(), device=plain_BLD.device).view_as(plain_BLD))
+            gradients.add(torch.autograd.grad(plain_BLD, gradients.parameters, passes.grad_BLD, allow_unused=True))
+            expected, plain_BLD = gradients.copied(), plain_BLD.detach()
+            for _ in range(2):  # the second time over what the first has left behind
+                gradients.zero()
+                passes.forward()
+                passes.backward()
+            state_off = float(_norm(passes.state_BLD - plain_BLD) / _norm(plain_BLD).clamp(min=1e-30))
+            gradient_off = gradients.off(expected)
+        finally:
+            gradients.put(before)
+        for what, off in (("states", state_off), ("gradients", gradient_off)):
+            if not off <= _TOLERANCE:  # nor what is no number
+                raise RuntimeError(f"a replay's {what} differ from the plain passes' by {off:.2g} of their norm")
+        return max(state_off, gradient_off)
 
 
-def _check_room() -> None:
-    """A recording holds on to what its passes need, and the losses beside them may need as much as ever.
-
-    Raises:
-        RuntimeError: less is free than twice of what a step has needed so far beyond what always lies there.
-    """
-    lying, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - lying
-    if free < 2 * (most - lying):
-        raise RuntimeError(
-            f"{free / 2**30:.1f} GiB of the GPU are free, and {2 * (most - lying) / 2**30:.1f} may be needed"
-        )
-
-
-@dataclass(frozen=True)
-class _CudaPasses:
-    ids_BL: Tensor
-    state_BLD: Tensor
-    grad_BLD: Tensor
-    _forward: torch.cuda.CUDAGraph
-    _backward: torch.cuda.CUDAGraph
-
-    def forward(self) -> None:
-        self._forward.replay()
-
-    def backward(self) -> None:
-        self._backward.replay()
-
-    def settle(self) -> None:
-        torch.cuda.empty_cache()  # the plain passes beside which these were tried; a recording cannot use what others hold
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
 class _Replay(torch.autograd.Function):

@@ -185,6 +185,9 @@ def _not_recorded(model: Any, config: ModelConfig, *, on_gpu: bool, is_compiled:
         return "needs a GPU, and there is none"
     if not is_compiled:
         return f"needs compiled layers, and model.compiled={str(config.compiled).lower()} gave none"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not any(p.requires_grad for p in base.get_decoder().parameters()):
+        return "has nothing to record: no layer is trained (model.lora.target_modules)"
     dropouts = {f"{name}.p": module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     text = model.config.get_text_config()
     dropouts |= {f"config.{name}": getattr(text, name, 0) for name in _DROPOUTS}

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from student_trainer import checkpoint, graphed
 from student_trainer.config import OptimizationConfig, TrainConfig
+from student_trainer.cuda_recorder import CudaRecorder
 from student_trainer.data.dataset import TokenizedDataset, collate
 from student_trainer.errors import RunError
 from student_trainer.feed.arrays import LabelTensors, ahead
@@ -158,7 +159,9 @@ class DistillationTrainer(Trainer):
         self._states: Callable[[Tensor], Tensor] = self._body
         if is_graphed:
             trained = [p for p in student.causal_lm.get_decoder().parameters() if p.requires_grad]
-            self._states = graphed.GraphedBody(self._body, trained, on_trouble)
+            self._states = graphed.GraphedBody(
+                self._body, trained, CudaRecorder(), on_trouble, is_ready=lambda: self.state.global_step > 0
+            )
 
     # ------------------------------------------------------------------ data
 

@@ -1,7 +1,7 @@
 """What recorded passes cost on one GPU: seconds to record a length, and memory held as lengths come, against plain passes of the same.
 
 Model of `student_memory` (1.5B, LoRA, gradient checkpointing, compiled layers), 2 sequences of 256 to 2,048 tokens in 25 lengths, each
-twice, shuffled and from the shortest to the longest (no freed block is ever large enough for the next). A way is a process of its own; with
+three times, shuffled and from the shortest to the longest (no freed block is ever large enough for the next). A way is a process of its own; with
 "expandable" torch's allocator grows its segments in place.
     python -m tests.bench.recordings [--json]
 """
@@ -19,6 +19,7 @@ import time
 import torch
 
 from student_trainer import compiled, graphed
+from student_trainer.cuda_recorder import CudaRecorder
 from tests.bench.student_memory import GIB, SEQUENCES, Bench, V
 from tests.bench.table import show
 
@@ -36,7 +37,9 @@ def measured(order: str, way: str) -> dict[str, object]:
     compiled.install(bench.student.model)
     troubles: list[str] = []
     trained = [p for p in bench.student.causal_lm.get_decoder().parameters() if p.requires_grad]
-    body = None if way == "plain" else graphed.GraphedBody(bench.student.states, trained, troubles.append, worth=2)
+    body = None
+    if way != "plain":
+        body = graphed.GraphedBody(bench.student.states, trained, CudaRecorder(), troubles.append, worth=2)
     states = body or bench.student.states
     lengths = list(LENGTHS)
     if order == "shuffled":

@@ -13,6 +13,7 @@ from rich.console import Console
 from student_trainer import compiled
 from student_trainer import trainer as trainer_module
 from student_trainer.config import ModelConfig, parse_config
+from student_trainer.cuda_recorder import CudaRecorder
 from student_trainer.feed.arrays import ahead
 from student_trainer.graphed import GraphedBody
 from student_trainer.losses.integrity import TeacherHeadMismatch
@@ -44,7 +45,8 @@ def test_recorded_passes_give_the_plain_gradients_over_windows_and_shapes(folder
     compiled.uninstall(plain.model)
     body = student.causal_lm.get_decoder()
     told = []
-    graphed = GraphedBody(student.states, [p for p in body.parameters() if p.requires_grad], told.append, worth=2)
+    trained = [p for p in body.parameters() if p.requires_grad]
+    graphed = GraphedBody(student.states, trained, CudaRecorder(), told.append, worth=2)
     generator = torch.Generator(device="cuda").manual_seed(0)
     for _ in range(3):  # gradients of a window add up, and are taken away at its end
         for shape in SHAPES:
@@ -78,7 +80,7 @@ def test_a_replay_gives_the_very_bits_of_the_plain_passes(folder):
             return student.states(ids_BL)
 
     told = []
-    graphed = GraphedBody(run, trained, told.append, worth=2)
+    graphed = GraphedBody(run, trained, CudaRecorder(), told.append, worth=2)
     generator = torch.Generator(device="cuda").manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -91,8 +93,9 @@ def test_a_replay_gives_the_very_bits_of_the_plain_passes(folder):
                 for _ in range(2):  # a window
                     state_BLD = states(ids_BL)
                     (state_BLD * weight_BLD).sum().backward()
-                found.append([state_BLD.detach().clone(), *(p.grad.clone() for p in trained if p.grad is not None)])
-                del state_BLD  # no graph of another pass may be alive while one is recorded
+                    kept_BLD = state_BLD.detach().clone()
+                    del state_BLD  # no graph of another pass may be alive while one is recorded
+                found.append([kept_BLD, *(p.grad.clone() for p in trained if p.grad is not None)])
             assert len(found[0]) == len(found[1]) > 10
             assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     finally:
@@ -109,9 +112,9 @@ def test_what_cannot_be_recorded_is_told_and_run_as_ever(folder):
         return student.states(ids_BL)
 
     told = []
-    graphed = GraphedBody(
-        asks_the_device, [p for p in student.model.parameters() if p.requires_grad], told.append, worth=2
-    )
+    trained = [p for p in student.model.parameters() if p.requires_grad]
+    graphed = GraphedBody(asks_the_device, trained, CudaRecorder(), told.append, worth=2)
+    stream = torch.cuda.current_stream()
     ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
     drawn = []
     for attempt in (graphed, student.states):
@@ -120,7 +123,7 @@ def test_what_cannot_be_recorded_is_told_and_run_as_ever(folder):
         for _ in range(4):
             torch.testing.assert_close(attempt(ids_BL), student.states(ids_BL), rtol=1e-3, atol=1e-3)
         drawn.append(torch.randn(5, device="cuda"))  # a bad recording must not hold on to the generator, nor change it
-    assert torch.equal(*drawn)
+    assert torch.equal(*drawn) and torch.cuda.current_stream() == stream
     assert len(told) == 1 and "cannot be recorded" in told[0]
 
 
@@ -128,9 +131,8 @@ def test_what_there_is_no_memory_for_is_not_recorded(folder, monkeypatch):
     student = load_student(ModelConfig(path=str(folder), dtype="float32", lora={"rank": 4}), 0)
     student.model.train()
     told = []
-    graphed = GraphedBody(
-        student.states, [p for p in student.model.parameters() if p.requires_grad], told.append, worth=2
-    )
+    trained = [p for p in student.model.parameters() if p.requires_grad]
+    graphed = GraphedBody(student.states, trained, CudaRecorder(), told.append, worth=2)
     ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 1 << 40)  # what a step has needed before
     for _ in range(3):
@@ -176,8 +178,10 @@ def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, tran
     finally:
         torch.cuda.set_sync_debug_mode("default")
     plain = trainer_module.DistillationTrainer.get_batch_samples
+    recorded = []
 
     def watched(self, *args):
+        recorded.append(getattr(self._states, "recorded", 0))
         torch.cuda.set_sync_debug_mode("error" if 30 <= self.state.global_step < 38 else "default")
         return plain(self, *args)
 
@@ -195,6 +199,7 @@ def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, tran
             train(config, console=QUIET)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert recorded[30:] == [2 if graphs == "auto" else 0] * len(recorded[30:])
 
 
 def test_bad_labels_teach_nothing_though_they_are_known_late(tmp_path, folder, rows_file, teacher, monkeypatch):

@@ -149,11 +149,11 @@ def test_layers_whose_way_back_does_not_compile_are_run_as_they_are(model_factor
     assert "ptxas is missing" in caplog.text
 
 
-def test_layers_that_the_compiler_gives_up_later_are_told_of(model_factory, caplog, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_layers_that_the_compiler_gives_up_later_are_told_of(model_factory, caplog):
     """torch goes on without a word once it has met too many kinds of calls."""
     plain = student_of(model_factory("qwen2"))
     quick, strict = copy.deepcopy(plain), copy.deepcopy(plain)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     compiled.install(quick.model, "aot_eager", required=False)
     same(quick, plain, 9)
     assert counters["stats"]["unique_graphs"] == 1
@@ -170,6 +170,17 @@ def test_layers_that_the_compiler_gives_up_later_are_told_of(model_factory, capl
     strict.model.double()
     with pytest.raises(ModelError, match=r"model\.compiled=true: .*more kinds of calls.*set it to auto or false"):
         step(strict, 9)
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_many_students_of_one_process_share_a_graph(model_factory, caplog):
+    """torch keeps eight graphs of a function: the ninth training would not be compiled."""
+    for number in range(3):
+        student = student_of(model_factory("qwen2"))
+        compiled.install(student.model, "aot_eager", required=number == 2)
+        step(student, 9 + number)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not [record for record in caplog.records if record.name == compiled.__name__]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -198,6 +209,10 @@ def test_which_students_are_compiled_and_recorded(model_factory, monkeypatch):
     assert found(graphs=False) == (False, True)
     assert found(compiled=False) == (False, False)
     assert found(**config) == (False, True), "what draws random numbers cannot be recorded"
+    head_alone = {"lora": {"rank": 4, "target_modules": ["lm_head"]}}
+    assert found(**head_alone) == (False, True), "nothing to record"
+    with pytest.raises(ModelError, match=r"model\.graphs=true has nothing to record"):
+        found(graphs=True, **head_alone)
     for refused, said in (({"compiled": False}, "model.compiled=false gave none"), (config, r"lora_dropout.*p=0\.1")):
         with pytest.raises(ModelError, match=said):
             found(graphs=True, **refused)

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from student_trainer import graphed
+from student_trainer import trainer as trainer_module
 from student_trainer.config import LoraSettings, ModelConfig
 from student_trainer.model import load_student
 from student_trainer.train import train
@@ -24,7 +25,7 @@ class Rerun:
 
     made = 0
 
-    def __init__(self, run, gradients, ids_BL, fault=""):
+    def __init__(self, run, gradients, ids_BL, fault):
         Rerun.made += 1
         self._run, self._gradients, self._fault = run, gradients, fault
         self._state = run(ids_BL)
@@ -32,26 +33,45 @@ class Rerun:
         self.grad_BLD = torch.zeros_like(self.state_BLD)
 
     def forward(self):
+        if self._fault == "breaks":
+            raise torch.OutOfMemoryError("CUDA out of memory")
         with torch.enable_grad():
             self._state = self._run(self.ids_BL)
         self.state_BLD.copy_(self._state.detach() * {"wrong": 1.1, "rounds": 1 + 1e-6}.get(self._fault, 1))
 
     def backward(self):
         grads = torch.autograd.grad(self._state, self._gradients.parameters, self.grad_BLD, allow_unused=True)
+        if self._fault == "forgets":
+            smallest = min(
+                range(len(grads)), key=lambda i: float("inf") if grads[i] is None else float(grads[i].norm())
+            )
+            grads = [None if i == smallest else grad for i, grad in enumerate(grads)]
         for _ in range(2 if self._fault == "twice" else 1):
             self._gradients.add(grads)
+        if self._fault == "breaks back":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self._fault == "no number":
+            self._gradients.add([grad * float("nan") for grad in grads])
+
+
+class Rerunner:
+    """A recorder for machines without a GPU."""
+
+    def __init__(self, fault=""):
+        self.fault, self.rooms, self.settled = fault, 0, 0
+
+    def check_room(self):
+        self.rooms += 1
+        if self.fault == "full" and self.rooms < 3:
+            raise graphed.NoRoomError("0.1 GiB of the GPU are free")
+
+    def record(self, run, gradients, ids_BL):
+        if self.fault == "refuses":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Rerun(run, gradients, ids_BL, self.fault)
 
     def settle(self):
-        pass
-
-
-def recorder(fault=""):
-    def record(run, gradients, ids_BL):
-        if fault == "refuses":
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return Rerun(run, gradients, ids_BL, fault)
-
-    return record
+        self.settled += 1
 
 
 def student_of(folder, lora):
@@ -71,7 +91,7 @@ def test_the_plain_gradients_over_windows_and_shapes(model_factory, lora):
     student = student_of(model_factory("qwen2"), lora)
     plain = copy.deepcopy(student)
     told = []
-    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder(), worth=2)
+    body = graphed.GraphedBody(student.states, trained(student), Rerunner(), told.append, worth=2)
     generator = torch.Generator().manual_seed(0)
     for window in range(3):  # gradients of a window add up, and are taken away at its end
         for shape in SHAPES:
@@ -89,20 +109,43 @@ def test_the_plain_gradients_over_windows_and_shapes(model_factory, lora):
     assert not told
 
 
-@pytest.mark.parametrize("fault", ["refuses", "wrong", "twice"])
-def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(model_factory, fault):
-    student = student_of(model_factory("qwen2"), {"rank": 4})
+@pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("refuses", "capturing"), ("breaks", "memory"), ("breaks back", "memory"), ("no number", "nan"), ("wrong", "states differ"),
+     ("twice", "gradients differ"), ("forgets", "gradients differ")],
+)  # fmt: skip
+def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(model_factory, fault, said, lora):
+    """Trying leaves nothing behind in the gradients of the window it falls into."""
+    student = student_of(model_factory("qwen2"), lora)
+    for name, parameter in student.model.named_parameters():
+        if "lora_B" in name:  # zero at first: then nothing would reach A
+            torch.nn.init.normal_(parameter, std=0.1)
     plain = copy.deepcopy(student)
     told = []
-    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder(fault), worth=2)
+    recorder = Rerunner(fault)
+    body = graphed.GraphedBody(student.states, trained(student), recorder, told.append, worth=2)
     for number in range(4):
         ids_BL = torch.arange(32).reshape(2, 16) + number
         for states in (body, plain.states):
             (states(ids_BL) ** 2).sum().backward()
     for one, other in zip(trained(student), trained(plain), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
-    assert body.recorded == 0
-    assert len(told) == 1 and ("capturing" if fault == "refuses" else "differs") in told[0]
+    assert body.recorded == 0 and recorder.settled == 1
+    assert len(told) == 1 and said in told[0]
+
+
+def test_what_there_is_no_room_for_is_recorded_when_there_is(model_factory):
+    student = student_of(model_factory("qwen2"), {"rank": 4})
+    told, recorder, ready = [], Rerunner("full"), [False]
+    body = graphed.GraphedBody(
+        student.states, trained(student), recorder, told.append, is_ready=lambda: ready[0], worth=2
+    )
+    for number in range(1, 12):
+        body(torch.arange(32).reshape(2, 16))
+        assert body.recorded == (number >= 9), "ready at the fourth; then full, full two later, and recorded two later"
+        ready[0] = number >= 4
+    assert len(told) == 1 and "memory is short: 0.1 GiB" in told[0]
 
 
 @pytest.mark.parametrize("fault", ["", "rounds"])
@@ -110,7 +153,7 @@ def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(mode
 def test_replays_that_round_otherwise_are_told_of_where_bits_matter(model_factory, fault, deterministic):
     student = student_of(model_factory("qwen2"), {"rank": 4})
     told = []
-    body = graphed.GraphedBody(student.states, trained(student), told.append, recorder(fault), worth=1)
+    body = graphed.GraphedBody(student.states, trained(student), Rerunner(fault), told.append, worth=1)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -138,7 +181,7 @@ def test_a_run_with_recorded_passes_is_the_run_without(config_of, tmp_path, monk
 
     for name in ("plain", "recorded"):
         if name == "recorded":
-            monkeypatch.setattr(graphed, "CudaRecorder", recorder)
+            monkeypatch.setattr(trainer_module, "CudaRecorder", Rerunner)
             monkeypatch.setattr(DistillationTrainer, "__init__", with_recordings)
         config = config_of(run={"output_dir": str(tmp_path / name), "cache_dir": str(tmp_path / "cache")}, **sections)
         made = Rerun.made
