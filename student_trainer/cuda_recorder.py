@@ -79,7 +79,7 @@ class CudaRecorder:
         recording stays the current one; and its generator believes in the recording, so that nothing random can be drawn again.
         """
         device = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, AttributeError):  # of its own interfaces, which may go
             torch._C._cuda_endAllocateToPool(device, self._pool)  # raises if the capture had ended well
             torch._C._cuda_releasePool(device, self._pool)
         torch.cuda.set_stream(working)

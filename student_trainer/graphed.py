@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from student_trainer.errors import StudentError
+
 STEPS_AN_OCTAVE = 8
 SHORTEST = 32
 WORTH_RECORDING = 6  # a recording takes 0.4 s, what six to twelve replays save (docs/speed.md)
@@ -206,7 +208,9 @@ class GraphedBody:
                 self._gradients = Gradients(self._trained(ids_BL))
             passes = self._recorder.record(self._run, self._gradients, ids_BL.clone())
             off = self._try(passes, self._gradients)
-        except RuntimeError as error:
+        except StudentError:  # layers that must be compiled, and are not
+            raise
+        except Exception as error:  # whatever it is, a run goes on without
             self._works = False
             if not self._passes:
                 self._gradients = None

@@ -12,6 +12,7 @@ from rich.console import Console
 from student_trainer import graphed
 from student_trainer import trainer as trainer_module
 from student_trainer.config import LoraSettings, ModelConfig
+from student_trainer.errors import ModelError
 from student_trainer.model import load_student
 from student_trainer.train import train
 from student_trainer.trainer import DistillationTrainer
@@ -68,6 +69,10 @@ class Rerunner:
     def record(self, run, gradients, ids_BL):
         if self.fault == "refuses":
             raise RuntimeError("operation not permitted when stream is capturing")
+        if self.fault == "odd":
+            raise TypeError("torch has no such interface")
+        if self.fault == "refused":
+            raise ModelError("model.compiled=true: the layers cannot be compiled here")
         return Rerun(run, gradients, ids_BL, self.fault)
 
     def settle(self):
@@ -112,7 +117,7 @@ def test_the_plain_gradients_over_windows_and_shapes(model_factory, lora):
 @pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("refuses", "capturing"), ("breaks", "memory"), ("breaks back", "memory"), ("no number", "nan"), ("wrong", "states differ"),
+    [("refuses", "capturing"), ("odd", "no such interface"), ("breaks", "memory"), ("breaks back", "memory"), ("no number", "nan"), ("wrong", "states differ"),
      ("twice", "gradients differ"), ("forgets", "gradients differ")],
 )  # fmt: skip
 def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(model_factory, fault, said, lora):
@@ -133,6 +138,13 @@ def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(mode
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     assert body.recorded == 0 and recorder.settled == 1
     assert len(told) == 1 and said in told[0]
+
+
+def test_what_a_user_has_to_mend_is_not_hidden(model_factory):
+    student = student_of(model_factory("qwen2"), {"rank": 4})
+    body = graphed.GraphedBody(student.states, trained(student), Rerunner("refused"), pytest.fail, worth=1)
+    with pytest.raises(ModelError):
+        body(torch.arange(32).reshape(2, 16))
 
 
 def test_what_there_is_no_room_for_is_recorded_when_there_is(model_factory):
