@@ -1,6 +1,6 @@
 """A teacher in forty lines of numpy that speaks the real wire: for tests, examples and first steps without a GPU.
 
-Deterministic and causal: the state at token t depends on tokens 0..t and the seed. `mistake` makes it
+Deterministic and causal: the state at token t depends on tokens 0..t and the seed, and on no other sequence of a request. `mistake` makes it
 answer wrongly in one named way, so that a student's refusals can be tested.
 """
 
@@ -127,10 +127,13 @@ class FakeTeacher:
 
     def signals(self, spec: SignalSpec, batch: TokenBatch) -> TeacherSignals:
         """The right answer, in float32."""
-        hidden_ND = self.states(batch)[batch.rows_of()]
+        rows_N = batch.rows_of()
+        hidden_ND = self.states(batch)[rows_N]
         if spec.compression == "int8":
             packed, hidden_ND = _pack_state(hidden_ND)
-        logits_NV = hidden_ND @ self.weight_VD[: spec.vocab_rows].T
+        # A product may round by how many rows it has: each sequence's by itself, so that company changes nothing.
+        parts = np.split(hidden_ND, np.searchsorted(rows_N, batch.cu_lengths_B1[1:-1]))
+        logits_NV = np.concatenate([part_ND @ self.weight_VD[: spec.vocab_rows].T for part_ND in parts])
         lse_N = _lse(logits_NV)
         rows = np.arange(batch.rows)
         tensors = {"lse_N": float32(lse_N), "label_logp_N": float32(logits_NV[rows, batch.labels_N()] - lse_N)}
