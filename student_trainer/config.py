@@ -7,14 +7,13 @@ that names the key; nothing here builds anything.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from student_trainer.errors import ConfigError
+from student_trainer.config_file import parse_as, read_tree
 
-Parsed = TypeVar("Parsed", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -349,27 +348,6 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
     return parse_config(read_tree(path, overrides), str(path))
 
 
-def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The plain data of a config file with its overrides.
-
-    Raises:
-        ConfigError: one line that names the file.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections, not {type(tree).__name__}")
-    for override in overrides or []:
-        _override(tree, override)
-    return tree
-
-
 def parse_config(tree: dict[str, Any], origin: str) -> TrainConfig:
     """A config from plain data.
 
@@ -379,55 +357,6 @@ def parse_config(tree: dict[str, Any], origin: str) -> TrainConfig:
     return parse_as(TrainConfig, tree, origin)
 
 
-def parse_as(kind: type[Parsed], tree: dict[str, Any], origin: str) -> Parsed:
-    """A config of a kind from plain data; raises as `parse_config`."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {_describe(error)}") from error
-
-
 def dump_config(config: TrainConfig) -> str:
     """The resolved config as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _describe(error: ValidationError) -> str:
-    """Every problem of a validation on one line: key, complaint, value."""
-    problems = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "config"
-        if item["type"] == "extra_forbidden":
-            problems.append(f"{key}: unknown key")
-        elif item["type"] == "missing":
-            problems.append(f"{key}: missing")
-        else:
-            value = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{value}"[:300])
-    return "; ".join(problems)
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted key; a number steps into a list."""
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise ConfigError(f"override {override!r}: expected section.field=value")
-    *parents, last = dotted.split(".")
-    node: Any = tree
-    for key in parents:
-        if isinstance(node, dict) and node.get(key) is None:
-            node[key] = {}
-        node = node[_index(node, key, dotted)] if isinstance(node, list) else node[key]
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"override {dotted}: {key} is not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {dotted}: not a YAML value: {text}") from error
-    node[_index(node, last, dotted) if isinstance(node, list) else last] = value
-
-
-def _index(node: list[Any], key: str, dotted: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise ConfigError(f"override {dotted}: {key} is not an index below {len(node)}")
-    return int(key)

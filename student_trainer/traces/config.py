@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from student_trainer.config import Fraction, Positive, SourceConfig, TeacherConfig, parse_as, read_tree
+from student_trainer.config import Fraction, Positive, SourceConfig, TeacherConfig
+from student_trainer.config_file import parse_as, read_tree
 
 # Said to the teacher before the question. It names what the grammar holds it to; a tuned teacher may need less, or "".
 INSTRUCTION = (

@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
-from student_trainer.config import parse_as, parse_config
+from student_trainer.config import parse_config
+from student_trainer.config_file import parse_as
 from student_trainer.traces.config import TracesConfig
 from student_trainer.traces.run import make_traces
 from student_trainer.train import train

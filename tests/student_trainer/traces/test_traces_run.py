@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from student_trainer.config import parse_as
+from student_trainer.config_file import parse_as
 from student_trainer.errors import ConfigError, DataError, RunError
 from student_trainer.traces.config import TracesConfig
 from student_trainer.traces.places import mean_probability, token_spans, value_spans

@@ -1,0 +1,33 @@
+"""What a refused configuration says: the key as it was written, every complaint about it, the value."""
+
+from __future__ import annotations
+
+import pytest
+
+from student_trainer.config import load_config
+from student_trainer.errors import ConfigError
+
+GOOD = "run: {output_dir: runs/x}\nmodel: {path: some/model}\ndata: {train: [rows.jsonl]}\nteacher: {address: 'a:1'}\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.graphs=maybe", "model.graphs: Input should be a valid boolean, .*, or Input should be 'auto' \\(got 'maybe'\\)$"),
+        ("model.compiled=maybe", "model.compiled: .*, or Input should be 'auto' \\(got 'maybe'\\)$"),
+        ("model.lora={target_modules: 5}", "model.lora.target_modules: .*valid string, or .*valid tuple \\(got 5\\)$"),
+        ("loss.output={temperature: high}", "loss.output.temperature: .*\\(got 'high'\\)$"),
+        ("loss.output={temperature: {start: 2, en: 1}}", "loss.output.temperature.en: unknown key$"),
+        ("data.train=[{path: a.jsonl, fromat: x}]", "data.train.0.fromat: unknown key$"),
+        ("data.train=[{format: x}]", "data.train.0.path: missing$"),
+        ("data.train=[5]", "data.train.0: .*\\(got 5\\)$"),
+        ("modle.path=x", "modle: unknown key$"),
+        ("train.save_steps=7", "config: train.save_steps=7 must be a multiple"),
+    ],
+)  # fmt: skip
+def test_the_key_as_written_and_the_value(tmp_path, override, said):
+    file = tmp_path / "run.yaml"
+    file.write_text(GOOD)
+    load_config(file, ["train.save_steps=0"])
+    with pytest.raises(ConfigError, match=f"^{file}: (.*; )?{said}"):
+        load_config(file, [override])
