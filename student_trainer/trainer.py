@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,53 +30,17 @@ from student_trainer.feed.arrays import LabelTensors, ahead
 from student_trainer.feed.order import OrderedDataset, RunOrder
 from student_trainer.feed.packing import pack
 from student_trainer.feed.prefetch import LabelFeed
-from student_trainer.feed.source import LabelRequest, LabelUsage
+from student_trainer.feed.source import LabelRequest
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.output import LossParts, output_loss
+from student_trainer.losses.output import output_loss
+from student_trainer.meter import Meter
 from student_trainer.model import Student
 from student_trainer.objective import Objective, rows_on
 from student_trainer.run_folder import LOG_NAME
 from student_trainer.verdicts import Verdicts
 from teacher_wire.messages import TokenBatch
-
-
-@dataclass
-class _Meter:
-    """What happened since the last log entry; device tensors, so that a step waits for nothing."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-    waited_s: float = 0.0
-    labels: LabelUsage = field(default_factory=LabelUsage)
-    started_s: float = field(default_factory=time.perf_counter)
-
-    def add(self, parts: LossParts) -> None:
-        for name, value in vars(parts).items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def figures(self) -> dict[str, float]:
-        """Means over weighted rows, shares of rows, rates over seconds.
-
-        `wait_share` is time in which the host waited for labels; a GPU may still have had work meanwhile.
-        """
-        seconds = max(time.perf_counter() - self.started_s, 1e-9)
-        sums = {name: float(value) for name, value in self.sums.items()}
-        rows = max(sums.get("rows", 0.0), 1.0)
-        weights = max(sums.get("weights", 0.0), 1e-9)
-        means = {
-            name: sums[part] / (rows if part in _COUNTS else weights) for name, part in _LOGGED.items() if part in sums
-        }
-        rates = {"tokens_per_s": self.tokens / seconds, "wait_share": self.waited_s / seconds}
-        return means | rates | ({"cache_hits": self.labels.disk_share} if self.labels.sequences else {})
-
-
-# name in the log -> part of the loss it is the mean of
-_LOGGED = {"kd_loss": "kd_sum", "sft_loss": "ce_sum", "acc1": "acc1_hits", "acc3": "acc3_hits"}
-_COUNTS = ("acc1_hits", "acc3_hits")
-# What the clock and the disk decide; everything else in the log is the same whenever the run is repeated.
-TIMED = ("tokens_per_s", "wait_share", "cache_hits", "runtime_s")
 
 
 @dataclass(frozen=True)
@@ -138,7 +102,7 @@ class DistillationTrainer(Trainer):
         self._measure = measure
         self._evidence: tuple[Integrity, LabelRequest] | None = None
         self._likeliest = config.labels.k if config.labels.extra_ids else 0
-        self._meter = _Meter()
+        self._meter = Meter()
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
         pad_id = student.tokenizer.pad_token_id
         pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
@@ -307,7 +271,7 @@ class DistillationTrainer(Trainer):
         self._verdicts.settle()
         if "loss" in logs:
             logs |= self._meter.figures()
-            self._meter = _Meter()
+            self._meter = Meter()
         super().log(logs, start_time)
         logs["epoch"] = self.state.log_history[-1]["epoch"] = self._order.epoch_at(self.state.global_step)
         with (Path(self.args.output_dir) / LOG_NAME).open("a") as file:

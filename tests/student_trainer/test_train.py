@@ -16,9 +16,10 @@ from student_trainer.data.sources import parse_source
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.feed.order import RunOrder
 from student_trainer.feed.packing import pack
+from student_trainer.meter import TIMED
 from student_trainer.model import load_student
 from student_trainer.train import train
-from student_trainer.trainer import TIMED, learning_rate_share
+from student_trainer.trainer import learning_rate_share
 from teacher_wire.errors import LabelError, MismatchError
 from teacher_wire.loopback import serve
 from teacher_wire.messages import SignalSpec
