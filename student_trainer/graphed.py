@@ -49,12 +49,16 @@ class Gradients:
             dtype: torch.zeros(sum(p.numel() for p in parameters if p.dtype == dtype), dtype=dtype, device=device)
             for dtype in {p.dtype for p in parameters}
         }
-        used = dict.fromkeys(self.flat, 0)
-        self._views = []
+        self._views = self._cut(self.flat)
+
+    def _cut(self, flat: dict[torch.dtype, Tensor]) -> list[Tensor]:
+        """A view a parameter."""
+        used, views = dict.fromkeys(flat, 0), []
         for parameter in self.parameters:
             start, dtype = used[parameter.dtype], parameter.dtype
             used[dtype] += parameter.numel()
-            self._views.append(self.flat[dtype][start : used[dtype]].view_as(parameter))
+            views.append(flat[dtype][start : used[dtype]].view_as(parameter))
+        return views
 
     def attach(self) -> None:
         """Puts the views in place; zero where a gradient was taken away, what was there elsewhere."""
@@ -92,17 +96,10 @@ class Gradients:
 
     def off(self, expected: dict[torch.dtype, Tensor]) -> float:
         """The largest distance of any parameter's gradient from what is expected, as a share of its norm."""
-        distances, norms = [], []
-        used = dict.fromkeys(self.flat, 0)
-        for view in self._views:
-            start = used[view.dtype]
-            used[view.dtype] += view.numel()
-            plain = expected[view.dtype][start : used[view.dtype]].view_as(view)
-            distances.append(_norm(view - plain))
-            norms.append(_norm(plain))
-        norm = torch.stack(norms)
-        least = (norm.max() * _NEAR_NOTHING).clamp(min=1e-30)
-        return float((torch.stack(distances) / norm.maximum(least)).max())
+        pairs = list(zip(self._views, self._cut(expected), strict=True))
+        distance = torch.stack([_norm(view - plain) for view, plain in pairs])
+        norm = torch.stack([_norm(plain) for _, plain in pairs])
+        return float((distance / norm.maximum((norm.max() * _NEAR_NOTHING).clamp(min=1e-30))).max())
 
 
 class Passes(Protocol):

@@ -77,7 +77,7 @@ class Student:
     @property
     def computed_by(self) -> str:
         """Which kernels round: the device, and whether layers are compiled and passes recorded."""
-        device = self.head(2).weight_VD.device
+        device = self.outline.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         ways = (("compiled layers", compiled.is_installed(self.model)), ("recorded passes", self.is_graphed))
         return ", ".join([where, *(way for way, is_so in ways if is_so)])
@@ -85,7 +85,7 @@ class Student:
     @property
     def causal_lm(self) -> Any:
         """The model under the adapters."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return _without_adapters(self.model)
 
     @property
     def vocab_rows(self) -> int:
@@ -115,6 +115,10 @@ class Student:
             lora=_lora_of(layer),
         )
         return head.slice(vocab_rows)
+
+
+def _without_adapters(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def load_student(config: ModelConfig, seed: int) -> Student:
@@ -185,8 +189,7 @@ def _not_recorded(model: Any, config: ModelConfig, *, on_gpu: bool, is_compiled:
         return "needs a GPU, and there is none"
     if not is_compiled:
         return f"needs compiled layers, and model.compiled={str(config.compiled).lower()} gave none"
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not any(p.requires_grad for p in base.get_decoder().parameters()):
+    if not any(p.requires_grad for p in _without_adapters(model).get_decoder().parameters()):
         return "has nothing to record: no layer is trained (model.lora.target_modules)"
     dropouts = {f"{name}.p": module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     text = model.config.get_text_config()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tries gpu_student, gpu_server or student_layers without a GPU, so that no lent minute goes into a typing error: a copy in which "cuda" is "cpu" and
+# Tries gpu_student, gpu_server, student_layers or recordings (its plain way) without a GPU, so that no lent minute goes into a typing error: a copy in which "cuda" is "cpu" and
 # every shape is small. The figures mean nothing; that it comes to its table does.
 #     bash tests/bench/rehearse.sh gpu_student --steps 8
 #     bash tests/bench/rehearse.sh gpu_server --quick --seconds 12 --anchors /nonexistent

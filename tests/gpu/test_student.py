@@ -199,7 +199,7 @@ def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, tran
             train(config, console=QUIET)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert recorded[30:] == [2 if graphs == "auto" else 0] * len(recorded[30:])
+    assert recorded[30:] == [2 if graphs == "auto" else 0] * 10
 
 
 def test_bad_labels_teach_nothing_though_they_are_known_late(tmp_path, folder, rows_file, teacher, monkeypatch):
