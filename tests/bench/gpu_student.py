@@ -171,11 +171,11 @@ class Room:
 
     def ours(
         self, name: str, transport: str = "", feed: Feed | None = None,
-        seed: int = 0, divergence: str = "forward_kl", deterministic: bool = True, graphs: bool = True,
+        seed: int = 0, deterministic: bool = True, graphs: bool = True,
     ) -> Row:  # fmt: skip
         """A run of the trainer, as it ships unless told otherwise."""
         loss: dict[str, Any] = (
-            {"output": {"divergence": divergence}} if transport else {"output": None, "sft_weight": 1.0}
+            {"output": {"divergence": "forward_kl"}} if transport else {"output": None, "sft_weight": 1.0}
         )
         config = self.config(loss, transport or "hidden", graphs)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
