@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from student_trainer.feed import verify
@@ -143,6 +143,10 @@ def both(monkeypatch, signals, spec, batch):
 def test_the_same_verdict_as_the_plain_formulas(dtype, mistake):
     seen = set()
 
+    # Between them these three hold every mistake once within its tolerance and once not; chance alone misses some, now and then.
+    @example(seed=6, shape=(7, 7, 0), scale=0.1, size=1e-4)
+    @example(seed=30, shape=(7, 7, 0), scale=0.1, size=1e-4)
+    @example(seed=10, shape=(40, 6, 0), scale=0.1, size=1e3)
     @settings(max_examples=30, deadline=None)
     @given(
         seed=st.integers(0, 2**32 - 1),
