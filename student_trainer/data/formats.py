@@ -7,12 +7,12 @@ Must never guess: a missing, mistyped or unsupported field is a `DataError` nami
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from student_trainer.errors import DataError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,36 @@ class Turn:
 
     Attributes:
         role: one of `ROLES`.
-        weights: (characters, weight of their loss) all along the content; empty: 1 everywhere.
+        content: the text; "" only where `extra` says the rest (an assistant that calls tools).
+        weights: (characters, weight of their loss) all along the content; empty: `loss_weight` everywhere.
+        loss_weight: of an assistant turn's loss; 0 makes it context that is not trained.
+        extra: further fields of the message as chat templates read them: `reasoning_content`, `tool_calls`, `name`, `tool_call_id`.
     """
 
     role: str
     content: str
     weights: tuple[tuple[int, float], ...] = ()
+    loss_weight: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The turn as a chat template takes it."""
+        return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order: an optional system turn first, the last one the assistant's."""
+    """Turns in order: an optional system turn first, the last one the assistant's.
+
+    Attributes:
+        tools: JSON schemas of the tools on offer, as chat templates take them.
+        template_kwargs: further variables of the chat template, such as `enable_thinking`; a row's own stand before the config's.
+    """
 
     turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
