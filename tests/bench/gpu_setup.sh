@@ -2,6 +2,7 @@
 # On the GPU machine: puts what pack_gpu.sh made into /tmp/site. A carried folder a call, then once `finish`:
 #     bash tests/bench/gpu_setup.sh stash .pack/p1     # and p2, p3, each in the call that carries it
 #     bash tests/bench/gpu_setup.sh finish && . /tmp/site.env && python3 -m tests.bench.gpu_vllm
+# `finish p3` where Ray and the small packages are enough; `real FOLDER` after stashing r1 and r2 of pack_real.sh makes the real pair there.
 # `finish` checks that all parts are there and whole, and says which of the machine's own packages /tmp/site puts others in front of.
 # /tmp/site.env sets PYTHONPATH (absolute, since Ray's and vLLM's processes inherit it) and what this set of packages needs.
 set -euo pipefail
@@ -22,14 +23,18 @@ stash)
     du -sh "$stash"
     ;;
 finish)
-    for part in p1 p2 p3; do
+    shift
+    parts=("$@")
+    [ $# -gt 0 ] || parts=(p1 p2 p3)
+    for part in "${parts[@]}"; do
         [ -e "$stash/SHA256SUMS.$part" ] || { echo "$stash lacks $part: the machine was given back in between?" >&2; exit 1; }
     done
-    (cd "$stash" && sha256sum --quiet -c SHA256SUMS.*)
+    for part in "${parts[@]}"; do (cd "$stash" && sha256sum --quiet -c "SHA256SUMS.$part"); done
     rm -rf "$site"
     mkdir -p "$site"
     running=()
     for archive in "$stash"/*.tar.xz; do
+        [ "$(basename "$archive")" = gguf.tar.xz ] && continue
         unpack "$archive" &
         running+=($!)
     done
@@ -67,8 +72,18 @@ print(f"grpcio {grpc.__version__}, protobuf {google.protobuf.__version__}, pydan
       f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {numpy.__version__}")
 END
     ;;
+real)
+    real=${2:?usage: gpu_setup.sh real FOLDER}
+    for part in r1 r2; do (cd "$stash" && sha256sum --quiet -c "SHA256SUMS.$part"); done
+    mkdir -p "$real/gguf/gguf-package"
+    cat "$stash"/model.gguf.* >"$real/gguf/model.gguf"
+    site=$real/gguf/gguf-package unpack "$stash/gguf.tar.xz"
+    cp "$stash"/*.jsonl "$real/"
+    python3 -W ignore -m tests.real.fetch "$real" --gguf "$real/gguf" 2>&1 | tail -n 3
+    ls "$real"
+    ;;
 *)
-    echo "usage: gpu_setup.sh stash FOLDER | finish" >&2
+    echo "usage: gpu_setup.sh stash FOLDER | finish [PART ...] | real FOLDER" >&2
     exit 2
     ;;
 esac

@@ -2,10 +2,12 @@
 # Packs vLLM 0.25.1, Ray 2.60 and what they and our edge need for a GPU machine (x86-64, Python 3.12, torch 2.11+cu130, Hopper) that
 # reaches no package registry: three folders p1, p2, p3 of archives, each below 60 MiB, that gpu_setup.sh unpacks there into one folder.
 #     bash tests/bench/pack_gpu.sh .pack        # about six minutes on two cores; 400 MB of downloads, none of them kept
+#     bash tests/bench/pack_gpu.sh .pack p3     # without vLLM: Ray and the small packages alone
 # Left out: vLLM's attention library for Ampere, its Rust front end and kernels for other chips; of Ray its jars, dashboard pages, debug
 # symbols and the libraries that ray.serve does not import. torch, triton, numpy, transformers are the machine's own.
 set -euo pipefail
-out=${1:?usage: pack_gpu.sh FOLDER}
+out=${1:?usage: pack_gpu.sh FOLDER [p3]}
+only=${2:-}
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -21,11 +23,14 @@ pack() { # ARCHIVE LEVEL FOLDER NAME...: blocks of 8 MiB, so that unpacking uses
 }
 
 rm -rf "$out/p1" "$out/p2" "$out/p3"
-python3 -m pip install -q --no-compile "${target[@]}" --target "$work/site" -r "$here/gpu_packages.txt"
+# Without vLLM its mistral-common stays out too: transformers, when it finds it, reads tokenizers of gguf files by it and fails.
+cp "$here/gpu_packages.txt" "$work/packages.txt"
+[ "$only" != p3 ] || sed -i '/^mistral-common/d' "$work/packages.txt"
+python3 -m pip install -q --no-compile "${target[@]}" --target "$work/site" -r "$work/packages.txt"
 rm -rf "$work/site/bin"
 pack "$out/p3/site.tar.xz" 6 "$work/site" .
 
-python3 -m pip download -q "${target[@]}" -d "$work" ray==2.60.0 vllm==0.25.1
+python3 -m pip download -q "${target[@]}" -d "$work" ray==2.60.0
 unzip -q "$work"/ray-*.whl -d "$work/ray"
 rm "$work"/ray-*.whl
 (
@@ -36,6 +41,8 @@ rm "$work"/ray-*.whl
 )
 pack "$out/p3/ray.tar.xz" 6 "$work/ray" ray ray-2.60.0.dist-info
 
+if [ "$only" != p3 ]; then
+python3 -m pip download -q "${target[@]}" -d "$work" vllm==0.25.1
 unzip -q "$work"/vllm-*.whl -d "$work/vllm"
 rm "$work"/vllm-*.whl
 core=vllm/_C_stable_libtorch.abi3.so moe=vllm/_moe_C_stable_libtorch.abi3.so
@@ -47,6 +54,7 @@ pack "$out/p2/vllm_moe.tar.xz" 3 "$work/vllm" "$moe"
     find vllm \( -name '*.cu' -o -name '*.hpp' -o -name '*.h' \) -delete
 )
 pack "$out/p2/vllm_python.tar.xz" 6 "$work/vllm" vllm vllm-0.25.1.dist-info
+fi
 
 for part in "$out"/p?; do
     (cd "$part" && sha256sum ./*.tar.xz >"SHA256SUMS.$(basename "$part")")

@@ -1,0 +1,232 @@
+"""A real teacher and real rows: what distillation is worth beside hard labels, with seeds and intervals.
+
+Teacher SmolLM2-135M-Instruct behind `teacher-server up`; student 15 of its 30 layers, every weight trained by `student-trainer train` (float32
+masters, bfloat16 passes); rows: functions of Python's standard library, first half in, second half out, held out by file. Both are the product's
+own commands, in processes of their own; runs are spread over the GPUs, `--per-gpu` at a time, and share one label store.
+
+    python -m tests.real.fetch REAL                       # once: model and student
+    python -m tests.bench.real --real REAL [--seeds 3] [--steps 1200] [--json]
+
+Columns: held-out NLL in nats per UTF-8 byte and KL(teacher || student) in nats per token at three steps, mean over seeds; the best step of each seed (early
+stopping); and the paired difference of bests to SFT's best with its 95 % t interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import yaml
+
+from tests.bench.table import show
+
+TRAIN_ROWS, HELD_OUT_ROWS = 5_000, 512
+MAX_BYTES, MAX_TOKENS = 1_000, 512
+BATCH = 32
+EVERY = 100  # steps between evaluations
+SKEW = {"output": {"divergence": "skew_kl", "alpha": 0.1}}
+ARMS: dict[str, dict[str, Any]] = {
+    "sft": {"loss": {"output": None, "sft_weight": 1.0}},
+    "sft, schedule of a third": {"loss": {"output": None, "sft_weight": 1.0}},
+    "gkd": {"loss": {"output": {"divergence": "forward_kl"}}},
+    "gkd + 0.5 hard labels": {"loss": {"output": {"divergence": "forward_kl"}, "sft_weight": 0.5}},
+    "skew KL 0.1": {"loss": SKEW},
+}
+SHORT = "sft, schedule of a third"
+
+
+def write_rows(folder: Path) -> None:
+    """train.jsonl and heldout.jsonl of this interpreter's standard library."""
+    from deploy.demo.corpus import CorpusConfig, build_corpus
+
+    build_corpus(folder, CorpusConfig(max_bytes=MAX_BYTES))
+    (folder / "manifest.json").unlink()
+    for name, count in (("train", TRAIN_ROWS), ("heldout", HELD_OUT_ROWS)):
+        file = folder / f"{name}.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:count]))
+
+
+class Server:
+    """`teacher-server up` with the real teacher."""
+
+    def __init__(self, folder: Path, model: Path, gpus: int) -> None:
+        from tests.bench.gpu_client import free_port
+
+        self.address = f"127.0.0.1:{free_port()}"
+        backend = {"kind": "transformers", "model": str(model), "dtype": "bfloat16" if gpus else "float32",
+                   "device": "cuda" if gpus else "cpu"}  # fmt: skip
+        tree = {
+            "edge": {"port": int(self.address.rpartition(":")[2])},
+            "ray": {"num_cpus": 4, "object_store_mb": 512},
+            "teachers": [{"name": "smollm2", "num_cpus": 0.5, "num_gpus": 1.0 if gpus else 0.0, "backend": backend}],
+        }
+        file, self.log = folder / "server.yaml", folder / "server.log"
+        file.write_text(yaml.safe_dump(tree))
+        with self.log.open("w") as log:
+            command = [sys.executable, "-m", "teacher_server.cli", "up", str(file)]
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        began = time.monotonic()
+        while "ready" not in self.log.read_text():
+            if self._process.poll() is not None or time.monotonic() - began > 240:
+                raise SystemExit(f"the teacher did not come up:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """As Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(timeout=90)
+
+
+def settings_of(options: argparse.Namespace, arm: str, seed: int, address: str, gpus: int) -> dict[str, Any]:
+    """The config of one run."""
+    steps = max(EVERY, options.steps // 3 // EVERY * EVERY) if arm == SHORT else options.steps
+    name = f"{list(ARMS).index(arm)}-{seed}"
+    return {
+        "run": {"output_dir": str(options.work / name), "seed": seed, "cache_dir": str(options.work / "cache")},
+        "model": {"path": str(options.real / "smollm2-15"), "dtype": "float32", "lora": None, "graphs": False, "threads": 2},
+        "data": {
+            "train": [str(options.real / "train.jsonl")],
+            "eval": [f"{options.real / 'heldout.jsonl'}#{options.held_out}"],
+            "max_tokens": MAX_TOKENS,
+            "overlong": "drop",
+        },
+        "teacher": {"address": address},
+        "labels": {"transport": "hidden"},
+        "train": {
+            "batch_size": options.batch, "max_steps": steps, "accumulation": 1, "learning_rate": 3e-4, "warmup_steps": 50,
+            "schedule": "cosine", "min_lr_share": 0.1, "bf16": bool(gpus), "log_steps": min(EVERY, 50), "eval_steps": min(EVERY, steps),
+            "eval_batch_size": 32, "deterministic": False,
+        },
+        **ARMS[arm],
+    }  # fmt: skip
+
+
+def run(
+    options: argparse.Namespace, arm: str, seed: int, address: str, gpu: int | None, gpus: int
+) -> list[dict[str, float]]:
+    """One training; its evaluations."""
+    tree = settings_of(options, arm, seed, address, gpus)
+    folder = Path(tree["run"]["output_dir"])
+    shutil.rmtree(folder, ignore_errors=True)
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(tree))
+    env = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})}
+    began = time.monotonic()
+    command = [sys.executable, "-m", "student_trainer.cli", "train", str(file)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arm}, seed {seed}:\n{done.stderr[-3000:]}")
+    entries = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    found = [{name.removeprefix("eval_"): value for name, value in e.items() if name.startswith("eval_") or name == "step"}
+             for e in entries if "eval_nll_per_byte" in e]  # fmt: skip
+    best = min(found, key=lambda entry: entry["nll_per_byte"])
+    print(
+        f"{arm}, seed {seed}: best {best['nll_per_byte']:.4f} at {best['step']}, {time.monotonic() - began:.0f} s",
+        file=sys.stderr,
+    )
+    shutil.rmtree(folder / "final", ignore_errors=True)
+    return found
+
+
+def table(results: dict[str, list[list[dict[str, float]]]], steps: int) -> list[dict[str, object]]:
+    """A row per arm; see module."""
+    from student_trainer.report import paired
+
+    shown = sorted({step for step in (200, 400, steps) if step <= steps})
+    bests = {arm: [min(e["nll_per_byte"] for e in run) for run in runs] for arm, runs in results.items()}
+    rows: list[dict[str, object]] = []
+    for arm, runs in results.items():
+        row: dict[str, object] = {"arm": arm}
+        for step in shown:
+            at = [e for run in runs for e in run if e["step"] == step]
+            row[f"{step}: NLL / KL"] = (
+                f"{statistics.fmean(e['nll_per_byte'] for e in at):.4f} / {statistics.fmean(e['kl_to_teacher'] for e in at):.3f}"
+                if at
+                else "-"
+            )
+        best_steps = sorted({int(min(run, key=lambda e: e["nll_per_byte"])["step"]) for run in runs})
+        row["best NLL (steps)"] = f"{statistics.fmean(bests[arm]):.4f} ({', '.join(map(str, best_steps))})"
+        difference = paired(bests[arm], bests["sft"])
+        told = "" if difference["low"] is None else f" [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+        row["best, minus SFT's best"] = "" if arm == "sft" else f"{difference['mean']:+.4f}{told}"
+        rows.append(row)
+    teacher = next(iter(results.values()))[0][0]
+    rows.append(
+        dict.fromkeys(rows[0], "")
+        | {"arm": "the teacher", "best NLL (steps)": f"{teacher['teacher_nll_per_byte']:.4f}"}
+    )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The bench; see module."""
+    parser = argparse.ArgumentParser(description="Distillation of a real pair beside hard labels.")
+    parser.add_argument("--real", type=Path, help="folder of tests.real.fetch")
+    parser.add_argument("--write-rows", type=Path, help="only write train.jsonl and heldout.jsonl into this folder")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/lyceum-real"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--held-out", type=int, default=HELD_OUT_ROWS)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--per-gpu", type=int, default=4, help="runs at a time on each GPU")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.write_rows is not None:
+        write_rows(options.write_rows)
+        return
+    if options.real is None:
+        parser.error("--real is needed: where tests.real.fetch brought the model")
+    import torch
+
+    gpus = torch.cuda.device_count()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.real / "train.jsonl").is_file():
+        write_rows(options.real)
+    server = Server(options.work, options.real / "smollm2", gpus)
+    free: SimpleQueue[int | None] = SimpleQueue()
+    for _ in range(options.per_gpu):
+        for gpu in range(gpus) if gpus else [None]:
+            free.put(gpu)
+    jobs = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
+
+    def one(job: tuple[str, int]) -> list[dict[str, float]]:
+        gpu = free.get()
+        try:
+            return run(options, *job, server.address, gpu, gpus)
+        finally:
+            free.put(gpu)
+
+    began = time.monotonic()
+    try:
+        with ThreadPoolExecutor(free.qsize()) as pool:
+            found = list(pool.map(one, jobs))
+    finally:
+        server.stop()
+    results = {
+        arm: [entries for (name, _), entries in zip(jobs, found, strict=True) if name == arm] for arm in options.arms
+    }
+    device = torch.cuda.get_device_name(0) if gpus else "CPU"
+    title = f"real pair, {gpus} x {device}, {options.seeds} seeds, {options.steps} steps of {options.batch} rows, {time.monotonic() - began:.0f} s"
+    show(title, table(results, options.steps), as_json=options.json)
+    if os.environ.get("OUT"):
+        (Path(os.environ["OUT"]) / "real.json").write_text(json.dumps({"title": title, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
