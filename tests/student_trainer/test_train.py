@@ -126,7 +126,7 @@ def test_a_resumed_run_with_named_ids_is_the_uninterrupted_one(config_of, tmp_pa
 
 def test_the_first_loss_is_the_divergence_of_student_and_teacher(config_of, fake):
     """The logged figure against both models asked directly, without feed, wire or chunked loss."""
-    config = config_of(train={"max_steps": 1}, model={"lora": None})
+    config = config_of(train={"max_steps": 1}, model={"lora": None}, loss={"sft_weight": 0.0})
     result = train(config, console=QUIET)
     student = load_student(config.model, config.run.seed)
     data = build_dataset([parse_source(str(config.data.train[0].path))], student.tokenizer, max_tokens=100)
