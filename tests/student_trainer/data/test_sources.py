@@ -44,7 +44,8 @@ def test_json_list(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1},\n {"a": }]', 2, "invalid JSON"),
         ("a.json", '{"a": 1}', 0, "list of objects"),
         ("a.json", '[{"a": 1}, 7]', 2, "must be an object, not int"),
-        ("a.csv", "a,b", 0, "unknown file type"),
+        ("a.txt", "a,b", 0, "unknown file type"),
+        ("a.csv", "a,b", 0, "empty"),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path: Path, name: str, data: bytes | str, line: int, says: str) -> None:
