@@ -56,7 +56,7 @@ class SourceFacts:
     def told(self) -> str:
         """One line."""
         parts = [f"{self.path}: {self.rows:,} row{'' if self.rows == 1 else 's'}, {self.format}"]
-        parts += [f"read as {self.read_as}"] * bool(self.read_as)
+        parts += [f"it holds {self.read_as}, which its name does not say, and is read as that"] * bool(self.read_as)
         shown = self.unused[:12]
         more = f" and {len(self.unused) - len(shown)} more" if len(self.unused) > len(shown) else ""
         parts += [f"not used: {', '.join(shown)}{more}"] * bool(shown)
