@@ -248,6 +248,8 @@ def _examples(
             else:
                 some.append(made)
                 segmented.append(segments)
+        if not some:
+            continue
         for made, segments, (token_ids, loss_mask) in zip(some, segmented, encode(segmented, tokenizer), strict=True):
             try:
                 example = _example(made, segments, token_ids, loss_mask, tokenizer)

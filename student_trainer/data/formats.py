@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from student_trainer.data.conversations import ROLES, Conversation, Row, Turn
 from student_trainer.data.intake import Intake
+from student_trainer.data.meaning import MEANING, is_preference, not_learned_here, why_refused
 from student_trainer.data.messages import (
     checked_text,
     checked_tree,
@@ -38,28 +39,6 @@ _USUAL_ANSWER = {"instruction": "output", "prompt": "completion", "query": "resp
 _SYSTEM = ("system", "system_prompt")
 _BESIDE = ("tools", "functions", "weight", "chat_template_kwargs")  # beside every conversation
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_TEXT_ALONE = "rows of text alone can be learned from"
-_ELSEWHERE = "changes the meaning of the row, and this format has no place for it"
-# Fields that change what a row means. Where the format does not use one that is not empty, the row is refused by its name.
-# Every other field that is not used is told once for each source ("not used: id, source").
-MEANING: dict[str, str] = {
-    **dict.fromkeys((
-        "image", "images", "image_url", "image_path", "image_file", "audio", "audios", "audio_path", "video", "videos", "video_path",
-        "objects", "bbox", "pixel_values", "mm_inputs", "files", "attachments",
-    ), _TEXT_ALONE),
-    **dict.fromkeys((
-        "tools", "functions", "tool_calls", "function_call", "system", "system_prompt", "developer", "history", "input", "context",
-        "documents", "prefix", "suffix", "weight", "chat_template_kwargs", "reasoning_content", "thinking", "reasoning",
-    ), _ELSEWHERE),
-    **dict.fromkeys(
-        ("weights", "loss", "loss_scale", "loss_weight", "train", "train_on_turn", "mask", "masked", "loss_mask"),
-        "decides what of the row is learned, and is known of messages alone; of a row there is `weight`",
-    ),
-    **dict.fromkeys(("enable_thinking", "add_generation_prompt"), "variables of the chat template stand in chat_template_kwargs"),
-    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages", "margin"), "belongs to preference learning"),
-    **dict.fromkeys(("input_ids", "token_ids", "labels", "attention_mask"), "belongs to rows that are tokenised already"),
-    "kto_tag": "belongs to preference learning", "reward_model": "belongs to reinforcement learning",
-}  # fmt: skip
 # template_kwargs that are this trainer's own to say.
 _RESERVED = (
     "messages",
@@ -137,7 +116,11 @@ def parse_trace(row: Row, system_prompt: str) -> Conversation:
     """
     asked = read_messages(row, row.fields.get("conversation"), "conversation")
     if not asked or asked[-1].role != "user":
-        raise row.error("must be a list of messages, and the last message must be the user's", "conversation", asked[-1].role if asked else None)
+        raise row.error(
+            "must be a list of messages, and the last message must be the user's",
+            "conversation",
+            asked[-1].role if asked else None,
+        )
     trace = row.fields.get("trace")
     if row.fields.get("answer") is not None:
         answer = checked_text(row, row.fields["answer"], "answer").strip()
@@ -249,7 +232,7 @@ def detect(row: Row) -> str:
     names = _fitting(row)
     if len(names) == 1:
         return names[0]
-    if not names and (told := _not_learned_here(row.fields)):
+    if not names and (told := not_learned_here(row.fields)):
         raise row.error(told, value=sorted(row.fields))
     found = f"fits more than one format ({', '.join(names)})" if names else "fits no format"
     known = ", ".join(f"{name} (has {form.shown})" for name, form in FORMATS.items())
@@ -283,50 +266,21 @@ def _parse(row: Row, name: str, since: int, system_prompt: str, *, chosen: bool)
         raise row.error(
             f"the row fits more than one format ({name}, {', '.join(others)}); set `format`", value=sorted(row.fields)
         )
-    if _is_preference(row.fields):
-        raise row.error(_not_learned_here(row.fields), value=sorted(row.fields))
+    if is_preference(row.fields):
+        raise row.error(not_learned_here(row.fields), value=sorted(row.fields))
     for field, value in row.fields.items():
         if field in form.uses or is_empty(value) or not isinstance(field, str):
             continue
-        if (why := MEANING.get(field.lower())) or (why := _by_value(field, value)):
+        if why := why_refused(field, value):
             own = row.renamed.get(field, field)
             raise row.error(f"is not used: {why}; to leave it out all the same: columns: {{{own}: null}}", field, value)
-    if not form.fits(row.fields) and (told := _not_learned_here(row.fields)):
+    if not form.fits(row.fields) and (told := not_learned_here(row.fields)):
         raise row.error(told, value=sorted(row.fields))
     return form.parse(row, system_prompt)
 
 
 def _fitting(row: Row) -> list[str]:
     return [name for name, form in FORMATS.items() if form.fits(row.fields)]
-
-
-def _by_value(field: str, value: object) -> str:
-    """Why a field changes the meaning that does so with some values alone, or ""."""
-    if field == "label" and isinstance(value, bool):
-        return "true and false as a label belong to preference learning"
-    binary = (
-        value.get("bytes") if isinstance(value, Mapping) else value[0] if isinstance(value, list) and value else value
-    )
-    return _TEXT_ALONE if isinstance(binary, bytes) else ""
-
-
-def _is_preference(fields: Fields) -> bool:
-    return not is_empty(fields.get("chosen")) and not is_empty(fields.get("rejected"))
-
-
-def _not_learned_here(fields: Fields) -> str:
-    """What a row that fits no format is, where it is known and its answers cannot be told, else ""."""
-    given = {name for name, value in fields.items() if not is_empty(value)}
-    if _is_preference(fields):
-        return (
-            "a preference row (chosen, rejected), and this trainer learns from answers; to learn the chosen ones: "
-            "columns: {chosen: completion, rejected: null}, or {chosen: messages, ...} where they are whole conversations"
-        )
-    if {"input_ids", "labels"} & given:
-        return "a tokenised row, and this trainer tokenises rows itself; give the text it was made of"
-    if "text" in given:
-        return "a row of plain text, which does not say what of it is the answer to be learned; split it into prompt and completion"
-    return ""
 
 
 def _unused(row: Row, form: Format) -> Iterable[str]:

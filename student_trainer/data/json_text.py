@@ -93,8 +93,8 @@ def parse_list(text: str) -> list[tuple[Any, int]]:
             if text[at : at + 1] == "]":
                 raise JsonError("invalid JSON: a comma before ]", 1 + text.count("\n", 0, at))
         elif text[at : at + 1] != "]":
-            error = json.JSONDecodeError("Expecting ',' delimiter", text, at)
-            raise JsonError(_diagnosis(text, error), error.lineno)
+            between = json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            raise JsonError(_diagnosis(text, between), between.lineno)
     if (after := _skip(text, at + 1)) < len(text):
         raise JsonError("invalid JSON: something follows the list", 1 + text.count("\n", 0, after))
     return items

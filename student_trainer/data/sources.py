@@ -206,7 +206,7 @@ def _describes_itself(path: Path) -> bool:
 def _split_of(path: Path) -> str:
     """The split that a file's name, else a folder's, belongs to, or ""."""
     for part in reversed(path.parts):
-        for word in re.split(r"[^A-Za-z]+", part.split(".")[0]):
+        for word in re.split(r"[^A-Za-z]+", part):
             if word.lower() in _SPLITS:
                 return _SPLITS[word.lower()]
     return ""

@@ -82,7 +82,9 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "data", "line", "says"), BROKEN)
-def test_what_breaks_is_called_what_it_looks_like(tmp_path: Path, name: str, data: bytes | str, line: int, says: str) -> None:
+def test_what_breaks_is_called_what_it_looks_like(
+    tmp_path: Path, name: str, data: bytes | str, line: int, says: str
+) -> None:
     path = write(tmp_path / name, data)
     with pytest.raises(DataError) as caught:
         read(path)
@@ -109,7 +111,6 @@ def test_case_19_two_keys_and_json_lines_in_a_json_file(tmp_path: Path) -> None:
 
 
 def test_the_same_rows_in_every_kind_of_file(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     rows = [{"instruction": 'say "a, b"', "output": f"line 1\nline 2\u2028 {i} 😀"} for i in range(3)]
@@ -129,22 +130,27 @@ def test_the_same_rows_in_every_kind_of_file(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[-1])
     for path in paths:
         assert read(path) == rows, path.name
-    assert [row.line for row in read_source(DataSource(str(paths[4])))] == [2, 4, 6], "where rows begin, by lines of the file"
+    assert [row.line for row in read_source(DataSource(str(paths[4])))] == [2, 4, 6], (
+        "where rows begin, by lines of the file"
+    )
 
 
 def test_tables_hold_conversations_as_json_text_and_arrow_fills_up_with_nulls(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    calling = [messages[0], {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]
+    calling = [
+        messages[0],
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+    ]
     path = write(tmp_path / "a.csv", "id,messages\n1," + '"' + json.dumps(messages).replace('"', '""') + '"\n')
     [first] = parse_rows(read_source(DataSource(str(path))))
     assert [turn.content for turn in first.turns] == ["q", "a"]
     with pytest.raises(DataError, match="single quotes"):
         parse_rows(read_source(DataSource(str(write(path, 'id,messages\n1,"' + str(messages) + '"\n')))))
     pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([{"messages": messages, "weight": None}, {"messages": calling, "weight": 0.5}]), tmp_path / "a.parquet"
+        pyarrow.Table.from_pylist([{"messages": messages, "weight": None}, {"messages": calling, "weight": 0.5}]),
+        tmp_path / "a.parquet",
     )
     first, second = parse_rows(read_source(DataSource(str(tmp_path / "a.parquet"))))
     assert [turn.message for turn in first.turns] == messages
@@ -204,13 +210,32 @@ def test_case_27_for_traces_and_what_is_no_source(tmp_path: Path) -> None:
 
 def test_folders_are_read_file_by_file_and_by_split(tmp_path: Path) -> None:
     plain, split, mixed = tmp_path / "plain", tmp_path / "split", tmp_path / "mixed"
-    for name, count in (("b.jsonl", 2), ("a.csv", 1), ("sub/c.json", 1), (".hidden/x.jsonl", 9), ("README.md", 0), ("dataset_infos.json", 0)):
-        text = {".csv": "instruction,output\nq,a\n", ".json": f"[{LINE}]", ".jsonl": f"{LINE}\n" * count}.get(Path(name).suffix, "{}")
+    for name, count in (
+        ("b.jsonl", 2),
+        ("a.csv", 1),
+        ("sub/c.json", 1),
+        (".hidden/x.jsonl", 9),
+        ("README.md", 0),
+        ("dataset_infos.json", 0),
+    ):
+        text = {".csv": "instruction,output\nq,a\n", ".json": f"[{LINE}]", ".jsonl": f"{LINE}\n" * count}.get(
+            Path(name).suffix, "{}"
+        )
         write(plain / name, text if name != "dataset_infos.json" else "{}")
     rows = read_source(DataSource(str(plain)))
-    assert [(Path(row.file).relative_to(plain).as_posix(), row.line) for row in rows] == [("a.csv", 2), ("b.jsonl", 1), ("b.jsonl", 2), ("sub/c.json", 1)]
+    assert [(Path(row.file).relative_to(plain).as_posix(), row.line) for row in rows] == [
+        ("a.csv", 2),
+        ("b.jsonl", 1),
+        ("b.jsonl", 2),
+        ("sub/c.json", 1),
+    ]
     assert len(read(plain, sample=3)) == 3
-    for name, count in (("train-00000-of-00002.jsonl", 2), ("train-00001-of-00002.jsonl", 1), ("test.jsonl", 4), ("data/validation/x.jsonl", 5)):
+    for name, count in (
+        ("train-00000-of-00002.jsonl", 2),
+        ("train-00001-of-00002.jsonl", 1),
+        ("test.jsonl", 4),
+        ("data/validation/x.jsonl", 5),
+    ):
         write(split / name, f"{LINE}\n" * count)
     assert [len(read(split, split=name)) for name in ("train", "test", "validation")] == [3, 4, 5]
     with pytest.raises(DataError, match=r"no such split; there are: test, train, validation .*value='dev2'"):
@@ -226,7 +251,9 @@ def test_folders_are_read_file_by_file_and_by_split(tmp_path: Path) -> None:
         parse_rows(read_source(DataSource(str(plain))))
 
 
-def test_save_to_disk_folders_and_folders_that_describe_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_to_disk_folders_and_folders_that_describe_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = [{**ROW, "history": [["u", "v"]]}, {**ROW, "history": []}]
@@ -236,7 +263,10 @@ def test_save_to_disk_folders_and_folders_that_describe_themselves(tmp_path: Pat
     assert read(tmp_path / "one") == rows and read(tmp_path / "two", split="test") == rows[:1]
     with pytest.raises(DataError, match="there are: train, test"):
         read(tmp_path / "two", split="dev")
-    write(tmp_path / "card" / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: rows/*.jsonl\n---\n# rows\n")
+    write(
+        tmp_path / "card" / "README.md",
+        "---\nconfigs:\n- config_name: default\n  data_files: rows/*.jsonl\n---\n# rows\n",
+    )
     write(tmp_path / "card" / "rows" / "a.jsonl", LINE)
     write(tmp_path / "card" / "other" / "b.jsonl", '{"no": "rows"}')
     assert read(tmp_path / "card") == [ROW]
@@ -244,7 +274,9 @@ def test_save_to_disk_folders_and_folders_that_describe_themselves(tmp_path: Pat
 
 def test_pictures_in_a_table_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"instruction": datasets.Value("string"), "output": datasets.Value("string"), "pic": datasets.Image()})
+    features = datasets.Features(
+        {"instruction": datasets.Value("string"), "output": datasets.Value("string"), "pic": datasets.Image()}
+    )
     rows = [{**ROW, "pic": {"bytes": b"no picture", "path": None}}]
     table = datasets.Dataset.from_list(rows, features=features)
     table.save_to_disk(str(tmp_path / "d"))

@@ -85,7 +85,7 @@ def test_every_shape_is_recognised_and_keeps_its_turns(name: str, fields: dict, 
     row = Row(fields, "d.jsonl", 1)
     assert detect(row) == name
     assert parse(fields).turns == tuple(turns)
-    with_nulls = {**{field: None for field in ("messages", "conversations", "prompt", "images", "weight")}, **fields}
+    with_nulls = {**dict.fromkeys(("messages", "conversations", "prompt", "images", "weight")), **fields}
     assert parse(with_nulls).turns == tuple(turns), "Arrow fills up the fields that other rows have"
 
 
@@ -105,7 +105,9 @@ CALLING = [
 
 
 @pytest.mark.parametrize("messages", CALLING)
-@pytest.mark.parametrize("answer", [{"role": "tool"}, {"role": "function"}, {"from": "observation"}, {"role": "tool_response"}])
+@pytest.mark.parametrize(
+    "answer", [{"role": "tool"}, {"role": "function"}, {"from": "observation"}, {"role": "tool_response"}]
+)
 def test_tool_calls_and_answers_have_one_form(messages: list, answer: dict) -> None:
     said = {"value" if "from" in answer else "content": "rain"}
     conversation = parse({"messages": [*messages, {**answer, **said}, PAIR[1]], "tools": json.dumps([TOOL])})
@@ -131,7 +133,9 @@ def test_ids_and_names_of_tools_are_kept() -> None:
 
 def test_calls_that_follow_one_another_are_one_turn() -> None:
     call = {"role": "tool_call", "content": json.dumps(CALL)}
-    turns = parse({"messages": [PAIR[0], PAIR[1], call, call, {"role": "tool_response", "content": "rain"}, PAIR[1]]}).turns
+    turns = parse(
+        {"messages": [PAIR[0], PAIR[1], call, call, {"role": "tool_response", "content": "rain"}, PAIR[1]]}
+    ).turns
     assert turns[1] == Turn("assistant", "a", extra={"tool_calls": [*NORMAL, *NORMAL]}) and len(turns) == 4
 
 
@@ -224,7 +228,9 @@ def test_what_changes_the_meaning_and_is_not_used_is_refused_by_name(fields: dic
 
 
 def test_a_preference_row_can_be_learned_from_by_naming_what_is_learned() -> None:
-    assert "columns: {chosen: completion, rejected: null}" in str(refused({"prompt": "q", "chosen": "a", "rejected": "b"}))
+    assert "columns: {chosen: completion, rejected: null}" in str(
+        refused({"prompt": "q", "chosen": "a", "rejected": "b"})
+    )
 
 
 @given(st.sampled_from(sorted(MEANING)), st.sampled_from([s[1] for s in SHAPES]))
@@ -244,7 +250,11 @@ SPOKEN = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 
 @given(SPOKEN)
 def test_all_shapes_of_one_conversation_are_one_conversation(spoken: list[tuple[str, str]]) -> None:
-    messages = [{"role": role, "content": text} for pair in spoken for role, text in zip(("user", "assistant"), pair, strict=True)]
+    messages = [
+        {"role": role, "content": text}
+        for pair in spoken
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
     expected = parse({"messages": messages})
     renamed = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in messages]
     (query, response), history = spoken[-1], [list(pair) for pair in spoken[:-1]]
