@@ -93,12 +93,17 @@ class SourceConfig(_Strict):
     columns: dict[str, str | None] = {}
 
 
-def listed_sources(value: Any) -> Any:
-    """Sources as a config may write them: one stands for a list of one, a path for `{path: ...}`."""
-    listed = (
-        value if isinstance(value, list | tuple) else [value] if isinstance(value, str | dict | SourceConfig) else None
-    )
-    return value if listed is None else [{"path": item} if isinstance(item, str) else item for item in listed]
+def listed_sources(value: Any) -> list[Any]:
+    """Sources as a config may write them: one stands for a list of one, a path for `{path: ...}`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    for item in listed:
+        if not isinstance(item, str | dict | SourceConfig):
+            raise ValueError(f"a source is a path or {{path: ...}}, or a list of these, not {type(item).__name__}")
+    return [{"path": item} if isinstance(item, str) else item for item in listed]
 
 
 Weight = Annotated[float, Field(ge=0, le=100)]

@@ -201,8 +201,8 @@ def test_case_27_for_traces_and_what_is_no_source(tmp_path: Path) -> None:
         "output_dir: x\ntokenizer: t\ndata: {sources: rows.jsonl#3}\nteacher: {address: 'h:1'}\n",
     )
     assert load_traces_config(path).data.sources[0].path == "rows.jsonl#3"
-    for wrong in ("3", "[]", "null", "[3]"):
-        with pytest.raises(ConfigError, match=r"data\.train"):
+    for wrong, says in (("3", "not int"), ("[]", "at least 1 item"), ("null", "not NoneType"), ("[3]", "not int")):
+        with pytest.raises(ConfigError, match=rf"data\.train: .*{says}"):
             parse_config(read_tree(base_file(tmp_path), [f"data.train={wrong}"]), "case")
     with pytest.raises(DataError, match="several sources are written as a list"):
         read("a.jsonl,b.jsonl")
