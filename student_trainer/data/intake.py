@@ -68,7 +68,8 @@ class Intake:
 
     Attributes:
         policy: `refuse` or `skip`.
-        bad: the rows left out so far, in order; always empty under `refuse`.
+        bad: the rows left out so far, as they were found: source by source, unreadable lines first, then what the formats and at
+            last what the template refuses; always empty under `refuse`.
         sources: what the sources hold, in order.
     """
 

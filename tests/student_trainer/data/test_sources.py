@@ -97,3 +97,16 @@ def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="org/name: neither a local file nor readable") as caught:
         read_source(DataSource("org/name"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_is_asked_for_its_split_and_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, **more: object) -> list[dict]:
+        asked.append((path, more))
+        return [{"question": "q", "answer": "a", "extra": {"x": None}}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    [row] = read_source(DataSource("org/name", 1, split="test", subset="main"))
+    assert asked == [("org/name", {"split": "test", "name": "main"})]
+    assert (row.key, row.fields) == ("org/name:1", {"question": "q", "answer": "a", "extra": {}})
