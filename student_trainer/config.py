@@ -76,12 +76,34 @@ class ModelConfig(_Strict):
 
 
 class SourceConfig(_Strict):
-    """One file, folder or hub data set; `path#N` (or `sample`) takes N rows, `split` is of a folder or hub id."""
+    """One file, folder or hub data set (docs/rows.md).
+
+    Attributes:
+        path: `~` is the home folder; `path#N` (or `sample`) takes N rows.
+        format: a key of `data.formats.FORMATS`, or `auto` to recognise it by the fields.
+        split, subset: of a folder or hub id.
+        columns: name of a field in the rows -> the name it is read by; null leaves the field out on purpose.
+    """
 
     path: str
     format: str = "auto"
     sample: Positive | None = None
     split: str = "train"
+    subset: str | None = None
+    columns: dict[str, str | None] = {}
+
+
+def listed_sources(value: Any) -> list[Any]:
+    """Sources as a config may write them: one stands for a list of one, a path for `{path: ...}`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    for item in listed:
+        if not isinstance(item, str | dict | SourceConfig):
+            raise ValueError(f"a source is a path or {{path: ...}}, or a list of these, not {type(item).__name__}")
+    return [{"path": item} if isinstance(item, str) else item for item in listed]
 
 
 Weight = Annotated[float, Field(ge=0, le=100)]
@@ -112,6 +134,8 @@ class DataConfig(_Strict):
         template: `chat` (the tokenizer's), `plain`, or `auto`.
         max_tokens: longest sequence.
         overlong: what to do with a longer one; `drop` counts and reports them.
+        bad_rows: what to do with a row that cannot be learned from; `skip` counts such rows and writes them to `bad_rows.jsonl` in the
+            run folder.
         traces: what rows of format `trace` become.
     """
 
@@ -121,16 +145,13 @@ class DataConfig(_Strict):
     system_prompt: str | None = None
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     overlong: Literal["refuse", "drop"] = "refuse"
+    bad_rows: Literal["refuse", "skip"] = "refuse"
     traces: TraceTasksConfig = TraceTasksConfig()
 
     @field_validator("train", "eval", mode="before")
     @classmethod
     def _plain_paths(cls, value: Any) -> Any:
-        return (
-            [{"path": item} if isinstance(item, str) else item for item in value]
-            if isinstance(value, list | tuple)
-            else value
-        )
+        return listed_sources(value)
 
 
 class TeacherConfig(_Strict):

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from student_trainer.config import DataConfig, SourceConfig, TrainConfig
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
+from student_trainer.data.intake import BAD_ROWS_NAME, Intake, write_bad_rows
 from student_trainer.data.sources import DataSource, parse_source
 from student_trainer.data.trace_rows import TraceTasks
 from student_trainer.errors import ConfigError
@@ -24,26 +27,36 @@ _TOKEN_BYTES, _FILE_BYTES = 5, 3_500
 
 
 def load_data(config: DataConfig, tokenizer: Any, console: Console) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """The rows to learn from and those to measure with; says how many there are.
+    """The rows to learn from and those to measure with; says what each source holds, and how many rows there are.
 
     Raises:
         DataError, ConfigError: naming file and line, or the setting.
     """
 
-    def build(sources: Any) -> TokenizedDataset:
+    intakes = {"train": Intake(config.bad_rows), "eval": Intake(config.bad_rows)}
+
+    def build(sources: Any, intake: Intake) -> TokenizedDataset:
         return build_dataset(
-            [_source(source) for source in sources],
+            [source_of(source) for source in sources],
             tokenizer,
             template=config.template,
             system_prompt=config.system_prompt or "",
             max_tokens=config.max_tokens,
             overlong=config.overlong,
             traces=TraceTasks(**config.traces.model_dump()),
+            intake=intake,
         )
 
     with console.status("reading and tokenising the data"):
-        data = build(config.train)
-        held_out = build(config.eval) if config.eval else None
+        data = build(config.train, intakes["train"])
+        held_out = build(config.eval, intakes["eval"]) if config.eval else None
+    for name, intake in intakes.items():
+        for number, facts in enumerate(intake.sources):
+            console.print(f"{escape(f'data.{name}[{number}]')} {escape(facts.told)}", soft_wrap=True)
+        if intake.bad:
+            first = intake.bad[0]
+            told = f"{len(intake.bad):,} bad rows skipped, the first {first.file}:{first.line}: {first.reason}"
+            console.print(f"[yellow]note:[/] data.{name}: {escape(told)}", soft_wrap=True)
     for name, rows in (("train", data), ("eval", held_out)):
         if rows is not None:
             dropped = f", {len(rows.dropped)} dropped as longer than {config.max_tokens}" if rows.dropped else ""
@@ -51,6 +64,14 @@ def load_data(config: DataConfig, tokenizer: Any, console: Console) -> tuple[Tok
                 f"{name}: {len(rows):,} rows, {rows.tokens:,} tokens, {rows.target_tokens:,} of them supervised{dropped}"
             )
     return data, held_out
+
+
+def keep_bad_rows(folder: Path, data: TokenizedDataset, held_out: TokenizedDataset | None, console: Console) -> None:
+    """Writes the rows that were skipped into the run folder, if any were, and says so."""
+    bad = [*data.bad_rows, *(held_out.bad_rows if held_out else ())]
+    write_bad_rows(folder, bad)
+    if bad:
+        console.print(f"the {len(bad):,} bad rows are in {escape(str(folder / BAD_ROWS_NAME))}", soft_wrap=True)
 
 
 def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
@@ -76,8 +97,15 @@ def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset, i
     )
 
 
-def _source(config: SourceConfig) -> DataSource:
+def source_of(config: SourceConfig) -> DataSource:
+    """Where the rows of a configured source come from.
+
+    Raises:
+        ConfigError: the number of rows is given twice.
+        DataError: the path cannot be read as one.
+    """
     source = parse_source(config.path, config.format)
     if config.sample is not None and source.sample is not None:
         raise ConfigError(f"data: {config.path} and sample={config.sample}: give the number of rows once")
-    return replace(source, sample=source.sample or config.sample, split=config.split)
+    sample = source.sample or config.sample
+    return replace(source, sample=sample, split=config.split, columns=config.columns, subset=config.subset)

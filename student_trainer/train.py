@@ -22,7 +22,7 @@ from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.packing import pack
 from student_trainer.feed.provided import ProvidedRequests
 from student_trainer.feed.source import LabelRequest
-from student_trainer.inputs import bytes_on_disk, load_data, order_of
+from student_trainer.inputs import bytes_on_disk, keep_bad_rows, load_data, order_of
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.meeting import (
     Teacher,
@@ -104,6 +104,7 @@ def _run(
         "computed": student.computed_by,
     }
     start = open_folder(config, learned_from, resume, console)
+    keep_bad_rows(config.run.output_dir, data, held_out, console)
     progress = ConsoleProgress(console, config.run.output_dir.name)
     distils = teacher is not None and config.loss.output is not None
     provided = ProvidedRequests() if distils and config.labels.extra_ids else None

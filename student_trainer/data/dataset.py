@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from student_trainer.data.intake import BadRow, Intake
 from student_trainer.data.sources import DataSource, read_source
 from student_trainer.data.templates import Segment, Template, choose
 from student_trainer.data.trace_rows import TaskRow, TraceTasks, check_tasks, task_rows
@@ -85,11 +86,15 @@ class TokenizedDataset:
 
     Attributes:
         dropped: the rows left out as too long, in order; always empty under overlong="refuse".
+        bad_rows: the rows left out as bad; always empty under `data.bad_rows: refuse`.
     """
 
-    def __init__(self, examples: Sequence[Example], dropped: Sequence[Overlength] = ()) -> None:
+    def __init__(
+        self, examples: Sequence[Example], dropped: Sequence[Overlength] = (), bad_rows: Sequence[BadRow] = ()
+    ) -> None:
         self._examples = tuple(examples)
         self.dropped = tuple(dropped)
+        self.bad_rows = tuple(bad_rows)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -142,6 +147,7 @@ def build_dataset(
     max_tokens: int,
     overlong: Overlong = "refuse",
     traces: TraceTasks | None = None,
+    intake: Intake | None = None,
 ) -> TokenizedDataset:
     """Read, parse and tokenise every source.
 
@@ -151,6 +157,7 @@ def build_dataset(
         max_tokens: most tokens of one example.
         overlong: "refuse" stops at the first longer example; "drop" leaves it out and counts it in `dropped`.
         traces: what rows of format `trace` become.
+        intake: takes bad rows and is told what each source holds; None refuses bad rows.
     Raises:
         DataError: anything wrong with a source, a row or the template; an overlong row; or no row left.
     """
@@ -159,11 +166,12 @@ def build_dataset(
     if not sources:
         raise DataError("there is no source of data", field="sources")
     check_tasks(traces or TraceTasks())
+    intake = intake or Intake()
     chosen = choose(template, tokenizer)
     examples: list[Example] = []
     dropped: list[Overlength] = []
     for source in sources:
-        for example in _examples(source, tokenizer, chosen, system_prompt, traces or TraceTasks()):
+        for example in _examples(source, tokenizer, chosen, system_prompt, traces or TraceTasks(), intake):
             tokens = example.token_ids.size
             if tokens <= max_tokens:
                 examples.append(example)
@@ -172,10 +180,12 @@ def build_dataset(
             else:
                 message = f"{example.key}: {tokens} tokens are above the limit of {max_tokens}"
                 raise DataError(f"{message}; raise max_tokens or set overlong=drop", field="max_tokens")
+    if not examples and not dropped:
+        raise intake.all_bad(sources[0].path, intake.bad)
     if not examples:
         shortest = min(row.tokens for row in dropped)
         raise DataError(f"all {len(dropped)} rows are above {max_tokens} tokens; the shortest has {shortest}")
-    return TokenizedDataset(examples, dropped)
+    return TokenizedDataset(examples, dropped, intake.bad)
 
 
 def encode(
@@ -225,18 +235,28 @@ def _examples(
     template: Template,
     system_prompt: str,
     traces: TraceTasks,
+    intake: Intake,
 ) -> Iterator[Example]:
-    rows = task_rows(read_source(source), source.format, system_prompt, traces)
+    rows = task_rows(read_source(source, intake), source.format, system_prompt, traces, intake, source.path)
     for start in range(0, len(rows), ROWS_PER_CALL):
-        some = rows[start : start + ROWS_PER_CALL]
-        segmented = []
-        for made in some:
+        some, segmented = [], []
+        for made in rows[start : start + ROWS_PER_CALL]:
             try:
-                segmented.append(template(made.conversation, tokenizer))
+                segments = template(made.conversation, tokenizer)
             except DataError as error:  # templates know conversations, not rows: the place is added here
-                raise made.row.error(str(error)) from error
+                intake.leave_out(made.row.error(str(error)), made.row.fields)
+            else:
+                some.append(made)
+                segmented.append(segments)
+        if not some:
+            continue
         for made, segments, (token_ids, loss_mask) in zip(some, segmented, encode(segmented, tokenizer), strict=True):
-            yield _example(made, segments, token_ids, loss_mask, tokenizer)
+            try:
+                example = _example(made, segments, token_ids, loss_mask, tokenizer)
+            except DataError as error:
+                intake.leave_out(error, made.row.fields)
+            else:
+                yield example
 
 
 def _example(

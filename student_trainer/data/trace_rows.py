@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from student_trainer.data.formats import Conversation, Row, Turn, detect, parse_rows
+from student_trainer.data.formats import Conversation, Row, Turn, read_rows
+from student_trainer.data.intake import Intake
 from student_trainer.errors import DataError
 from teacher_wire.trace_spans import find_span
 from teacher_wire.traces import Step, Trace, TraceError, from_fields, prompt_sha256
@@ -59,18 +60,25 @@ class TaskRow:
         return f"{self.row.key}[{self.task}]" if self.task else self.row.key
 
 
-def task_rows(rows: Sequence[Row], format_name: str, system_prompt: str, tasks: TraceTasks) -> list[TaskRow]:
+def task_rows(
+    rows: Sequence[Row], format_name: str, system_prompt: str, tasks: TraceTasks, intake: Intake, path: str = ""
+) -> list[TaskRow]:
     """What the rows of one source teach, in order.
 
+    Args:
+        intake, path: as `formats.read_rows`; a trace that is none, or of another prompt, makes a bad row.
     Raises:
-        DataError: as `formats.parse_rows`; a trace that is none, or of another prompt.
+        DataError: as `formats.read_rows`; or no row has anything for the tasks.
     """
-    name = detect(rows[0]) if format_name == "auto" and rows else format_name
-    conversations = parse_rows(rows, name, system_prompt)
-    pairs = zip(rows, conversations, strict=True)
+    name, pairs = read_rows(rows, format_name, system_prompt, intake, path)
     if name != "trace":
         return [TaskRow(row, "", conversation) for row, conversation in pairs]
-    found = [made for row, conversation in pairs for made in _tasks_of(row, conversation, tasks)]
+    found: list[TaskRow] = []
+    for row, conversation in pairs:
+        try:
+            found += list(_tasks_of(row, conversation, tasks))
+        except DataError as error:
+            intake.leave_out(error, row.fields)
     if not found:
         raise rows[0].error(f"no row of this source has anything for tasks {', '.join(tasks.tasks)}")
     return found

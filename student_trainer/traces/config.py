@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from student_trainer.config import Fraction, Positive, SourceConfig, TeacherConfig
+from student_trainer.config import Fraction, Positive, SourceConfig, TeacherConfig, listed_sources
 from student_trainer.config_file import parse_as, read_tree
 
 # Said to the teacher before the question. It names what the grammar holds it to; a tuned teacher may need less, or "".
@@ -45,8 +45,7 @@ class QuestionConfig(_Strict):
     @field_validator("sources", mode="before")
     @classmethod
     def _plain_paths(cls, value: Any) -> Any:
-        listed = isinstance(value, list | tuple)
-        return [{"path": item} if isinstance(item, str) else item for item in value] if listed else value
+        return listed_sources(value)
 
 
 class SamplingConfig(_Strict):

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.config import SourceConfig
 from student_trainer.data.dataset import encode
-from student_trainer.data.formats import Conversation, Row, Turn, parse_rows
-from student_trainer.data.sources import parse_source, read_source
+from student_trainer.data.formats import ANSWERS, Conversation, Row, Turn, parse_rows
+from student_trainer.data.sources import read_source
 from student_trainer.data.templates import choose, prompt_segments
-from student_trainer.errors import ConfigError, DataError
+from student_trainer.errors import DataError
+from student_trainer.inputs import source_of
 from student_trainer.traces.config import QuestionConfig
 
-QUESTION_FORMAT, _MARKER = "question", "prompt"
+QUESTION_FORMAT = "question"
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,25 @@ def digest(questions: Sequence[Question]) -> str:
 
 
 def _of_source(source: SourceConfig, config: QuestionConfig) -> list[Question]:
-    data = parse_source(source.path)
-    if source.sample is not None and data.sample is not None:
-        raise ConfigError(f"data: {source.path} and sample={source.sample}: give the number of rows once")
-    rows = read_source(replace(data, sample=data.sample or source.sample, split=source.split))
-    if source.format == QUESTION_FORMAT or (source.format == "auto" and rows and _MARKER in rows[0].fields):
+    rows = read_source(source_of(source))
+    if source.format == QUESTION_FORMAT or (source.format == "auto" and rows and _is_question(rows[0])):
         return [_question(row, config) for row in rows]
     conversations = parse_rows(rows, source.format, config.system_prompt)
-    return [_of_conversation(row, turns.turns, config) for row, turns in zip(rows, conversations, strict=True)]
+    return [_of_conversation(row, made, config) for row, made in zip(rows, conversations, strict=True)]
 
 
-def _of_conversation(row: Row, turns: tuple[Turn, ...], config: QuestionConfig) -> Question:
+def _is_question(row: Row) -> bool:
+    """Whether a row is a prompt, with its answer perhaps, and not one of the training formats that have a prompt too."""
+    return row.fields.get("prompt") is not None and not any(
+        name in row.fields for name in ("messages", *ANSWERS) if name != "answer"
+    )
+
+
+def _of_conversation(row: Row, conversation: Conversation, config: QuestionConfig) -> Question:
+    turns = conversation.turns
+    for field, given in (("tools", conversation.tools), ("chat_template_kwargs", conversation.template_kwargs)):
+        if given:
+            raise row.error("a question has no place for it; leave it out with columns", field)
     if turns[-2].role != "user":
         raise row.error("the turn before the answer must be the user's", "messages", turns[-2].role)
     return Question(turns[:-1], turns[-1].content if config.use_answers else None, row.key)

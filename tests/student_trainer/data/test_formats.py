@@ -40,7 +40,7 @@ BROKEN = [
     ({"instruction": "i", "output": " \n"}, "output", "must not be empty"),
     ({"instruction": None, "output": "o"}, "instruction", "not null"),
     ({"instruction": "i", "input": ["x"], "output": "o"}, "input", "not list"),
-    ({"instruction": "i", "output": "o", "history": [["a", "b"]]}, "history", "not supported"),
+    ({"instruction": "i", "output": "o", "history": [["a"]]}, "history[0]", "must be a pair"),
     ({"instruction": "i", "output": "\ud800"}, "output", "surrogate"),
 ]
 BROKEN_MESSAGES = [
@@ -49,13 +49,13 @@ BROKEN_MESSAGES = [
     ({"messages": ["hello"]}, "messages[0]", "must be an object"),
     (messages(("user", "a")), "messages", "last message must be the assistant's"),
     (messages(("assistant", "a")), "messages", "no user message"),
-    (messages(("human", "a"), ("assistant", "b")), "messages[0].role", "system, user, assistant"),
+    (messages(("narrator", "a"), ("assistant", "b")), "messages[0].role", "system, user, assistant"),
     (messages(("user", "a"), ("system", "s"), ("assistant", "b")), "messages[1].role", "first"),
     ({"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}, "messages[0].content", "missing"),
     (
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [1]}]},
-        "messages[1].tool_calls",
-        "not supported",
+        "messages[1].tool_calls[0]",
+        "must be a call",
     ),
 ]
 
@@ -83,7 +83,7 @@ def test_a_file_that_mixes_formats_names_the_line() -> None:
 
 def test_detection_refuses_none_and_several() -> None:
     with pytest.raises(DataError, match="fits no format") as caught:
-        detect(Row({"text": "x"}, "d.jsonl", 1))
+        detect(Row({"frage": "x"}, "d.jsonl", 1))
     assert all(name in str(caught.value) for name in FORMATS)
     with pytest.raises(DataError, match="more than one"):
         detect(Row({**GOOD, "messages": []}, "d.jsonl", 1))

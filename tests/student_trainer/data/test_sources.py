@@ -44,7 +44,8 @@ def test_json_list(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1},\n {"a": }]', 2, "invalid JSON"),
         ("a.json", '{"a": 1}', 0, "list of objects"),
         ("a.json", '[{"a": 1}, 7]', 2, "must be an object, not int"),
-        ("a.csv", "a,b", 0, "unknown file type"),
+        ("a.txt", "a,b", 0, "unknown file type"),
+        ("a.csv", "a,b", 0, "empty"),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path: Path, name: str, data: bytes | str, line: int, says: str) -> None:
@@ -96,3 +97,16 @@ def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="org/name: neither a local file nor readable") as caught:
         read_source(DataSource("org/name"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_is_asked_for_its_split_and_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, **more: object) -> list[dict]:
+        asked.append((path, more))
+        return [{"question": "q", "answer": "a", "extra": {"x": None}}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    [row] = read_source(DataSource("org/name", 1, split="test", subset="main"))
+    assert asked == [("org/name", {"split": "test", "name": "main"})]
+    assert (row.key, row.fields) == ("org/name:1", {"question": "q", "answer": "a", "extra": {}})
