@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from student_trainer.config_file import parse_as, read_tree
+from student_trainer.config_file import Settings, parse_as, read_tree
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Strict(Settings):
+    """A section; see `Settings`."""
 
 
 class RunConfig(_Strict):
@@ -156,8 +156,8 @@ class TeacherConfig(_Strict):
     key_file: Path | None = None
     token_env: str = "LYCEUM_TOKEN"
     tenant: str = ""
-    wait_s: Annotated[float, Field(ge=0)] = 5.0
-    retry_s: Annotated[float, Field(ge=0)] = 300.0
+    wait_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 5.0
+    retry_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 300.0
     allow_template_mismatch: bool = False
 
     @model_validator(mode="after")
