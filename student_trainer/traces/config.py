@@ -102,6 +102,14 @@ class TracesConfig(_Strict):
     prompts_per_call: Positive = 16
     calls: Positive = 2
 
+    @field_validator("output_dir")
+    @classmethod
+    def _at_home(cls, value: Path) -> Path:
+        try:
+            return value.expanduser()
+        except RuntimeError as error:  # no HOME, and a user that has none
+            raise ValueError(f"{error}: name the folder without ~") from error
+
 
 def load_traces_config(path: Path, overrides: list[str] | None = None) -> TracesConfig:
     """Reads a config file and applies `section.field=value` overrides.
