@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from student_trainer.config_file import Settings, parse_as, read_tree
+from student_trainer.errors import ConfigError
 from teacher_wire.proxy import AUTO, NONE, proxy_url
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -300,26 +301,29 @@ class FeedConfig(_Strict):
     """How far labels are fetched ahead of the step that needs them.
 
     Attributes:
-        max_mb: bytes of labels requested or waiting, as they travel; where a GPU copies them by itself they may take twice as much.
+        max_mb: host memory of labels requested or waiting: as they travel, decoded, and in memory that a GPU copies from. One request is
+            made however large it is. Labels of held-out rows are kept beside it up to as much again.
         max_batches: micro-batches requested or waiting, at most; how many it takes to hide the teacher's time is measured.
         window_mb: reply bytes the server may have under way.
     """
 
-    max_mb: Positive = 256
+    max_mb: Positive = 768
     max_batches: Positive = 64
     window_mb: Positive = 64
 
 
 class CacheConfig(_Strict):
-    """Labels on disk, in `run.cache_dir/labels`: whatever a teacher was asked once, it need not be asked again.
+    """What is kept on disk for all runs of this machine: labels in `run.cache_dir/labels`, teachers' output heads in `run.cache_dir/heads`.
 
     Attributes:
-        labels: keep them and use them.
-        max_gb: budget of the folder, for all runs of this machine; the longest unused go first.
+        labels: keep labels and use them; whatever a teacher was asked once, it need not be asked again.
+        max_gb: budget of the labels; the longest unused go first.
+        heads_gb: budget of the heads, likewise; 0 keeps none.
     """
 
     labels: bool = True
-    max_gb: Annotated[float, Field(gt=0)] = 50.0
+    max_gb: Annotated[float, Field(gt=0, le=2**40)] = 50.0
+    heads_gb: Annotated[float, Field(ge=0, le=2**40)] = 20.0
 
 
 class TrainConfig(_Strict):
@@ -350,8 +354,26 @@ class TrainConfig(_Strict):
 
 
 def labels_folder(cache_dir: Path) -> Path:
-    """Where labels are kept."""
-    return cache_dir.expanduser() / "labels"
+    """Where labels are kept.
+
+    Raises:
+        ConfigError: `~`, and this user has no home.
+    """
+    return cache_folder(cache_dir) / "labels"
+
+
+def cache_folder(cache_dir: Path) -> Path:
+    """The folder that all runs of this machine share.
+
+    Raises:
+        ConfigError: `~`, and this user has no home.
+    """
+    try:
+        return cache_dir.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{cache_dir}: there is no home folder (HOME is not set): set --cache-dir, in a config run.cache_dir"
+        ) from error
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
