@@ -90,7 +90,8 @@ def read_override(text: str) -> tuple[Any, str | None]:
         tag = _Resolver("").resolve(yaml.ScalarNode, text, (True, False))
         return _Builder().scalar(yaml.ScalarNode(tag, text)), text
     try:
-        end = yaml.compose(text, _Resolver).end_mark.index
+        node = yaml.compose(text, _Resolver)
+        end = len(text) if node is None else node.end_mark.index
     except yaml.YAMLError:
         end = len(text)  # read_yaml says what is wrong with it
     if text[end:].strip():
@@ -116,6 +117,7 @@ class _Builder:
         if id(node) in self._open:
             raise YamlError(f"line {_line(node)}: an alias stands inside what it names")
         self._open.add(id(node))
+        assert isinstance(node, yaml.MappingNode | yaml.SequenceNode)
         found = self._section(node) if isinstance(node, yaml.MappingNode) else self._listing(node)
         self._open.discard(id(node))
         return found
