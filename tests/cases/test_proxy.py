@@ -265,7 +265,7 @@ def test_half_a_pair_in_a_config(world, certificates, half):
 
 def test_a_file_that_is_gone_is_said_before_the_model_is_loaded(world, monkeypatch):
     monkeypatch.setattr("student_trainer.train.load_student", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(RequestError, match="no/ca.pem"):
+    with pytest.raises(RequestError, match=r"no/ca\.pem"):
         train(world.config(teacher={"ca_file": "/no/ca.pem"}), console=QUIET)
 
 
