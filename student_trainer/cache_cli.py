@@ -1,8 +1,14 @@
-"""`student-trainer cache`: what labels there are on this machine, whether they are whole, and what may go. Loads no torch."""
+"""`student-trainer cache`: what labels and output heads there are on this machine, whether they are whole, and what may go.
+
+Loads no torch, but to verify output heads.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -14,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from student_trainer.config import labels_folder
+from student_trainer.config import cache_folder, labels_folder
 from student_trainer.errors import ConfigError
-from teacher_wire.label_store import Amount, LabelStore
+from student_trainer.feed.head_files import head_files, heads_folder
+from teacher_wire.label_store import Amount, LabelStore, StoreStats
 
 app = typer.Typer(help="Look after the labels on this machine's disk.", no_args_is_help=True)
 
@@ -28,10 +35,17 @@ _DEFAULT = Path("~/.cache/lyceum")
 
 @app.command()
 def stats(cache_dir: CacheDir = _DEFAULT) -> None:
-    """List the labels by teacher and transport."""
+    """List the labels by teacher and transport, and the teachers' output heads."""
     with _named(cache_dir) as store:
         shelves, unreadable = store.scan()
+        heads = head_files(_heads(cache_dir))
     console = Console(highlight=False, soft_wrap=True)
+    if heads:
+        newest = datetime.fromtimestamp(heads[-1].used_s).strftime("%Y-%m-%d %H:%M")
+        console.print(
+            f"{len(heads):,} output heads in {_heads(cache_dir)}: {_mb(sum(file.size for file in heads))} MB, last used {newest}",
+            markup=False,
+        )
     if not shelves and not unreadable:
         console.print(f"no labels in {store.folder}", markup=False)
         return
@@ -49,19 +63,41 @@ def stats(cache_dir: CacheDir = _DEFAULT) -> None:
     table.add_row("all", "", *(f"{count:,}" for count in sums), _mb(sum(shelf.bytes for shelf in shelves)), "")
     console.print(table)
     if unreadable:
-        console.print(f"{unreadable:,} files are damaged; `student-trainer cache verify` deletes them")
+        console.print(
+            f"{unreadable:,} files are damaged or cannot be read; `student-trainer cache verify` says which, and deletes the damaged"
+        )
 
 
 @app.command()
 def verify(cache_dir: CacheDir = _DEFAULT) -> None:
-    """Read everything; delete what is damaged. Exit code 1 if something was."""
+    """Read everything; delete what is damaged. Exit code 1 if something was, or could not be read."""
     with _named(cache_dir) as store, _bar("verifying") as progress:
         whole, damaged = store.verify(progress)
-    print(
-        f"{_amount(whole)} are whole; {_amount(damaged)} were damaged" + (" and are deleted" if damaged.bytes else "")
-    )
-    if damaged.sequences:
+        whole_heads, damaged_heads = _verify_heads(cache_dir, store)
+    print(f"{_amount(whole)} are whole; {_damage(damaged, store.stats)}")
+    if whole_heads or damaged_heads:
+        print(f"{whole_heads:,} output heads are whole; {damaged_heads:,} were damaged")
+    _complain(store.stats)
+    if damaged.sequences or damaged_heads or store.stats.unreadable:
         raise typer.Exit(1)
+
+
+def _verify_heads(cache_dir: Path, store: LabelStore) -> tuple[int, int]:
+    """How many heads are whole, and how many were damaged; what cannot be deleted or read is counted with the labels."""
+    whole = damaged = 0
+    for file in head_files(_heads(cache_dir)):
+        from student_trainer.feed.heads import read_head
+
+        if not os.access(file.path, os.R_OK):
+            store.passed_over(file.path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+            continue
+        head = read_head(Path(file.path))
+        if head is not None and head.header.sha256 == file.key:
+            whole += 1
+            continue
+        damaged += 1
+        store.drop_damaged(Path(file.path))
+    return whole, damaged
 
 
 @app.command()
@@ -72,18 +108,26 @@ def prune(
     older_than_days: Annotated[float | None, typer.Option(min=0, help="only labels not used for so long")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
 ) -> None:
-    """Delete labels; those that fit every option given."""
+    """Delete labels and output heads; those that fit every option given. Heads belong to no one teacher: --teacher spares them."""
+    for name, value in (("--max-gb", max_gb), ("--older-than-days", older_than_days)):
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"cache prune: {name} {value}: must be a number")
     if max_gb is None and not teacher and older_than_days is None:
         raise ConfigError("cache prune: say what may go with --max-gb, --teacher or --older-than-days")
     with _named(cache_dir) as store:
         _check_teacher(store, teacher)
+        heads = head_files(_heads(cache_dir))
         freed = store.prune(
             max_bytes=None if max_gb is None else round(max_gb * 2**30),
             teacher=teacher,
             unused_for_s=(older_than_days or 0.0) * _DAY_S,
             dry_run=dry_run,
+            beside=heads,
         )
-    print(f"{'would free' if dry_run else 'freed'} {_mb(freed.bytes)} MB: {freed.sequences:,} sequences")
+        left = {file.path for file in head_files(_heads(cache_dir))}
+    gone = sum(file.path not in left for file in heads)
+    told = f", {gone:,} of them output heads" if gone else ""
+    print(f"{'would free' if dry_run else 'freed'} {_mb(freed.bytes)} MB: {freed.sequences:,} sequences{told}")
 
 
 @app.command()
@@ -100,12 +144,36 @@ def export(
         try:
             with _bar("copying") as progress:
                 copied, damaged = store.export(LabelStore(labels_folder(to)), teacher=teacher, progress=progress)
-        except OSError as error:
-            raise ConfigError(f"cache export: {to}: {error.strerror or error}") from error
+        except OSError as error:  # what cannot be read here has been passed over
+            raise ConfigError(
+                f"cache export: {error.filename or to}: cannot be written: {error.strerror or error}"
+            ) from error
     print(f"copied {_amount(copied)} to {labels_folder(to)}")
     if damaged.sequences:
-        print(f"{_amount(damaged)} were damaged, and are deleted here")
+        print(_damage(damaged, store.stats))
+    _complain(store.stats)
+    if damaged.sequences or store.stats.unreadable:
         raise typer.Exit(1)
+
+
+def _damage(damaged: Amount, stats: StoreStats) -> str:
+    if not damaged.sequences:
+        return f"{_amount(damaged)} were damaged"
+    if not stats.undeletable:
+        return f"{_amount(damaged)} were damaged and are deleted"
+    return f"{_amount(damaged)} were damaged, of which {stats.undeletable:,} could not be deleted"
+
+
+def _complain(stats: StoreStats) -> None:
+    """Names the first file that could not be read or deleted."""
+    if stats.unreadable:
+        print(f"{stats.unreadable:,} files could not be read and were passed over")
+    if stats.trouble:
+        print(f"the first of them: {stats.trouble}")
+
+
+def _heads(cache_dir: Path) -> Path:
+    return heads_folder(cache_folder(cache_dir))
 
 
 @contextlib.contextmanager

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from student_trainer.config_file import parse_as, read_tree
+from student_trainer.config_file import Settings, parse_as, read_tree
+from student_trainer.errors import ConfigError
+from teacher_wire.proxy import AUTO, NONE, proxy_url
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Strict(Settings):
+    """A section; see `Settings`."""
 
 
 class RunConfig(_Strict):
@@ -164,8 +166,11 @@ class TeacherConfig(_Strict):
         ca_file, cert_file, key_file: TLS.
         token_env: environment variable that holds our token.
         tenant: whose account this run is on; a token says it already.
+        proxy: `auto` takes the HTTP proxy that grpc_proxy, https_proxy or http_proxy names (no_proxy excepted), `none` takes none, else
+            http://HOST:PORT. Addresses of this machine never take one.
         wait_s: how long to wait for the server at the start.
         retry_s: how long a request is retried while the server is away.
+        answer_s: how long a request that the server has taken may stay without any part of its answer before it is made again.
         allow_template_mismatch: learn although the teacher's chat template differs from ours.
     """
 
@@ -177,14 +182,25 @@ class TeacherConfig(_Strict):
     key_file: Path | None = None
     token_env: str = "LYCEUM_TOKEN"
     tenant: str = ""
-    wait_s: Annotated[float, Field(ge=0)] = 5.0
-    retry_s: Annotated[float, Field(ge=0)] = 300.0
+    proxy: str = "auto"
+    wait_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 5.0
+    retry_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 300.0
+    answer_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 600.0
     allow_template_mismatch: bool = False
+
+    @field_validator("proxy")
+    @classmethod
+    def _a_proxy(cls, value: str) -> str:
+        return value if value in (AUTO, NONE) else proxy_url(value)
 
     @model_validator(mode="after")
     def _one_place(self) -> TeacherConfig:
         if (self.address is None) == (self.embedded is None):
             raise ValueError("set exactly one of address and embedded")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("set both of cert_file and key_file, or neither: a certificate needs its key")
+        if self.cert_file is not None and self.ca_file is None:
+            raise ValueError("cert_file needs ca_file: without one the connection is plain text")
         return self
 
 
@@ -315,26 +331,29 @@ class FeedConfig(_Strict):
     """How far labels are fetched ahead of the step that needs them.
 
     Attributes:
-        max_mb: bytes of labels requested or waiting, as they travel; where a GPU copies them by itself they may take twice as much.
+        max_mb: host memory of labels requested or waiting: as they travel, decoded, and in memory that a GPU copies from. One request is
+            made however large it is. Labels of held-out rows are kept beside it up to as much again.
         max_batches: micro-batches requested or waiting, at most; how many it takes to hide the teacher's time is measured.
         window_mb: reply bytes the server may have under way.
     """
 
-    max_mb: Positive = 256
+    max_mb: Positive = 768
     max_batches: Positive = 64
     window_mb: Positive = 64
 
 
 class CacheConfig(_Strict):
-    """Labels on disk, in `run.cache_dir/labels`: whatever a teacher was asked once, it need not be asked again.
+    """What is kept on disk for all runs of this machine: labels in `run.cache_dir/labels`, teachers' output heads in `run.cache_dir/heads`.
 
     Attributes:
-        labels: keep them and use them.
-        max_gb: budget of the folder, for all runs of this machine; the longest unused go first.
+        labels: keep labels and use them; whatever a teacher was asked once, it need not be asked again.
+        max_gb: budget of the labels; the longest unused go first.
+        heads_gb: budget of the heads, likewise; 0 keeps none.
     """
 
     labels: bool = True
-    max_gb: Annotated[float, Field(gt=0)] = 50.0
+    max_gb: Annotated[float, Field(gt=0, le=2**40)] = 50.0
+    heads_gb: Annotated[float, Field(ge=0, le=2**40)] = 20.0
 
 
 class TrainConfig(_Strict):
@@ -365,8 +384,26 @@ class TrainConfig(_Strict):
 
 
 def labels_folder(cache_dir: Path) -> Path:
-    """Where labels are kept."""
-    return cache_dir.expanduser() / "labels"
+    """Where labels are kept.
+
+    Raises:
+        ConfigError: `~`, and this user has no home.
+    """
+    return cache_folder(cache_dir) / "labels"
+
+
+def cache_folder(cache_dir: Path) -> Path:
+    """The folder that all runs of this machine share.
+
+    Raises:
+        ConfigError: `~`, and this user has no home.
+    """
+    try:
+        return cache_dir.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{cache_dir}: there is no home folder (HOME is not set): set --cache-dir, in a config run.cache_dir"
+        ) from error
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:

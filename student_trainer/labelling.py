@@ -73,7 +73,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
     with teacher_address(config.teacher, console) as address:
         student = load_outline(config.model)
         data, held_out = load_data(config.data, student.tokenizer, console)
-        teacher = meet_teacher(config, address, student, data, held_out, console, settled)
+        teacher = meet_teacher(config, address, student, data, held_out, console, settled, only_stores=True)
         if teacher is None:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")
         check_sizes(config, teacher, data, held_out, order_of(config, data))

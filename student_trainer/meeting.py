@@ -7,7 +7,6 @@ handshake, sizes of every request of the run, and one small request through ever
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from student_trainer.errors import ConfigError
 from student_trainer.feed import background
 from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.choose import Probe, choose
+from student_trainer.feed.connect import check_way, connector
 from student_trainer.feed.desk import LabelDesk
 from student_trainer.feed.handshake import StudentFacts, agree, shared_rows
 from student_trainer.feed.heads import fetch_head
@@ -39,7 +39,6 @@ from student_trainer.feed.source import LabelRequest, LabelSource
 from student_trainer.losses.head import Head
 from student_trainer.model import Outline
 from student_trainer.objective import check_loss, head_on, is_softened
-from teacher_wire.channel import Credentials
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import TeacherWireError
 from teacher_wire.label_store import LabelStore
@@ -72,16 +71,14 @@ def teacher_address(teacher: TeacherConfig | None, console: Console) -> Iterator
     if teacher is None:
         yield None
     elif teacher.address is not None:
+        check_way(teacher)
         yield teacher.address
     else:
         assert teacher.embedded is not None
-        with console.status(f"starting the embedded teacher of {teacher.embedded}"):
-            server = embedded_teacher(teacher.embedded)
-            address = server.__enter__()
-        try:
+        with contextlib.ExitStack() as stack:
+            with console.status(f"starting the embedded teacher of {teacher.embedded}"):
+                address = stack.enter_context(embedded_teacher(teacher.embedded))
             yield address
-        finally:
-            server.__exit__(None, None, None)
 
 
 def meet_teacher(
@@ -92,6 +89,8 @@ def meet_teacher(
     held_out: TokenizedDataset | None,
     console: Console,
     settled: LabelConfig | None = None,
+    *,
+    only_stores: bool = False,
 ) -> Teacher | None:
     """Agrees with the teacher on the signals of the whole run.
 
@@ -102,6 +101,7 @@ def meet_teacher(
         data, held_out: what from, and what it is measured with.
         console: told what was agreed.
         settled: what `labels.transport: auto` chose before.
+        only_stores: nothing will be computed with the labels, so that no output head is needed.
 
     Raises:
         ConfigError, TeacherWireError: what cannot work, by the name of the setting.
@@ -109,18 +109,7 @@ def meet_teacher(
     if config.teacher is None or address is None:
         return None
     settings = config.teacher
-    credentials = Credentials(
-        settings.ca_file, settings.cert_file, settings.key_file, os.environ.get(settings.token_env, ""), settings.tenant
-    )
-    trouble = _Trouble(console)
-    connect = partial(
-        TeacherClient,
-        address,
-        credentials=credentials,
-        window_bytes=config.feed.window_mb << 20,
-        retry_for_s=settings.retry_s,
-        on_trouble=trouble.tell,
-    )
+    connect = connector(settings, address, _Trouble(console).tell, config.feed.window_mb << 20)
     disk_trouble = _DiskTrouble(console)
     desk = LabelDesk(connect, _store(config, disk_trouble))
     uses_chat = config.data.template == "chat" or (
@@ -133,24 +122,39 @@ def meet_teacher(
         async with connect() as client:
             info = await client.teacher(settings.name, wait_for_s=settings.wait_s)
             ask = partial(agree, info, facts, longest=longest, allow_template_mismatch=settings.allow_template_mismatch)
-            output, labels = config.loss.output, config.labels
-            measuring = ask(_exact_labels(info, config.labels), asked_by="evaluation") if held_out else None
-            spec = measuring
+            output, labels = config.loss.output, settled or config.labels
+            if (
+                output is None and not held_out
+            ):  # a teacher is set, and neither a loss nor an evaluation asks it anything
+                return None
+            if labels.transport == "auto":
+                labels, why = await _choose(client, desk, info, facts, config, data, student.device)
+                console.print(f"labels by {labels.transport}: {why}")
+            measuring = spec = None
+            if held_out:
+                exact = _measured_by(config, info, labels, shared_rows(info, facts), held_out)
+                measuring = spec = ask(exact, asked_by="evaluation")
+                if exact.transport == "top_k":
+                    console.print(
+                        f"[yellow]note:[/] kl_to_teacher is not measured: labels.transport={labels.transport} keeps the teacher's head off "
+                        "the card, and all logits of a batch of held-out rows are not offered or above the limits (train.eval_batch_size)"
+                    )
             if output is not None:
-                labels = settled or config.labels
-                if labels.transport == "auto":
-                    labels, why = await _choose(client, desk, info, facts, config, data, student.device)
-                    console.print(f"labels by {labels.transport}: {why}")
                 advice = check_loss(config.loss, labels)
                 if advice:
                     console.print(f"[yellow]note:[/] {advice}")
                 spec = ask(labels, asked_by=f"loss.output ({output.divergence})")
             head = None
-            if spec is None:  # a teacher is set, and neither a loss nor an evaluation asks it anything
-                return None
-            if "hidden" in (spec.transport, measuring.transport if measuring else ""):
+            assert spec is not None
+            if not only_stores and "hidden" in (spec.transport, measuring.transport if measuring else ""):
                 with console.status(f"fetching the output head of {info.name}"):
-                    fetched = await fetch_head(client, info, config.run.cache_dir, on_trouble=disk_trouble.tell)
+                    fetched = await fetch_head(
+                        client,
+                        info,
+                        config.run.cache_dir,
+                        on_trouble=disk_trouble.tell,
+                        max_bytes=round(config.cache.heads_gb * 2**30),
+                    )
                 head = head_on(fetched, spec.vocab_rows, student.device)
             await _try(desk.source(info, spec, lambda: client), spec, data)
             console.print(
@@ -183,9 +187,9 @@ async def _choose(
     """Measures the link with one request and the memory that is free, and lets `choose` decide."""
     rows = shared_rows(info, facts)
     probe = None
-    if "hidden" in info.transports:
-        count = min(len(data), config.train.batch_size)
-        asked, spec = pack([data[index].example for index in range(count)]), SignalSpec("hidden", rows)
+    asked = _probe(config, info, rows, data) if "hidden" in info.transports else None
+    if asked is not None:
+        spec = SignalSpec("hidden", rows)
         began_s = time.perf_counter()
         signals = await client.score(info, spec, asked.batch)
         took_s = time.perf_counter() - began_s
@@ -196,6 +200,28 @@ async def _choose(
             probe = Probe(transfer_s=max(0.0, took_s - server_s), forward_s=timing.forward_us / 1e6)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return choose(info, rows, free, probe, softened=is_softened(config.loss))
+
+
+def _probe(config: TrainConfig, info: TeacherInfo, rows: int, data: TokenizedDataset) -> LabelRequest | None:
+    """The first rows of a micro-batch's size that one request may hold, the shortest row if they are too long; None if that is too."""
+    limits, row_bytes = info.limits, SignalSpec("hidden", rows).row_bytes(info.hidden_size, info.value_bytes)
+    most_bytes = min(limits.max_reply_bytes, config.feed.window_mb << 20)
+
+    def fits(indices: list[int]) -> bool:
+        examples = [data[index].example for index in indices]
+        return (
+            len(examples) <= limits.max_request_sequences
+            and max(example.token_ids.size for example in examples) <= limits.max_sequence_tokens
+            and sum(example.token_ids.size for example in examples) <= limits.max_request_tokens
+            and sum(int(example.loss_mask.sum()) for example in examples) * row_bytes <= most_bytes
+        )
+
+    first = list(range(min(len(data), config.train.batch_size)))
+    shortest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
+    for indices in (*(first[:count] for count in range(len(first), 0, -1)), [shortest]):
+        if fits(indices):
+            return pack([data[index].example for index in indices])
+    return None
 
 
 def check_sizes(
@@ -243,12 +269,24 @@ def _check_groups(
             )
 
 
-def _exact_labels(info: TeacherInfo, labels: LabelConfig) -> LabelConfig:
-    """Labels that give the exact KL, if this teacher offers any; those of training else."""
-    exact = [transport for transport in ("hidden", "full") if transport in info.transports]
-    if exact:
-        return LabelConfig(transport=exact[0])
-    return LabelConfig(transport="top_k", k=labels.k) if labels.transport == "auto" else labels
+def _measured_by(
+    config: TrainConfig, info: TeacherInfo, labels: LabelConfig, vocab_rows: int, held_out: TokenizedDataset
+) -> LabelConfig:
+    """Labels to measure with: exact ones if `labels.transport` and the teacher allow any.
+
+    Only `hidden` may put the teacher's head on the card. Beside it, all logits of a batch are exact, where one request may hold them.
+    """
+    if labels.transport == "hidden" and "hidden" in info.transports:
+        return LabelConfig(transport="hidden")
+    rows = [int(row.example.loss_mask.sum()) for row in held_out]
+    most = max(sum(rows[i] for i in group) for group in evaluate.batches(held_out, config.train.eval_batch_size))
+    needed = most * SignalSpec("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    fits = needed <= min(info.limits.max_reply_bytes, config.feed.window_mb << 20)
+    if "full" in info.transports and (fits or labels.transport == "full"):
+        return LabelConfig(transport="full")
+    if "top_k" in info.transports:
+        return LabelConfig(transport="top_k", k=min(labels.k, vocab_rows, info.limits.max_k))
+    return labels if not labels.extra_ids else LabelConfig(transport="top_k", k=labels.k)
 
 
 class _Trouble:

@@ -17,7 +17,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,9 @@ class StoreStats:
     Attributes:
         hits, misses: of `get`.
         written: kept by us; `overtaken`: another process had kept them first, and its bytes were taken.
-        damaged: found damaged and deleted; each is a miss too.
+        damaged: found damaged and deleted; each that `get` finds is a miss too.
+        undeletable: of those that are damaged, still there: another user's, or on a disk that is only read.
+        unreadable: passed over since the disk refused to read them; `trouble` says of the first which and why.
         evicted: deleted for the budget.
         unwritten: not kept, since the disk refused or the budget is smaller than the blob.
     """
@@ -53,11 +55,14 @@ class StoreStats:
     written: int = 0
     overtaken: int = 0
     damaged: int = 0
+    undeletable: int = 0
+    unreadable: int = 0
     evicted: int = 0
     unwritten: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
     evicted_bytes: int = 0
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,17 +168,30 @@ class LabelStore:
             return None
         except LabelError as error:
             log.info("%s: %s; deleted", path, error)
-            self._drop_damaged(path)
+            self.drop_damaged(path)
             return None
         with contextlib.suppress(OSError):  # evicted meanwhile, or a disk that is only read
             os.utime(path)
         self._count(read_bytes=len(data))
         return signals
 
-    def _drop_damaged(self, path: Path) -> None:
+    def drop_damaged(self, path: Path) -> None:
+        """Deletes a file that is damaged, and counts it; if it cannot be deleted, that too."""
         self._count(damaged=1)
-        with contextlib.suppress(OSError):
-            path.unlink()
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._count(undeletable=1)
+            self._remember(error, path)
+
+    def passed_over(self, path: str, error: OSError) -> None:
+        """Counts a file that cannot be read."""
+        self._count(unreadable=1)
+        self._remember(error, path)
+
+    def _remember(self, error: OSError, path: Path | str) -> None:
+        with self._counting:
+            self.stats.trouble = self.stats.trouble or f"{path}: {error.strerror or error}"
 
     def _publish(self, key: str, data: bytes) -> bool:
         """Puts a blob in its place, whole; False if one is there already."""
@@ -255,6 +273,8 @@ class LabelStore:
     def verify(self, progress: Progress = lambda done, total: None) -> tuple[Amount, Amount]:
         """Reads everything; what is there and whole, and what was damaged and is deleted now.
 
+        What cannot be deleted, or not be read, is in `stats`.
+
         Args:
             progress: told the bytes read and the bytes in all.
         """
@@ -272,14 +292,17 @@ class LabelStore:
         return whole, damaged
 
     def _whole(self, file: File) -> bytes | None:
-        """A blob, verified; empty if it is gone, None if it was damaged and is deleted now."""
+        """A blob, verified; empty if it is gone or cannot be read, None if it was damaged and is deleted now."""
         try:
             data = Path(file.path).read_bytes()
             decode_labels(file.key, data)
         except FileNotFoundError:
             return b""
+        except OSError as error:
+            self.passed_over(file.path, error)
+            return b""
         except LabelError:
-            self._drop_damaged(Path(file.path))
+            self.drop_damaged(Path(file.path))
             return None
         return data
 
@@ -291,6 +314,7 @@ class LabelStore:
         unused_for_s: float = 0.0,
         used_since_s: float = 0.0,
         dry_run: bool = False,
+        beside: Sequence[File] = (),
     ) -> Amount:
         """Deletes the labels that fit every condition, the longest unused first.
 
@@ -300,8 +324,9 @@ class LabelStore:
             unused_for_s: only those not used for so many seconds.
             used_since_s: only those used at or after this time (seconds since 1970).
             dry_run: only say what would go.
+            beside: other files that count and go by the same rules, but are of no teacher.
         """
-        files = sorted(files_of(self.folder), key=lambda file: file.used_s)
+        files = sorted([*files_of(self.folder), *beside], key=lambda file: file.used_s)
         total = sum(file.size for file in files)
         latest_s = time.time() - unused_for_s if unused_for_s else float("inf")
         gone = Amount()
@@ -319,6 +344,8 @@ class LabelStore:
     ) -> tuple[Amount, Amount]:
         """Copies verified labels into another store; what was copied, and what was damaged here (and is deleted now).
 
+        Files that cannot be read are passed over and counted in `stats`.
+
         Args:
             to: where labels that are there already stay as they are.
             teacher: only those of teachers whose fingerprint begins so.
@@ -327,7 +354,9 @@ class LabelStore:
         Raises:
             OSError: the other folder cannot be written.
         """
-        files = [file for file in files_of(self.folder) if _is_of(file.path, teacher)]
+        files = [
+            file for file in files_of(self.folder) if _is_of(file.path, teacher) or not os.access(file.path, os.R_OK)
+        ]
         total, done = sum(file.size for file in files), 0
         copied, damaged = Amount(), Amount()
         for file in files:
@@ -351,7 +380,7 @@ def _summary(path: str) -> LabelSummary | None:
         with open(path, "rb") as file:
             return read_summary(file)
     except (OSError, LabelError):
-        return None
+        return None  # `verify` says which of the two
 
 
 def _is_of(path: str, teacher: str) -> bool:

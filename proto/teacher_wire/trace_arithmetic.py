@@ -11,7 +11,16 @@ from fractions import Fraction
 
 _NUMBER = r"\d{1,15}(?:\.\d{1,15})?"
 _OPERATORS = {"×": "*", "·": "*", "÷": "/", "−": "-"}
-_RIGHT = re.compile(rf"\s*(-?{_NUMBER})(?![\w^%(]|[.,]\d|\s*[-+*/×·÷−^(]\s*[\w(])")
+_RIGHT = re.compile(rf"\s*([-−]?{_NUMBER})(?![\w^%(]|[.,]\d|\s\d{{3}}(?!\d)|\s*[-+*/×·÷−^(]\s*[\w(])")
+_MIXED = re.compile(r"\s(\d{1,15})\s?/\s?(\d{1,15})(?![.,]?\d)")  # 7 / 2 = 3 1/2
+_REMAINDER = re.compile(
+    r",?\s*(?:and |with )?(?:an? )?(?:remainder|rem\.?|rest|r)(?:\s+is|\s+of)?\s*[:=]?\s*(\d{1,15})(?!\w)", re.I
+)
+# What follows says that the right side is not the value itself.
+_NOT_EXACT = re.compile(
+    r"[^.\n=]{0,20}?\b(?:remainder|rem|remaining|left(?: ?over)?|rounded|rounding|integer|truncated|floor)\b", re.I
+)
+_DIVISION = re.compile(r"(.*)[/÷]\s*(\d{1,15})\s*\Z", re.S)
 _IN_A_SIDE = frozenset("0123456789. \t+-*/×·÷−()")
 _MAX_SIDE_CHARS = 200
 # What may stand before an equation. After other words ("half of 20 + 4 = 12") it may mean something else.
@@ -41,11 +50,33 @@ def false_equation(text: str) -> str:
             value = _evaluate(side)
         except (ValueError, ZeroDivisionError):
             continue
-        decimals = len(right.group(1).partition(".")[2])
-        slack = Fraction(1, 2 * 10**decimals) if decimals else 0
-        if abs(value - Fraction(right.group(1))) > slack:
-            return text[begin : right.end()].strip()
+        end = _end_of_false(side, value, right, text)
+        if end:
+            return text[begin:end].strip()
     return ""
+
+
+def _end_of_false(side: str, value: Fraction, right: re.Match[str], text: str) -> int:
+    """Where an equation ends that does not hold; 0 if it holds, or cannot be read."""
+    number, end = right.group(1).replace("−", "-"), right.end()
+    stated = Fraction(number)
+    if remainder := _REMAINDER.match(text, end):
+        division = _DIVISION.match(side)
+        if division is None or stated.denominator != 1:
+            return 0
+        divisor, left = int(division[2]), int(remainder[1])
+        holds = _evaluate(division[1]) == stated * divisor + left and left < divisor
+        return 0 if holds else remainder.end()
+    if (mixed := _MIXED.match(text, end)) and int(mixed[2]):
+        part = Fraction(int(mixed[1]), int(mixed[2]))
+        return 0 if value == (stated - part if stated < 0 else stated + part) else mixed.end()
+    decimals = len(number.partition(".")[2])
+    slack = Fraction(1, 2 * 10**decimals) if decimals else 0
+    if abs(value - stated) <= slack or _NOT_EXACT.match(text, end):
+        return 0
+    if re.fullmatch(r"-?\d{1,3}\.\d{3}", number) and value == Fraction(number.replace(".", "")):
+        return 0  # a point between thousands
+    return end
 
 
 def _begin_of_side(text: str, end: int) -> int:

@@ -6,19 +6,15 @@ nothing here samples, asks a model, or lets anything through that it could not c
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from teacher_wire.trace_answers import normalize_answer, same_answer
 from teacher_wire.trace_arithmetic import false_equation
 from teacher_wire.trace_spans import find_span
 from teacher_wire.traces import Caps, Evidence, Reason, Step, Trace, TraceError, parse_draft, prompt_sha256
 
 # More steps than this share with nothing left of their evidence, and the whole trace is invented (algorithms.md 7.2).
 MAX_LOST_SHARE = 0.5
-_NUMBER = re.compile(r"([+-]?)((?:\d{1,3}(?:,\d{3})+|\d+))(?:\.(\d+))?\Z")
 
 
 @dataclass(frozen=True)
@@ -78,27 +74,6 @@ def verify(
     except TraceError as error:
         return Verdict(None, error.reason, error.detail)
     return Verdict(replace(trace, prompt_sha256=prompt_sha256(prompt)), repaired=repaired, dropped=dropped)
-
-
-def normalize_answer(text: str) -> str:
-    """What answers are compared by: NFC, case and white space folded, a last full stop off, numbers in one spelling."""
-    folded = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    folded = folded.removesuffix(".").strip() or folded
-    number = _NUMBER.match(folded)
-    if not number:
-        return folded or text
-    sign, whole, decimals = number.groups(default="")
-    whole, decimals = whole.replace(",", "").lstrip("0") or "0", decimals.rstrip("0")
-    value = f"{whole}.{decimals}" if decimals else whole
-    return f"-{value}" if sign == "-" and value != "0" else value
-
-
-def majority_answer(answers: Sequence[str]) -> tuple[str, int] | None:
-    """The normalised answer that most have, and how many; None if there is none, or two share the first place."""
-    ranked = Counter(answers).most_common(2)
-    if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
-        return None
-    return ranked[0]
 
 
 def _check_prompt(trace: Trace, prompt: str) -> None:
@@ -161,9 +136,9 @@ def _in_a_cycle(by_id: dict[int, Step]) -> int | None:
 def _check_answer(trace: Trace, gold: str | None, majority: str | None) -> None:
     answer = trace.answer.normalized
     if gold is not None:
-        if answer != normalize_answer(gold):
+        if not same_answer(trace.answer.text, gold):
             raise TraceError("wrong_answer", f"{answer[:80]!r}, not {normalize_answer(gold)[:80]!r}")
-    elif majority is not None and answer != majority:
+    elif majority is not None and not (majority and same_answer(trace.answer.text, majority)):
         most = f"most have {majority[:80]!r}" if majority else "no answer has a majority"
         raise TraceError("minority_answer", f"{answer[:80]!r}, {most}")
 

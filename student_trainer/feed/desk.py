@@ -35,12 +35,15 @@ class LabelDesk:
     def source(
         self, info: TeacherInfo, spec: SignalSpec, connect: Callable[[], TeacherClient] | None = None
     ) -> LabelSource:
-        """Labels by one signal, every answer checked; `connect` for one that does not make its own client."""
+        """Labels by one signal, every answer checked; `connect` for one that does not make its own client.
+
+        Labels by ids that the student names are not kept: no other student, and no later step of this one, names the same.
+        """
 
         def check(signals: TeacherSignals, asked: LabelRequest) -> None:
             check_signals(signals, spec, asked.batch, asked.names)
 
-        return LabelSource(connect or self.connect, info, spec, check, self.store, self.usage)
+        return LabelSource(connect or self.connect, info, spec, check, None if spec.extra else self.store, self.usage)
 
     def forget(self, info: TeacherInfo) -> str:
         """Deletes the labels of a teacher that were used since the run began: some are wrong, and all came the same way.

@@ -1,8 +1,8 @@
 """Labels ahead of the step that needs them: one source on the background loop; the bridge between steps and async code.
 
-In: numbered requests, begun in order; out: `take(number)`, which waits and says how long. Bytes under way are bounded:
-a request is begun only when its whole answer fits into what is left, and no more are than the teacher's time takes (`depth`).
-A failed request fails the step that needs it.
+In: numbered requests, begun in order; out: `take(number)`, which waits and says how long. The host memory of labels is bounded: a request
+is begun only when all that its answer will take while it is decoded, joined and copied fits into what is left (one always is); once it is
+ready it counts as what it then takes. No more are begun than the teacher's time takes (`depth`). A failed request fails the step that needs it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,7 @@ class LabelFeed:
         source: of the labels; closed with the feed.
         request: number -> what to ask; called in a thread of the feed, may wait.
         first, count: the range of numbers.
-        max_bytes, max_batches: bounds on answers asked for and not yet taken.
+        max_bytes, max_batches: bounds on answers asked for and not yet taken; bytes of host memory, every copy counted.
         burst: micro-batches that are taken at once.
         prepare: makes of an answer what `take` gives, in a thread of the feed; the answer as it is if not given.
         on_close: wakes a `request` that is waiting.
@@ -81,6 +81,7 @@ class LabelFeed:
     ) -> None:
         self._source = source
         self._request = request
+        self._first = first
         self._count = count
         self._next = first
         self._max_bytes = max_bytes
@@ -90,7 +91,8 @@ class LabelFeed:
         self._taken_s: float | None = None
         self._promises: dict[int, Future[Taken]] = {}
         self._lock = threading.Condition()
-        self._held: dict[int, int] = {}
+        self._taken: set[int] = set()
+        self._held: dict[int, int] = {}  # bytes of host memory by request
         self._closed = False
         self._error: BaseException | None = None
         self.stats = FeedStats()
@@ -100,21 +102,31 @@ class LabelFeed:
         """The checked labels of request `number`; each can be taken once.
 
         Raises:
-            TeacherWireError: the request failed, or its answer was refused.
+            TeacherWireError: the request failed, or its answer was refused; or the feed is closed.
+            ValueError: there is no such request, or it has been taken.
         """
+        if not self._first <= number < self._count:
+            raise ValueError(f"there is no request {number}: the feed has {self._first}..{self._count - 1}")
         started = time.perf_counter()
         if self._taken_s is not None:
             self.depth.taken(started - self._taken_s)
         with self._lock:
             while number not in self._promises:
+                if number in self._taken:
+                    raise ValueError(f"request {number} has been taken: each can be taken once")
                 if self._error is not None:
                     raise self._error
+                if self._closed:
+                    raise CancelledRequestError("the feed was closed")
                 self._lock.wait()
             promise = self._promises[number]
+            self._taken.add(number)
         try:
             labels = promise.result()
-        except CancelledRequestError as error:
-            raise (self._error or error) from None  # the feed ended for a reason: say that one
+        except (CancelledRequestError, CancelledError):
+            raise (
+                self._error or CancelledRequestError("the feed was closed")
+            ) from None  # it ended for a reason: say that one
         finally:
             self._taken_s = time.perf_counter()
             self.stats.wait_s += self._taken_s - started
@@ -158,7 +170,7 @@ class LabelFeed:
             while self._next < self._count and not self._closed:
                 number = self._next
                 request = await asyncio.get_running_loop().run_in_executor(None, self._request, number)
-                size = self._source.reply_bytes(request)
+                size = self._source.peak_bytes(request)
                 if not await asyncio.get_running_loop().run_in_executor(None, self._wait_for_room, size):
                     break
                 with self._lock:
@@ -178,10 +190,11 @@ class LabelFeed:
         promise = self._promises[number]
         asked_s = time.perf_counter()
         try:
-            labels = await self._source.labels(request)
-            ready = await asyncio.to_thread(self._ready, labels)
+            ready = await asyncio.to_thread(self._ready, await self._source.labels(request))
             with self._lock:
                 self.depth.answered(time.perf_counter() - asked_s)
+                if number in self._held:
+                    self._held[number] = _bytes_of(ready.ready)
                 self._lock.notify_all()
             promise.set_result(ready)
         except asyncio.CancelledError:
@@ -208,6 +221,13 @@ class LabelFeed:
         with self._lock:
             while self._promises and not self._closed:
                 self._lock.wait()
+
+
+def _bytes_of(ready: Any) -> int:
+    """What an answer takes once it is ready."""
+    if isinstance(ready, TeacherSignals):
+        return sum(tensor.array.nbytes for tensor in ready.tensors().values())
+    return int(getattr(ready, "nbytes", 0))
 
 
 @contextlib.asynccontextmanager

@@ -113,6 +113,14 @@ class LabelSource:
         """Payload bytes of the answer to `request`, wherever it comes from."""
         return codec.reply_bytes(ScoreCall("", "", "", self._spec, request.batch), self._info)
 
+    def peak_bytes(self, request: LabelRequest) -> int:
+        """Host memory that the answer to `request` takes at most on its way: as it travels, joined from the parts that were kept, and as
+        tensors that a device can copy from, where ids of two and three bytes become four.
+        """
+        wire = self.reply_bytes(request)
+        prepared = wire + (request.batch.rows * self._spec.kept * 2 if self._spec.transport == "top_k" else 0)
+        return wire * (1 if self._store is None else 2) + prepared
+
     async def labels(self, request: LabelRequest) -> Labels:
         """The labels of `request`. Requests that began earlier ask for what both need, so every run asks the same.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from student_trainer.config import Fraction, Positive, SourceConfig, TeacherConfig, listed_sources
-from student_trainer.config_file import parse_as, read_tree
+from student_trainer.config_file import Settings, parse_as, read_tree
 
 # Said to the teacher before the question. It names what the grammar holds it to; a tuned teacher may need less, or "".
 INSTRUCTION = (
@@ -20,8 +20,8 @@ INSTRUCTION = (
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Strict(Settings):
+    """A section; see `Settings`."""
 
 
 class QuestionConfig(_Strict):
@@ -100,6 +100,14 @@ class TracesConfig(_Strict):
     accept: AcceptConfig = AcceptConfig()
     prompts_per_call: Positive = 16
     calls: Positive = 2
+
+    @field_validator("output_dir")
+    @classmethod
+    def _at_home(cls, value: Path) -> Path:
+        try:
+            return value.expanduser()
+        except RuntimeError as error:  # no HOME, and a user that has none
+            raise ValueError(f"{error}: name the folder without ~") from error
 
 
 def load_traces_config(path: Path, overrides: list[str] | None = None) -> TracesConfig:

@@ -14,7 +14,8 @@ from student_trainer.traces.places import mean_probability, token_spans, value_s
 from student_trainer.traces.questions import Question
 from teacher_wire.generation import Sample, SamplingSpec
 from teacher_wire.messages import TeacherInfo
-from teacher_wire.trace_verify import Verdict, majority_answer, normalize_answer, verify
+from teacher_wire.trace_answers import majority_answer, normalize_answer, same_answer
+from teacher_wire.trace_verify import Verdict, verify
 from teacher_wire.traces import Caps, Sampling, Trace, TraceError, parse_draft, strip_fence
 
 AGREEMENT_FROM = 4  # samples; below, the probability of the answer's own tokens says more
@@ -96,7 +97,7 @@ def _complete(
         replace(step, confidence=min(1.0, max(LEAST_CONFIDENCE, sure("steps", number, "text"))))
         for number, step in enumerate(trace.steps)
     )
-    agree = answers.count(trace.answer.normalized)
+    agree = sum(same_answer(answer, trace.answer.normalized) for answer in answers)
     confidence = agree / spec.samples if spec.samples >= AGREEMENT_FROM else sure("answer", "text")
     return replace(
         trace,

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from teacher_wire.trace_answers import majority_answer, normalize_answer
 from teacher_wire.trace_arithmetic import false_equation
 from teacher_wire.trace_spans import find_span
-from teacher_wire.trace_verify import majority_answer, normalize_answer, verify
+from teacher_wire.trace_verify import verify
 from teacher_wire.traces import (
     DRAFT_SCHEMA,
     KINDS,

@@ -11,7 +11,7 @@ from student_trainer.feed.desk import LabelDesk
 from student_trainer.feed.prefetch import LabelFeed
 from student_trainer.feed.source import LabelRequest
 from teacher_wire.client import TeacherClient
-from teacher_wire.errors import LabelError, UnavailableError
+from teacher_wire.errors import CancelledRequestError, LabelError, UnavailableError
 from teacher_wire.fake import FakeTeacher
 from teacher_wire.loopback import LoopbackServer, serve
 from teacher_wire.messages import SignalSpec, TokenBatch
@@ -66,7 +66,8 @@ def test_labels_come_by_number_whatever_the_order_of_answers():
 
 
 @pytest.mark.parametrize(
-    ("max_bytes", "max_batches", "expected"), [(3 * REPLY_BYTES, 100, 3), (1 << 30, 2, 2), (1, 100, 1)]
+    ("max_bytes", "max_batches", "expected"),
+    [(4 * REPLY_BYTES, 100, 3), (4 * REPLY_BYTES - 1, 100, 2), (1 << 30, 2, 2), (1, 100, 1)],
 )
 def test_what_is_fetched_ahead_is_bounded(max_bytes, max_batches, expected):
     fake = FakeTeacher()
@@ -77,6 +78,53 @@ def test_what_is_fetched_ahead_is_bounded(max_bytes, max_batches, expected):
         assert fake.calls == expected
         feed.take(0)
         wait_for(lambda: fake.calls == expected + 1)
+        feed.close()
+
+
+def test_every_copy_counts_as_long_as_it_is_there():
+    """`max_bytes` is host memory: on its way an answer is there as it travels and as it will be used; then only what is used counts."""
+    fake = FakeTeacher()
+    gate = threading.Event()
+
+    def prepare(signals):
+        gate.wait()
+        return LabelTensors.of(signals)
+
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake, max_bytes=5 * REPLY_BYTES, prepare=prepare)
+        wait_for(lambda: fake.calls == 2)
+        assert sum(feed._held.values()) == 4 * REPLY_BYTES
+        gate.set()
+        wait_for(lambda: fake.calls == 4)
+        wait_for(lambda: sum(feed._held.values()) == 4 * REPLY_BYTES)
+        assert (
+            sum(tensors.ready.nbytes for tensors in (feed._promises[n].result() for n in range(4))) == 4 * REPLY_BYTES
+        )
+        feed.close()
+
+
+def test_what_can_never_be_taken_is_refused_and_does_not_hang():
+    fake = FakeTeacher()
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake, first=2, count=5)
+        feed.take(2)
+        for number, said in ((2, "has been taken"), (1, "2..4"), (5, "2..4"), (-1, "2..4")):
+            with pytest.raises(ValueError, match=said):
+                feed.take(number)
+        feed.take(3)
+        feed.close()
+        with pytest.raises((CancelledRequestError, ValueError)):
+            feed.take(4)
+
+
+def test_a_refused_answer_is_told_once():
+    fake = FakeTeacher(mistake="shifted")
+    with serve(fake) as server:
+        feed = open_feed(server.address, fake)
+        with pytest.raises(LabelError):
+            feed.take(0)
+        with pytest.raises(ValueError, match="has been taken"):
+            feed.take(0)
         feed.close()
 
 

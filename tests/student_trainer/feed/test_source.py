@@ -13,6 +13,7 @@ from student_trainer.feed.source import LabelRequest, LabelUsage
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import LabelError, ServerError
 from teacher_wire.fake import FakeTeacher
+from teacher_wire.label_budget import files_of
 from teacher_wire.label_store import LabelStore, label_keys
 from teacher_wire.loopback import serve
 from teacher_wire.messages import SignalSpec, TokenBatch
@@ -188,7 +189,7 @@ def test_named_ids_are_part_of_the_question(store):
         for extra in (named[0], named[1], named[0]):
             (found,), _ = labels_of(server.address, fake, store, [request(0, extra_ids_NM=extra)], spec)
             assert all(set(extra[0]) <= set(row) for row in found.signals.topk_ids_NK.array.tolist())
-    assert fake.calls == 2
+    assert fake.calls == 3 and not list(files_of(store.folder)), "no later step names the same: they are not kept"
 
 
 @pytest.mark.parametrize("mistake", ["nan", "foreign"])

@@ -1,0 +1,77 @@
+"""The server beside the trainer: what it says is kept and named when something goes wrong; no proxy between the two."""
+
+import sys
+
+import pytest
+
+from student_trainer import embedded
+from student_trainer.embedded import embedded_teacher, log_folder
+from student_trainer.errors import RunError
+from teacher_wire.errors import UnavailableError
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """(script) -> the config of a server that is that script."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    config = tmp_path / "teacher.yaml"
+    config.write_text("")
+    popen = embedded.subprocess.Popen
+
+    def build(script):
+        monkeypatch.setattr(
+            embedded.subprocess,
+            "Popen",
+            lambda command, **more: popen([sys.executable, "-c", script, *command[5:]], **more),
+        )
+        return config
+
+    return build
+
+
+LISTENS = """
+import socket, sys
+port = int([word for word in sys.argv if word.startswith("edge.port=")][0].partition("=")[2])
+print("I listen", flush=True)
+with socket.create_server(("127.0.0.1", port)):
+    sys.stdin.read()
+"""
+
+
+def logs():
+    return sorted(log_folder().glob("teacher-*.log"))
+
+
+def test_a_server_that_does_not_come_up_leaves_its_log(server):
+    config = server("print('one'); print('two'); raise SystemExit(3)")
+    with pytest.raises(RunError) as caught, embedded_teacher(config):
+        pass
+    (log,) = logs()
+    assert f"ended with code 3: two (all it said: {log})" in str(caught.value)
+    assert log.read_text() == "one\ntwo\n"
+
+
+def test_an_error_of_the_wire_names_the_log(server):
+    with pytest.raises(UnavailableError) as caught, embedded_teacher(server(LISTENS)):
+        raise UnavailableError("gone")
+    (log,) = logs()
+    assert caught.value.__notes__ == [f"the log of the embedded teacher is {log}"] and log.read_text() == "I listen\n"
+
+
+def test_the_newest_ten_logs_are_kept(server):
+    config = server(LISTENS)
+    log_folder().mkdir()
+    for number in range(15):
+        (log_folder() / f"teacher-{number:02d}.log").write_text("")
+    (log_folder() / "mine.txt").write_text("")
+    with embedded_teacher(config) as address:
+        assert address.startswith("127.0.0.1:")
+    assert len(logs()) == 10 and (log_folder() / "mine.txt").exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(server):
+    config = server(LISTENS)
+    log_folder().write_text("a file")
+    with pytest.raises(RunError, match="the log of the embedded teacher"), embedded_teacher(config):
+        pass
