@@ -91,11 +91,35 @@ class EdgeConfig(_Strict):
 
 
 class RayConfig(_Strict):
-    """The Ray cluster: our own on this machine, or a running one at `address`."""
+    """The Ray cluster: our own on this machine, or a running one.
 
-    address: str | None = None
+    Attributes:
+        address: HOST:PORT of a running cluster's head, or `auto` for the one that runs on this machine; without it, or with
+            `local`, a cluster of our own, whatever RAY_ADDRESS says.
+        listen: where the processes of our own cluster listen, Prometheus metrics included: `loopback` is reached from this
+            machine only, `all` is every interface.
+        metrics_port: of our own cluster; Ray chooses one if not given.
+        num_cpus, object_store_mb: of our own cluster.
+    """
+
+    address: Annotated[str, Field(pattern=r"^(auto|local|\S+:\d{1,5})$")] | None = None
+    listen: Literal["loopback", "all"] = "loopback"
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     num_cpus: Annotated[int, Field(ge=1)] | None = None
     object_store_mb: Annotated[int, Field(ge=80)] = 512
+
+    @property
+    def own(self) -> bool:
+        """Whether the cluster is started and ended by us."""
+        return self.address in (None, "local")
+
+    @model_validator(mode="after")
+    def _no_client(self) -> RayConfig:
+        if self.address is not None and "://" in self.address:
+            raise ValueError(
+                f"address {self.address}: give HOST:PORT of the cluster's head, not an address of Ray Client"
+            )
+        return self
 
 
 class TransformersBackend(_Strict):

@@ -25,7 +25,7 @@ class ConfigFile:
     """
 
     def __init__(self, path: Path, overrides: list[str] | None) -> None:
-        self._path = path
+        self.path = path
         self._overrides = overrides
         self._read = self._seen = self._stamp()
         self.config = load_config(path, overrides)
@@ -41,7 +41,7 @@ class ConfigFile:
             return None  # missing, known, or still being written
         self._read = self._seen
         try:
-            found = load_config(self._path, self._overrides)
+            found = load_config(self.path, self._overrides)
         except ServerConfigError as error:
             raise ServerConfigError(f"{error}; the config before stays in force") from None
         if found == self.config:
@@ -51,7 +51,7 @@ class ConfigFile:
 
     def _stamp(self) -> _Stamp | None:
         try:
-            status = self._path.stat()
+            status = self.path.stat()
         except OSError:
             return None
         return status.st_mtime_ns, status.st_size

@@ -5,6 +5,7 @@ In: a ServerConfig, another one later; out: lines for the console. `step` must b
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import ray
 
 from teacher_server.checks import check_files
 from teacher_server.config import ServerConfig
-from teacher_server.errors import ServerConfigError
+from teacher_server.errors import RayEndedError, ServerConfigError
 from teacher_server.metrics import Exported
 from teacher_server.reporting import start_board
 from teacher_server.reports import Plan, TeacherPlan
@@ -21,6 +22,7 @@ from teacher_server.serve_cluster import ServeCluster, check_room, metrics_addre
 
 _STEP_S = 1.0
 _START_STEP_S = 0.2
+_LOOK_S = 0.1
 _BOARD_S = 2.0
 _BOARD_START_S = 60.0  # its process has to come up first
 
@@ -31,10 +33,12 @@ class Server:
     Args:
         config: in force now.
         say: told each step, for the console.
+        dead: name of a process of our own Ray that has ended, or nothing.
     """
 
-    def __init__(self, config: ServerConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, config: ServerConfig, say: Callable[[str], None], dead: Callable[[], str]) -> None:
         self.config = config
+        self._dead = dead
         self._say = say
         self._cluster = ServeCluster()
         self._rollout = Rollout(self._cluster, say)
@@ -60,6 +64,7 @@ class Server:
         self._say("metrics at " + ", ".join(metrics_addresses()))
         self._cluster.start_edges(self.config.edge, self._plan)
         while True:
+            self._check_ray()
             self._post(self._plan, _BOARD_START_S)
             self._rollout.start()
             if self._cluster.edges_are_up() and self._rollout.settled:
@@ -94,6 +99,7 @@ class Server:
         now_s = time.monotonic()
         if now_s - self._stepped_s < _STEP_S:
             return
+        self._check_ray()
         self._stepped_s = now_s
         try:
             self._plan = Plan(self.config.tenants, self._rollout.step(), open=True)
@@ -108,12 +114,29 @@ class Server:
             self._trouble = trouble
 
     def drain(self) -> None:
-        """Has the edges answer what they hold, and refuse the rest."""
+        """Has the edges answer what they hold, and refuse the rest.
+
+        Raises:
+            RayEndedError: nothing can be drained any more.
+        """
         self._say("draining")
+        done = threading.Event()
+        threading.Thread(target=self._drain, args=(done,), daemon=True).start()
+        while not done.wait(_LOOK_S):  # a call into a Ray that has ended would wait to its limit
+            self._check_ray()
+
+    def _drain(self, done: threading.Event) -> None:
         try:
             self._cluster.drain_edges(self.config.edge.drain_s)
         except Exception as error:  # going down all the same
-            self._say(f"the edge could not drain: {type(error).__name__}")
+            if not self._dead():
+                self._say(f"the edge could not drain: {type(error).__name__}")
+        finally:
+            done.set()
+
+    def _check_ray(self) -> None:
+        if dead := self._dead():
+            raise RayEndedError(f"Ray's {dead} has ended, and with it what was under way")
 
     def remove(self) -> None:
         """Takes everything of ours out of a cluster that stays."""
