@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from student_trainer.config_file import parse_as, read_tree
+from student_trainer.config_file import Settings, parse_as, read_tree
+from teacher_wire.proxy import AUTO, NONE, proxy_url
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Strict(Settings):
+    """A section; see `Settings`."""
 
 
 class RunConfig(_Strict):
@@ -143,8 +144,11 @@ class TeacherConfig(_Strict):
         ca_file, cert_file, key_file: TLS.
         token_env: environment variable that holds our token.
         tenant: whose account this run is on; a token says it already.
+        proxy: `auto` takes the HTTP proxy that grpc_proxy, https_proxy or http_proxy names (no_proxy excepted), `none` takes none, else
+            http://HOST:PORT. Addresses of this machine never take one.
         wait_s: how long to wait for the server at the start.
         retry_s: how long a request is retried while the server is away.
+        answer_s: how long a request that the server has taken may stay without any part of its answer before it is made again.
         allow_template_mismatch: learn although the teacher's chat template differs from ours.
     """
 
@@ -156,14 +160,25 @@ class TeacherConfig(_Strict):
     key_file: Path | None = None
     token_env: str = "LYCEUM_TOKEN"
     tenant: str = ""
-    wait_s: Annotated[float, Field(ge=0)] = 5.0
-    retry_s: Annotated[float, Field(ge=0)] = 300.0
+    proxy: str = "auto"
+    wait_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 5.0
+    retry_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 300.0
+    answer_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 600.0
     allow_template_mismatch: bool = False
+
+    @field_validator("proxy")
+    @classmethod
+    def _a_proxy(cls, value: str) -> str:
+        return value if value in (AUTO, NONE) else proxy_url(value)
 
     @model_validator(mode="after")
     def _one_place(self) -> TeacherConfig:
         if (self.address is None) == (self.embedded is None):
             raise ValueError("set exactly one of address and embedded")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("set both of cert_file and key_file, or neither: a certificate needs its key")
+        if self.cert_file is not None and self.ca_file is None:
+            raise ValueError("cert_file needs ca_file: without one the connection is plain text")
         return self
 
 

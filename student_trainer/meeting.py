@@ -7,7 +7,6 @@ handshake, sizes of every request of the run, and one small request through ever
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from student_trainer.errors import ConfigError
 from student_trainer.feed import background
 from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.choose import Probe, choose
+from student_trainer.feed.connect import check_way, connector
 from student_trainer.feed.desk import LabelDesk
 from student_trainer.feed.handshake import StudentFacts, agree, shared_rows
 from student_trainer.feed.heads import fetch_head
@@ -39,7 +39,6 @@ from student_trainer.feed.source import LabelRequest, LabelSource
 from student_trainer.losses.head import Head
 from student_trainer.model import Outline
 from student_trainer.objective import check_loss, head_on, is_softened
-from teacher_wire.channel import Credentials
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import TeacherWireError
 from teacher_wire.label_store import LabelStore
@@ -72,6 +71,7 @@ def teacher_address(teacher: TeacherConfig | None, console: Console) -> Iterator
     if teacher is None:
         yield None
     elif teacher.address is not None:
+        check_way(teacher)
         yield teacher.address
     else:
         assert teacher.embedded is not None
@@ -109,18 +109,7 @@ def meet_teacher(
     if config.teacher is None or address is None:
         return None
     settings = config.teacher
-    credentials = Credentials(
-        settings.ca_file, settings.cert_file, settings.key_file, os.environ.get(settings.token_env, ""), settings.tenant
-    )
-    trouble = _Trouble(console)
-    connect = partial(
-        TeacherClient,
-        address,
-        credentials=credentials,
-        window_bytes=config.feed.window_mb << 20,
-        retry_for_s=settings.retry_s,
-        on_trouble=trouble.tell,
-    )
+    connect = connector(settings, address, _Trouble(console).tell, config.feed.window_mb << 20)
     disk_trouble = _DiskTrouble(console)
     desk = LabelDesk(connect, _store(config, disk_trouble))
     uses_chat = config.data.template == "chat" or (

@@ -48,6 +48,7 @@ CertFile = Annotated[Path | None, typer.Option(help="our own certificate, for mu
 KeyFile = Annotated[Path | None, typer.Option(help="its key")]
 TokenEnv = Annotated[str, typer.Option(help="environment variable that holds the token")]
 UntilStdinCloses = Annotated[bool, typer.Option(help="also stop when standard input ends; for a parent process")]
+Proxy = Annotated[str, typer.Option(help="auto, none, or http://HOST:PORT; never taken to this machine itself")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. edge.port=50052")]
 
 
@@ -155,11 +156,12 @@ def describe(
     cert_file: CertFile = None,
     key_file: KeyFile = None,
     token_env: TokenEnv = "LYCEUM_TOKEN",
+    proxy: Proxy = "auto",
 ) -> None:
     """Ask a running server who its teachers are."""
 
     async def ask() -> None:
-        async with _client(address, ca_file, cert_file, key_file, token_env) as client:
+        async with _client(address, ca_file, cert_file, key_file, token_env, proxy) as client:
             for info in await client.describe():
                 table = Table(title=info.name, show_header=False, title_justify="left")
                 for field, value in vars(info).items():
@@ -178,6 +180,7 @@ def status(
     cert_file: CertFile = None,
     key_file: KeyFile = None,
     token_env: TokenEnv = "LYCEUM_TOKEN",
+    proxy: Proxy = "auto",
 ) -> None:
     """Show replicas, queues, speed, shares of tenants and stored labels of a running server."""
     from dataclasses import asdict
@@ -188,7 +191,7 @@ def status(
     from teacher_wire.messages import ServerStatus
 
     async def show(tell: Callable[[ServerStatus], None]) -> None:
-        async with _client(address, ca_file, cert_file, key_file, token_env) as client:
+        async with _client(address, ca_file, cert_file, key_file, token_env, proxy) as client:
             tell(await client.server_status())
             while watch:
                 await asyncio.sleep(_WATCH_S)
@@ -205,12 +208,13 @@ def status(
 
 
 def _client(
-    address: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, token_env: str
+    address: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, token_env: str, proxy: str
 ) -> TeacherClient:
     from teacher_wire.channel import Credentials
     from teacher_wire.client import TeacherClient
 
-    return TeacherClient(address, credentials=Credentials(ca_file, cert_file, key_file, os.environ.get(token_env, "")))
+    token = os.environ.get(token_env, "")
+    return TeacherClient(address, credentials=Credentials(ca_file, cert_file, key_file, token, proxy=proxy))
 
 
 def _console() -> Console:

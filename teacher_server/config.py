@@ -7,20 +7,19 @@ that names the key; nothing here builds anything.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from teacher_server.errors import ServerConfigError
+from teacher_server.config_file import Settings, parse_as, read_tree
 from teacher_wire.channel import is_loopback
 
 EDGE_NAME = "edge"  # of the endpoint among the application's deployments
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+class _Strict(Settings):
+    """A section; see `Settings`."""
 
 
 class TlsConfig(_Strict):
@@ -224,7 +223,7 @@ class FakeBackend(_Strict):
     hidden_size: Annotated[int, Field(ge=1)] = 16
     seed: int = 0
     delay_s: Annotated[float, Field(ge=0)] = 0.0
-    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
 
 
 class BatchConfig(_Strict):
@@ -326,9 +325,9 @@ class TenantConfig(_Strict):
     """
 
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     inflight_tokens: Annotated[int, Field(ge=1)] | None = None
-    bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+    bytes_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     operator: bool = False
 
 
@@ -360,57 +359,4 @@ def load_config(path: Path, overrides: list[str] | None = None) -> ServerConfig:
     Raises:
         ServerConfigError: one line that names file and key.
     """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ServerConfigError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ServerConfigError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise ServerConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ServerConfigError(f"{path}: must hold sections, not {type(tree).__name__}")
-    for override in overrides or []:
-        _override(tree, override)
-    try:
-        return ServerConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ServerConfigError(f"{path}: {describe_errors(error)}") from error
-
-
-def describe_errors(error: ValidationError) -> str:
-    """Every problem of a validation on one line: key, complaint, value."""
-    problems = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"] if part not in ("transformers", "vllm", "fake")) or "config"
-        if item["type"] == "extra_forbidden":
-            problems.append(f"{key}: unknown key")
-        elif item["type"] == "missing":
-            problems.append(f"{key}: missing")
-        else:
-            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"[:300])
-    return "; ".join(problems)
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted key; a number steps into a list."""
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise ServerConfigError(f"override {override!r}: expected section.field=value")
-    *parents, last = dotted.split(".")
-    node: Any = tree
-    for key in parents:
-        node = node[_index(node, key, dotted)] if isinstance(node, list) else node.setdefault(key, {})
-        if not isinstance(node, dict | list):
-            raise ServerConfigError(f"override {dotted}: {key} is not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ServerConfigError(f"override {dotted}: not a YAML value: {text}") from error
-    node[_index(node, last, dotted) if isinstance(node, list) else last] = value
-
-
-def _index(node: list[Any], key: str, dotted: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise ServerConfigError(f"override {dotted}: {key} is not an index below {len(node)}")
-    return int(key)
+    return parse_as(ServerConfig, read_tree(path, overrides), str(path))

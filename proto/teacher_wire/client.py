@@ -26,6 +26,7 @@ from teacher_wire.assembly import Assembly
 from teacher_wire.channel import Credentials, addresses_of, call_metadata, open_channel
 from teacher_wire.errors import (
     CancelledRequestError,
+    DeadlineError,
     LabelError,
     LimitError,
     NotFoundError,
@@ -45,6 +46,7 @@ from teacher_wire.messages import (
     TokenBatch,
 )
 from teacher_wire.pacing import Pace
+from teacher_wire.proxy import AUTO, route_to
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 
@@ -52,6 +54,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_WINDOW_BYTES = 64 << 20
 BACKOFF_S = (1.0, 2.0)
+_PATIENCE = 1.1  # times the deadline, until a server that says nothing is left
 
 
 @dataclass
@@ -78,6 +81,8 @@ class _Pending:
     failing_since: float = math.inf  # of the clock; infinite while all goes well
     reply_id: int = 0
     resumed_at: int = 0
+    heard_s: float = math.inf  # when it was sent, or a chunk of it came; infinite while it waits to be sent
+    deadline_is_ours: bool = False
 
     def message(self) -> pb.ScoreUp:
         request = codec.encode_call(self.call)
@@ -97,6 +102,8 @@ class TeacherClient:
         retry_for_s: how long a request is retried while the server is unreachable or overloaded.
         backoff_s: shortest and longest pause before the next try.
         on_trouble: told about every retry, for progress displays.
+        answer_s: how long a call that the server has taken may stay without any part of its answer before it is made again; it is
+            told to the server as the deadline of calls that have none. Infinite for ever.
 
     Raises:
         RequestError: from the constructor, if the address is none or a file cannot be read.
@@ -111,8 +118,10 @@ class TeacherClient:
         retry_for_s: float = 300.0,
         backoff_s: tuple[float, float] = BACKOFF_S,
         on_trouble: Callable[[TeacherWireError], None] | None = None,
+        answer_s: float = math.inf,
     ) -> None:
         self.address = address
+        self._answer_s = answer_s
         self.stats = ClientStats()
         self._window_bytes = window_bytes
         self._retry_for_s = retry_for_s
@@ -120,7 +129,7 @@ class TeacherClient:
         self._on_trouble = on_trouble or (lambda error: log.warning("%s; trying again", error))
         self._credentials = credentials
         self._addresses = deque(addresses_of(address))
-        self._channel = open_channel(self._addresses[0], credentials)
+        self._channel = self._open()
         self._metadata = call_metadata(credentials)
         self._stub = pb_grpc.TeacherStub(self._channel)
         self._pending: dict[str, _Pending] = {}
@@ -153,6 +162,14 @@ class TeacherClient:
         self._fail_all(CancelledRequestError("the client was closed"))
         await self._channel.close()
 
+    def _open(self) -> grpc.aio.Channel:
+        address, setting = self._addresses[0], self._credentials.proxy if self._credentials else AUTO
+        self._route = str(route_to(address, setting))
+        return open_channel(address, self._credentials)
+
+    def _problem(self, error: grpc.RpcError) -> TeacherWireError:
+        return status.from_rpc(error, self.address, self._route)
+
     # ------------------------------------------------------------ unary calls
 
     async def describe(self, timeout_s: float = 10.0, wait_for_s: float = 0.0) -> list[TeacherInfo]:
@@ -175,7 +192,7 @@ class TeacherClient:
                 )
                 return codec.decode_description(reply)
             except grpc.RpcError as error:
-                problem = status.from_rpc(error, self.address)
+                problem = self._problem(error)
                 if not isinstance(problem, status.RETRYABLE):
                     raise problem from None
                 await self._next_edge()
@@ -212,7 +229,7 @@ class TeacherClient:
         try:
             reply = await self._stub.Status(pb.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise status.from_rpc(error, self.address) from None
+            raise self._problem(error) from None
         return status_codec.decode_status(reply)
 
     async def head(self, info: TeacherInfo, progress: Callable[[int, int], None] | None = None) -> TeacherHead:
@@ -225,12 +242,29 @@ class TeacherClient:
         Raises:
             LabelError: it does not match `info.head_sha256`.
             CapabilityError: this teacher does not give its head away.
+            UnavailableError: nobody answered for `retry_for_s`.
         """
+        failing_since = math.inf
+        while True:
+            try:
+                return await self._head(info, progress)
+            except TeacherWireError as problem:
+                pause_s, now_s = self._pause(problem), time.monotonic()
+                failing_since = min(failing_since, now_s)
+                if not isinstance(problem, status.RETRYABLE) or now_s + pause_s - failing_since >= self._retry_for_s:
+                    raise
+                self.stats.retries += 1
+                self._on_trouble(problem)
+                await self._next_edge()
+                await asyncio.sleep(pause_s)
+
+    async def _head(self, info: TeacherInfo, progress: Callable[[int, int], None] | None) -> TeacherHead:
         request = pb.HeadRequest(teacher=info.name, fingerprint=info.fingerprint)
         header = None
         weight = bytearray()
+        call = self._stub.Head(request, metadata=self._metadata)
         try:
-            async for chunk in self._stub.Head(request, metadata=self._metadata):
+            async for chunk in generate_client.within(call, self._answer_s, self.address):
                 if chunk.HasField("header"):
                     header = codec.decode_head_header(chunk.header)
                     continue
@@ -242,7 +276,9 @@ class TeacherClient:
                 if progress:
                     progress(len(weight), header.weight_bytes)
         except grpc.RpcError as error:
-            raise status.from_rpc(error, self.address) from None
+            raise self._problem(error) from None
+        finally:
+            call.cancel()
         if header is None:
             raise LabelError("no header", field="head.header")
         head = codec.assemble_head(header, weight)
@@ -263,7 +299,7 @@ class TeacherClient:
             info: the teacher, as `describe` gave it; its fingerprint is part of the request.
             spec: which signal.
             batch: which tokens and rows.
-            timeout_s: after which the server may drop the request; 0 for none.
+            timeout_s: after which the request has failed and the server may drop it; 0 for `answer_s`, after which it is asked again.
 
         Raises:
             RequestError, LimitError: `batch` breaks a limit; checked before anything is sent.
@@ -273,18 +309,21 @@ class TeacherClient:
         """
         if self._closed:
             raise CancelledRequestError("the client was closed")
-        call = ScoreCall(uuid.uuid4().hex, info.name, info.fingerprint, spec, batch, timeout_s)
+        ours = not timeout_s and self._answer_s < math.inf
+        call = ScoreCall(
+            uuid.uuid4().hex, info.name, info.fingerprint, spec, batch, self._answer_s if ours else timeout_s
+        )
         codec.check_call(call, info)
         needed = codec.reply_bytes(call, info)
         if needed > self._window_bytes:
             raise LimitError(
                 "the reply is larger than the client's window",
                 field="window_bytes",
-                value=self._window_bytes,
-                limit=needed,
+                value=needed,
+                limit=self._window_bytes,
             )
         future = asyncio.get_running_loop().create_future()
-        pending = _Pending(next(self._numbers), call, info, future, Assembly(call, info))
+        pending = _Pending(next(self._numbers), call, info, future, Assembly(call, info), deadline_is_ours=ours)
         self._pending[call.request_id] = pending
         self.stats.requests += 1
         if self._stream is None or self._stream.done():
@@ -318,7 +357,9 @@ class TeacherClient:
             MismatchError: the teacher behind the address is another one now.
             UnavailableError, OverloadedError: nothing came for `retry_for_s`.
         """
-        retry = generate_client.Retry(self.address, self._retry_for_s, self._pause, self._on_trouble, self.stats)
+        retry = generate_client.Retry(
+            self.address, self._retry_for_s, self._pause, self._on_trouble, self.stats, self._route, self._answer_s
+        )
         call = GenerateCall(info.name, info.fingerprint, spec, prompts, timeout_s=timeout_s)
         return generate_client.samples(self._stub, self._metadata, call, info, retry)
 
@@ -329,7 +370,7 @@ class TeacherClient:
                 await self._run_stream()
                 problem: TeacherWireError = UnavailableError(f"{self.address}: the server ended the stream")
             except grpc.RpcError as error:
-                problem = status.from_rpc(error, self.address)
+                problem = self._problem(error)
             except TeacherWireError as error:
                 problem = error
             except Exception as error:  # nobody may wait for ever because of a fault of ours
@@ -352,7 +393,7 @@ class TeacherClient:
             return
         self._addresses.rotate(-1)
         gone = self._channel
-        self._channel = open_channel(self._addresses[0], self._credentials)
+        self._channel = self._open()
         self._stub = pb_grpc.TeacherStub(self._channel)
         await gone.close()
 
@@ -364,15 +405,36 @@ class TeacherClient:
         self._pace.lost()
         self._backlog = []
         for pending in list(self._pending.values()):
+            pending.heard_s = math.inf
             self._send(pending)
         call = self._stub.Score(metadata=self._metadata)
         writer = asyncio.create_task(self._write(call))
+        watch = asyncio.create_task(self._watch(call))
         try:
             async for down in call:
                 self._take(down)
+        except asyncio.CancelledError:
+            if not watch.done():
+                raise
         finally:
             writer.cancel()
+            watch.cancel()
             call.cancel()
+        if watch.done() and not watch.cancelled():
+            raise generate_client.silent(self.address, self._answer_s)
+
+    async def _watch(self, call: grpc.aio.StreamStreamCall[pb.ScoreUp, pb.ScoreDown]) -> None:
+        """Breaks the stream when a request has been with the server for too long without a part of its answer."""
+        if self._answer_s == math.inf:
+            await asyncio.Event().wait()
+        patience_s = self._answer_s * _PATIENCE  # the server may say first that the deadline has passed
+        while True:
+            oldest_s = min((pending.heard_s for pending in self._pending.values()), default=math.inf)
+            left_s = min(oldest_s, time.monotonic()) + patience_s - time.monotonic()
+            if left_s <= 0:
+                break
+            await asyncio.sleep(left_s)
+        call.cancel()
 
     async def _write(self, call: grpc.aio.StreamStreamCall[pb.ScoreUp, pb.ScoreDown]) -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reading side reports it
@@ -396,6 +458,7 @@ class TeacherClient:
         if pending is None:  # taken back by us while it was on its way
             return codec.payload_bytes(chunk)
         pending.failing_since = math.inf
+        pending.heard_s = time.monotonic()
         if pending.reply_id != chunk.reply_id:
             pending.reply_id = chunk.reply_id
             pending.answer = Assembly(pending.call, pending.info)
@@ -427,7 +490,9 @@ class TeacherClient:
         problem = status.from_detail(failed.error)
         pause = self._pause(problem)
         self._pace.ended(failed.request_id)
-        if not isinstance(problem, status.RETRYABLE) or self._is_overdue(pending, problem, pause):
+        pending.heard_s = math.inf
+        may_retry = isinstance(problem, (*status.RETRYABLE, *((DeadlineError,) if pending.deadline_is_ours else ())))
+        if not may_retry or self._is_overdue(pending, problem, pause):
             self._resolve(pending, problem)
             return
         self.stats.retries += 1
@@ -464,6 +529,7 @@ class TeacherClient:
             heapq.heappop(self._backlog)
             if pending is not None:
                 self._pace.sent(request_id)
+                pending.heard_s = time.monotonic()
                 self._up.put_nowait(pending.message())
 
     def _pause(self, problem: TeacherWireError) -> float:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -19,6 +20,8 @@ from teacher_wire.errors import TeacherWireError, UnavailableError
 from teacher_wire.generation import GenerateCall, Sample, check_generate
 from teacher_wire.messages import TeacherInfo
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+
+Message = TypeVar("Message")
 
 
 class Counts(Protocol):
@@ -29,13 +32,20 @@ class Counts(Protocol):
 
 @dataclass(frozen=True)
 class Retry:
-    """How long a call that fails is made again; the clock starts with the first failure since anything came."""
+    """How long a call that fails is made again; the clock starts with the first failure since anything came.
+
+    Attributes:
+        address, route: of the server, for errors.
+        answer_s: of silence, after which a call has failed.
+    """
 
     address: str
     retry_for_s: float
     pause_s: Callable[[TeacherWireError], float]
     on_trouble: Callable[[TeacherWireError], None]
     stats: Counts
+    route: str = ""
+    answer_s: float = math.inf
 
 
 async def samples(
@@ -47,7 +57,7 @@ async def samples(
     failing_since: float | None = None
     while True:
         try:
-            async with contextlib.aclosing(_one_call(stub, metadata, call, info, received, retry.address)) as arriving:
+            async with contextlib.aclosing(_one_call(stub, metadata, call, info, received, retry)) as arriving:
                 async for sample in arriving:
                     failing_since = None
                     yield sample
@@ -72,13 +82,13 @@ async def _one_call(
     call: GenerateCall,
     info: TeacherInfo,
     received: set[tuple[int, int]],
-    address: str,
+    retry: Retry,
 ) -> AsyncGenerator[Sample, None]:
     """The samples of one call, checked and added to `received`; cancels it when closed."""
     stream = stub.Generate(generate_codec.encode_generate(call), metadata=metadata)
     before = len(received)
     try:
-        async for down in stream:
+        async for down in within(stream, retry.answer_s, retry.address):
             kind = down.WhichOneof("message")
             if kind == "done":
                 generate_codec.check_end(down.done, call, len(received) - before)
@@ -88,7 +98,30 @@ async def _one_call(
                 received.add((sample.prompt, sample.index))
                 yield sample
     except grpc.RpcError as error:
-        raise status.from_rpc(error, address) from None
+        raise status.from_rpc(error, retry.address, retry.route) from None
     finally:
         stream.cancel()
-    raise UnavailableError(f"{address}: the server ended the call early")
+    raise UnavailableError(f"{retry.address}: the server ended the call early")
+
+
+async def within(stream: AsyncIterable[Message], answer_s: float, address: str) -> AsyncGenerator[Message, None]:
+    """The messages of a stream.
+
+    Raises:
+        UnavailableError: none came for `answer_s` seconds.
+    """
+    messages = aiter(stream)
+    while True:
+        try:
+            async with asyncio.timeout(answer_s if answer_s < math.inf else None):
+                message = await anext(messages)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise silent(address, answer_s) from None
+        yield message
+
+
+def silent(address: str, answer_s: float) -> UnavailableError:
+    """What is said of a server that has taken a call and does not answer it."""
+    return UnavailableError(f"{address}: no answer came", field="teacher.answer_s", value=f"{answer_s:g}")

@@ -84,12 +84,13 @@ def from_detail(detail: pb.ErrorDetail) -> TeacherWireError:
     )
 
 
-def from_rpc(error: grpc.RpcError, address: str) -> TeacherWireError:
+def from_rpc(error: grpc.RpcError, address: str, route: str = "") -> TeacherWireError:
     """The error behind a failed call.
 
     Args:
         error: what grpc raised.
         address: who was called, for the text.
+        route: by which way, for the text of a call that did not arrive.
     """
     for key, value in _trailing(error):
         if key == DETAIL_KEY and isinstance(value, bytes):
@@ -99,7 +100,8 @@ def from_rpc(error: grpc.RpcError, address: str) -> TeacherWireError:
                 break
     code: grpc.StatusCode = error.code()
     cls = ERROR_OF.get(code, errors.ServerError)
-    return cls(f"{address}: {error.details() or 'no details'} [{code.name}]", field="address", value=address)
+    way = f", {route}" if route else ""
+    return cls(f"{address}: {error.details() or 'no details'} [{code.name}]{way}", field="address", value=address)
 
 
 def _trailing(error: grpc.RpcError) -> Sequence[tuple[str, str | bytes]]:

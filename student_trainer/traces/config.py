@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from student_trainer.config import Fraction, Positive, SourceConfig, TeacherConfig
-from student_trainer.config_file import parse_as, read_tree
+from student_trainer.config_file import Settings, parse_as, read_tree
 
 # Said to the teacher before the question. It names what the grammar holds it to; a tuned teacher may need less, or "".
 INSTRUCTION = (
@@ -20,8 +20,8 @@ INSTRUCTION = (
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Strict(Settings):
+    """A section; see `Settings`."""
 
 
 class QuestionConfig(_Strict):

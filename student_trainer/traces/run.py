@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from student_trainer.embedded import embedded_teacher
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.feed import background
+from student_trainer.feed.connect import check_way, connector
 from student_trainer.traces.config import TracesConfig
 from student_trainer.traces.folder import Stats, TracesFolder
 from student_trainer.traces.judge import judge
 from student_trainer.traces.questions import Question, digest, encode_questions, read_questions
-from teacher_wire.channel import Credentials
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import CapabilityError, LimitError, MismatchError
 from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
@@ -58,6 +58,7 @@ def make_traces(config: TracesConfig, *, resume: bool = False, console: Console 
         StudentError, TeacherWireError: something a user can mend; what is done stays done.
     """
     console = console or Console(stderr=True)
+    check_way(config.teacher)
     tokenizer = _load_tokenizer(config.tokenizer)
     questions = read_questions(config.data)
     prompts = encode_questions(questions, tokenizer, config.data)
@@ -79,15 +80,8 @@ async def _run(
     console: Console,
 ) -> TracesResult:
     teacher = config.teacher
-    credentials = Credentials(
-        teacher.ca_file, teacher.cert_file, teacher.key_file, os.environ.get(teacher.token_env, "")
-    )
-    async with TeacherClient(
-        address,
-        credentials=credentials,
-        retry_for_s=teacher.retry_s,
-        on_trouble=lambda error: console.print(f"[yellow]{error}[/]; trying again"),
-    ) as client:
+    connect = connector(teacher, address, lambda error: console.print(f"[yellow]{escape(str(error))}[/]; trying again"))
+    async with connect() as client:
         info = await client.teacher(teacher.name, wait_for_s=teacher.wait_s)
         spec = _spec(config)
         _agree(info, tokenizer, config)

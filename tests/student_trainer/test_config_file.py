@@ -15,13 +15,13 @@ GOOD = "run: {output_dir: runs/x}\nmodel: {path: some/model}\ndata: {train: [row
     [
         ("model.graphs=maybe", "model.graphs: Input should be a valid boolean, .*, or Input should be 'auto' \\(got 'maybe'\\)$"),
         ("model.compiled=maybe", "model.compiled: .*, or Input should be 'auto' \\(got 'maybe'\\)$"),
-        ("model.lora={target_modules: 5}", "model.lora.target_modules: .*valid string, or .*valid tuple \\(got 5\\)$"),
+        ("model.lora={target_modules: null}", "model.lora.target_modules: .*valid string, or .*valid tuple \\(got None\\)$"),
         ("loss.output={temperature: high}", "loss.output.temperature: .*\\(got 'high'\\)$"),
-        ("loss.output={temperature: {start: 2, en: 1}}", "loss.output.temperature.en: unknown key$"),
-        ("data.train=[{path: a.jsonl, fromat: x}]", "data.train.0.fromat: unknown key$"),
+        ("loss.output={temperature: {start: 2, en: 1}}", "loss.output.temperature.en: unknown key; did you mean end.$"),
+        ("data.train=[{path: a.jsonl, fromat: x}]", "data.train.0.fromat: unknown key; did you mean format.$"),
         ("data.train=[{format: x}]", "data.train.0.path: missing$"),
         ("data.train=[5]", "data.train.0: .*\\(got 5\\)$"),
-        ("modle.path=x", "modle: unknown key$"),
+        ("modle.path=x", "modle: unknown key; did you mean model.$"),
         ("train.save_steps=7", "config: train.save_steps=7 must be a multiple"),
     ],
 )  # fmt: skip
