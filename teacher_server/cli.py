@@ -108,7 +108,8 @@ def serve_under_guard(
         from teacher_server.app import running
         from teacher_server.checks import check
 
-        check(loaded)
+        if check(loaded) and loaded.ray.own:
+            raise ServerConfigError(f"edge.port: another teacher-server listens on {loaded.edge.address} already")
         with running(loaded, _say) as server:
             handle(lambda *_: stop.set())  # systemd sends SIGTERM to us as well as to the guard: one stop
             signal.signal(signal.SIGINT, end)
@@ -145,8 +146,9 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides)
     from teacher_server.checks import check as check_config
 
-    check_config(loaded)
-    Console().print(f"{config}: fine ({_summary(loaded)})")
+    running = check_config(loaded)
+    now = "; a teacher-server listens there now" if running else ""
+    Console(soft_wrap=True, highlight=False).print(escape(f"{config}: fine ({_summary(loaded)}{now})"))
 
 
 @app.command()

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from teacher_server.config import ServerConfig, load_config
 from teacher_server.errors import ServerConfigError
-
-_Stamp = tuple[int, int]  # modification time in ns, size
+from teacher_server.file_stamp import stamp_of
 
 
 class ConfigFile:
@@ -27,7 +26,7 @@ class ConfigFile:
     def __init__(self, path: Path, overrides: list[str] | None) -> None:
         self.path = path
         self._overrides = overrides
-        self._read = self._seen = self._stamp()
+        self._read = self._seen = stamp_of(path)
         self.config = load_config(path, overrides)
 
     def poll(self) -> ServerConfig | None:
@@ -36,7 +35,7 @@ class ConfigFile:
         Raises:
             ServerConfigError: the new content is none; said once for each content.
         """
-        before, self._seen = self._seen, self._stamp()
+        before, self._seen = self._seen, stamp_of(self.path)
         if self._seen is None or self._seen == self._read or self._seen != before:
             return None  # missing, known, or still being written
         self._read = self._seen
@@ -48,10 +47,3 @@ class ConfigFile:
             return None
         self.config = found
         return found
-
-    def _stamp(self) -> _Stamp | None:
-        try:
-            status = self.path.stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size
