@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from teacher_server.config import ServerConfig
+from teacher_server.errors import RayEndedError
 from teacher_wire.channel import is_loopback
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ def running(config: ServerConfig, say: Callable[[str], None]) -> Iterator[Server
             say(_told(listening([psutil.Process(), *psutil.Process().children(recursive=True)]), config))
         yield server
         server.drain()
+    except RayEndedError:  # not ours any more, or not there
+        server = None
+        raise
     finally:
         if own_cluster:
             children = [*daemons, *psutil.Process().children(recursive=True)]

@@ -9,3 +9,7 @@ class ServerConfigError(ValueError):
 
 class RayEndedError(RuntimeError):
     """A process of our own Ray cluster has ended: nothing is served any more, and nothing can be drained."""
+
+
+class TakenOverError(RuntimeError):
+    """Another `teacher-server up` has taken over the cluster that this one had left or seemed to have left."""

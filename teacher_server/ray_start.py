@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,6 +30,7 @@ _TEXT_CHARS = 300
 _OVERRULED = ("RAY_ADDRESS", "RAY_OVERRIDE_RESOURCES", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 # Ray's switch for a cluster of one node, whose servers bind 127.0.0.1 (`listen_to_localhost_only`); on every system, despite its name.
 _ONE_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
@@ -81,28 +83,24 @@ def _start(config: ServerConfig, say: Callable[[str], None]) -> None:
 def _join(address: str, say: Callable[[str], None]) -> None:
     say(f"joining Ray at {address}")
     if address != "auto":
-        check_head(address)
+        check_head(address, say)
     import ray
-    from ray.exceptions import AuthenticationError
 
     with _deadline(JOIN_S, f"ray.address {address}: Ray did not join this cluster within {JOIN_S:.0f} s"):
         try:
             ray.init(address=address, **_QUIET)
-        except AuthenticationError as error:
-            raise ServerConfigError(f"ray.address {address}: {_token_trouble(one_line(error))}") from error
         except Exception as error:  # a version, a dead raylet, an address of something else
             raise ServerConfigError(f"ray.address {address}: {one_line(error)}") from error
 
 
-def check_head(address: str) -> None:
-    """Refuses an address at which no head of a Ray cluster answers, in seconds.
+def check_head(address: str, say: Callable[[str], None]) -> None:
+    """Refuses an address at which no head of a Ray cluster answers, or none that takes our token, in seconds.
+
+    A cluster that wants a token gets the one of this machine, as `ray start` would give it.
 
     Raises:
         ServerConfigError: naming the address and what is there.
     """
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
@@ -111,16 +109,52 @@ def check_head(address: str) -> None:
         raise ServerConfigError(
             f"ray.address {address}: nobody listens there ({why}); is `ray start --head` running?"
         ) from error
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    source, token = _our_token()
+    answer = _ask_head(address, "")
+    if answer == "UNAUTHENTICATED":
+        if mode not in ("", "token"):
+            raise ServerConfigError(
+                f"ray.address {address}: this cluster takes a token, but here RAY_AUTH_MODE={mode}: set it to token"
+            )
+        if not token:
+            raise ServerConfigError(
+                f"ray.address {address}: this cluster takes a token, and there is none here: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+                "or ~/.ray/auth_token as on its head"
+            )
+        answer = _ask_head(address, token)
+        if answer == "UNAUTHENTICATED":
+            raise ServerConfigError(f"ray.address {address}: this cluster takes a token, and not the one in {source}")
+        if not mode:
+            say(f"this cluster takes a token: the one in {source} is used (RAY_AUTH_MODE=token)")
+            os.environ["RAY_AUTH_MODE"] = "token"
+    if answer != "OK":
+        raise ServerConfigError(
+            f"ray.address {address}: somebody listens there, but not the head of a Ray cluster (it says {answer})"
+        )
+
+
+def _ask_head(address: str, token: str) -> str:
+    """The gRPC code with which a cluster's head, or whoever is there, answers the first question that Ray asks it."""
+    import grpc
+
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
         try:
-            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
+            channel.unary_unary(_CLUSTER_ID)(b"", timeout=CONNECT_S, metadata=metadata)
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED and os.environ.get("RAY_AUTH_MODE") != "token":
-                raise ServerConfigError(f"ray.address {address}: {_token_trouble('it wants a token')}") from error
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise ServerConfigError(
-                    f"ray.address {address}: somebody listens there, but answers no health check as the head of a Ray cluster does"
-                ) from error
+            return str(error.code().name)
+    return "OK"
+
+
+def _our_token() -> tuple[str, str]:
+    """Where Ray finds its token in this process, and the token; empty where there is none."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return "RAY_AUTH_TOKEN", token
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path, Path(path).expanduser().read_text().strip()
+    return path, ""
 
 
 def listening(processes: list[psutil.Process]) -> list[str]:
@@ -139,12 +173,6 @@ def one_line(error: BaseException) -> str:
     """An error of Ray's in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _TEXT_CHARS else f"{text[:_TEXT_CHARS]}..."
-
-
-def _token_trouble(text: str) -> str:
-    mode = os.environ.get("RAY_AUTH_MODE", "")
-    ours = f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is not set"
-    return f"this cluster and this process do not agree on Ray's token ({text}); here {ours}: set it, and the token, as `ray start` had them"
 
 
 @contextlib.contextmanager

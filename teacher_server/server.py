@@ -5,18 +5,21 @@ In: a ServerConfig, another one later; out: lines for the console. `step` must b
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
 
 import ray
+from ray.exceptions import RayTaskError
 
+from teacher_server import __version__
 from teacher_server.checks import check_files
 from teacher_server.config import ServerConfig
-from teacher_server.errors import RayEndedError, ServerConfigError
+from teacher_server.errors import RayEndedError, ServerConfigError, TakenOverError
 from teacher_server.metrics import Exported
-from teacher_server.reporting import start_board
-from teacher_server.reports import Plan, TeacherPlan
+from teacher_server.reporting import node_address, remove_board, start_board
+from teacher_server.reports import Held, Plan, TeacherPlan
 from teacher_server.rollout import Rollout, changes
 from teacher_server.serve_cluster import ServeCluster, check_room, metrics_addresses
 
@@ -43,8 +46,10 @@ class Server:
         self._cluster = ServeCluster()
         self._rollout = Rollout(self._cluster, say)
         self._plan = Plan(config.tenants, {teacher.name: TeacherPlan() for teacher in config.teachers})
+        self._owner = secrets.token_hex(8)
+        self._node = node_address()
         try:
-            self._board = start_board()
+            self._board, self._left = start_board(self._owner)
         except ValueError as error:
             raise ServerConfigError(
                 f"ray.address {config.ray.address}: a teacher-server runs on this cluster already"
@@ -59,18 +64,48 @@ class Server:
         Raises:
             ServerConfigError: one cannot come up; why.
         """
-        check_room(self.config)
+        adopted = self._adopt()
+        if not adopted:
+            check_room(self.config)
         self._rollout.want(self.config.teachers)
         self._say("metrics at " + ", ".join(metrics_addresses()))
-        self._cluster.start_edges(self.config.edge, self._plan)
+        if not self._edges_can_stay():
+            self._cluster.start_edges(self.config.edge, self._plan)
         while True:
             self._check_ray()
             self._post(self._plan, _BOARD_START_S)
-            self._rollout.start()
-            if self._cluster.edges_are_up() and self._rollout.settled:
+            if adopted:  # it serves: a version that cannot come up is taken back, as on a change
+                self._plan = Plan(self.config.tenants, self._rollout.step(), open=True)
+            else:
+                self._rollout.start()
+            if self._cluster.edges_are_up() and (adopted or self._rollout.settled):
                 break
             time.sleep(_START_STEP_S)
         self.step()
+
+    def _adopt(self) -> bool:
+        """Takes on what an `up` before left on this cluster; whether there was anything."""
+        left = self._left
+        same = left is not None and left.version == __version__
+        self._rollout.adopt(left.teachers if left is not None and same else {})
+        return same and bool(self._rollout.deployed)
+
+    def _edges_can_stay(self) -> bool:
+        """Whether edges as this config wants them run here; others are taken away."""
+        if not self._cluster.edges_exist():
+            return False
+        left, edge = self._left, self.config.edge
+        if (
+            left is not None
+            and left.version == __version__
+            and left.edge == edge
+            and (edge.count > 1 or left.node == self._node)
+        ):
+            self._say("the edge runs already; adopted")
+            return True
+        self._say("the edge is started again: it ran otherwise")
+        self._cluster.remove_edges()
+        return False
 
     def change(self, config: ServerConfig) -> None:
         """Begins whatever leads to another config.
@@ -107,6 +142,8 @@ class Server:
             for name, teacher in self._plan.teachers.items():
                 self._exported.setdefault(name, Exported(teacher=name)).show(vars(teacher))
             trouble = ""
+        except RayEndedError:
+            raise
         except Exception as error:  # Ray or Serve is recovering; serving goes on without us
             trouble = f"Ray does not answer: {type(error).__name__}: {error}".splitlines()[0]
         if trouble != self._trouble:
@@ -141,6 +178,13 @@ class Server:
     def remove(self) -> None:
         """Takes everything of ours out of a cluster that stays."""
         self._cluster.remove_all()
+        remove_board()
 
     def _post(self, plan: Plan, timeout_s: float = _BOARD_S) -> None:
-        ray.get(self._board.post.remote(plan), timeout=timeout_s)
+        held = Held(__version__, self._node, self.config.edge, self._rollout.deployed)
+        try:
+            ray.get(self._board.post.remote(plan, self._owner, held), timeout=timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, TakenOverError):
+                raise RayEndedError(str(error.cause)) from error
+            raise

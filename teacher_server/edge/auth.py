@@ -107,7 +107,7 @@ def _entry(line: str, where: str) -> tuple[str, str]:
     name, token = parts
     if not _NAME.fullmatch(name):
         raise ServerConfigError(
-            f"{where}: {ascii(name)} is no tenant's name: letters, digits, dots, dashes and underscores, at most 63"
+            f"{where}: {name!a} is no tenant's name: letters, digits, dots, dashes and underscores, at most 63"
         )
     if not all("!" <= character <= "~" for character in token):
         raise ServerConfigError(f"{where}: the token of {name} holds a character that no header may hold: use ASCII")
