@@ -19,7 +19,7 @@ from teacher_server.edge.tls import check_tls
 from teacher_server.errors import ServerConfigError
 
 _SOCKET_PATH_BYTES = 107  # Linux's limit of a Unix socket's name
-_RAY_SESSION = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+_RAY_SESSION = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
 _EDGE_PROCESS = "ray::ServeReplica:lyceum-edge:"
 
 
