@@ -115,7 +115,7 @@ class Rollout:
                 config, generation = held[name]
                 coming = found.state != "running"
                 self._teachers[name] = _Teacher(config, generation, now_s, None if coming else config, coming)
-                self._say(f"{name}: runs already; adopted")
+                self._say(f"{name}: still runs; adopted")
             else:
                 self._say(f"{name}: left by another server in a state that is not known; taken away")
                 self._leaving[name] = now_s

@@ -101,7 +101,7 @@ class Server:
             and left.edge == edge
             and (edge.count > 1 or left.node == self._node)
         ):
-            self._say("the edge runs already; adopted")
+            self._say("the edge still runs; adopted")
             return True
         self._say("the edge is started again: it ran otherwise")
         self._cluster.remove_edges()

@@ -122,7 +122,10 @@ def head():
                 return None
 
             def answer(request, context):
-                if wanted["token"] and dict(details.invocation_metadata).get("authorization") != f"Bearer {wanted['token']}":
+                if (
+                    wanted["token"]
+                    and dict(details.invocation_metadata).get("authorization") != f"Bearer {wanted['token']}"
+                ):
                     context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
                 return b""
 
@@ -208,7 +211,9 @@ def test_an_address_of_another_machine_is_refused():
 
 @pytest.fixture
 def model(tmp_path):
-    header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "__metadata__": {"format": "pt"}})
+    header = json.dumps(
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "__metadata__": {"format": "pt"}}
+    )
     whole = len(header).to_bytes(8, "little") + header.encode() + bytes(16)
     (tmp_path / "model.safetensors").write_bytes(whole)
     return tmp_path, whole
@@ -237,7 +242,10 @@ def test_a_missing_part_is_named(model):
     assert "model-2.safetensors" in refusal(check_weights, str(folder))
 
 
-@pytest.mark.parametrize(("gpus", "spread", "right"), [(2, 2, True), (0, 2, True), (0.5, 1, True), (1, 2, False), (2, 1, False), (4, 2, False)])
+@pytest.mark.parametrize(
+    ("gpus", "spread", "right"),
+    [(2, 2, True), (0, 2, True), (0.5, 1, True), (1, 2, False), (2, 1, False), (4, 2, False)],
+)
 def test_gpus_and_tensor_parallel_size_agree(gpus, spread, right):
     teacher = {"name": "t", "num_gpus": gpus, "backend": {"kind": "vllm", "model": "m", "tensor_parallel_size": spread}}
     if right:

@@ -41,7 +41,12 @@ class Guarded:
         (folder / "guard.py").write_text(GUARD)
         command = [sys.executable, folder / "guard.py", folder / "server.py", folder, str(stop_within_s)]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=before
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=before,
         )
         self.child = psutil.Process(int(self.wait_for("ready")))
         (self.server,) = psutil.Process(self.process.pid).children()
