@@ -68,7 +68,7 @@ def _listener(port: int) -> str:
     """Title of the process that listens on a port, where we may see it."""
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
                 return " ".join(psutil.Process(connection.pid).cmdline())
     return ""
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +24,7 @@ from rich.table import Table
 from teacher_server.config import ServerConfig, load_config
 from teacher_server.errors import RayEndedError, ServerConfigError
 from teacher_server.reload import ConfigFile
-from teacher_wire.errors import TeacherWireError
+from teacher_wire.errors import TeacherWireError, UnavailableError
 
 if TYPE_CHECKING:
     from teacher_server.server import Server
@@ -41,6 +41,7 @@ _STOP_S = 10.0  # beyond the drain: for the processes to end
 _LEAVE_S = 60.0  # the same on a cluster that stays, from which our applications are removed
 _LOOK_S = 0.5  # between two looks at the config file
 _WATCH_S = 1.0
+_CLOSED = ("Socket closed", "Connection reset", "CERTIFICATE_REQUIRED", "Broken pipe")  # gRPC's words
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")]
 Address = Annotated[str, typer.Option(help="HOST:PORT of a running server")]
 CaFile = Annotated[Path | None, typer.Option(help="PEM of the authority behind the server's certificate")]
@@ -170,7 +171,8 @@ def describe(
                     table.add_row(field, ", ".join(value) if isinstance(value, tuple) else str(value))
                 Console().print(table)
 
-    asyncio.run(ask())
+    with _explained(ca_file, cert_file):
+        asyncio.run(ask())
 
 
 @app.command()
@@ -199,7 +201,7 @@ def status(
                 await asyncio.sleep(_WATCH_S)
                 tell(await client.server_status())
 
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), _explained(ca_file, cert_file):
         if as_json:
             asyncio.run(show(lambda found: print(json.dumps(asdict(found)), flush=True)))
         elif watch:
@@ -207,6 +209,19 @@ def status(
                 asyncio.run(show(lambda found: live.update(render(found), refresh=True)))
         else:
             asyncio.run(show(lambda found: Console().print(render(found))))
+
+
+@contextlib.contextmanager
+def _explained(ca_file: Path | None, cert_file: Path | None) -> Iterator[None]:
+    """Adds what TLS cannot say: a server that misses a client certificate just closes the connection."""
+    try:
+        yield
+    except UnavailableError as error:
+        if ca_file is None or cert_file is not None or not any(word in str(error) for word in _CLOSED):
+            raise
+        raise ServerConfigError(
+            f"{error}; a server that wants a client certificate closes the connection so: try --cert-file and --key-file"
+        ) from error
 
 
 def _client(

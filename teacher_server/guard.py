@@ -62,7 +62,7 @@ def run(command: Sequence[str], stop_within_s: float, say: Callable[[str], None]
     return _exit_code(server.returncode, asked=bool(stops), killed=killed, left=left, say=say)
 
 
-def handle(action: Callable[[int, Any], object]) -> None:
+def handle(action: Callable[[int, Any], object] | signal.Handlers) -> None:
     """Installs a handler of every signal that means stop; SIGHUP stays ignored where `nohup` had it so."""
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:

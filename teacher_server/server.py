@@ -16,6 +16,8 @@ from ray.exceptions import RayTaskError
 from teacher_server import __version__
 from teacher_server.checks import check_files
 from teacher_server.config import ServerConfig
+from teacher_server.edge.auth import TokenFile
+from teacher_server.edge.tls import Rotation
 from teacher_server.errors import RayEndedError, ServerConfigError, TakenOverError
 from teacher_server.metrics import Exported
 from teacher_server.reporting import node_address, remove_board, start_board
@@ -54,6 +56,9 @@ class Server:
             raise ServerConfigError(
                 f"ray.address {config.ray.address}: a teacher-server runs on this cluster already"
             ) from error
+        edge = config.edge
+        self._tokens = TokenFile(edge.tokens_file) if edge.tokens_file else None
+        self._certificates = Rotation(edge.tls, say) if edge.tls else None
         self._exported: dict[str, Exported] = {}
         self._stepped_s = 0.0
         self._trouble = ""
@@ -170,6 +175,13 @@ class Server:
                 self._say(f"the edge could not drain: {type(error).__name__}")
         finally:
             done.set()
+
+    def _look_at_files(self) -> None:
+        """Says what the edges, which follow these files too, cannot say on our console."""
+        if self._tokens is not None and (why := self._tokens.follow()):
+            self._say(f"{why}; the tokens before stay in force")
+        if self._certificates is not None:
+            self._certificates.changed()
 
     def _check_ray(self) -> None:
         if dead := self._dead():

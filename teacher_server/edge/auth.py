@@ -80,8 +80,8 @@ class TokenFile:
         except OSError as error:
             raise ServerConfigError(f"{field}: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise ServerConfigError(f"{field}:{line}: not UTF-8: save it as plain text") from error
+            place = error.object[: error.start].count(b"\n") + 1
+            raise ServerConfigError(f"{field}:{place}: not UTF-8: save it as plain text") from error
         tenants: dict[bytes, str] = {}
         lines: dict[bytes, int] = {}
         for number, line in enumerate(text.splitlines(), 1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -45,11 +46,13 @@ class Rotation:
     """The certificates in force.
 
     Args:
-        tls: whose files are watched. A new content that cannot be used is logged once, and the one before stays in force.
+        tls: whose files are watched. A new content that cannot be used is told once, and the one before stays in force.
+        say: told of new certificates, and of those that cannot be used.
     """
 
-    def __init__(self, tls: TlsConfig) -> None:
+    def __init__(self, tls: TlsConfig, say: Callable[[str], None] = log.warning) -> None:
         self._tls = tls
+        self._say = say
         self._stamps = self._seen = self._look()
         self.first = _configuration(tls)
 
@@ -62,11 +65,11 @@ class Rotation:
             new = _configuration(self._tls)
         except ServerConfigError as error:
             if found != self._seen:
-                log.warning("%s; the certificates before stay in force", error)
+                self._say(f"{error}; the certificates before stay in force")
             self._seen = found
             return None
         self._stamps = self._seen = found
-        log.warning("edge.tls: new certificates are in force")
+        self._say("edge.tls: new certificates are in force")
         return new
 
     def _look(self) -> list[Stamp | None]:

@@ -1,8 +1,10 @@
 """s03, and certificates that rotate: the edge's TLS files are looked at before anything starts, and followed afterwards."""
 
+import asyncio
 import datetime
 import shutil
 
+import grpc
 import pytest
 import yaml
 
@@ -132,24 +134,45 @@ async def test_new_connections_meet_the_new_certificate(ca, pair, tmp_path):
     """Another authority signs the new one: only a client of that authority comes in afterwards, without a restart."""
     cert, key = (shutil.copy(file, tmp_path / name) for file, name in zip(pair, ("c.pem", "c.key"), strict=True))
     other = Authority(tmp_path, "other-ca")
-    async with edge(tls=TlsConfig(cert_file=cert, key_file=key)) as server:
-        async with TeacherClient(server.address, credentials=Credentials(ca_file=ca.cert), retry_for_s=20) as old:
-            await old.describe()
-            for new, place in zip(other.sign("renewed", "IP:127.0.0.1"), (cert, key), strict=True):
-                shutil.copy(new, place)
-            async with TeacherClient(
-                server.address, credentials=Credentials(ca_file=other.cert), retry_for_s=20
-            ) as new:
-                await new.describe()
-            await old.describe()  # its connection goes on
+    async with edge(tls=TlsConfig(cert_file=cert, key_file=key)) as server, reached(server, ca) as old:
+        await old.describe()
+        for new, place in zip(other.sign("renewed", "IP:127.0.0.1"), (cert, key), strict=True):
+            shutil.copy(new, place)
+        async with reached(server, other) as fresh:
+            await fresh.describe()
+        await old.describe()  # its connection goes on
+
+
+def reached(server, authority):
+    return TeacherClient(server.address, credentials=Credentials(ca_file=authority.cert), retry_for_s=20)
 
 
 def test_a_bad_renewal_leaves_the_one_before_in_force(ca, pair, tmp_path):
     cert, key = (shutil.copy(file, tmp_path / name) for file, name in zip(pair, ("c.pem", "c.key"), strict=True))
-    rotation = Rotation(TlsConfig(cert_file=cert, key_file=key))
+    said = []
+    rotation = Rotation(TlsConfig(cert_file=cert, key_file=key), said.append)
     assert rotation.changed() is None
     (tmp_path / "c.pem").write_text("half a fi")
-    assert rotation.changed() is None
+    assert [rotation.changed(), rotation.changed()] == [None, None]
+    assert len(said) == 1 and "edge.tls.cert_file" in said[0] and "stay in force" in said[0]
     shutil.copy(pair[0], cert)
     assert rotation.changed() is not None
     assert rotation.changed() is None
+
+
+async def test_a_client_without_a_certificate_hears_what_may_be_missing(ca, pair, tmp_path):
+    async with edge(tls=TlsConfig(cert_file=pair[0], key_file=pair[1], client_ca_file=ca.cert)) as server:
+        arguments = ["describe", "--address", server.address, "--ca-file", ca.cert]
+        result = await asyncio.to_thread(command, *arguments, cwd=tmp_path, house="teacher_server")
+    assert result.returncode == 2
+    assert "--cert-file" in result.stderr.strip().splitlines()[-1]
+
+
+async def test_reflection_lists_the_health_service():
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    async with edge(reflection=True) as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        (answer,) = [answer async for answer in asked]
+    assert "grpc.health.v1.Health" in {service.name for service in answer.list_services_response.service}
