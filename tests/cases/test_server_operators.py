@@ -87,7 +87,7 @@ def test_up_comes_back_to_a_cluster_that_it_left(tmp_path, cluster):
     third = {**FAKE, "name": "third", "backend": {"kind": "fake", "seed": 2}}
     server = Server(tmp_path, {**config, "teachers": [FAKE, third]}).start()
     log = server.log()
-    assert "fake: still runs; adopted" in log and "the edge runs already; adopted" in log
+    assert "fake: still runs; adopted" in log and "the edge still runs; adopted" in log
     assert "other: taken away" in log
     assert "runs on this cluster already" in run_cli("up", server.config_file, house="teacher_server").stderr
     limit_s = time.monotonic() + 120
