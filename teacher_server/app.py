@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from teacher_server.config import ServerConfig
-from teacher_server.errors import ServerConfigError
+from teacher_server.errors import RayEndedError
+from teacher_wire.channel import is_loopback
 
 if TYPE_CHECKING:
     from teacher_server.server import Server
 
 _STOP_GRACE_S = 10.0
+_DAEMONS = ("gcs_server", "raylet")
 
 
 @contextlib.contextmanager
@@ -33,16 +36,15 @@ def running(config: ServerConfig, say: Callable[[str], None]) -> Iterator[Server
     Raises:
         ServerConfigError: a teacher cannot be loaded, or the port cannot be opened.
     """
-    import psutil
+    from teacher_server.ray_start import listening, start_ray
 
-    say("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
-    own_cluster = _start_ray(config)
+    own_cluster = start_ray(config, say)
     import ray
     from ray import serve
 
     from teacher_server.server import Server
 
-    children = psutil.Process().children(recursive=True) if own_cluster else []
+    daemons = _daemons() if own_cluster else {}
     server: Server | None = None
     try:
         quiet = logging.getLogger("ray.serve")
@@ -50,59 +52,70 @@ def running(config: ServerConfig, say: Callable[[str], None]) -> Iterator[Server
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
         quiet.setLevel(logging.ERROR)
         say("loading " + ", ".join(f"{teacher.name} ({_model(teacher.backend)})" for teacher in config.teachers))
-        server = Server(config, say)
+        server = Server(config, say, partial(_first_dead, daemons))
         server.start()
+        if own_cluster:
+            say(_told(listening([psutil.Process(), *psutil.Process().children(recursive=True)]), config))
         yield server
         server.drain()
+    except RayEndedError:  # not ours any more, or not there
+        server = None
+        raise
     finally:
-        if not own_cluster and server is not None:  # our own cluster goes as a whole
-            with contextlib.suppress(Exception):  # on the way out
-                server.remove()
-        children += psutil.Process().children(recursive=True) if own_cluster else []
-        ray.shutdown()
-        _end(children)
+        if own_cluster:
+            children = [*daemons, *psutil.Process().children(recursive=True)]
+            if _first_dead(daemons):  # Ray would wait for it
+                _end(children, grace_s=0)
+            else:
+                ray.shutdown()
+                _end(children)
+        else:
+            if server is not None:
+                with contextlib.suppress(Exception):  # on the way out
+                    server.remove()
+            ray.shutdown()
+
+
+def _told(sockets: list[str], config: ServerConfig) -> str:
+    """All listening sockets, those that other machines can reach last."""
+    here = [address for address in sockets if is_loopback(address) and address != config.edge.address]
+    open_ones = [address for address in sockets if not is_loopback(address) and address != config.edge.address]
+    text = f"listening: the edge on {config.edge.address}; Ray on " + ", ".join(here)
+    if open_ones:
+        text += f"; on other interfaces Ray on {', '.join(open_ones)} (Serve binds the ports between its replicas so; they take Ray's token)"
+    return text
+
+
+def _daemons() -> dict[psutil.Process, str]:
+    """The processes without which nothing of our own cluster answers, and their names."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name() in _DAEMONS:
+                found[process] = process.name()
+    return found
+
+
+def _first_dead(daemons: Mapping[psutil.Process, str]) -> str:
+    """Name of a process of Ray's that has ended, without which nothing of Ray's answers; empty while all live."""
+    for process, name in daemons.items():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                continue
+        except psutil.NoSuchProcess:
+            pass
+        return name
+    return ""
 
 
 def _model(backend: Any) -> str:
     return getattr(backend, "model", backend.kind)
 
 
-def _start_ray(config: ServerConfig) -> bool:
-    """Joins or starts a cluster; whether it is our own."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        if config.ray.address is not None:
-            try:
-                ray.init(address=config.ray.address, **quiet)
-            except (ConnectionError, ValueError) as error:
-                raise ServerConfigError(f"ray.address {config.ray.address}: {error}") from error
-            return False
-        from teacher_server.serve_cluster import EDGE_CPUS
-
-        needed = sum(t.num_cpus * t.autoscaling.min_replicas for t in config.teachers) + EDGE_CPUS
-        ray.init(  # its ports listen on every interface, and take the token that Ray makes for a cluster of its own
-            num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, int(needed) + 1),
-            object_store_memory=config.ray.object_store_mb << 20,
-            include_dashboard=False,
-            **quiet,
-        )
-        return True
-    finally:
-        for number, handler in handlers.items():  # Ray puts its own in their place, which abort
-            signal.signal(number, handler)
-
-
-def _end(processes: list[Any]) -> None:
+def _end(processes: list[Any], grace_s: float = _STOP_GRACE_S) -> None:
     """Waits for processes we started, then ends those that stay."""
-    import psutil
-
     unique = {process.pid: process for process in processes}.values()
-    _, alive = psutil.wait_procs(unique, timeout=_STOP_GRACE_S)
+    _, alive = psutil.wait_procs(unique, timeout=grace_s)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

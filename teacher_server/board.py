@@ -7,10 +7,12 @@ status. It decides nothing: when it cannot be reached everybody goes on with the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from teacher_server.reports import EdgeReport, News, Plan, ReplicaReport, Source
+from teacher_server.errors import TakenOverError
+from teacher_server.reports import EdgeReport, Held, News, Plan, ReplicaReport, Source
 from teacher_server.status import add_up, summarise
 from teacher_wire.messages import ServerStatus, TeacherInfo
 
@@ -30,14 +32,33 @@ class Board:
         self._clock = clock
         self._born_s = clock()
         self._plan: Plan | None = None
+        self._held: Held | None = None
+        self._owner = ""
+        self._posts = 0
         self._sources: dict[str, Source] = {}
         self._silent: dict[str, Source] = {}
         self._gone: list[ReplicaReport | EdgeReport] = []  # totals of those who went for good, by whom they were of
 
-    async def post(self, plan: Plan) -> ServerStatus:
-        """What `up` wants from now on; answers with the status, for its console."""
-        self._plan = plan
+    async def post(self, plan: Plan, owner: str = "", held: Held | None = None) -> ServerStatus:
+        """What `up` wants from now on, and what it has deployed; answers with the status, for its console.
+
+        Raises:
+            TakenOverError: another `up` has claimed the board since.
+        """
+        if owner != self._owner:
+            raise TakenOverError("another teacher-server has taken over this cluster")
+        self._posts += 1
+        self._plan, self._held = plan, held
         return await self.status()
+
+    async def posts(self) -> int:
+        """How often was posted; it grows while an `up` lives."""
+        return self._posts
+
+    async def claim(self, owner: str) -> Held | None:
+        """Makes `owner` the one who may post; what the one before had deployed."""
+        self._owner = owner
+        return self._held
 
     async def report(self, source: str, report: ReplicaReport | EdgeReport) -> News:
         """Takes a report.
@@ -95,8 +116,20 @@ class Board:
 
     def _bury(self, report: ReplicaReport | EdgeReport) -> None:
         """Adds its totals to those of the gone of its kind: the list grows with weights, not with restarts."""
+        report = self._without_strangers(report)
         for place, other in enumerate(self._gone):
             if type(other) is type(report) and getattr(other, "info", None) == getattr(report, "info", None):
                 self._gone[place] = add_up(other, report)
                 return
         self._gone.append(report)
+
+    def _without_strangers(self, report: ReplicaReport | EdgeReport) -> ReplicaReport | EdgeReport:
+        """A last report without the rows of tenants that have no entry and are served by nobody now: else they stayed for ever."""
+        known = set(self._plan.tenants) if self._plan else set()
+        for source in self._sources.values():
+            known |= set(source.latest.counters.get("tenants", {}))
+        rows = report.counters.get("tenants")
+        if not isinstance(rows, Mapping):
+            return report
+        kept = {name: row for name, row in rows.items() if name in known}
+        return replace(report, counters={**report.counters, "tenants": kept})

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,11 +22,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from teacher_server.config import ServerConfig, load_config
-from teacher_server.errors import ServerConfigError
+from teacher_server.errors import RayEndedError, ServerConfigError
 from teacher_server.reload import ConfigFile
-from teacher_wire.errors import TeacherWireError
+from teacher_wire.errors import TeacherWireError, UnavailableError
 
 if TYPE_CHECKING:
+    from teacher_server.server import Server
     from teacher_wire.client import TeacherClient
 
 app = typer.Typer(
@@ -34,14 +36,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_SERVE = "serve-under-guard"
+_STOP_S = 10.0  # beyond the drain: for the processes to end
+_LEAVE_S = 60.0  # the same on a cluster that stays, from which our applications are removed
 _LOOK_S = 0.5  # between two looks at the config file
 _WATCH_S = 1.0
+_CLOSED = ("Socket closed", "Connection reset", "CERTIFICATE_REQUIRED", "Broken pipe")  # gRPC's words
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")]
 Address = Annotated[str, typer.Option(help="HOST:PORT of a running server")]
 CaFile = Annotated[Path | None, typer.Option(help="PEM of the authority behind the server's certificate")]
 CertFile = Annotated[Path | None, typer.Option(help="our own certificate, for mutual TLS")]
 KeyFile = Annotated[Path | None, typer.Option(help="its key")]
 TokenEnv = Annotated[str, typer.Option(help="environment variable that holds the token")]
+UntilStdinCloses = Annotated[bool, typer.Option(help="also stop when standard input ends; for a parent process")]
 Proxy = Annotated[str, typer.Option(help="auto, none, or http://HOST:PORT; never taken to this machine itself")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. edge.port=50052")]
 
@@ -50,55 +57,88 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value
 def up(
     config: ConfigPath,
     overrides: Overrides = None,
-    until_stdin_closes: Annotated[
-        bool, typer.Option(help="also stop when standard input ends; for a parent process")
-    ] = False,
+    until_stdin_closes: UntilStdinCloses = False,
 ) -> None:
     """Start every teacher and the edge, and follow changes of CONFIG; Ctrl-C drains and ends all of it."""
-    file = ConfigFile(config, overrides)
-    loaded = file.config
-    from teacher_server.app import running
-    from teacher_server.checks import check
+    from teacher_server import guard
 
-    check(loaded)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    loaded = load_config(config, overrides)
+    stop_within_s = loaded.edge.drain_s + (_STOP_S if loaded.ray.own else _LEAVE_S)
+    command = [sys.executable, "-m", "teacher_server.cli", _SERVE, str(config), *(overrides or [])]
+    if until_stdin_closes:
+        command.append("--until-stdin-closes")
+    raise SystemExit(guard.run(command, stop_within_s, _say))
+
+
+@app.command(_SERVE, hidden=True)
+def serve_under_guard(
+    config: ConfigPath,
+    lifeline: Annotated[int, typer.Option(help="read end of the guard's pipe")],
+    overrides: Overrides = None,
+    until_stdin_closes: UntilStdinCloses = False,
+) -> None:
+    """The server itself, in the session that `up` makes for it."""
+    from teacher_server.guard import Lifeline, handle
+
     stop = threading.Event()
-
-    def say(text: str) -> None:
-        console.print(f"[dim]teacher-server[/] {escape(text)}")
-
-    def on_signal(action: Callable[..., object]) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, action)
+    serving = threading.Event()
 
     def give_up(*_: object) -> None:
+        handle(signal.SIG_IGN)  # once is enough; the guard does not wait for ever
         raise KeyboardInterrupt
 
-    on_signal(give_up)
+    def end(*_: object) -> None:  # SIGINT: a terminal's, or the guard's second word
+        if stop.is_set():
+            give_up()
+        stop.set()
+
+    def told_to_stop() -> None:
+        if not serving.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+        stop.set()
+
+    def told_to_end() -> None:
+        stop.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handle(give_up)
     try:
-        with running(loaded, say) as server:
-            on_signal(lambda *_: give_up() if stop.is_set() else stop.set())
+        Lifeline(lifeline, told_to_stop, told_to_end)
+        file = ConfigFile(config, overrides)
+        loaded = file.config
+        from teacher_server.app import running
+        from teacher_server.checks import check
+
+        if check(loaded) and loaded.ray.own:
+            raise ServerConfigError(f"edge.port: another teacher-server listens on {loaded.edge.address} already")
+        with running(loaded, _say) as server:
+            handle(lambda *_: stop.set())  # systemd sends SIGTERM to us as well as to the guard: one stop
+            signal.signal(signal.SIGINT, end)
+            serving.set()
             if until_stdin_closes:
                 threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
             how = "TLS" if loaded.edge.tls else "plain text, loopback only"
-            console.print(f"[dim]teacher-server[/] [bold green]ready[/] on {loaded.edge.address} ({how})")
+            _console().print(f"[dim]teacher-server[/] [bold green]ready[/] on {escape(loaded.edge.address)} ({how})")
             while not stop.wait(_LOOK_S):
-                try:
-                    changed = file.poll()
-                    if changed is not None:
-                        server.change(changed)
-                except ServerConfigError as error:
-                    say(
-                        f"{config}: not followed: {error}"
-                        if str(config) not in str(error)
-                        else f"not followed: {error}"
-                    )
-                server.step()
-            on_signal(give_up)  # a second Ctrl-C does not wait for the drain
+                _follow(file, server)
     except KeyboardInterrupt:
-        say("stopped at once")
+        _say("stopped at once")
         raise SystemExit(130) from None
-    say("stopped")
+    except RayEndedError as error:
+        _say(f"{error}; stopped")
+        os._exit(0 if stop.is_set() else 1)  # an orderly exit would wait for Ray
+    _say("stopped")
+
+
+def _follow(file: ConfigFile, server: Server) -> None:
+    """One look at the config file, and one step towards what it says."""
+    try:
+        changed = file.poll()
+        if changed is not None:
+            server.change(changed)
+    except ServerConfigError as error:
+        _say(f"{file.path}: not followed: {error}" if str(file.path) not in str(error) else f"not followed: {error}")
+    server.step()
 
 
 @app.command()
@@ -107,8 +147,9 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides)
     from teacher_server.checks import check as check_config
 
-    check_config(loaded)
-    Console().print(f"{config}: fine ({_summary(loaded)})")
+    running = check_config(loaded)
+    now = "; a teacher-server listens there now" if running else ""
+    Console(soft_wrap=True, highlight=False).print(escape(f"{config}: fine ({_summary(loaded)}{now})"))
 
 
 @app.command()
@@ -130,7 +171,8 @@ def describe(
                     table.add_row(field, ", ".join(value) if isinstance(value, tuple) else str(value))
                 Console().print(table)
 
-    asyncio.run(ask())
+    with _explained(ca_file, cert_file):
+        asyncio.run(ask())
 
 
 @app.command()
@@ -159,7 +201,7 @@ def status(
                 await asyncio.sleep(_WATCH_S)
                 tell(await client.server_status())
 
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), _explained(ca_file, cert_file):
         if as_json:
             asyncio.run(show(lambda found: print(json.dumps(asdict(found)), flush=True)))
         elif watch:
@@ -169,16 +211,35 @@ def status(
             asyncio.run(show(lambda found: Console().print(render(found))))
 
 
+@contextlib.contextmanager
+def _explained(ca_file: Path | None, cert_file: Path | None) -> Iterator[None]:
+    """Adds what TLS cannot say: a server that misses a client certificate just closes the connection."""
+    try:
+        yield
+    except UnavailableError as error:
+        if ca_file is None or cert_file is not None or not any(word in str(error) for word in _CLOSED):
+            raise
+        raise ServerConfigError(
+            f"{error}; a server that wants a client certificate closes the connection so: try --cert-file and --key-file"
+        ) from error
+
+
 def _client(
     address: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, token_env: str, proxy: str
 ) -> TeacherClient:
-    import os
-
     from teacher_wire.channel import Credentials
     from teacher_wire.client import TeacherClient
 
     token = os.environ.get(token_env, "")
     return TeacherClient(address, credentials=Credentials(ca_file, cert_file, key_file, token, proxy=proxy))
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    _console().print(f"[dim]teacher-server[/] {escape(text)}")
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:

@@ -23,11 +23,19 @@ class _Strict(Settings):
 
 
 class TlsConfig(_Strict):
-    """Certificates of the edge. With `client_ca_file` every student must show a certificate signed by it."""
+    """Certificates of the edge, followed while it runs.
+
+    Attributes:
+        cert_file, key_file: PEM, the key without a passphrase.
+        client_ca_file: with it every student must show a certificate signed by this authority.
+        tenant: what of a student's certificate names its tenant where there are no tokens: `dns` is its first DNS name, `uri` the
+            last part of its first URI (SPIFFE), `common_name` the subject's.
+    """
 
     cert_file: Path
     key_file: Path
     client_ca_file: Path | None = None
+    tenant: Literal["dns", "uri", "common_name"] = "dns"
 
 
 class StoreConfig(_Strict):
@@ -41,7 +49,7 @@ class StoreConfig(_Strict):
 
     memory_mb: Annotated[int, Field(ge=0)] = 256
     folder: Path | None = None
-    disk_gb: Annotated[float, Field(gt=0)] = 50.0
+    disk_gb: Annotated[float, Field(gt=0, le=1_000_000)] = 50.0
 
 
 class EdgeConfig(_Strict):
@@ -67,8 +75,8 @@ class EdgeConfig(_Strict):
     drain_s: Annotated[float, Field(ge=0, le=600)] = 20.0
     window_mb: Annotated[int, Field(ge=1, le=4096)] = 256
     reflection: bool = False
-    keepalive_s: Annotated[float, Field(ge=1)] = 30.0
-    keepalive_timeout_s: Annotated[float, Field(ge=1)] = 10.0
+    keepalive_s: Annotated[float, Field(ge=1, le=86_400)] = 30.0
+    keepalive_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 10.0
     count: Annotated[int, Field(ge=1)] = 1
     store: StoreConfig = StoreConfig()
 
@@ -90,11 +98,35 @@ class EdgeConfig(_Strict):
 
 
 class RayConfig(_Strict):
-    """The Ray cluster: our own on this machine, or a running one at `address`."""
+    """The Ray cluster: our own on this machine, or a running one.
 
-    address: str | None = None
+    Attributes:
+        address: HOST:PORT of a running cluster's head, or `auto` for the one that runs on this machine; without it, or with
+            `local`, a cluster of our own, whatever RAY_ADDRESS says.
+        listen: where the processes of our own cluster listen, Prometheus metrics included: `loopback` is reached from this
+            machine only, `all` is every interface.
+        metrics_port: of our own cluster; Ray chooses one if not given.
+        num_cpus, object_store_mb: of our own cluster.
+    """
+
+    address: Annotated[str, Field(pattern=r"^(auto|local|\S+:\d{1,5})$")] | None = None
+    listen: Literal["loopback", "all"] = "loopback"
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     num_cpus: Annotated[int, Field(ge=1)] | None = None
     object_store_mb: Annotated[int, Field(ge=80)] = 512
+
+    @property
+    def own(self) -> bool:
+        """Whether the cluster is started and ended by us."""
+        return self.address in (None, "local")
+
+    @model_validator(mode="after")
+    def _no_client(self) -> RayConfig:
+        if self.address is not None and "://" in self.address:
+            raise ValueError(
+                f"address {self.address}: give HOST:PORT of the cluster's head, not an address of Ray Client"
+            )
+        return self
 
 
 class TransformersBackend(_Strict):
@@ -287,6 +319,17 @@ class TeacherConfig(_Strict):
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 100_000
+
+    @model_validator(mode="after")
+    def _gpus_are_used(self) -> TeacherConfig:
+        if isinstance(self.backend, VllmBackend) and self.num_gpus:
+            spread = self.backend.tensor_parallel_size
+            if (spread > 1 and self.num_gpus != spread) or self.num_gpus > spread:
+                raise ValueError(
+                    f"num_gpus {self.num_gpus:g} of teacher {self.name}: backend.tensor_parallel_size {spread} takes exactly {spread}"
+                    + (", or a part of one" if spread == 1 else "")
+                )
+        return self
 
 
 class TenantConfig(_Strict):

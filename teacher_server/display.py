@@ -73,7 +73,9 @@ def _edges(status: ServerStatus) -> Text:
     edges = ", ".join(
         f"{edge.node} with {edge.open_streams} streams and {edge.open_requests} open requests" for edge in status.edges
     )
-    return Text(f"edges: {edges or 'none'}; version {status.server_version}, up {status.up_s:,.0f} s")
+    return Text(
+        f"edges: {edges or 'none reports, so quotas do not change and figures are old'}; version {status.server_version}, up {status.up_s:,.0f} s"
+    )
 
 
 def size(count: int) -> str:

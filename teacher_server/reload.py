@@ -9,8 +9,7 @@ from pathlib import Path
 
 from teacher_server.config import ServerConfig, load_config
 from teacher_server.errors import ServerConfigError
-
-_Stamp = tuple[int, int]  # modification time in ns, size
+from teacher_server.file_stamp import stamp_of
 
 
 class ConfigFile:
@@ -25,9 +24,9 @@ class ConfigFile:
     """
 
     def __init__(self, path: Path, overrides: list[str] | None) -> None:
-        self._path = path
+        self.path = path
         self._overrides = overrides
-        self._read = self._seen = self._stamp()
+        self._read = self._seen = stamp_of(path)
         self.config = load_config(path, overrides)
 
     def poll(self) -> ServerConfig | None:
@@ -36,22 +35,15 @@ class ConfigFile:
         Raises:
             ServerConfigError: the new content is none; said once for each content.
         """
-        before, self._seen = self._seen, self._stamp()
+        before, self._seen = self._seen, stamp_of(self.path)
         if self._seen is None or self._seen == self._read or self._seen != before:
             return None  # missing, known, or still being written
         self._read = self._seen
         try:
-            found = load_config(self._path, self._overrides)
+            found = load_config(self.path, self._overrides)
         except ServerConfigError as error:
             raise ServerConfigError(f"{error}; the config before stays in force") from None
         if found == self.config:
             return None
         self.config = found
         return found
-
-    def _stamp(self) -> _Stamp | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size

@@ -6,7 +6,9 @@ In: what to report; out: News. A board that is away, slow or new never hurts who
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from teacher_server.board import Board
-from teacher_server.reports import EdgeReport, News, ReplicaReport
+from teacher_server.reports import EdgeReport, Held, News, ReplicaReport
 from teacher_wire.errors import UnavailableError
 from teacher_wire.messages import ServerStatus
 
@@ -25,17 +27,54 @@ NAMESPACE = "lyceum"
 BOARD_NAME = "board"
 REPORT_EVERY_S = 1.0
 _ANSWER_S = 2.0
+_LEFT_ANSWER_S = 5.0  # of a board that was left
+_WATCH_S = 6.0  # in which an `up` that lives has posted
+_BOARD_START_S = 60.0  # its process has to come up first
 
 
-def start_board() -> Any:
-    """Makes the board on this node: it lives as long as we do, and other nodes may die.
+def start_board(owner: str) -> tuple[Any, Held | None]:
+    """Makes the board on this node, or takes over the one that an `up` before left on this cluster.
+
+    Args:
+        owner: who may post from now on; unique.
+
+    Returns:
+        The board, and what the `up` before had deployed, if there was one.
 
     Raises:
-        ValueError: there is one already.
+        ValueError: another `up` lives.
     """
+    try:
+        left = ray.get_actor(BOARD_NAME, NAMESPACE)
+    except ValueError:
+        return _new_board(owner), None
+    try:
+        seen = ray.get(left.posts.remote(), timeout=_LEFT_ANSWER_S)
+        until_s = time.monotonic() + _WATCH_S
+        while time.monotonic() < until_s:
+            time.sleep(0.5)
+            if ray.get(left.posts.remote(), timeout=_LEFT_ANSWER_S) != seen:
+                raise ValueError("another teacher-server up serves this cluster")
+        return left, ray.get(left.claim.remote(owner), timeout=_LEFT_ANSWER_S)
+    except RayError:  # of a machine that is gone
+        remove_board()
+        return _new_board(owner), None
+
+
+def _new_board(owner: str) -> Any:
+    """It outlives us on a cluster that stays, so that status goes on and the next `up` finds what runs; other nodes may die."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
-    return actor.options(name=BOARD_NAME, namespace=NAMESPACE, scheduling_strategy=here).remote()
+    options = {"name": BOARD_NAME, "namespace": NAMESPACE, "scheduling_strategy": here, "lifetime": "detached"}
+    board = actor.options(**options).remote()
+    ray.get(board.claim.remote(owner), timeout=_BOARD_START_S)
+    return board
+
+
+def remove_board() -> None:
+    """Takes the board away."""
+    with contextlib.suppress(ValueError):  # there is none
+        ray.kill(ray.get_actor(BOARD_NAME, NAMESPACE))
 
 
 def node_address() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from teacher_server.config import TenantConfig
+from teacher_server.config import EdgeConfig, TeacherConfig, TenantConfig
 from teacher_wire.messages import TeacherInfo
 
 
@@ -57,6 +57,23 @@ class Plan:
     tenants: Mapping[str, TenantConfig] = field(default_factory=dict)
     teachers: Mapping[str, TeacherPlan] = field(default_factory=dict)
     open: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an `up` has deployed, for the next one on a cluster that stays.
+
+    Attributes:
+        version: of the package it ran.
+        node: address of its machine.
+        edge: as the edges run.
+        teachers: by name, as they run, and the generation of each deployment.
+    """
+
+    version: str
+    node: str
+    edge: EdgeConfig
+    teachers: Mapping[str, tuple[TeacherConfig, int]]
 
 
 @dataclass(frozen=True)

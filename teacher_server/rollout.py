@@ -102,6 +102,26 @@ class Rollout:
                 self._say(f"{name}: rolling to the new version ({changed})")
                 self._begin(_Teacher(config, 0, 0.0, good=known.good))
 
+    @property
+    def deployed(self) -> dict[str, tuple[TeacherConfig, int]]:
+        """Every wanted teacher as it is deployed, and the generation of its deployment."""
+        return {name: (teacher.config, teacher.generation) for name, teacher in self._teachers.items()}
+
+    def adopt(self, held: Mapping[str, tuple[TeacherConfig, int]]) -> None:
+        """Takes on what runs in the cluster: teachers as another server deployed them; of others nothing is known, so they go."""
+        now_s = self._clock()
+        for name, found in self._cluster.look().items():
+            if name in held and found.state != "failed":
+                config, generation = held[name]
+                coming = found.state != "running"
+                self._teachers[name] = _Teacher(config, generation, now_s, None if coming else config, coming)
+                self._say(f"{name}: still runs; adopted")
+            else:
+                self._say(f"{name}: left by another server in a state that is not known; taken away")
+                self._leaving[name] = now_s
+                self._cluster.remove(name)
+        self._generation = max([self._generation, *(generation for _, generation in held.values())])
+
     def start(self) -> None:
         """One step of the first start.
 

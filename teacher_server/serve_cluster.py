@@ -67,6 +67,14 @@ class ServeCluster:
         )
         _run(edges.bind(config.model_dump_json(), plan), EDGE_APPLICATION)
 
+    def edges_exist(self) -> bool:
+        """Whether edges are deployed, by us or by a server before."""
+        return EDGE_APPLICATION in serve.status().applications
+
+    def remove_edges(self) -> None:
+        """Takes the edges away; returns when their ports are free."""
+        _delete(EDGE_APPLICATION)
+
     def edges_are_up(self) -> bool:
         """Whether all edges listen.
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deploy.demo.models import SIZES, ModelSize, write_model
 
+REVISION = 2  # of the loop below: raised when the same recipe makes other weights
 BUCKET = 8  # batches sorted by length together: less padding, order still mixed
 
 
@@ -44,8 +45,8 @@ class TeacherRecipe:
     seed: int = 0
 
     def digest(self, data: Path, tokenizer: Path) -> str:
-        """Names the result: recipe, data and tokenizer."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
+        """Names the result: loop, recipe, data and tokenizer."""
+        digest = hashlib.sha256(json.dumps([REVISION, asdict(self)], sort_keys=True).encode())
         for file in (data, tokenizer / "tokenizer.json"):
             digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
@@ -71,6 +72,8 @@ def train_teacher(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    from deploy.demo.muon import Muon
+
     start = cache / "teacher-start"
     parameters = write_model(start, tokenizer, recipe.size, recipe.seed)
     transformers_logging.disable_progress_bar()
@@ -78,10 +81,7 @@ def train_teacher(
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        (
-            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.05, momentum=0.95, adjust_lr_fn="original"),
-            recipe.muon_lr,
-        ),
+        (Muon(matrices, lr=recipe.muon_lr, weight_decay=0.05, momentum=0.95), recipe.muon_lr),
         (torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0), recipe.adam_lr),
     ]
     columns = (

@@ -16,6 +16,7 @@ from typing import Any
 from teacher_server.config import DEFAULT_TENANT, TenantConfig
 from teacher_wire.errors import OverloadedError
 
+FORGET_S = 600.0  # after which nothing is kept of a tenant that is gone
 BURST_S = 0.5  # what a bucket holds: tokens of this time
 _RETRY_S = (0.02, 30.0)
 _INFLIGHT_RETRY_S = 0.5
@@ -45,6 +46,12 @@ class Bucket:
         self.filled_s = now_s
         return 0.0 if self.level > 0 else -self.level / self.rate
 
+    def change_rate(self, rate: float, now_s: float) -> None:
+        """Another rate from now on: what is left, or owed, stays, so that no number of changes gives anything away."""
+        self.wait_s(now_s)
+        self.rate = rate
+        self.level = min(self.level, rate * BURST_S)
+
     def take(self, amount: float) -> None:
         self.level -= amount
 
@@ -65,10 +72,24 @@ class Admission:
         self._computed: Counter[str] = Counter()
         self._sent_bytes: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
+        self._seen_s: dict[str, float] = {}
 
     def configure(self, tenants: Mapping[str, TenantConfig], edges: int = 1) -> None:
-        """Replaces all quotas. A bucket whose rate stays keeps its level: setting the same again gives nothing away."""
+        """Replaces all quotas. Buckets keep their levels: neither another rate nor another number of edges refills one."""
         self._tenants, self._edges = dict(tenants), max(1, edges)
+        self._forget_idle()
+
+    def _forget_idle(self) -> None:
+        """Drops what is kept of tenants without an entry of their own that have asked for nothing for a while."""
+        now_s = self._clock()
+        for tenant in [name for name, seen_s in self._seen_s.items() if now_s - seen_s > FORGET_S]:
+            if self._inflight[tenant] or tenant in self._tenants:
+                continue
+            del self._seen_s[tenant]
+            for counts in (self._inflight, self._computed, self._sent_bytes, self._refused):
+                counts.pop(tenant, None)
+            for key in [key for key in self._buckets if key[0] == tenant]:
+                del self._buckets[key]  # full again by now
 
     def of(self, tenant: str) -> TenantConfig:
         """The entry of a tenant, or the default one."""
@@ -113,6 +134,7 @@ class Admission:
         self._sent_bytes[tenant] += size_bytes
 
     def _take(self, tenant: str, quota: str, amount: float) -> None:
+        self._seen_s[tenant] = self._clock()
         limit = getattr(self.of(tenant), quota)
         key = (tenant, quota)
         if limit is None:
@@ -120,8 +142,10 @@ class Admission:
             return
         rate, now_s = limit / self._edges, self._clock()
         bucket = self._buckets.get(key)
-        if bucket is None or bucket.rate != rate:
+        if bucket is None:
             bucket = self._buckets[key] = Bucket.full(rate, now_s)
+        elif bucket.rate != rate:
+            bucket.change_rate(rate, now_s)
         wait_s = bucket.wait_s(now_s)
         if wait_s > 0:
             raise self._refusal(tenant, quota, amount, rate, wait_s)

@@ -1,26 +1,35 @@
-"""Who may call: bearer tokens to tenants, checked by an interceptor before any handler runs.
+"""Who may call: bearer tokens or client certificates to tenants. Tokens are checked by an interceptor before any handler runs.
 
-The file has lines of `TENANT TOKEN`; it is read again when it changes, so tokens rotate without a restart.
-A token never appears in a log, an error or a metric.
+The file has lines of `TENANT TOKEN`; it is read again when it changes, so tokens rotate without a restart, and the open calls of
+a token that is taken out are ended. A token never appears in a log, an error or a metric.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
+import inspect
+import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from teacher_server.config import TlsConfig
 from teacher_server.errors import ServerConfigError
+from teacher_server.file_stamp import Stamp, stamp_of
 from teacher_wire import status
 from teacher_wire.channel import TENANT_KEY
 from teacher_wire.errors import AuthenticationError, ForbiddenError, RequestError, TeacherWireError
 
+log = logging.getLogger(__name__)
+
 MIN_TOKEN_CHARS = 16
+REVOKE_EVERY_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 
@@ -33,18 +42,15 @@ class TokenFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stamp = -1
+        self._path = path.expanduser()
+        self._stamp: Stamp | None = None
+        self._refused: Stamp | None = None
         self._tenants: dict[bytes, str] = {}
         self._read()
 
     def tenant(self, token: str) -> str | None:
         """The tenant of a token, or None."""
-        try:
-            if self._path.stat().st_mtime_ns != self._stamp:
-                self._read()
-        except (OSError, ServerConfigError):  # keep what we have: a half-written file must not lock everybody out
-            pass
+        self.follow()
         digest = _digest(token)
         found = None
         for known, name in self._tenants.items():  # every entry, so that timing tells nothing
@@ -52,54 +58,122 @@ class TokenFile:
                 found = name
         return found
 
-    def _read(self) -> None:
+    def follow(self) -> str:
+        """Reads the file if it has changed. What it says is not taken while it is malformed or away, so that a half-written file
+        locks nobody out; the reason is returned, and logged, once for each content."""
+        found = stamp_of(self._path)
+        if found in (self._stamp, self._refused):
+            return ""
         try:
-            stamp = self._path.stat().st_mtime_ns
-            lines = self._path.read_text().splitlines()
+            self._read()
+        except ServerConfigError as error:
+            self._refused = found
+            log.warning("%s; the tokens before stay in force", error)
+            return str(error)
+        return ""
+
+    def _read(self) -> None:
+        field = f"edge.tokens_file {self._path}"
+        stamp = stamp_of(self._path)
+        try:
+            text = self._path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file by a mark
         except OSError as error:
-            raise ServerConfigError(f"edge.tokens_file {self._path}: {error.strerror}") from error
-        tenants = {}
-        for number, line in enumerate(lines, 1):
+            raise ServerConfigError(f"{field}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            place = error.object[: error.start].count(b"\n") + 1
+            raise ServerConfigError(f"{field}:{place}: not UTF-8: save it as plain text") from error
+        tenants: dict[bytes, str] = {}
+        lines: dict[bytes, int] = {}
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
-            parts = line.split()
-            if len(parts) != 2 or len(parts[1]) < MIN_TOKEN_CHARS:
+            name, token = _entry(line, f"{field}:{number}")
+            digest = _digest(token)
+            if digest in tenants:
                 raise ServerConfigError(
-                    f"edge.tokens_file {self._path}:{number}: expected TENANT TOKEN, the token of {MIN_TOKEN_CHARS} characters or more"
+                    f"{field}:{number}: the token of {name} is that of {tenants[digest]} on line {lines[digest]}: a token is one tenant's, given once"
                 )
-            tenants[_digest(parts[1])] = parts[0]
+            tenants[digest], lines[digest] = name, number
         if not tenants:
-            raise ServerConfigError(f"edge.tokens_file {self._path}: holds no token")
+            raise ServerConfigError(f"{field}: holds no token")
         self._tenants, self._stamp = tenants, stamp
+
+
+def _entry(line: str, where: str) -> tuple[str, str]:
+    """Tenant and token of a line; an error never holds the token."""
+    parts = line.split()
+    if len(parts) != 2 or len(parts[1]) < MIN_TOKEN_CHARS:
+        raise ServerConfigError(f"{where}: expected TENANT TOKEN, the token of {MIN_TOKEN_CHARS} characters or more")
+    name, token = parts
+    if not _NAME.fullmatch(name):
+        raise ServerConfigError(
+            f"{where}: {name!a} is no tenant's name: letters, digits, dots, dashes and underscores, at most 63"
+        )
+    if not all("!" <= character <= "~" for character in token):
+        raise ServerConfigError(f"{where}: the token of {name} holds a character that no header may hold: use ASCII")
+    return name, token
 
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def tenant_of(tokens: TokenFile | None) -> Callable[[grpc.aio.ServicerContext], str]:
-    """A function from a call's context to its tenant: the token's, or without tokens the one the caller names.
+def tenant_of(
+    tokens: TokenFile | None, certificates: TlsConfig | None = None
+) -> Callable[[grpc.aio.ServicerContext], str]:
+    """A function from a call's context to its tenant.
 
-    The function raises RequestError for a name that is none.
+    Args:
+        tokens: decide, where there are any.
+        certificates: else a client certificate does, where they demand one; else the caller names itself.
+
+    The function raises RequestError for a name that is none, AuthenticationError for a token or certificate that names nobody,
+    ForbiddenError for a caller that names somebody else.
     """
 
     def find(context: grpc.aio.ServicerContext) -> str:
         metadata = context.invocation_metadata()
         if tokens is not None:
-            return tokens.tenant(_bearer(metadata)) or ""
-        name = _value(metadata, TENANT_KEY)
-        if name and not _NAME.fullmatch(name):
-            raise RequestError("not a tenant's name", field="tenant", value=name, limit=_NAME.pattern)
-        return name
+            found = tokens.tenant(_bearer(metadata))
+            if found is None:  # taken out after the interceptor had looked
+                raise AuthenticationError("the token is not known here", field="authorization")
+            return found
+        named = _value(metadata, TENANT_KEY)
+        if certificates is not None and certificates.client_ca_file is not None:
+            shown = _certified(context.auth_context(), certificates.tenant)
+            if named not in ("", shown):
+                raise ForbiddenError(
+                    "the certificate is another tenant's", field="tenant", value=named[:100], limit=shown
+                )
+            return shown
+        if named and not _NAME.fullmatch(named):
+            raise RequestError("not a tenant's name", field="tenant", value=named[:100], limit=_NAME.pattern)
+        return named
 
     return find
 
 
+def _certified(shown: Mapping[str, Sequence[bytes]], kind: str) -> str:
+    """The tenant whom a verified client certificate names."""
+    values = shown.get({"dns": "peer_dns", "uri": "peer_uri", "common_name": "x509_common_name"}[kind], ())
+    name = values[0].decode("utf-8", "replace") if values else ""
+    if kind == "uri":
+        name = name.rstrip("/").rpartition("/")[2]
+    if not _NAME.fullmatch(name):
+        raise AuthenticationError(
+            f"the certificate names no tenant by its {kind} (edge.tls.tenant of this server)",
+            field="certificate", value=ascii(name)[:100] if name else "none", limit=_NAME.pattern,
+        )  # fmt: skip
+    return name
+
+
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a known token; health checks stay open."""
+    """Refuses calls without a known token, and ends those whose token is taken out; health checks stay open."""
 
     def __init__(self, tokens: TokenFile) -> None:
         self._tokens = tokens
+        self._calls: dict[asyncio.Task[Any], str] = {}
+        self._watch: asyncio.Task[None] | None = None
 
     async def intercept_service(
         self,
@@ -116,8 +190,55 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             return _refusal(handler, AuthenticationError(said, field="authorization"))
         named = _value(details.invocation_metadata, TENANT_KEY)
         if named not in ("", tenant):
-            return _refusal(handler, ForbiddenError("the token is another tenant's", field="tenant", value=named))
-        return handler
+            return _refusal(handler, ForbiddenError("the token is another tenant's", field="tenant", value=named[:100]))
+        return self._revocable(handler, token) if handler.response_streaming else handler
+
+    def _revocable(self, handler: grpc.RpcMethodHandler, token: str) -> grpc.RpcMethodHandler:
+        """The same handler, ended as unauthenticated once its token is taken out."""
+        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        async def writes(request: Any, context: grpc.aio.ServicerContext) -> None:
+            async with self._open(token, context):
+                await inner(request, context)
+
+        async def yields(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with self._open(token, context), contextlib.aclosing(inner(request, context)) as answers:
+                async for answer in answers:
+                    yield answer
+
+        make = (
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        behaviour = yields if inspect.isasyncgenfunction(inner) else writes
+        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+    @contextlib.asynccontextmanager
+    async def _open(self, token: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        """A call of a token, while it is open."""
+        call = asyncio.current_task()
+        assert call is not None
+        self._calls[call] = token
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._look())
+        try:
+            yield
+        except asyncio.CancelledError:
+            if call in self._calls:
+                raise
+            call.uncancel()
+            error = AuthenticationError("the token was taken back", field="authorization")
+            await context.abort(status.code_of(error), str(error), _trailing(error))
+        finally:
+            self._calls.pop(call, None)
+
+    async def _look(self) -> None:
+        """Looks for tokens that are gone as long as calls are open."""
+        while self._calls:
+            await asyncio.sleep(REVOKE_EVERY_S)
+            for call, token in list(self._calls.items()):
+                if self._tokens.tenant(token) is None:
+                    del self._calls[call]
+                    call.cancel()
 
 
 def _value(metadata: Any, wanted: str) -> str:
@@ -129,12 +250,15 @@ def _bearer(metadata: Any) -> str:
     return value[7:].strip() if value.lower().startswith("bearer ") else ""
 
 
+def _trailing(error: TeacherWireError) -> tuple[tuple[str, bytes]]:
+    return ((status.DETAIL_KEY, status.to_detail(error).SerializeToString()),)
+
+
 def _refusal(handler: grpc.RpcMethodHandler, error: TeacherWireError) -> grpc.RpcMethodHandler:
     """A handler of the same kind that only refuses."""
-    trailing = ((status.DETAIL_KEY, status.to_detail(error).SerializeToString()),)
 
     async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(status.code_of(error), str(error), trailing)
+        await context.abort(status.code_of(error), str(error), _trailing(error))
 
     async def refuse_stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
         await refuse(request, context)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,10 +15,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from teacher_server import __version__
-from teacher_server.config import EdgeConfig, TenantConfig, TlsConfig
+from teacher_server.config import EdgeConfig, TenantConfig
 from teacher_server.edge.admission import Admission
 from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
 from teacher_server.edge.sharing import LabelSharing
+from teacher_server.edge.tls import server_credentials
 from teacher_server.errors import ServerConfigError
 from teacher_wire.channel import server_options
 from teacher_wire.errors import UnavailableError
@@ -31,6 +31,7 @@ from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _HTTP2_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
 
 
@@ -65,7 +66,7 @@ class EdgeServer:
             self._gate,
             server_version=__version__,
             limits=StreamLimits(max_window_bytes=config.window_mb << 20),
-            tenant_of=tenant_of(tokens),
+            tenant_of=tenant_of(tokens, config.tls),
             status_for=status_for,
         )
         self._health = health_aio.HealthServicer()
@@ -79,7 +80,7 @@ class EdgeServer:
         if config.reflection:
             from grpc_reflection.v1alpha import reflection
 
-            reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), self._server)
+            reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
 
     @property
     def address(self) -> str:
@@ -95,7 +96,7 @@ class EdgeServer:
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             if self._config.tls:
-                self._server.add_secure_port(self._config.address, _credentials(self._config.tls))
+                self._server.add_secure_port(self._config.address, server_credentials(self._config.tls))
             else:
                 self._server.add_insecure_port(self._config.address)
         except RuntimeError as error:
@@ -137,21 +138,6 @@ class EdgeServer:
             "store": self._sharing.counters(),
             "tenants": self._admission.counters(),
         }
-
-
-def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    key, cert = _read(tls.key_file, "key_file"), _read(tls.cert_file, "cert_file")
-    client_ca = _read(tls.client_ca_file, "client_ca_file") if tls.client_ca_file else None
-    return grpc.ssl_server_credentials(
-        [(key, cert)], root_certificates=client_ca, require_client_auth=client_ca is not None
-    )
-
-
-def _read(path: Path, field: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ServerConfigError(f"edge.tls.{field} {path}: {error.strerror}") from error
 
 
 class _Gate:

@@ -108,10 +108,13 @@ def test_a_taken_port_is_named(tmp_path):
 
 
 def test_a_model_that_fails_while_loading_is_named(model_factory, tmp_path):
+    """Its files are whole, so that nothing is seen before a replica loads it."""
+    import json
     import shutil
 
     folder = shutil.copytree(model_factory("qwen2"), tmp_path / "model")
-    (folder / "model.safetensors").write_bytes(b"torn")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "none_such", "architectures": ["NoneSuch"]}))
     path = tmp_path / "server.yaml"
     path.write_text(yaml.safe_dump(server_config(transformers_teacher("exact", folder))))
     result = run_cli("up", path, house="teacher_server")

@@ -123,3 +123,43 @@ def test_several_edges_share_a_quota():
     admission = Admission(clock)
     admission.configure({"t": TenantConfig(tokens_per_s=1000)}, edges=4)
     assert asked_for(admission, clock, 30.0, 5) == pytest.approx(250 * 30, rel=0.05)
+
+
+def test_another_number_of_edges_or_another_rate_refills_no_bucket():
+    clock = Clock()
+    admission = Admission(clock)
+    admission.configure({"t": TenantConfig(tokens_per_s=1000)}, edges=1)
+    with admission.computing("t", 5000):
+        pass
+    for edges in (2, 1, 3, 1):
+        admission.configure({"t": TenantConfig(tokens_per_s=1000)}, edges)
+        with pytest.raises(OverloadedError), admission.computing("t", 1):
+            pass
+    admission.configure({"t": TenantConfig(tokens_per_s=900)})
+    with pytest.raises(OverloadedError), admission.computing("t", 1):
+        pass
+
+
+def test_edges_that_come_and_go_give_no_more_than_the_rate():
+    clock = Clock()
+    admission = Admission(clock)
+    computed = 0
+    for second in range(60):
+        admission.configure({"t": TenantConfig(tokens_per_s=1000)}, edges=1 + second % 2)
+        computed += asked_for(admission, clock, 1.0, 50)
+    assert computed <= 1000 * (60 + BURST_S) + 50 * 60
+
+
+def test_nothing_is_kept_of_tenants_that_are_gone():
+    clock = Clock()
+    admission = Admission(clock)
+    admission.configure({"listed": TenantConfig(tokens_per_s=10**9)})
+    for name in ("listed", *(f"guest-{number}" for number in range(100))):
+        with admission.computing(name, 10):
+            pass
+        admission.send(name, 10)
+    clock.now_s += 300
+    with admission.computing("guest-1", 10):
+        clock.now_s += 400
+        admission.configure({"listed": TenantConfig(tokens_per_s=10**9)})
+        assert set(admission.counters()) == {"listed", "guest-1"}

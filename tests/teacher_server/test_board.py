@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from teacher_server.board import FRESH_S, Board
-from teacher_server.config import TenantConfig
-from teacher_server.reports import EdgeReport, Plan, ReplicaReport, TeacherPlan
+from teacher_server.config import EdgeConfig, TenantConfig
+from teacher_server.errors import TakenOverError
+from teacher_server.reports import EdgeReport, Held, Plan, ReplicaReport, TeacherPlan
 from teacher_server.status import as_seen_by
 from teacher_wire import status_codec
 from teacher_wire.fake import FakeTeacher
@@ -125,3 +126,28 @@ def test_a_tenant_sees_itself_and_an_operator_everybody():
     assert as_seen_by(status, "boss", tenants) == status
     assert as_seen_by(status, "a", tenants) == replace(status, tenants=(TenantStatus("a"),))
     assert as_seen_by(status, "unlisted", tenants).tenants == ()
+
+
+async def test_an_up_that_takes_over_hears_what_the_one_before_had_and_shuts_it_out():
+    board = Board(Clock())
+    await board.claim("one")
+    held = Held("0", "10.0.0.1", EdgeConfig(), {})
+    await board.post(Plan(), "one", held)
+    assert await board.posts() == 1
+    assert await board.claim("two") == held
+    with pytest.raises(TakenOverError):
+        await board.post(Plan(), "one", held)
+    await board.post(Plan(), "two", held)
+    assert await board.posts() == 2
+
+
+async def test_tenants_that_are_gone_leave_no_rows_behind():
+    """Each replica that goes for good has served a tenant of its own that has no entry and does not come back."""
+    board, clock = await board_of(listed=TenantConfig())
+    for number in range(50):
+        await board.report(f"r{number}", replica(**{f"guest-{number}": 10, "listed": 10}))
+        clock.now_s += 700
+    await board.report("last", replica(present=10))
+    names = {row.name for row in (await board.status()).tenants}
+    assert {"listed", "present"} <= names and len(names) <= 4
+    assert next(row for row in (await board.status()).tenants if row.name == "listed").served_tokens == 500

@@ -44,7 +44,7 @@ async def test_a_student_names_its_tenant():
 
 
 async def test_a_name_that_is_none_is_refused():
-    async with edge() as server, client_of(server, tenant="no name") as client:
+    async with edge() as server, client_of(server, tenant="no/name") as client:
         with pytest.raises(RequestError) as caught:
             await client.score(await client.teacher(), SPEC, batch(1))
         assert caught.value.field == "tenant"

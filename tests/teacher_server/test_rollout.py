@@ -123,3 +123,37 @@ def test_changes_are_named_by_their_dotted_fields():
     new = ServerConfig.model_validate({**tree, "edge": {"port": 1}, "tenants": {"x": {}}}).model_dump()
     assert changes(old, old) == []
     assert changes(old, new) == ["edge.port", "tenants.x"]
+
+
+def test_what_an_up_before_left_is_adopted_changed_or_removed():
+    cluster, said = Cluster(), []
+    cluster.found = {
+        name: Deployed("running", replicas={"running": 1}) for name in ("same", "other", "gone", "unknown")
+    }
+    held = {"same": (teacher("same"), 4), "other": (teacher("other"), 9), "gone": (teacher("gone"), 5)}
+    rollout = Rollout(cluster, said.append, lambda: 0.0)
+    rollout.adopt(held)
+    rollout.want([teacher("same"), teacher("other", seed=1), teacher("new")])
+    assert cluster.orders == [("remove", "unknown"), ("remove", "gone"), ("other", 1, 10), ("new", 0, 11)]
+    assert rollout.deployed["same"] == (teacher("same"), 4)
+    plans = rollout.step()
+    assert (plans["same"].state, plans["other"].state, plans["new"].state) == ("running", "rolling", "starting")
+
+
+def test_an_adopted_teacher_goes_back_if_its_new_version_cannot_come_up():
+    cluster, said = Cluster(), []
+    cluster.found = {"t": Deployed("running", replicas={"running": 1})}
+    rollout = Rollout(cluster, said.append, lambda: 0.0)
+    rollout.adopt({"t": (teacher(), 1)})
+    rollout.want([teacher(seed=7)])
+    cluster.found["t"] = Deployed("failed", "no room")
+    rollout.step()
+    assert cluster.orders[-1] == ("t", 0, 3)
+
+
+def test_a_failed_deployment_is_not_adopted():
+    cluster = Cluster()
+    cluster.found = {"t": Deployed("failed", "torn")}
+    rollout = Rollout(cluster, print, lambda: 0.0)
+    rollout.adopt({"t": (teacher(), 1)})
+    assert cluster.orders == [("remove", "t")] and not rollout.deployed
