@@ -7,8 +7,9 @@ Axes: B sequences, L padded length, N supervised rows, D width.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,12 +26,13 @@ from student_trainer import checkpoint, graphed
 from student_trainer.config import OptimizationConfig, TrainConfig
 from student_trainer.cuda_recorder import CudaRecorder
 from student_trainer.data.dataset import TokenizedDataset, collate
-from student_trainer.errors import RunError
+from student_trainer.errors import ConfigError, NonFiniteError, RunError
 from student_trainer.feed.arrays import LabelTensors, ahead
 from student_trainer.feed.order import OrderedDataset, RunOrder
 from student_trainer.feed.packing import pack
 from student_trainer.feed.prefetch import LabelFeed
 from student_trainer.feed.source import LabelRequest
+from student_trainer.files import disk_trouble_named, move_into, sync, sync_tree
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
@@ -38,9 +40,14 @@ from student_trainer.losses.output import output_loss
 from student_trainer.meter import Meter
 from student_trainer.model import Student
 from student_trainer.objective import Objective, rows_on
-from student_trainer.run_folder import LOG_NAME
+from student_trainer.out_of_memory import is_out_of_memory, what_to_lower
+from student_trainer.run_folder import LOG_NAME, finite_or_none, log_line
+from student_trainer.saving import not_finite, save_student, try_saving
 from student_trainer.verdicts import Verdicts
 from teacher_wire.messages import TokenBatch
+
+# What accelerate asks for the number of processes.
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         config: of the run.
+        arguments: of `training_arguments`.
         student: what is trained.
         data: tokenised rows.
         order: which rows when.
@@ -72,12 +80,16 @@ class DistillationTrainer(Trainer):
         teacher_head: the teacher's output head, for `hidden` labels.
         measure: figures of the held-out data; None if there are none.
         callbacks: transformers callbacks.
-        on_trouble: told in a sentence what makes the run slower than it might be.
+        on_trouble: told in a sentence what makes the run slower than it might be, or its figures less than they should be.
+
+    Attributes:
+        batch_shape: of the last micro-batch that was computed, in words; empty before the first.
     """
 
     def __init__(
         self,
         config: TrainConfig,
+        arguments: TrainingArguments,
         student: Student,
         data: TokenizedDataset,
         order: RunOrder,
@@ -106,12 +118,21 @@ class DistillationTrainer(Trainer):
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
         pad_id = student.tokenizer.pad_token_id
         pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
-        self._verdicts = Verdicts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._on_trouble = on_trouble
+        self.batch_shape = ""
+        self._window: list[tuple[Tensor, tuple[str, ...]]] = []
+        self._writing: Path | None = None
+        self._verdicts = Verdicts(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            skip=config.train.nonfinite == "skip",
+            max_skipped=config.train.max_skipped,
+            explain=self._why_not_finite,
+        )
         is_graphed = student.is_graphed
         length = graphed.padded_length if is_graphed else lambda longest: longest
         super().__init__(
             model=student.model,
-            args=training_arguments(config, order.steps, evaluates=measure is not None),
+            args=arguments,
             train_dataset=OrderedDataset(data, order),
             eval_dataset=[] if measure is None else [None],  # only asked whether there is one: see `evaluate`
             data_collator=lambda examples: collate(examples, pad_id, length),
@@ -210,7 +231,7 @@ class DistillationTrainer(Trainer):
             self._objective.at(self.state.global_step),
         )
         self._evidence = None if result.integrity is None else (result.integrity, inputs["request"])
-        self._meter.add(result.parts)
+        self._meter.add(result.parts, result.total)
         return result.total
 
     def _body(self, input_ids_BL: Tensor) -> Tensor:
@@ -223,17 +244,54 @@ class DistillationTrainer(Trainer):
         Raises:
             TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
         """
+        names = inputs["request"].names
+        sequences, tokens = inputs["input_ids"].shape
+        self.batch_shape = f"{sequences} sequences, padded to {tokens} tokens"
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._evidence is not None:
             self._verdicts.add(*self._evidence)
+        self._window.append((loss, names))
+        if self._config.train.nonfinite == "skip":  # transformers adds it to a sum that lasts for the whole run
+            return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
         return loss
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of the window's gradients; decides whether the optimizer, which is asked next, learns from them.
+
+        Raises:
+            NonFiniteError: they, or the loss of a micro-batch, are not finite; before the weights are touched.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses, names = zip(*self._window, strict=True)
+        self._window = []
+        left_out = self._verdicts.end_window(self.state.global_step + 1, losses, norm, names)
+        self._meter.end_window(left_out)
+        if not left_out.is_cuda and left_out:  # a GPU's optimizer is given `withheld`; any passes over what has no gradient
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
+
+    def _why_not_finite(self) -> str:
+        """What is known of it, what is left, and what to try; for the end of a sentence."""
+        settings, model = self._config.train, self._config.model
+        broken = not_finite(self._student.model, trained_only=True)
+        newest = checkpoint.newest_whole(Path(self.args.output_dir))
+        ways = [f"a lower train.learning_rate={settings.learning_rate:g}"]
+        ways += [f"model.dtype=bfloat16 or float32 for {model.dtype}"] * (model.dtype == "float16")
+        ways += ["train.max_grad_norm=1"] * (settings.max_grad_norm == 0)
+        ways += ["train.nonfinite=skip, if it is those rows alone"] * (settings.nonfinite == "stop" and not broken)
+        return (
+            (f"; weights are not finite ({broken}): an earlier update was too large for {model.dtype}" if broken else "")
+            + (f"; the newest checkpoint is {newest.name}" if newest else "; there is no checkpoint yet")
+            + f"; try {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}"
+        )
+
     def create_optimizer(self, model: Any = None) -> Any:
-        """As configured; on a GPU it passes over every step once labels were refused (`verdicts.py`)."""
+        """As configured; on a GPU it passes over a step whose numbers or labels are refused (`verdicts.py`)."""
         optimizer = super().create_optimizer(model)
-        if self._verdicts.refused.is_cuda:
+        if self._verdicts.withheld.is_cuda:
             # torch's own word for a step that a fused optimizer leaves out
-            optimizer.found_inf = self._verdicts.refused
+            optimizer.found_inf = self._verdicts.withheld
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -248,18 +306,42 @@ class DistillationTrainer(Trainer):
     # -------------------------------------------------------- evaluation, logs
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Figures of the held-out data, logged as `eval_*`."""
+        """Figures of the held-out data, logged as `eval_*`; those that are not finite are told of.
+
+        Raises:
+            TeacherHeadMismatch: the teacher's labels of it are not its head's.
+            NonFiniteError: the student's own likelihoods are not finite, and `train.nonfinite` is `stop`.
+            RunError: there is no memory for it.
+        """
         assert self._measure is not None
         self._verdicts.settle()
         began_s = time.perf_counter()
         self.model.eval()
-        metrics = {f"eval_{name}": value for name, value in self._measure().items()}
+        try:
+            metrics = {f"eval_{name}": value for name, value in self._measure().items()}
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"out of memory while measuring the held-out rows after step {self.state.global_step}: "
+                f"{' '.join(str(error).split())[:200]}; {what_to_lower(self._config, 'measuring')}"
+            ) from error
         self.model.train()
         self.log(dict(metrics))
+        self._check_held_out(metrics)
         self._meter.started_s += time.perf_counter() - began_s  # rates are of training alone
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._last_metrics = (self.state.global_step, metrics)
         return metrics
+
+    def _check_held_out(self, metrics: dict[str, float]) -> None:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        told = f"held-out figures after step {self.state.global_step} are not finite: {', '.join(bad)}"
+        if "eval_nll_per_token" in bad and self._config.train.nonfinite == "stop":
+            raise NonFiniteError(f"{told}{self._why_not_finite()}")
+        self._on_trouble(told)
 
     def last_metrics(self) -> dict[str, float]:
         """Figures of the model as it is now; measured unless the last step was followed by an evaluation."""
@@ -272,40 +354,114 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             logs |= self._meter.figures()
             self._meter = Meter()
+            if self._config.train.nonfinite == "skip":
+                logs["skipped_steps"] = self._verdicts.take_skipped()
+        self.state.epoch = self._order.epoch_at(self.state.global_step)  # to transformers the run is one epoch
         super().log(logs, start_time)
-        logs["epoch"] = self.state.log_history[-1]["epoch"] = self._order.epoch_at(self.state.global_step)
-        with (Path(self.args.output_dir) / LOG_NAME).open("a") as file:
-            file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+        self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])
+        path = Path(self.args.output_dir) / LOG_NAME
+        with disk_trouble_named(str(path), f"make room on the disk, then --resume auto{self._newest()}"), path.open("a") as file:
+            file.write(log_line({"step": self.state.global_step, **logs}))
 
     # ------------------------------------------------------------ checkpoints
 
+    def try_saving(self) -> None:
+        """Saves once before the first step, and takes it away again.
+
+        Raises:
+            ModelError, RunError: the model cannot be saved, or the disk does not take it.
+        """
+        run_folder = Path(self.args.output_dir)
+        try:
+            with disk_trouble_named(str(run_folder)):
+                trial = checkpoint.writing_folder(run_folder) / "trial"
+                try_saving(self.model, self._student.tokenizer, trial)
+        finally:
+            checkpoint.discard_unfinished(run_folder)
+
+    def save_final(self, folder: Path) -> None:
+        """Writes the model to `folder`, whole and durable, or leaves what is there.
+
+        Raises:
+            NonFiniteError: its weights are not finite.
+            RunError: the disk does not take it.
+        """
+        run_folder = Path(self.args.output_dir)
+        with self._written(str(folder)):
+            written = checkpoint.writing_folder(run_folder) / folder.name
+            self._save(str(written))
+            sync_tree(written)
+            if folder.exists():  # of an end that failed; or of somebody else, whose files stay
+                move_into(written, folder)
+            else:
+                os.replace(written, folder)
+            sync(run_folder)
+            checkpoint.discard_unfinished(run_folder)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._verdicts.settle()
-        super()._save_checkpoint(model, trial)
-        run_folder = Path(self.args.output_dir)
-        checkpoint.mark_complete(run_folder / f"checkpoint-{self.state.global_step}")
-        checkpoint.rotate(run_folder, self._config.train.keep_checkpoints)
+        run_folder, step = Path(self.args.output_dir), self.state.global_step
+        with self._written(f"{run_folder / f'checkpoint-{step}'}"):
+            self._writing = checkpoint.writing_folder(run_folder)
+            super()._save_checkpoint(model, trial)
+            checkpoint.publish(self._writing / f"checkpoint-{step}", run_folder)
+            self._writing = None
+            checkpoint.rotate(run_folder, self._config.train.keep_checkpoints, step)
+
+    @contextlib.contextmanager
+    def _written(self, what: str) -> Iterator[None]:
+        """Names trouble with the disk, and frees what a torn attempt has taken of it."""
+        try:
+            with disk_trouble_named(what, f"make room on the disk, then --resume auto{self._newest()}"):
+                yield
+        except BaseException:
+            self._writing = None
+            with contextlib.suppress(OSError):
+                checkpoint.discard_unfinished(Path(self.args.output_dir))
+            raise
+
+    def _newest(self) -> str:
+        newest = checkpoint.newest_whole(Path(self.args.output_dir))
+        return f" (from {newest.name})" if newest else ""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where transformers makes the folder of a checkpoint."""
+        return str(self._writing) if self._writing else str(super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self._verdicts.settle()
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, state_dict=state_dict)
-        self._student.tokenizer.save_pretrained(folder)
+        broken = not_finite(self._student.model, trained_only=True)
+        if broken:
+            raise NonFiniteError(
+                f"step {self.state.global_step}: its update has made the weights not finite, so they are not saved"
+                f"{self._why_not_finite()}"
+            )
+        save_student(self.model, self._student.tokenizer, Path(output_dir or self.args.output_dir), state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        checkpoint.save_state(Path(output_dir), self.optimizer, self.lr_scheduler)
+        checkpoint.save_state(Path(output_dir), self.optimizer, self.lr_scheduler, self._verdicts.in_a_row)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RunError(f"{resume_from_checkpoint} cannot be read: {str(error)[:300]}") from error
+        if broken := not_finite(self._student.model, trained_only=True):
+            raise NonFiniteError(
+                f"{resume_from_checkpoint}: its weights are not finite ({broken}); move it away to go on from the one before"
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
         if checkpoint_dir is not None:
-            checkpoint.load_state(Path(checkpoint_dir), self.optimizer, self.lr_scheduler)
+            self._verdicts.in_a_row = checkpoint.load_state(Path(checkpoint_dir), self.optimizer, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_random(Path(output_dir))
 
     def _load_rng_state(self, checkpoint_dir: str | None) -> None:
         if checkpoint_dir is not None:
-            checkpoint.load_random(Path(checkpoint_dir))
+            if told := checkpoint.load_random(Path(checkpoint_dir)):
+                self._on_trouble(told)
 
     def settle(self) -> None:
         """Waits for the verdicts on all labels used so far; raises as `training_step`."""
@@ -327,9 +483,38 @@ def learning_rate_share(step: int, steps: int, settings: OptimizationConfig) -> 
 
 
 def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> TrainingArguments:
-    """Our settings in transformers' words; what it would do on its own and we do ourselves is switched off."""
+    """Our settings in transformers' words; what it would do on its own and we do ourselves is switched off.
+
+    Raises:
+        RunError: several processes.
+        ConfigError: transformers refuses a setting on this machine.
+    """
+    check_single_process()
+    try:
+        arguments = _arguments(config, steps, evaluates=evaluates)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
+    if arguments.world_size > 1:
+        raise RunError(f"{arguments.world_size} processes: several are not supported yet; start one")
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would change what a micro-batch is
+    return arguments
+
+
+def check_single_process() -> None:
+    """Refuses what a launcher of several processes says in the environment, before anybody waits for the others.
+
+    Raises:
+        RunError: naming the variable.
+    """
+    for name in _WORLD_SIZES:
+        value = os.environ.get(name, "")
+        if value.strip() not in ("", "0", "1"):
+            raise RunError(f"{name}={value}: several processes are not supported yet; start one, or unset the variable")
+
+
+def _arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> TrainingArguments:
     settings = config.train
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(config.run.output_dir),
         seed=config.run.seed,
         max_steps=steps,
@@ -346,7 +531,7 @@ def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> T
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=None,  # ours are rotated only after the new one counts
-        report_to=list(settings.report_to) or "none",
+        report_to="none",  # `trackers.py`
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
@@ -359,7 +544,3 @@ def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> T
         include_num_input_tokens_seen="no",
         log_level="error",
     )
-    if arguments.world_size > 1:
-        raise RunError(f"WORLD_SIZE={arguments.world_size}: several processes are not supported yet; start one")
-    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would change what a micro-batch is
-    return arguments

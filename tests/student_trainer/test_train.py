@@ -190,11 +190,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(config_of, tmp_path, fake, monke
     with pytest.raises(_Stop):
         train(broken, console=QUIET)
     monkeypatch.setattr(DistillationTrainer, "compute_loss", original)
-    half = tmp_path / "broken" / "checkpoint-99"
-    half.mkdir()
+    half = tmp_path / "broken" / ".unfinished" / "checkpoint-99"
+    half.mkdir(parents=True)
     (half / "model.safetensors").write_text("torn")
     train(broken, resume=True, console=QUIET)
-    assert not half.exists(), "a checkpoint without its marker is no checkpoint"
+    assert not half.parent.exists(), "what was not finished is no checkpoint"
     assert adapter_hash(tmp_path / "broken") == adapter_hash(tmp_path / "straight")
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
 
@@ -341,7 +341,7 @@ def test_labels_that_lie_stop_the_run_before_a_step(config_of, fake, mistake, tr
     with pytest.raises(LabelError):
         train(config, console=QUIET)
     assert not (config.run.output_dir / "train_log.jsonl").exists()
-    assert checkpoint.newest_complete(config.run.output_dir) is None
+    assert checkpoint.newest_whole(config.run.output_dir) is None
 
 
 def test_another_tokenizer_is_refused_before_anything_is_written(tmp_path, model_factory, rows_file):
