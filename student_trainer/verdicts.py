@@ -166,7 +166,7 @@ class Verdicts:
         bad = [name for names, is_finite in zip(window.names, losses, strict=True) if not is_finite for name in names]
         bad = bad or [name for names in window.names for name in names]
         shown = ", ".join(bad[:_SHOWN]) + (f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
-        row = f", the {self.in_a_row}th step in a row (train.max_skipped={self._max_skipped})" if self._skip else ""
+        row = f", step {self.in_a_row} in a row (train.max_skipped={self._max_skipped})" if self._skip else ""
         raise NonFiniteError(
             f"step {window.step}: {what} is not finite{row}, with the samples {shown}; nothing was learned from it"
             f"{self._explain()}"
