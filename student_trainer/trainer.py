@@ -281,7 +281,7 @@ class DistillationTrainer(Trainer):
         ways += ["train.max_grad_norm=1"] * (settings.max_grad_norm == 0)
         ways += ["train.nonfinite=skip, if it is those rows alone"] * (settings.nonfinite == "stop" and not broken)
         return (
-            (f"; weights are not finite ({broken}): an earlier update was too large for {model.dtype}" if broken else "")
+            (f"; weights are not finite ({broken}): an earlier update left what {model.dtype} can hold" if broken else "")
             + (f"; the newest checkpoint is {newest.name}" if newest else "; there is no checkpoint yet")
             + f"; try {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}"
         )
@@ -360,7 +360,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
         self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])
         path = Path(self.args.output_dir) / LOG_NAME
-        with disk_trouble_named(str(path), f"make room on the disk, then --resume auto{self._newest()}"), path.open("a") as file:
+        with disk_trouble_named(str(path), self._room_and_resume), path.open("a") as file:
             file.write(log_line({"step": self.state.global_step, **logs}))
 
     # ------------------------------------------------------------ checkpoints
@@ -412,7 +412,7 @@ class DistillationTrainer(Trainer):
     def _written(self, what: str) -> Iterator[None]:
         """Names trouble with the disk, and frees what a torn attempt has taken of it."""
         try:
-            with disk_trouble_named(what, f"make room on the disk, then --resume auto{self._newest()}"):
+            with disk_trouble_named(what, self._room_and_resume):
                 yield
         except BaseException:
             self._writing = None
@@ -420,9 +420,9 @@ class DistillationTrainer(Trainer):
                 checkpoint.discard_unfinished(Path(self.args.output_dir))
             raise
 
-    def _newest(self) -> str:
+    def _room_and_resume(self) -> str:
         newest = checkpoint.newest_whole(Path(self.args.output_dir))
-        return f" (from {newest.name})" if newest else ""
+        return f"make room on the disk, then --resume auto{f' (from {newest.name})' if newest else ''}"
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where transformers makes the folder of a checkpoint."""
