@@ -119,7 +119,9 @@ def publish(written: Path, run_folder: Path) -> None:
     write_whole(written / MARKER, json.dumps({"sizes": sizes}, indent=1))
     target = run_folder / written.name
     if target.exists() and not is_ours(target):
-        raise RunError(f"{target}: is in the way of a checkpoint and was not written by this run; move it, then --resume auto")
+        raise RunError(
+            f"{target}: is in the way of a checkpoint and was not written by this run; move it, then --resume auto"
+        )
     if target.exists():  # damaged: else it would have been resumed from
         os.replace(target, written.parent / f"replaced-{target.name}")
     os.replace(written, target)
@@ -180,7 +182,9 @@ def damage_of(folder: Path) -> str:
         there = (folder / name).stat().st_size if (folder / name).is_file() else None
         if there != size:
             return f"{name} is missing" if there is None else f"{name} has {there:,} bytes, {size:,} were written"
-    written = [folder / name for name in sizes] or sorted(folder.rglob("*"))  # what somebody else put there is not asked
+    written = [folder / name for name in sizes] or sorted(
+        folder.rglob("*")
+    )  # what somebody else put there is not asked
     for path in written:
         try:
             if path.suffix == ".safetensors":

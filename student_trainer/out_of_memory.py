@@ -30,7 +30,9 @@ def what_to_lower(config: TrainConfig, doing: str) -> str:
     if doing == "measuring":
         ways = [f"lower train.eval_batch_size={config.train.eval_batch_size}"] * (config.train.eval_batch_size > 1)
     elif config.train.batch_size > 1:
-        ways = [f"lower train.batch_size={config.train.batch_size} and raise train.accumulation={config.train.accumulation}"]
+        ways = [
+            f"lower train.batch_size={config.train.batch_size} and raise train.accumulation={config.train.accumulation}"
+        ]
     else:
         ways = []
     ways += [f"lower loss.chunk_mb={config.loss.chunk_mb}"] * (config.loss.chunk_mb > 64)

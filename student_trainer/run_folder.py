@@ -36,7 +36,11 @@ _FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "data", 
          "model.compiled", "model.graphs", "train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints",
          "train.eval_batch_size", "train.nonfinite", "train.max_skipped")  # fmt: skip
 # Digests of an identity, what they are of, and the section of the settings that decides them.
-_DIGESTS = (("data", "the training rows", "data"), ("held_out", "the held-out rows", "data"), ("student", "the student's weights", "model"))
+_DIGESTS = (
+    ("data", "the training rows", "data"),
+    ("held_out", "the held-out rows", "data"),
+    ("student", "the student's weights", "model"),
+)
 
 
 @dataclass(frozen=True)
@@ -299,7 +303,9 @@ def _told_changes(section: str, config: TrainConfig) -> str:
     try:
         before = yaml.safe_load((config.run.output_dir / CONFIG_NAME).read_text())[section]
         now = config.model_dump(mode="json")[section]
-        changed = [f"{section}.{key}: {before.get(key)!r} -> {now[key]!r}"[:200] for key in now if before.get(key) != now[key]]
+        changed = [
+            f"{section}.{key}: {before.get(key)!r} -> {now[key]!r}"[:200] for key in now if before.get(key) != now[key]
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return ""
     return f" ({', '.join(changed[:4])})" if changed else ""

@@ -5,6 +5,7 @@ In: the names of `train.report_to`; out: callbacks for the trainer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,13 +28,17 @@ def make_trackers(names: tuple[str, ...], tell: Callable[[str], None]) -> list[T
     """
     trackers: list[TrainerCallback] = []
     for name in names:
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # half-made trackers complain when they go
+        said = ""
         try:
             (kind,) = get_reporting_integration_callbacks([name])
-            inner = kind()
+            trackers.append(Tracker(name, kind(), tell))
         except Exception as error:  # each tracker has its own way of saying that its package is missing
-            said = " ".join(str(error).split())[:300]
-            raise ConfigError(f"train.report_to: {name!r} cannot be used: {said}") from error
-        trackers.append(Tracker(name, inner, tell))
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+        finally:
+            sys.unraisablehook = hook
+        if said:
+            raise ConfigError(f"train.report_to: {name!r} cannot be used: {said}")
     return trackers
 
 

@@ -123,7 +123,10 @@ def _run(
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     check_room(
-        folder, state_bytes(student.model) if settings.save_steps else 0, saved_bytes(student.model), settings.keep_checkpoints
+        folder,
+        state_bytes(student.model) if settings.save_steps else 0,
+        saved_bytes(student.model),
+        settings.keep_checkpoints,
     )
     learned_from = {
         "teacher": teacher.info.fingerprint if teacher else "",

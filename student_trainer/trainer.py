@@ -266,7 +266,9 @@ class DistillationTrainer(Trainer):
         self._window = []
         left_out = self._verdicts.end_window(self.state.global_step + 1, losses, norm, names)
         self._meter.end_window(left_out)
-        if not left_out.is_cuda and left_out:  # a GPU's optimizer is given `withheld`; any passes over what has no gradient
+        if (
+            not left_out.is_cuda and left_out
+        ):  # a GPU's optimizer is given `withheld`; any passes over what has no gradient
             for parameter in model.parameters():
                 parameter.grad = None
         return norm
@@ -281,7 +283,11 @@ class DistillationTrainer(Trainer):
         ways += ["train.max_grad_norm=1"] * (settings.max_grad_norm == 0)
         ways += ["train.nonfinite=skip, if it is those rows alone"] * (settings.nonfinite == "stop" and not broken)
         return (
-            (f"; weights are not finite ({broken}): an earlier update left what {model.dtype} can hold" if broken else "")
+            (
+                f"; weights are not finite ({broken}): an earlier update left what {model.dtype} can hold"
+                if broken
+                else ""
+            )
             + (f"; the newest checkpoint is {newest.name}" if newest else "; there is no checkpoint yet")
             + f"; try {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}"
         )

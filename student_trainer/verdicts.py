@@ -22,7 +22,6 @@ ON_THEIR_WAY = 2  # micro-batches, and steps, that the host may be ahead of what
 _SHOWN = 8  # samples named in an error
 
 
-
 @dataclass(frozen=True)
 class _Window:
     """Whether one optimizer step may be learned from, on its way to the host.

@@ -111,7 +111,9 @@ def _evidence(rows: TeacherRows, label_ids_N: Tensor, seen: list[Seen]) -> Integ
         lse_N, label_logp_N = rows.seen(label_ids_N)
     else:
         empty = rows.lse_N[:0]
-        lse_N, label_logp_N = (torch.cat(column) for column in (zip(*seen, strict=True) if seen else ([empty], [empty])))
+        lse_N, label_logp_N = (
+            torch.cat(column) for column in (zip(*seen, strict=True) if seen else ([empty], [empty]))
+        )
     row_N = torch.arange(rows.lse_N.numel(), device=rows.lse_N.device)
     return Integrity(row_N, rows.lse_N, lse_N, rows.label_logp_N, label_logp_N, rows.tolerance)
 

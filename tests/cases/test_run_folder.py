@@ -130,7 +130,9 @@ def test_paths_in_sections_for_others_know_home_too(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     tree = {"run": {"output_dir": "~/x"}, "model": {"path": "m"}, "data": {"train": ["d"]}}
     config = parse_config(tree | {"teacher": {"embedded": "~/teacher.yaml", "ca_file": "~/ca.pem"}}, "test")
-    assert str(config.teacher.embedded) == "/somewhere/teacher.yaml" and str(config.teacher.ca_file) == "/somewhere/ca.pem"
+    assert (
+        str(config.teacher.embedded) == "/somewhere/teacher.yaml" and str(config.teacher.ca_file) == "/somewhere/ca.pem"
+    )
     assert str(config.run.cache_dir) == "/somewhere/.cache/lyceum"
 
 

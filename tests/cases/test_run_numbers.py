@@ -117,7 +117,9 @@ def test_skip_leaves_the_step_out_counts_it_and_resumes_to_the_same_bits(tmp_pat
     train(case_config(tmp_path, *settings), console=quiet())
     log = [entry for entry in log_of(tmp_path) if "loss" in entry]
     assert [entry["skipped_steps"] for entry in log] == [1, 0, 1]
-    assert all(math.isfinite(entry["loss"]) and entry["loss"] == pytest.approx(entry["sft_loss"], rel=1e-5) for entry in log)
+    assert all(
+        math.isfinite(entry["loss"]) and entry["loss"] == pytest.approx(entry["sft_loss"], rel=1e-5) for entry in log
+    )
     assert is_finite(tmp_path / "run" / "final")
     straight = weights(tmp_path / "run" / "final")
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
