@@ -60,6 +60,7 @@ def _kept_generation_config(model: Any, folder: Path) -> Iterator[None]:
         if kept is not None:
             kept.validate(strict=True)
     except ValueError:
+        assert kept is not None
         model.generation_config = GenerationConfig()
         try:
             yield

@@ -18,8 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
-from student_trainer import checkpoint, files, run_folder, saving, trackers
-from student_trainer import trainer as trainer_module
+from student_trainer import checkpoint, files, keeping, run_folder, saving, trackers
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.train import train
 from student_trainer.trainer import DistillationTrainer
@@ -215,10 +214,10 @@ def full(*args, **kwargs):
     ("where", "what"),
     [
         ("student_trainer.trainer.LOG_NAME", "/dev/full"),
-        ("student_trainer.trainer.save_student", "checkpoint-1"),
+        ("student_trainer.keeping.save_student", "checkpoint-1"),
         ("student_trainer.checkpoint.save_file", "checkpoint-1"),
         ("student_trainer.checkpoint.write_whole", "checkpoint-1"),
-        ("student_trainer.trainer.sync_tree", "final"),
+        ("student_trainer.keeping.sync_tree", "final"),
         ("student_trainer.run_folder.write_whole", "run.output_dir"),
     ],
 )
@@ -242,7 +241,7 @@ def test_the_model_is_whole_and_on_disk_before_the_result_says_so(tmp_path, monk
         order.append(("finish", (folder / "final" / "model.safetensors").is_file(), (folder / "result.json").exists()))
         return plain["finish"](folder, *args)
 
-    monkeypatch.setattr(trainer_module, "sync_tree", synced)
+    monkeypatch.setattr(keeping, "sync_tree", synced)
     monkeypatch.setattr("student_trainer.train.finish", finished)
     folder = train(case_config(tmp_path), console=quiet()).output_dir
     assert [entry[:2] for entry in order] == [("synced", "final"), ("finish", True)] and order[1][2] is False

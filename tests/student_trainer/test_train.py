@@ -345,7 +345,7 @@ def test_labels_that_lie_stop_the_run_before_a_step(config_of, fake, mistake, tr
     assert checkpoint.newest_whole(config.run.output_dir) is None
 
 
-@pytest.mark.parametrize("mistake", ["state", "foreign", "shifted"])
+@pytest.mark.parametrize("mistake", ["state", "shifted"])
 def test_held_out_labels_that_lie_are_refused_as_those_of_training_are(config_of, tmp_path, fake, mistake):
     """Nothing but the head tells: without the check the figures would be measured against them."""
     held_out = tmp_path / "held-out.jsonl"
