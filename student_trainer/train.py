@@ -149,11 +149,11 @@ def _run(
         feed = partial(open_training_feed, config, teacher, data, order, provided) if teacher and distils else None
         trainer = DistillationTrainer(
             config,
-            arguments,
             student,
             data,
             order,
             objective,
+            arguments=arguments,
             open_feed=feed,
             ask=provided.put if provided else None,
             teacher_head=teacher.head if teacher else None,

@@ -69,11 +69,11 @@ class DistillationTrainer(KeepingTrainer):
 
     Args:
         config: of the run.
-        arguments: of `training_arguments`.
         student: what is trained.
         data: tokenised rows.
         order: which rows when.
         objective: which losses at which step.
+        arguments: of `training_arguments`, if they were made already.
         open_feed: makes a feed that starts at a micro-batch; None if no loss needs a teacher.
         ask: hands the feed a request it cannot make itself; None if it can make them all.
         teacher_head: the teacher's output head, for `hidden` labels.
@@ -88,12 +88,12 @@ class DistillationTrainer(KeepingTrainer):
     def __init__(
         self,
         config: TrainConfig,
-        arguments: TrainingArguments,
         student: Student,
         data: TokenizedDataset,
         order: RunOrder,
         objective: Objective,
         *,
+        arguments: TrainingArguments | None = None,
         open_feed: Callable[[int], LabelFeed] | None = None,
         ask: Callable[[int, LabelRequest], None] | None = None,
         teacher_head: Head | None = None,
@@ -131,7 +131,7 @@ class DistillationTrainer(KeepingTrainer):
         length = graphed.padded_length if is_graphed else lambda longest: longest
         super().__init__(
             model=student.model,
-            args=arguments,
+            args=arguments or training_arguments(config, order.steps, evaluates=measure is not None),
             train_dataset=OrderedDataset(data, order),
             eval_dataset=[] if measure is None else [None],  # only asked whether there is one: see `evaluate`
             data_collator=lambda examples: collate(examples, pad_id, length),
