@@ -1,6 +1,7 @@
 """`student-trainer`: train, label, cache. Loads neither torch nor ray before a command needs them.
 
-Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend (one line says what and where), 130 interrupted.
+Exit codes: 0 done; 1 numbers of a run that are not finite (one line), or a fault of ours (a traceback); 2 something the user can mend
+(one line says what and where); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -115,13 +116,13 @@ def traces(
 
 
 def main() -> None:
-    """The console script: one line and exit code 2 for what the user can mend."""
+    """The console script: one line and an exit code for what is known to go wrong."""
     try:
         app()
     except (StudentError, TeacherWireError) as error:
         notes = "; ".join(getattr(error, "__notes__", []))
         print(f"student-trainer: {error}{f' ({notes})' if notes else ''}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
 
 
 if __name__ == "__main__":

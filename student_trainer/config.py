@@ -6,11 +6,12 @@ that names the key; nothing here builds anything.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from student_trainer.config_file import Settings, parse_as, read_tree
 from student_trainer.errors import ConfigError
@@ -21,6 +22,23 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # ~somebody who is not there
+        raise ValueError(f"there is no such home directory: {error}") from error
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(_at_home(path)))
+
+
+# `~` is the home directory wherever a path is read; and what a run writes stays where it was named, whoever changes directory.
+HomePath = Annotated[Path, AfterValidator(_at_home)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+HomeText = Annotated[str, AfterValidator(lambda text: str(_at_home(Path(text))) if text.startswith("~") else text)]
+
+
 class _Strict(Settings):
     """A section; see `Settings`."""
 
@@ -29,14 +47,14 @@ class RunConfig(_Strict):
     """Where the run lives and what makes it repeatable.
 
     Attributes:
-        output_dir: folder of this run; must not hold another run.
+        output_dir: folder of this run; must not hold another run. Kept absolute, as `cache_dir`; `~` is the home directory.
         seed: of initialisation, order and dropout.
         cache_dir: shared by all runs of this machine (labels, output heads).
     """
 
-    output_dir: Path
+    output_dir: AbsolutePath
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    cache_dir: Path = Path("~/.cache/lyceum")
+    cache_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Path("~/.cache/lyceum")
 
 
 class LoraSettings(_Strict):
@@ -66,7 +84,7 @@ class ModelConfig(_Strict):
         threads: torch threads on CPU.
     """
 
-    path: str
+    path: HomeText
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -87,7 +105,7 @@ class SourceConfig(_Strict):
         columns: name of a field in the rows -> the name it is read by; null leaves the field out on purpose.
     """
 
-    path: str
+    path: HomeText
     format: str = "auto"
     sample: Positive | None = None
     split: str = "train"
@@ -175,11 +193,11 @@ class TeacherConfig(_Strict):
     """
 
     address: str | None = None
-    embedded: Path | None = None
+    embedded: HomePath | None = None
     name: str = ""
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
+    ca_file: HomePath | None = None
+    cert_file: HomePath | None = None
+    key_file: HomePath | None = None
     token_env: str = "LYCEUM_TOKEN"
     tenant: str = ""
     proxy: str = "auto"
@@ -304,6 +322,9 @@ class OptimizationConfig(_Strict):
         log_steps, eval_steps, save_steps: in optimizer steps; 0 is never (the end always counts).
         keep_checkpoints: how many to keep.
         report_to: trackers of transformers, such as tensorboard or wandb.
+        nonfinite: what a step does whose loss or gradient is NaN or infinite: `stop` ends the run before the update, `skip`
+            leaves that update out and counts it in the log.
+        max_skipped: updates left out one after another, at most; then the run ends, whatever `nonfinite` says.
     """
 
     batch_size: Positive = 2
@@ -324,7 +345,14 @@ class OptimizationConfig(_Strict):
     save_steps: Annotated[int, Field(ge=0)] = 0
     keep_checkpoints: Positive = 2
     report_to: tuple[str, ...] = ()
+    nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: Positive = 10
     deterministic: bool = True
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class FeedConfig(_Strict):
@@ -412,7 +440,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
     Raises:
         ConfigError: one line that names file and key.
     """
-    return parse_config(read_tree(path, overrides), str(path))
+    return parse_config(read_tree(path.expanduser(), overrides), str(path))
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> TrainConfig:

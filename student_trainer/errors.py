@@ -5,8 +5,9 @@
     ├── DataError     a row, a file or a template breaks a rule       (ValueError)
     ├── ModelError    a model or tokenizer cannot be loaded or used
     └── RunError      a run cannot start, continue or be resumed
+        └── NonFiniteError  the numbers of a run are no numbers any more; exit code 1
 
-The text of each is one clear line naming what and where; the CLI prints it and exits with code 2.
+The text of each is one clear line naming what and where; the CLI prints it and exits with its `exit_code`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ class StudentError(Exception):
 
     Args:
         message: one sentence for a person; line breaks in it (quoted causes) become spaces.
+
+    Attributes:
+        exit_code: of the command that it ends: 2, since the user can mend it before the same command is tried again.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -54,6 +60,12 @@ class ModelError(StudentError):
 
 class RunError(StudentError):
     """A run cannot start, continue or be resumed."""
+
+
+class NonFiniteError(RunError):
+    """A loss, a gradient, a weight or a held-out figure is NaN or infinite: the run as it was set up does not work."""
+
+    exit_code = 1
 
 
 def _shown(value: object, limit: int = 80) -> str:

@@ -1,6 +1,7 @@
 """How good a student is on held-out data: NLL per byte, KL to the teacher, acc1, acc3.
 
-In: a student, rows, and the teacher's labels if there is a teacher; out: figures. No gradients, no sampling.
+In: a student, rows, and the teacher's labels if there is a teacher; out: figures. No gradients, no sampling. Labels are held
+against the teacher's head as in training, before anything is said that rests on them.
 Axes: N supervised rows of a batch, D width.
 """
 
@@ -15,6 +16,7 @@ from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.packing import pack
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
+from student_trainer.losses.integrity import Tally, TeacherHeadMismatch
 from student_trainer.losses.measure import measure as measure_rows
 from student_trainer.model import Student
 from student_trainer.objective import rows_on
@@ -49,10 +51,14 @@ def measure(
         chunk_bytes: bound on logits held at a time.
 
     Returns:
-        `nll_per_byte` (nats per UTF-8 byte of the supervised text), `nll_per_token`, `acc1`, `acc3` (share of rows whose
+        `nll_per_byte` (nats per UTF-8 byte of the supervised text; not if that is empty), `nll_per_token`, `acc1`, `acc3` (share of rows whose
         token is the first, among the first three) and, with a teacher, `kl_to_teacher` (nats a row, KL(teacher || student); not from `top_k` labels, which
         only bound it), `teacher_nll_per_byte`, `teacher_acc1` and `teacher_acc3`.
+
+    Raises:
+        TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
     """
+    tally = Tally()
     sums: dict[str, float] = {}
     pad_id = student.tokenizer.pad_token_id
     pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
@@ -70,6 +76,12 @@ def measure(
         labels_N = torch.from_numpy(packed.labels_N()).long().to(device)
         teacher = None if labels is None else rows_on(labels(number), teacher_head, device)
         found = measure_rows(state_ND, head, teacher, labels_N, chunk_rows=max(16, chunk_bytes // (16 * vocab_rows)))
+        if found.integrity is not None:
+            try:
+                found.integrity.check(tally)
+            except TeacherHeadMismatch as error:
+                error.add_note(f"held-out sample {rows[packed.sequence_of_row(error.row)].example.key}")
+                raise
         for name in (
             "nll_sum",
             "kl_sum",
@@ -84,14 +96,14 @@ def measure(
             if value is not None:
                 sums[name] = sums.get(name, 0.0) + float(value)
     rows_seen = sums["rows"]
-    figures = {
-        "nll_per_byte": sums["nll_sum"] / max(1, data.target_bytes),
+    figures = {"nll_per_byte": sums["nll_sum"] / data.target_bytes} if data.target_bytes else {}
+    figures |= {
         "nll_per_token": sums["nll_sum"] / rows_seen,
         "acc1": sums["acc1_hits"] / rows_seen,
         "acc3": sums["acc3_hits"] / rows_seen,
     }
-    if "teacher_nll_sum" in sums:
-        figures["teacher_nll_per_byte"] = sums["teacher_nll_sum"] / max(1, data.target_bytes)
+    if "teacher_nll_sum" in sums and data.target_bytes:
+        figures["teacher_nll_per_byte"] = sums["teacher_nll_sum"] / data.target_bytes
     if "kl_sum" in sums:
         figures["kl_to_teacher"] = sums["kl_sum"] / rows_seen
         figures["teacher_acc1"] = sums["teacher_acc1_hits"] / rows_seen

@@ -172,12 +172,12 @@ def _is_still(handle: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def disk_trouble_named(what: str, way_out: str = "") -> Iterator[None]:
+def disk_trouble_named(what: str, way_out: Callable[[], str] = lambda: "make room on the disk") -> Iterator[None]:
     """Turns what a disk refuses into one line.
 
     Args:
         what: is written, with its place.
-        way_out: what to do about it; "" says to make room.
+        way_out: says what to do about it, once there is trouble.
 
     Raises:
         RunError: in place of OSError, and of what safetensors makes of one.
@@ -185,18 +185,12 @@ def disk_trouble_named(what: str, way_out: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunError(f"{what}: cannot be written: {reason}{_advice(reason, way_out)}") from error
+        raise RunError(f"{what}: cannot be written: {error.strerror or error}; {way_out()}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # it loads no torch here
             raise
         reason = str(error).removeprefix("Error while serializing: ")
-        raise RunError(f"{what}: cannot be written: {reason}{_advice(reason, way_out)}") from error
-
-
-def _advice(reason: str, way_out: str) -> str:
-    told = way_out or "make room on the disk"
-    return f"; {told}" if told not in reason else ""
+        raise RunError(f"{what}: cannot be written: {reason}; {way_out()}") from error
 
 
 def free_bytes(folder: Path) -> int:

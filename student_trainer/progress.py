@@ -17,6 +17,7 @@ _SHOWN = {
     "tokens_per_s": "{:,.0f} tok/s",
     "wait_share": "waiting for the teacher {:.0%}",
     "cache_hits": "labels from disk {:.0%}",
+    "skipped_steps": "{:d} steps left out",
     "eval_nll_per_byte": "held-out {:.4f} nats/byte",
     "eval_kl_to_teacher": "KL to teacher {:.4f}",
     "eval_acc1": "acc1 {:.3f}",

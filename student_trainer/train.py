@@ -1,7 +1,7 @@
 """A run from its config to its end: the door of the student's house.
 
-Everything that can be wrong is found before the run folder exists; then the folder holds the resolved config, the log,
-the checkpoints and, at the end, the model.
+Everything that can be wrong is found before the run folder exists, or before the first step, and then the folder goes again; after it
+the folder, which one process has at a time, holds the resolved config, the log, the checkpoints and, at the end, the model.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from functools import partial
 import torch
 from rich.console import Console
 from rich.markup import escape
+from transformers import TrainerCallback
 
 from student_trainer import evaluate
 from student_trainer.config import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.errors import ModelError, RunError
 from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.packing import pack
 from student_trainer.feed.provided import ProvidedRequests
 from student_trainer.feed.source import LabelRequest
+from student_trainer.files import FolderLock, disk_trouble_named
 from student_trainer.inputs import bytes_on_disk, keep_bad_rows, load_data, order_of
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.meeting import (
@@ -34,18 +37,24 @@ from student_trainer.meeting import (
 )
 from student_trainer.model import Student, load_student
 from student_trainer.objective import Objective, check_loss
+from student_trainer.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.progress import ConsoleProgress
 from student_trainer.run_folder import (
     FINAL_NAME,
+    IDENTITY_NAME,
     AlreadyFinished,
     RunResult,
     check_folder,
+    check_room,
     finish,
+    leave_no_trace,
     open_folder,
     result_of,
     settled_labels,
 )
-from student_trainer.trainer import DistillationTrainer
+from student_trainer.saving import not_finite, saved_bytes, state_bytes
+from student_trainer.trackers import make_trackers
+from student_trainer.trainer import DistillationTrainer, check_single_process, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -66,20 +75,33 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over logits for nobody
-    check_folder(config, resume)
     if config.labels.transport != "auto":
         check_loss(config.loss, config.labels)
-    with teacher_address(config.teacher, console) as address:
-        student = load_student(config.model, config.run.seed)
-        data, held_out = load_data(config.data, student.tokenizer, console)
-        teacher = meet_teacher(
-            config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
-        )
-        try:
-            return _run(config, student, data, held_out, teacher, resume, console)
-        except AlreadyFinished:
-            console.print("the run is finished: nothing to resume")
-            return result_of(config.run.output_dir)
+    check_single_process()
+    note = partial(_note, console)
+    trackers = make_trackers(config.train.report_to, note)
+    folder = config.run.output_dir
+    with FolderLock(folder, note) as lock:
+        check_folder(config, resume)
+        if folder.is_dir():
+            lock.acquire()
+        with teacher_address(config.teacher, console) as address:
+            student = load_student(config.model, config.run.seed)
+            if broken := not_finite(student.model):
+                raise ModelError(f"model.path {config.model.path}: its weights are not finite, {broken} first")
+            data, held_out = load_data(config.data, student.tokenizer, console)
+            teacher = meet_teacher(
+                config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
+            )
+            try:
+                return _run(config, student, data, held_out, teacher, resume, console, lock, trackers)
+            except AlreadyFinished:
+                console.print("the run is finished: nothing to resume")
+                return result_of(folder)
+
+
+def _note(console: Console, told: str) -> None:
+    console.print(f"[yellow]note:[/] {escape(told)}")
 
 
 def _run(
@@ -90,49 +112,80 @@ def _run(
     teacher: Teacher | None,
     resume: bool,
     console: Console,
+    lock: FolderLock,
+    trackers: list[TrainerCallback],
 ) -> RunResult:
     order = order_of(config, data)
     if teacher is not None:
         check_sizes(config, teacher, data, held_out, order)
         _advise_budget(config, teacher, data, console)
     objective = Objective(config.loss, teacher.spec.vocab_rows if teacher else _own_rows(student))
+    arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
+    folder, settings = config.run.output_dir, config.train
+    check_room(
+        folder,
+        state_bytes(student.model) if settings.save_steps else 0,
+        saved_bytes(student.model),
+        settings.keep_checkpoints,
+    )
     learned_from = {
         "teacher": teacher.info.fingerprint if teacher else "",
         "data": data.sha256,
+        "held_out": held_out.sha256 if held_out else "",
         "student": student.sha256,
         "labels": (teacher.labels if teacher else config.labels).model_dump_json(),
         "computed": student.computed_by,
     }
-    start = open_folder(config, learned_from, resume, console)
-    keep_bad_rows(config.run.output_dir, data, held_out, console)
-    progress = ConsoleProgress(console, config.run.output_dir.name)
-    distils = teacher is not None and config.loss.output is not None
-    provided = ProvidedRequests() if distils and config.labels.extra_ids else None
-    trainer = DistillationTrainer(
-        config,
-        student,
-        data,
-        order,
-        objective,
-        open_feed=partial(open_training_feed, config, teacher, data, order, provided) if teacher and distils else None,
-        ask=provided.put if provided else None,
-        teacher_head=teacher.head if teacher else None,
-        measure=_measure(config, student, held_out, teacher, objective) if held_out else None,
-        callbacks=[progress],
-        on_trouble=lambda told: console.print(f"[yellow]note:[/] {escape(told)}"),
-    )
+    with disk_trouble_named(f"run.output_dir {folder}"):
+        lock.acquire()
+    check_folder(config, resume)  # another run may have been here since
+    is_new = not (folder / IDENTITY_NAME).is_file()
+    trainer = None
+    progress = ConsoleProgress(console, folder.name)
     try:
+        start = open_folder(config, learned_from, resume, console, order.steps)
+        keep_bad_rows(folder, data, held_out, console)
+        distils = teacher is not None and config.loss.output is not None
+        provided = ProvidedRequests() if distils and config.labels.extra_ids else None
+        feed = partial(open_training_feed, config, teacher, data, order, provided) if teacher and distils else None
+        trainer = DistillationTrainer(
+            config,
+            student,
+            data,
+            order,
+            objective,
+            arguments=arguments,
+            open_feed=feed,
+            ask=provided.put if provided else None,
+            teacher_head=teacher.head if teacher else None,
+            measure=_measure(config, student, held_out, teacher, objective) if held_out else None,
+            callbacks=[progress, *trackers],
+            on_trouble=partial(_note, console),
+        )
+        trainer.try_saving()
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        trainer.save_model(str(config.run.output_dir / FINAL_NAME))  # before anything else can go wrong
+        trainer.save_final(folder / FINAL_NAME)  # before anything else can go wrong
         metrics = trainer.last_metrics() if held_out else {}
     except BaseException as error:
-        _name_bad_labels(error, trainer, teacher)
+        if trainer is not None:
+            _name_bad_labels(error, trainer, teacher)
+        if is_out_of_memory(error):
+            raise RunError(_told_of_memory(config, error, trainer)) from error
         raise
     finally:
         progress.close()
-        trainer.close()
-    result = finish(config.run.output_dir, trainer.state.global_step, metrics)
+        if trainer is not None:
+            trainer.close()
+        if is_new and (trainer is None or not trainer.state.global_step):
+            leave_no_trace(folder)  # of a run that has learned nothing
+    result = finish(folder, trainer.state.global_step, metrics)
     return replace(result, usage=teacher.desk.usage) if teacher else result
+
+
+def _told_of_memory(config: TrainConfig, error: BaseException, trainer: DistillationTrainer | None) -> str:
+    step = trainer.state.global_step + 1 if trainer else 1
+    shape = f" ({trainer.batch_shape})" if trainer and trainer.batch_shape else ""
+    return f"out of memory in step {step}{shape}: {' '.join(str(error).split())[:200]}; {what_to_lower(config, 'training')}"
 
 
 def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, teacher: Teacher | None) -> None:

@@ -7,8 +7,8 @@ Axes: B sequences, L padded length, N supervised rows, D width.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,18 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
-from student_trainer import checkpoint, graphed
+from student_trainer import graphed
 from student_trainer.config import OptimizationConfig, TrainConfig
 from student_trainer.cuda_recorder import CudaRecorder
 from student_trainer.data.dataset import TokenizedDataset, collate
-from student_trainer.errors import RunError
+from student_trainer.errors import ConfigError, NonFiniteError, RunError
 from student_trainer.feed.arrays import LabelTensors, ahead
 from student_trainer.feed.order import OrderedDataset, RunOrder
 from student_trainer.feed.packing import pack
 from student_trainer.feed.prefetch import LabelFeed
 from student_trainer.feed.source import LabelRequest
+from student_trainer.files import disk_trouble_named
+from student_trainer.keeping import KeepingTrainer
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
@@ -38,9 +40,13 @@ from student_trainer.losses.output import output_loss
 from student_trainer.meter import Meter
 from student_trainer.model import Student
 from student_trainer.objective import Objective, rows_on
-from student_trainer.run_folder import LOG_NAME
+from student_trainer.out_of_memory import is_out_of_memory, what_to_lower
+from student_trainer.run_folder import LOG_NAME, finite_or_none, log_line
 from student_trainer.verdicts import Verdicts
 from teacher_wire.messages import TokenBatch
+
+# What accelerate asks for the number of processes.
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class _Rows:
     weights_N: Tensor
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(KeepingTrainer):
     """See module; built by `train.py`.
 
     Args:
@@ -67,12 +73,16 @@ class DistillationTrainer(Trainer):
         data: tokenised rows.
         order: which rows when.
         objective: which losses at which step.
+        arguments: of `training_arguments`, if they were made already.
         open_feed: makes a feed that starts at a micro-batch; None if no loss needs a teacher.
         ask: hands the feed a request it cannot make itself; None if it can make them all.
         teacher_head: the teacher's output head, for `hidden` labels.
         measure: figures of the held-out data; None if there are none.
         callbacks: transformers callbacks.
-        on_trouble: told in a sentence what makes the run slower than it might be.
+        on_trouble: told in a sentence what makes the run slower than it might be, or its figures less than they should be.
+
+    Attributes:
+        batch_shape: of the last micro-batch that was computed, in words; empty before the first.
     """
 
     def __init__(
@@ -83,6 +93,7 @@ class DistillationTrainer(Trainer):
         order: RunOrder,
         objective: Objective,
         *,
+        arguments: TrainingArguments | None = None,
         open_feed: Callable[[int], LabelFeed] | None = None,
         ask: Callable[[int, LabelRequest], None] | None = None,
         teacher_head: Head | None = None,
@@ -106,12 +117,21 @@ class DistillationTrainer(Trainer):
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
         pad_id = student.tokenizer.pad_token_id
         pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
-        self._verdicts = Verdicts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._on_trouble = on_trouble
+        self.batch_shape = ""
+        self._window: list[tuple[Tensor, tuple[str, ...]]] = []
+
+        self._verdicts = Verdicts(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            skip=config.train.nonfinite == "skip",
+            max_skipped=config.train.max_skipped,
+            explain=self._why_not_finite,
+        )
         is_graphed = student.is_graphed
         length = graphed.padded_length if is_graphed else lambda longest: longest
         super().__init__(
             model=student.model,
-            args=training_arguments(config, order.steps, evaluates=measure is not None),
+            args=arguments or training_arguments(config, order.steps, evaluates=measure is not None),
             train_dataset=OrderedDataset(data, order),
             eval_dataset=[] if measure is None else [None],  # only asked whether there is one: see `evaluate`
             data_collator=lambda examples: collate(examples, pad_id, length),
@@ -210,7 +230,7 @@ class DistillationTrainer(Trainer):
             self._objective.at(self.state.global_step),
         )
         self._evidence = None if result.integrity is None else (result.integrity, inputs["request"])
-        self._meter.add(result.parts)
+        self._meter.add(result.parts, result.total)
         return result.total
 
     def _body(self, input_ids_BL: Tensor) -> Tensor:
@@ -223,17 +243,41 @@ class DistillationTrainer(Trainer):
         Raises:
             TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
         """
+        names = inputs["request"].names
+        sequences, tokens = inputs["input_ids"].shape
+        self.batch_shape = f"{sequences} sequences, padded to {tokens} tokens"
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._evidence is not None:
             self._verdicts.add(*self._evidence)
+        self._window.append((loss, names))
+        if self._config.train.nonfinite == "skip":  # transformers adds it to a sum that lasts for the whole run
+            return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
         return loss
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of the window's gradients; decides whether the optimizer, which is asked next, learns from them.
+
+        Raises:
+            NonFiniteError: they, or the loss of a micro-batch, are not finite; before the weights are touched.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses, names = zip(*self._window, strict=True)
+        self._window = []
+        left_out = self._verdicts.end_window(self.state.global_step + 1, losses, norm, names)
+        self._meter.end_window(left_out)
+        if (
+            not left_out.is_cuda and left_out
+        ):  # a GPU's optimizer is given `withheld`; any passes over what has no gradient
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
+
     def create_optimizer(self, model: Any = None) -> Any:
-        """As configured; on a GPU it passes over every step once labels were refused (`verdicts.py`)."""
+        """As configured; on a GPU it passes over a step whose numbers or labels are refused (`verdicts.py`)."""
         optimizer = super().create_optimizer(model)
-        if self._verdicts.refused.is_cuda:
+        if self._verdicts.withheld.is_cuda:
             # torch's own word for a step that a fused optimizer leaves out
-            optimizer.found_inf = self._verdicts.refused
+            optimizer.found_inf = self._verdicts.withheld
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -248,18 +292,42 @@ class DistillationTrainer(Trainer):
     # -------------------------------------------------------- evaluation, logs
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Figures of the held-out data, logged as `eval_*`."""
+        """Figures of the held-out data, logged as `eval_*`; those that are not finite are told of.
+
+        Raises:
+            TeacherHeadMismatch: the teacher's labels of it are not its head's.
+            NonFiniteError: the student's own likelihoods are not finite, and `train.nonfinite` is `stop`.
+            RunError: there is no memory for it.
+        """
         assert self._measure is not None
         self._verdicts.settle()
         began_s = time.perf_counter()
         self.model.eval()
-        metrics = {f"eval_{name}": value for name, value in self._measure().items()}
+        try:
+            metrics = {f"eval_{name}": value for name, value in self._measure().items()}
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"out of memory while measuring the held-out rows after step {self.state.global_step}: "
+                f"{' '.join(str(error).split())[:200]}; {what_to_lower(self._config, 'measuring')}"
+            ) from error
         self.model.train()
         self.log(dict(metrics))
+        self._check_held_out(metrics)
         self._meter.started_s += time.perf_counter() - began_s  # rates are of training alone
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._last_metrics = (self.state.global_step, metrics)
         return metrics
+
+    def _check_held_out(self, metrics: dict[str, float]) -> None:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        told = f"held-out figures after step {self.state.global_step} are not finite: {', '.join(bad)}"
+        if "eval_nll_per_token" in bad and self._config.train.nonfinite == "stop":
+            raise NonFiniteError(f"{told}{self._why_not_finite()}")
+        self._on_trouble(told)
 
     def last_metrics(self) -> dict[str, float]:
         """Figures of the model as it is now; measured unless the last step was followed by an evaluation."""
@@ -272,40 +340,14 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             logs |= self._meter.figures()
             self._meter = Meter()
+            if self._config.train.nonfinite == "skip":
+                logs["skipped_steps"] = self._verdicts.take_skipped()
+        self.state.epoch = self._order.epoch_at(self.state.global_step)  # to transformers the run is one epoch
         super().log(logs, start_time)
-        logs["epoch"] = self.state.log_history[-1]["epoch"] = self._order.epoch_at(self.state.global_step)
-        with (Path(self.args.output_dir) / LOG_NAME).open("a") as file:
-            file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
-
-    # ------------------------------------------------------------ checkpoints
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._verdicts.settle()
-        super()._save_checkpoint(model, trial)
-        run_folder = Path(self.args.output_dir)
-        checkpoint.mark_complete(run_folder / f"checkpoint-{self.state.global_step}")
-        checkpoint.rotate(run_folder, self._config.train.keep_checkpoints)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self._verdicts.settle()
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, state_dict=state_dict)
-        self._student.tokenizer.save_pretrained(folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        checkpoint.save_state(Path(output_dir), self.optimizer, self.lr_scheduler)
-
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None:
-            checkpoint.load_state(Path(checkpoint_dir), self.optimizer, self.lr_scheduler)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        checkpoint.save_random(Path(output_dir))
-
-    def _load_rng_state(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None:
-            checkpoint.load_random(Path(checkpoint_dir))
+        self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])
+        path = Path(self.args.output_dir) / LOG_NAME
+        with disk_trouble_named(str(path), self._room_and_resume), path.open("a") as file:
+            file.write(log_line({"step": self.state.global_step, **logs}))
 
     def settle(self) -> None:
         """Waits for the verdicts on all labels used so far; raises as `training_step`."""
@@ -327,9 +369,38 @@ def learning_rate_share(step: int, steps: int, settings: OptimizationConfig) -> 
 
 
 def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> TrainingArguments:
-    """Our settings in transformers' words; what it would do on its own and we do ourselves is switched off."""
+    """Our settings in transformers' words; what it would do on its own and we do ourselves is switched off.
+
+    Raises:
+        RunError: several processes.
+        ConfigError: transformers refuses a setting on this machine.
+    """
+    check_single_process()
+    try:
+        arguments = _arguments(config, steps, evaluates=evaluates)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
+    if arguments.world_size > 1:
+        raise RunError(f"{arguments.world_size} processes: several are not supported yet; start one")
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would change what a micro-batch is
+    return arguments
+
+
+def check_single_process() -> None:
+    """Refuses what a launcher of several processes says in the environment, before anybody waits for the others.
+
+    Raises:
+        RunError: naming the variable.
+    """
+    for name in _WORLD_SIZES:
+        value = os.environ.get(name, "")
+        if value.strip() not in ("", "0", "1"):
+            raise RunError(f"{name}={value}: several processes are not supported yet; start one, or unset the variable")
+
+
+def _arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> TrainingArguments:
     settings = config.train
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(config.run.output_dir),
         seed=config.run.seed,
         max_steps=steps,
@@ -346,7 +417,7 @@ def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> T
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=None,  # ours are rotated only after the new one counts
-        report_to=list(settings.report_to) or "none",
+        report_to="none",  # `trackers.py`
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
@@ -359,7 +430,3 @@ def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> T
         include_num_input_tokens_seen="no",
         log_level="error",
     )
-    if arguments.world_size > 1:
-        raise RunError(f"WORLD_SIZE={arguments.world_size}: several processes are not supported yet; start one")
-    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would change what a micro-batch is
-    return arguments

@@ -3,21 +3,44 @@
 In: log-sum-exp and logp(label) as served and as seen by the student. Out: nothing, or `TeacherHeadMismatch`.
 Must never wait for the device before `check()`, nor let a NaN pass.
 
+A row in a thousand may be out of tolerance, counted over all calls of a run (`Tally`): with a row a call, a row forgiven in every
+call would check nothing.
+
 Axes: N rows of one call. Catches shifted rows, a state before the final norm, a foreign head, an unsliced vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from teacher_wire.errors import LabelError
 
-FORGIVEN_SHARE = 0.001  # of rows out of tolerance; one row is forgiven in any call
+FORGIVEN_SHARE = 0.001  # of right rows may be out of tolerance
+CHANCE = 1e-4  # that so many of a run's right rows are out of tolerance as `forgiven` allows, and one more
 GROSS = 10.0  # a single row this many tolerances off is never forgiven
+_NORMAL_FROM = 100.0  # expected rows, from which on a normal distribution with its skew is close enough
+_QUANTILE, _SKEW = 3.72, (3.72**2 - 1) / 6 + 1  # of CHANCE
+
+
+@lru_cache(maxsize=4096)
+def forgiven(rows: int) -> int:
+    """How many of `rows` may be out of tolerance: right rows exceed it with a chance below CHANCE (binomial)."""
+    mean = rows * FORGIVEN_SHARE
+    if mean >= _NORMAL_FROM:
+        return math.ceil(mean + _QUANTILE * math.sqrt(mean) + _SKEW)
+    odds = FORGIVEN_SHARE / (1 - FORGIVEN_SHARE)
+    mass = (1 - FORGIVEN_SHARE) ** rows  # of exactly `count`
+    above, count = 1 - mass, 0
+    while above >= CHANCE:
+        mass *= (rows - count) / (count + 1) * odds
+        above -= mass
+        count += 1
+    return count
 
 
 class TeacherHeadMismatch(LabelError):  # noqa: N818
@@ -49,6 +72,19 @@ BFLOAT16 = Tolerance()
 FLOAT32 = Tolerance(lse_abs=1e-3, lse_rel=1e-4, logp_abs=2e-3, logp_rel=1e-4)
 
 
+@dataclass
+class Tally:
+    """Rows looked at in all calls so far.
+
+    Attributes:
+        rows: how many.
+        failing: how many of them were out of tolerance, as far as it has been read from the device.
+    """
+
+    rows: int = 0
+    failing: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Integrity:
     """Evidence of one call; all tensors [N] on the student's device, `row_N` numbers the rows of the call."""
@@ -71,28 +107,39 @@ class Integrity:
         return event is None or event.query()
 
     @property
-    def refused(self) -> Tensor:
-        """float32 []: 1 if `check` will raise, else 0; on the device, without waiting for it."""
+    def rows(self) -> int:
+        """N."""
+        return self.row_N.numel()
+
+    @property
+    def figures_2(self) -> Tensor:
+        """float64 [2], on the device, without waiting for it: rows out of tolerance, and 1 if one is grossly so."""
         return self._compared[1]
 
-    def check(self) -> None:
+    def check(self, before: Tally | None = None) -> None:
         """Compares; waits once, for the device to reach `begin` (or now, if that was not called).
 
+        Args:
+            before: of the calls before this one; this one is counted in.
+
         Raises:
-            TeacherHeadMismatch: more than 0.1 % of the rows (and more than one) are out of tolerance, or one is out
-                by ten times the tolerance; names the worst row and its figures.
+            TeacherHeadMismatch: more rows are out of tolerance than chance explains (`forgiven`), in all calls so far, or one is
+                out by ten times the tolerance; names the worst row of this call and its figures.
         """
-        rows, allowed = self.row_N.numel(), self.tolerance
+        tally, rows, allowed = before or Tally(), self.rows, self.tolerance
         if not rows:
             return
         told, _, arrived = self._compared
         if arrived is not None:
             arrived.synchronize()
         failing, row, served_lse, seen_lse, served_logp, seen_logp, error = told.tolist()
-        if failing <= self._forgiven and error <= GROSS:
+        tally.rows += rows
+        tally.failing += int(failing)
+        if error <= GROSS and (not failing or tally.failing <= forgiven(tally.rows)):
             return
+        earlier = f" (and {tally.failing - int(failing)} of {tally.rows - rows} before)" if tally.rows > rows else ""
         mismatch = TeacherHeadMismatch(
-            f"{int(failing)} of {rows} teacher rows do not belong to these tokens or this output head",
+            f"{int(failing)} of {rows} teacher rows{earlier} do not belong to these tokens or this output head",
             field=f"row {int(row)}",
             value=f"served lse {served_lse:.4g} and logp(label) {served_logp:.4g}, "
             f"recomputed {seen_lse:.4g} and {seen_logp:.4g}",
@@ -102,15 +149,11 @@ class Integrity:
         mismatch.row = int(row)
         raise mismatch
 
-    @property
-    def _forgiven(self) -> float:
-        return max(1, FORGIVEN_SHARE * self.row_N.numel())
-
     @cached_property
     def _compared(self) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
-        """Rows out of tolerance and the figures of the worst one, from a GPU on their way until the event; and `refused`."""
-        if not self.row_N.numel():
-            return self.served_lse_N.double(), self.served_lse_N.new_zeros((), dtype=torch.float32), None
+        """Rows out of tolerance and the figures of the worst one, from a GPU on their way until the event; and `figures_2`."""
+        if not self.rows:
+            return self.served_lse_N.double(), self.served_lse_N.new_zeros(2, dtype=torch.float64), None
         allowed = self.tolerance
         size_N = self.served_lse_N.abs()
         lse_N = (self.seen_lse_N - self.served_lse_N).abs() / (allowed.lse_abs + allowed.lse_rel * size_N)
@@ -119,10 +162,10 @@ class Integrity:
         figures = (self.row_N, self.served_lse_N, self.seen_lse_N, self.served_logp_N, self.seen_logp_N, error_N)
         worst_6 = torch.stack([figure.double() for figure in figures])[:, error_N.argmax()[None]][:, 0]
         told_7 = torch.cat([(error_N > 1).sum().double()[None], worst_6])
-        refused = ((told_7[0] > self._forgiven) | (told_7[-1] > GROSS)).float()
+        figures_2 = torch.stack([told_7[0], (told_7[-1] > GROSS).double()])
         if not told_7.is_cuda:
-            return told_7, refused, None
+            return told_7, figures_2, None
         host_7 = torch.empty_like(told_7, device="cpu", pin_memory=True).copy_(told_7, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return host_7, refused, arrived
+        return host_7, figures_2, arrived

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from student_trainer.config import Fraction, Positive, SourceConfig, TeacherConfig, listed_sources
+from student_trainer.config import AbsolutePath, Fraction, HomeText, Positive, SourceConfig, TeacherConfig, listed_sources
 from student_trainer.config_file import Settings, parse_as, read_tree
 
 # Said to the teacher before the question. It names what the grammar holds it to; a tuned teacher may need less, or "".
@@ -91,8 +91,8 @@ class TracesConfig(_Strict):
         prompts_per_call, calls: questions of one call, and calls under way.
     """
 
-    output_dir: Path
-    tokenizer: str
+    output_dir: AbsolutePath
+    tokenizer: HomeText
     data: QuestionConfig
     teacher: TeacherConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -116,4 +116,4 @@ def load_traces_config(path: Path, overrides: list[str] | None = None) -> Traces
     Raises:
         ConfigError: one line that names file and key.
     """
-    return parse_as(TracesConfig, read_tree(path, overrides), str(path))
+    return parse_as(TracesConfig, read_tree(path.expanduser(), overrides), str(path))

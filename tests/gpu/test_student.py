@@ -192,6 +192,7 @@ def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, tran
             folder,
             rows_file,
             server.address,
+            graphs=graphs,
             labels={"transport": transport, "k": 20},
             train={"max_steps": 40},
         )

@@ -16,6 +16,7 @@ from student_trainer.data.sources import parse_source
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.feed.order import RunOrder
 from student_trainer.feed.packing import pack
+from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.meter import TIMED
 from student_trainer.model import load_student
 from student_trainer.train import train
@@ -190,11 +191,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(config_of, tmp_path, fake, monke
     with pytest.raises(_Stop):
         train(broken, console=QUIET)
     monkeypatch.setattr(DistillationTrainer, "compute_loss", original)
-    half = tmp_path / "broken" / "checkpoint-99"
-    half.mkdir()
+    half = tmp_path / "broken" / ".unfinished" / "checkpoint-99"
+    half.mkdir(parents=True)
     (half / "model.safetensors").write_text("torn")
     train(broken, resume=True, console=QUIET)
-    assert not half.exists(), "a checkpoint without its marker is no checkpoint"
+    assert not half.parent.exists(), "what was not finished is no checkpoint"
     assert adapter_hash(tmp_path / "broken") == adapter_hash(tmp_path / "straight")
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
 
@@ -341,7 +342,40 @@ def test_labels_that_lie_stop_the_run_before_a_step(config_of, fake, mistake, tr
     with pytest.raises(LabelError):
         train(config, console=QUIET)
     assert not (config.run.output_dir / "train_log.jsonl").exists()
-    assert checkpoint.newest_complete(config.run.output_dir) is None
+    assert checkpoint.newest_whole(config.run.output_dir) is None
+
+
+@pytest.mark.parametrize("mistake", ["state", "shifted"])
+def test_held_out_labels_that_lie_are_refused_as_those_of_training_are(config_of, tmp_path, fake, mistake):
+    """Nothing but the head tells: without the check the figures would be measured against them."""
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(
+        "".join(json.dumps({"instruction": f"Say {i}.", "output": f"dog {i}"}) + "\n" for i in range(6))
+    )
+    sections = {
+        "data": {"train": config_of().data.train, "eval": [str(held_out)], "max_tokens": 100},
+        "loss": {"output": None, "sft_weight": 1.0},  # the teacher only measures
+        "train": {"max_steps": 2, "eval_steps": 1},
+    }
+    config = config_of(**sections)
+    fake.mistake = mistake
+    with pytest.raises(TeacherHeadMismatch) as refused:
+        train(config, console=QUIET)
+    notes = " ".join(refused.value.__notes__)
+    assert f"held-out sample {held_out}:" in notes and "were deleted from" in notes
+    log = config.run.output_dir / "train_log.jsonl"
+    assert not log.exists() or "eval_" not in log.read_text()
+    fake.mistake = ""
+    fresh = config_of(run={"output_dir": str(tmp_path / "again"), "cache_dir": str(tmp_path / "cache")}, **sections)
+    assert train(fresh, console=QUIET).metrics["kl_to_teacher"] > 0, "the bad labels are not there any more"
+
+
+def test_figures_per_byte_are_left_out_where_nothing_has_bytes(config_of, monkeypatch):
+    from student_trainer.data.dataset import TokenizedDataset
+
+    monkeypatch.setattr(TokenizedDataset, "target_bytes", property(lambda self: 0))
+    metrics = train(config_of(), console=QUIET).metrics
+    assert "nll_per_byte" not in metrics and metrics["nll_per_token"] > 0
 
 
 def test_another_tokenizer_is_refused_before_anything_is_written(tmp_path, model_factory, rows_file):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from student_trainer import checkpoint
-from student_trainer.errors import RunError
+from student_trainer.errors import NonFiniteError, RunError
 from student_trainer.feed.source import LabelRequest
 from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMismatch
 from student_trainer.train import _name_bad_labels
@@ -35,14 +35,112 @@ def request(name: str) -> LabelRequest:
 
 @pytest.mark.parametrize("off", [0.0, 0.9, 5.0, 11.0, np.nan, np.inf])
 def test_refused_says_on_the_device_what_check_says_on_the_host(off):
-    found = evidence(off)
+    found, verdicts = evidence(off), late_verdicts()
+    verdicts.add(evidence(off, Late), request("x"))
     try:
         found.check()
         raised = 0.0
     except TeacherHeadMismatch:
         raised = 1.0
-    assert float(found.refused) == raised
+    assert float(verdicts.refused) == raised
     assert found.arrived, "on a CPU nothing is under way"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_row_forgiven_in_every_call_is_not_forgiven_over_the_run(late):
+    """One row a call, each two tolerances off: call by call it would always pass."""
+    verdicts = late_verdicts() if late else Verdicts(torch.device("cpu"))
+    kind = Late if late else Integrity
+    taken = []
+
+    def add_rows():
+        for number in range(10):
+            one = torch.ones(1, dtype=torch.float64)
+            off = -1 + 2 * (BFLOAT16.logp_abs + BFLOAT16.logp_rel * 32)
+            batch = LabelRequest(TokenBatch.pack([[1, 2]]), (f"call {number}",))
+            verdicts.add(kind(torch.arange(1), one * 32, one * 32, -one, one * off), batch)
+            taken.append(float(verdicts.refused) == 0)
+
+    with pytest.raises(TeacherHeadMismatch, match=r"1 of 1 teacher rows \(and 1 of 1 before\)") as refused:
+        add_rows()
+    assert sum(taken) == 1 and refused.value.__notes__ == ["sample call 1"]
+
+
+def test_many_calls_of_right_rows_with_one_off_in_a_thousand_are_no_fault():
+    verdicts = Verdicts(torch.device("cpu"))
+    for number in range(3_000):
+        verdicts.add(evidence(2.0 if number % 170 == 100 else 0.0), request("x"))
+    assert float(verdicts.refused) == 0
+
+
+WINDOW = [("a:1", "a:2"), ("b:1",)]
+
+
+def window(verdicts, step, *losses, norm=1.0):
+    return float(verdicts.end_window(step, [torch.tensor(x) for x in losses], torch.tensor(norm), WINDOW))
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "said", "not_said"),
+    [
+        ((1.0, np.nan), 1.0, "the loss is not finite, with the samples b:1;", "a:1"),
+        ((np.inf, 1.0), np.nan, "the loss is not finite, with the samples a:1, a:2;", "b:1"),
+        ((1.0, 1.0), np.inf, "the norm of the gradients is not finite, with the samples a:1, a:2, b:1;", "the loss"),
+    ],
+)
+def test_numbers_that_are_none_end_the_run_with_step_and_samples(losses, norm, said, not_said):
+    verdicts = Verdicts(torch.device("cpu"), explain=lambda: "; try less")
+    assert window(verdicts, 6, 1.0, 2.0) == 0 == float(verdicts.withheld)
+    with pytest.raises(NonFiniteError) as refused:
+        window(verdicts, 7, *losses, norm=norm)
+    assert "step 7: " + said in str(refused.value) and str(refused.value).endswith("; try less")
+    assert not_said not in str(refused.value) and refused.value.exit_code == 1 == float(verdicts.withheld)
+
+
+def late_windows(**settings):
+    """As on a GPU: what was decided is on its way when the host goes on."""
+    verdicts = Verdicts(torch.device("cpu"), **settings)
+    verdicts._ahead = ON_THEIR_WAY
+    return verdicts
+
+
+@pytest.fixture
+def under_way(monkeypatch):
+    monkeypatch.setattr("student_trainer.verdicts._Window.is_here", False)
+
+
+def test_steps_after_one_that_must_not_be_taken_are_not_taken_either_though_nobody_knows_yet(under_way):
+    verdicts = late_windows()
+    withheld = []
+    for step, loss in ((1, 1.0), (2, np.nan), (3, 1.0)):
+        window(verdicts, step, loss, 1.0)
+        withheld.append(float(verdicts.withheld))
+    assert withheld == [0, 1, 1]
+    with pytest.raises(NonFiniteError, match="step 2"):
+        window(verdicts, 4, 1.0, 1.0)
+
+
+def test_skipping_leaves_out_that_step_alone_and_counts(under_way):
+    verdicts = late_windows(skip=True, max_skipped=2)
+    withheld = []
+    for step, loss in enumerate((1.0, np.nan, 1.0, np.inf, np.nan, 1.0), 1):
+        window(verdicts, step, loss, 1.0)
+        withheld.append(float(verdicts.withheld))
+    assert withheld == [0, 1, 0, 1, 1, 0]
+    verdicts.settle()
+    assert verdicts.take_skipped() == 3 and verdicts.take_skipped() == 0 == verdicts.in_a_row
+    for step in (7, 8, 9):
+        window(verdicts, step, np.nan, 1.0)
+    with pytest.raises(NonFiniteError, match=r"step 3 in a row \(train\.max_skipped=2\)"):
+        verdicts.settle()
+
+
+def test_bad_labels_are_named_before_the_numbers_that_they_made(under_way):
+    verdicts = late_windows()
+    verdicts.add(evidence(20.0, Late), request("bad"))
+    window(verdicts, 1, np.nan, 1.0)
+    with pytest.raises(TeacherHeadMismatch):
+        verdicts._judge(verdicts._windows.popleft())
 
 
 def test_on_the_host_bad_labels_are_refused_at_once():

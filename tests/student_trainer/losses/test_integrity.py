@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
 
 from student_trainer.losses.head import Head
-from student_trainer.losses.integrity import BFLOAT16, FLOAT32, Integrity, TeacherHeadMismatch
+from student_trainer.losses.integrity import BFLOAT16, CHANCE, FLOAT32, Integrity, Tally, TeacherHeadMismatch, forgiven
 from student_trainer.losses.output import OutputLossSpec, output_loss
 from student_trainer.losses.rows import TeacherRows
 from teacher_wire.errors import LabelError
@@ -108,11 +110,13 @@ def test_nan_never_passes() -> None:
 @pytest.mark.parametrize(
     ("rows", "off", "passes"),
     [
-        (40, {3: 9.0}, True),  # one near miss is forgiven in any call
+        (40, {3: 9.0}, True),  # a near miss is forgiven
         (40, {3: 11.0}, False),  # a gross one never
-        (40, {3: 2.0, 4: -2.0}, False),
-        (2000, {3: 2.0, 4: -2.0}, True),  # 0.1 % of 2,000
-        (2000, {3: 2.0, 4: -2.0, 5: 2.0}, False),
+        (2, {0: 2.0, 1: 2.0}, False),
+        (40, {3: 2.0, 4: -2.0}, True),
+        (40, {3: 2.0, 4: -2.0, 5: 2.0}, False),
+        (2000, dict.fromkeys(range(9), 2.0), True),  # 0.1 % of 2,000 are 2, and by chance 9
+        (2000, dict.fromkeys(range(10), 2.0), False),
         (0, {}, True),
     ],
 )
@@ -122,6 +126,30 @@ def test_what_is_forgiven(rows: int, off: dict[int, float], passes: bool) -> Non
     else:
         with pytest.raises(TeacherHeadMismatch):
             evidence(rows, off).check()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 14, 15, 40, 100, 2_000, 20_000])
+def test_the_bound_is_that_of_the_binomial_distribution(rows: int) -> None:
+    """As the formula in whole numbers: right rows exceed it with a chance below CHANCE, and exceed one less with a greater."""
+    terms = [math.comb(rows, k) * 999 ** (rows - k) for k in range(forgiven(rows) + 1)]
+    above = [1000**rows - sum(terms), 1000**rows - sum(terms[:-1])]
+    chances = [float(Fraction(value, 1000**rows)) for value in above]
+    assert chances[0] < CHANCE <= chances[1]
+
+
+def test_the_bound_never_falls_and_stays_close_to_the_share() -> None:
+    bounds = [forgiven(rows) for rows in range(0, 300_000, 97)]
+    assert bounds == sorted(bounds) and bounds[0] == 0
+    assert 100_000 < forgiven(10**8) < 101_500
+
+
+def test_calls_add_up() -> None:
+    tally = Tally()
+    for _ in range(100):
+        evidence(40, {}).check(tally)
+    evidence(1, {0: 2.0}).check(tally)
+    with pytest.raises(TeacherHeadMismatch, match=r"39 of 40 teacher rows \(and 1 of 4001 before\)"):
+        evidence(40, dict.fromkeys(range(39), 2.0)).check(tally)
 
 
 def test_the_message_names_row_and_figures_and_is_a_label_error() -> None:

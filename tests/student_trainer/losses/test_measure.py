@@ -5,6 +5,7 @@ import torch
 
 from student_trainer.errors import DataError
 from student_trainer.losses.head import Head
+from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.losses.measure import measure
 from tests.student_trainer.losses import oracle
 from tests.student_trainer.losses.worlds import world
@@ -56,3 +57,19 @@ def test_what_does_not_fit_is_refused() -> None:
         measure(W.hidden_ND, Head(W.weight_VD).slice(20), W.hidden_rows(), W.labels_N)
     with pytest.raises(DataError, match="must number 200"):
         measure(W.hidden_ND, Head(W.weight_VD), W.hidden_rows(), W.labels_N[1:])
+
+
+@pytest.mark.parametrize("form", ["hidden_rows", "full_rows", "topk_rows"])
+@pytest.mark.parametrize("chunk_rows", [7, 256])
+def test_teacher_rows_are_held_against_their_head_as_in_training(form: str, chunk_rows: int) -> None:
+    rows = W.topk_rows(4) if form == "topk_rows" else getattr(W, form)()
+    figures = measure(W.hidden_ND, Head(W.weight_VD), rows, W.labels_N, chunk_rows)
+    assert figures.integrity is not None and figures.integrity.rows == 200
+    figures.integrity.check()
+    labels_N = W.labels_N.roll(1)  # other tokens than the teacher's rows are of
+    shifted = measure(W.hidden_ND, Head(W.weight_VD), rows, labels_N, chunk_rows)
+    assert shifted.integrity is not None
+    with pytest.raises(TeacherHeadMismatch, match="of 200 teacher rows"):
+        shifted.integrity.check()
+    alone = measure(W.hidden_ND, Head(W.weight_VD), None, W.labels_N)
+    assert alone.integrity is None
