@@ -1,11 +1,15 @@
 """The board: what is fresh, what is summed, what each reporter hears; and a status that adds up."""
 
+import asyncio
+import types
 from dataclasses import replace
 
 import pytest
 
+from teacher_server import reporting
 from teacher_server.board import FRESH_S, Board
 from teacher_server.config import TenantConfig
+from teacher_server.latency import Latencies, quantile_s
 from teacher_server.reports import EdgeReport, Plan, ReplicaReport, TeacherPlan
 from teacher_server.status import as_seen_by
 from teacher_wire import status_codec
@@ -125,3 +129,87 @@ def test_a_tenant_sees_itself_and_an_operator_everybody():
     assert as_seen_by(status, "boss", tenants) == status
     assert as_seen_by(status, "a", tenants) == replace(status, tenants=(TenantStatus("a"),))
     assert as_seen_by(status, "unlisted", tenants).tenants == ()
+
+
+async def test_a_replica_whose_forward_passes_fail_is_told_and_remembered_once_replaced():
+    board, clock = await board_of()
+    sick = replace(replica(forwards=3, a=10), trouble="forward passes fail: CUDA error: illegal address")
+    sick = replace(sick, counters={**sick.counters, "failed_forwards": 2, "given_up": 1})
+    await board.report("r1", sick)
+    news = await board.report("r2", replica(forwards=3, a=10))
+    assert news.healthy == {"fake": 1}
+    (teacher,) = (await board.status()).teachers
+    assert (teacher.healthy, teacher.failed_forwards, teacher.given_up) == (1, 2, 1)
+    assert teacher.message.startswith("1 of 2 replicas can compute nothing") and "illegal address" in teacher.message
+    clock.now_s += FRESH_S + 1
+    news = await board.report("r2", replica(forwards=4, a=20))
+    (teacher,) = (await board.status()).teachers
+    assert (teacher.healthy, teacher.given_up) == (1, 1) and news.healthy == {"fake": 1}
+    assert teacher.message.startswith("1 replicas were replaced") and "illegal address" in teacher.message
+    clock.now_s += FRESH_S + 1
+    assert (await board.report("e1", edge())).healthy == {}, "nobody is left"
+
+
+async def test_writing_retries_and_latencies_are_summed_over_replicas_and_edges():
+    board, clock = await board_of()
+    latencies, slow = Latencies(), Latencies()
+    writing = {"generate_calls": 2, "generate_running": 3, "generate_waiting": 4, "generate_waiting_tokens": 500,
+               "generated_samples": 6, "generated_tokens": 70, "refused": 1}  # fmt: skip
+    for second in range(3):
+        latencies.observe("queue", 0.02)
+        slow.observe("whole", 4.0)
+        for name in ("r1", "r2"):
+            counters = {**replica().counters, **writing, "latency": latencies.counters()}
+            await board.report(name, replace(replica(), counters=counters))
+        own = {**edge().counters, "retries": {"fake": 2 + second, "other": 9}, "latency": {"fake": slow.counters()}}
+        await board.report("e1", replace(edge(), counters=own))
+        clock.now_s += 1
+    status = await board.status()
+    (teacher,) = status.teachers
+    assert (teacher.generate_calls, teacher.generate_running, teacher.generate_waiting) == (4, 6, 8)
+    assert (teacher.generated_samples, teacher.generated_tokens, teacher.refused, teacher.retries) == (12, 140, 2, 4)
+    assert teacher.queued_tokens == 2 * (7 + 500)
+    queue, whole = teacher.latencies
+    assert (queue.stage, queue.count, whole.stage, whole.count) == ("queue", 6, "whole", 3)
+    assert 0.01 < queue.p50_s <= 0.025 < queue.p99_s + 0.001 and 2.5 < whole.p50_s <= 5
+    assert status_codec.decode_status(status_codec.encode_status(status)) == status
+
+
+def test_quantiles_lie_in_the_bucket_that_holds_them():
+    latencies = Latencies()
+    for milliseconds in range(1, 101):
+        latencies.observe("queue", milliseconds / 1e3)
+    buckets = latencies.counters()["queue"]["buckets"]
+    assert quantile_s(buckets, 0.5) == pytest.approx(0.05, rel=0.02)
+    assert quantile_s(buckets, 0.9) == pytest.approx(0.09, rel=0.15)
+    assert quantile_s({}, 0.5) == 0 and quantile_s({"inf": 3}, 0.5) == 300
+
+
+async def test_one_exception_does_not_end_a_reporters_reports(monkeypatch):
+    monkeypatch.setattr(reporting, "REPORT_EVERY_S", 0.001)
+    board, made, heard = Board(), [], []
+
+    class Actor:
+        @property
+        def report(self):
+            return types.SimpleNamespace(remote=board.report)
+
+    def make():
+        made.append(1)
+        if len(made) < 3:
+            raise KeyError("a counter that is not there")
+        return replica()
+
+    def take(news):
+        heard.append(news)
+        if len(heard) < 3:
+            raise ZeroDivisionError
+
+    reporter = reporting.Reporter("r1", make, take)
+    reporter._board = Actor()
+    reporter.start()
+    async with asyncio.timeout(10):
+        while len(heard) < 5:
+            await asyncio.sleep(0.002)
+    reporter._board = None
+    reporter.leave()
