@@ -25,7 +25,7 @@ class FakeModel:
         self._tokens_per_s = config.tokens_per_s or float("inf")
         self._breaks_after = config.breaks_after
         self._forwards = 0
-        writer = FakeWriter(delay_s=config.delay_s, generates=("tokens",))  # it holds to no schema
+        writer = FakeWriter(delay_s=config.delay_s, generates=("tokens",), salt=config.seed)  # it holds to no schema
         self._teacher = FakeTeacher(
             vocab_rows=config.vocab_rows, hidden_size=config.hidden_size, seed=config.seed, writer=writer
         )
