@@ -176,9 +176,7 @@ class TeacherEngine:
         job_id = next(self._ids)
         deadline = now + call.timeout_s if call.timeout_s else math.inf
         try:
-            self._batcher.add(
-                Job(job_id, call.tenant, call.batch.tokens, deadline, codec.reply_bytes(call, self.info))
-            )
+            self._batcher.add(Job(job_id, call.tenant, call.batch.tokens, deadline, codec.reply_bytes(call, self.info)))
         except OverloadedError:
             self._ended["refused"] += 1
             self._refused[call.tenant] += 1
@@ -249,10 +247,8 @@ class TeacherEngine:
         """Computes one token known to be good: if even that fails, it is not the requests that are to blame."""
         failed: Exception | None = None
         try:
-            if self.info.transports:
-                transport = "top_k" if "top_k" in self.info.transports else self.info.transports[0]
-                spec = SignalSpec(transport, self.info.vocab_rows, k=1 if transport == "top_k" else 0)
-                job = (TokenBatch.pack([[0, 0]]), spec)
+            if "top_k" in self.info.transports:  # as every backend that scores has it
+                job = (TokenBatch.pack([[0, 0]]), SignalSpec("top_k", self.info.vocab_rows, k=1))
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, [job])
             if self._generation is not None:
                 one = SamplingSpec(temperature=0.0, max_new_tokens=1, ignore_eos=True)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,15 @@ class EngineGeneration(QueuedGeneration):
     def _queued(self) -> None:
         for sequence in self._queue.admit():
             task = self._writing[sequence.number] = asyncio.create_task(self._write(sequence))
-            task.add_done_callback(lambda _, number=sequence.number: self._writing.pop(number))
+            task.add_done_callback(partial(self._written, sequence.number))
 
     def _dropped(self, running: list[int]) -> None:
         for number in running:
             self._writing[number].cancel()
         self._queued()
+
+    def _written(self, number: int, _: asyncio.Task[None]) -> None:
+        self._writing.pop(number)
 
     async def _write(self, sequence: Sequence) -> None:
         outcome: Sample | TeacherWireError

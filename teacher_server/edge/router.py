@@ -133,7 +133,9 @@ class ServeTeachers:
                         attempts.progressed()
                         yield sample
                 if len(have) < whole:
-                    raise UnavailableError("a replica ended a call early", field="samples", value=len(have), limit=whole)
+                    raise UnavailableError(
+                        "a replica ended a call early", field="samples", value=len(have), limit=whole
+                    )
             except TeacherWireError as error:
                 if len(have) == whole:  # only the word that this was all got lost
                     break

@@ -122,7 +122,9 @@ async def test_a_killed_replica_costs_no_call(server):
         before = (await status_of(client, "fake")).retries
         await until(lambda: writers.done.total() >= 6)
         titles = {process: process.cmdline() for process in psutil.Process(server.process.pid).children(recursive=True)}
-        replicas = [process for process, title in titles.items() if title and "ServeReplica:lyceum-teacher-fake" in title[0]]
+        replicas = [
+            process for process, title in titles.items() if title and "ServeReplica:lyceum-teacher-fake" in title[0]
+        ]
         assert len(replicas) >= 2, titles
         replicas[0].send_signal(signal.SIGKILL)
         after = writers.done.total()

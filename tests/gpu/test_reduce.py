@@ -21,7 +21,9 @@ def material():
     return head, hidden, torch.arange(ROWS, device="cuda") % VOCAB
 
 
-@pytest.mark.parametrize("spec", [SignalSpec("full", VOCAB), SignalSpec("top_k", VOCAB, 16), SignalSpec("hidden", VOCAB)])
+@pytest.mark.parametrize(
+    "spec", [SignalSpec("full", VOCAB), SignalSpec("top_k", VOCAB, 16), SignalSpec("hidden", VOCAB)]
+)
 @torch.inference_mode()
 def test_rows_sent_as_they_come_are_those_gathered_first(spec):
     head, hidden, labels = material()
@@ -52,6 +54,8 @@ def test_the_device_never_holds_a_whole_full_answer(capsys):
         peaks.append(torch.cuda.max_memory_allocated() - before)
     answer = ROWS * VOCAB * 2
     with capsys.disabled():
-        print(f"\nan answer of {answer / 2**20:.0f} MiB: peak {peaks[0] / 2**20:.0f} MiB gathered, {peaks[1] / 2**20:.0f} MiB streamed")
+        print(
+            f"\nan answer of {answer / 2**20:.0f} MiB: peak {peaks[0] / 2**20:.0f} MiB gathered, {peaks[1] / 2**20:.0f} MiB streamed"
+        )
     assert peaks[0] > answer
     assert peaks[1] < 8 * CHUNK_BYTES

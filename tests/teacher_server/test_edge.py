@@ -165,7 +165,9 @@ async def test_health_is_told_for_each_teacher_and_from_the_truth():
         async def becomes(**expected):
             async with asyncio.timeout(10):
                 while True:
-                    found = {name: await asked(stub, f"{SERVICE}/{name}" if name else SERVICE) for name in ("", "a", "b")}
+                    found = {
+                        name: await asked(stub, f"{SERVICE}/{name}" if name else SERVICE) for name in ("", "a", "b")
+                    }
                     if found == {"": said.SERVING, **expected}:
                         return
                     await asyncio.sleep(0.005)

@@ -337,7 +337,9 @@ class Poisoned(Steps):
             raise RuntimeError(self.error)
         done = [s for s, age in self.held.values() if age == 2]
         self.held = {n: (s, age + 1) for n, (s, age) in self.held.items() if age < 2}
-        return [(s.number, Sample(s.prompt, s.index, np.ones(1, np.int32), np.zeros(1, np.float32), "stop")) for s in done]
+        return [
+            (s.number, Sample(s.prompt, s.index, np.ones(1, np.int32), np.zeros(1, np.float32), "stop")) for s in done
+        ]
 
     def reset(self):
         super().reset()
@@ -394,7 +396,10 @@ async def test_the_cache_that_is_allocated_never_exceeds_what_was_admitted(model
 
         stepper._step_batch = watched
         long = SamplingSpec(max_new_tokens=8, ignore_eos=True)
-        calls = [write(engine, long, [[1] * 1800]), *(write(engine, long, [[i, 2]] * 12, tenant=str(i)) for i in range(3))]
+        calls = [
+            write(engine, long, [[1] * 1800]),
+            *(write(engine, long, [[i, 2]] * 12, tenant=str(i)) for i in range(3)),
+        ]
         found = await asyncio.gather(*calls)
         assert list(map(len, found)) == [1, 12, 12, 12]
         assert 1800 < most[0] <= limit
@@ -454,7 +459,9 @@ def drain(queue, count, ends=lambda sequence: sequence.spec.max_new_tokens):
     return used
 
 
-@pytest.mark.parametrize(("lengths", "ends"), [((100, 100), 1.0), ((400, 50), 1.0), ((100, 100), 0.2), ((50, 400), 0.5)])
+@pytest.mark.parametrize(
+    ("lengths", "ends"), [((100, 100), 1.0), ((400, 50), 1.0), ((100, 100), 0.2), ((50, 400), 0.5)]
+)
 def test_tenants_share_by_weight_in_tokens_that_were_used(lengths, ends):
     queue = SequenceQueue(GenerationConfig(max_running=8, max_queue_tokens=10**9))
     queue.weights, queue.default_weight = {"a": 3.0}, 1.0

@@ -191,7 +191,9 @@ class Streams:
 
 
 def asked_of(fingerprint, samples=4):
-    return GenerateCall("fake", fingerprint, SamplingSpec(samples=samples, max_new_tokens=3), PromptBatch.pack([[1], [2]]))
+    return GenerateCall(
+        "fake", fingerprint, SamplingSpec(samples=samples, max_new_tokens=3), PromptBatch.pack([[1], [2]])
+    )
 
 
 async def written(teachers, call):
@@ -285,7 +287,9 @@ class _Iterated:
         self.root.cancelled += 1
 
 
-@pytest.mark.parametrize("trouble", [ValueError("no such app"), KeyError("x"), RayServeException("gone"), RayActorError()])
+@pytest.mark.parametrize(
+    "trouble", [ValueError("no such app"), KeyError("x"), RayServeException("gone"), RayActorError()]
+)
 async def test_a_deployment_that_serve_does_not_know_yet_is_waited_for(trouble):
     handle, troubles = Handle(OLD), [trouble, trouble]
 

@@ -114,7 +114,12 @@ def test_a_zero_state_stays_zero():
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64])
 @pytest.mark.parametrize(
     "spec",
-    [SignalSpec("full", 300), SignalSpec("top_k", 300, 5, 2), SignalSpec("hidden", 300), SignalSpec("hidden", 300, compression="int8")],
+    [
+        SignalSpec("full", 300),
+        SignalSpec("top_k", 300, 5, 2),
+        SignalSpec("hidden", 300),
+        SignalSpec("hidden", 300, compression="int8"),
+    ],
 )
 def test_rows_handed_over_in_chunks_are_those_gathered_at_once(spec, chunk_rows):
     torch.manual_seed(0)
