@@ -1,20 +1,23 @@
 """The board: what is fresh, what is summed, what each reporter hears; and a status that adds up."""
 
 import asyncio
+import io
 import types
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from teacher_server import reporting
 from teacher_server.board import FRESH_S, Board
 from teacher_server.config import TenantConfig
+from teacher_server.display import render
 from teacher_server.latency import Latencies, quantile_s
 from teacher_server.reports import EdgeReport, Plan, ReplicaReport, TeacherPlan
 from teacher_server.status import as_seen_by
 from teacher_wire import status_codec
 from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import TenantStatus
+from teacher_wire.messages import LatencyStatus, ServerStatus, TeacherStatus, TenantStatus
 
 OLD, NEW = FakeTeacher(seed=0).teacher_info(), FakeTeacher(seed=1).teacher_info()
 
@@ -213,3 +216,13 @@ async def test_one_exception_does_not_end_a_reporters_reports(monkeypatch):
             await asyncio.sleep(0.002)
     reporter._board = None
     reporter.leave()
+
+
+def test_the_console_shows_writing_and_latencies_of_those_that_have_any():
+    busy = TeacherStatus("busy", "running", generate_calls=2, generate_running=3, generate_waiting=4, generated_samples=5,
+                         latencies=(LatencyStatus("queue", 9, 0.02, 0.03, 0.04),))  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(ServerStatus(teachers=(busy, TeacherStatus("idle", "running")))))
+    shown = console.file.getvalue()
+    assert "busy: writes 3 sequences of 2 calls, 4 wait; 5 samples written" in shown
+    assert "queue 0.02/0.04 s" in shown and "idle:" not in shown
