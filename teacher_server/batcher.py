@@ -34,12 +34,14 @@ class Job:
         tenant: who asked.
         tokens: what it costs.
         deadline_s: on the caller's clock; infinite if none.
+        answer_bytes: that its labels take.
     """
 
     job_id: int
     tenant: str
     tokens: int
     deadline_s: float = math.inf
+    answer_bytes: int = 0
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Batcher:
     Args:
         max_tokens: budget of a batch; a job above it gets a batch of its own.
         max_queue_tokens: tokens that may wait; a tenant may fill what the others' shares leave.
+        max_answer_bytes: budget of a batch in bytes of labels, which are all held at once; as for tokens, a job above it
+            gets a batch of its own.
         weights: shares of tenants under contention; `default_weight` for a tenant not listed. Both may change at any time.
     """
 
@@ -74,6 +78,7 @@ class Batcher:
         max_tokens: int,
         max_queue_tokens: int,
         *,
+        max_answer_bytes: float = math.inf,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.weights: Mapping[str, float] = weights or {}
@@ -81,6 +86,7 @@ class Batcher:
         self.tokens_per_s = 0.0  # as measured by whoever runs the batches; 0 while unknown
         self._max_tokens = max_tokens
         self._max_queue_tokens = max_queue_tokens
+        self._max_answer_bytes = max_answer_bytes
         self._tenants: dict[str, _Tenant] = {}
         self._clock = 0.0  # start of the job served last
         self._services = itertools.count()
@@ -143,6 +149,13 @@ class Batcher:
         job = self._waiting.pop(job_id, None)
         if job is not None:
             self._count_out(job)
+            self._forget_deadlines()
+
+    def _forget_deadlines(self) -> None:
+        """Rebuilds the heap once most of it is of jobs that no longer wait."""
+        if len(self._deadlines) > 2 * len(self._waiting) + 64:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
+            heapq.heapify(self._deadlines)
 
     def next_batch(self, now_s: float) -> tuple[list[Job], list[Job]]:
         """The jobs of the next forward pass, and those whose deadline has passed (they get none).
@@ -152,22 +165,24 @@ class Batcher:
         """
         expired = self._drop_expired(now_s)
         batch: list[Job] = []
-        room = self._max_tokens
+        room, room_bytes = self._max_tokens, self._max_answer_bytes
         while self._waiting:
             name, tenant = self._next_tenant()
             while tenant.queue[0].job_id not in self._waiting:
                 tenant.queue.popleft()
             job = tenant.queue[0]
-            if batch and job.tokens > room:
+            if batch and (job.tokens > room or job.answer_bytes > room_bytes):
                 break
             tenant.queue.popleft()
             room -= job.tokens
+            room_bytes -= job.answer_bytes
             batch.append(self._waiting.pop(job.job_id))
             self._count_out(job)
             self._clock = tenant.start
             tenant.start += job.tokens / self._weight(name)
             tenant.served = next(self._services)
         self._forget_idle()
+        self._forget_deadlines()
         return batch, expired
 
     def _next_tenant(self) -> tuple[str, _Tenant]:

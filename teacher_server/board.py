@@ -7,6 +7,7 @@ status. It decides nothing: when it cannot be reached everybody goes on with the
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -86,7 +87,9 @@ class Board:
     def news(self) -> News:
         """The latest for everybody."""
         found: dict[str, dict[str, tuple[int, TeacherInfo]]] = {}
+        healthy: Counter[str] = Counter()
         for report in self._reports(ReplicaReport):
+            healthy[report.info.name] += not report.trouble
             same = found.setdefault(report.info.name, {})
             generation = max(report.generation, same.get(report.info.fingerprint, (0, report.info))[0])
             same[report.info.fingerprint] = (generation, report.info)
@@ -94,7 +97,7 @@ class Board:
             name: tuple(info for _, info in sorted(same.values(), key=lambda held: -held[0]))
             for name, same in found.items()
         }
-        return News(self._plan, weights, max(1, len(self._reports(EdgeReport))))
+        return News(self._plan, weights, max(1, len(self._reports(EdgeReport))), dict(healthy))
 
     async def status(self) -> ServerStatus:
         """How the whole server is doing."""

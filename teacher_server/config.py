@@ -224,6 +224,7 @@ class FakeBackend(_Strict):
     Attributes:
         delay_s: of every forward pass.
         tokens_per_s: as fast as it pretends to be; null for as fast as it is.
+        breaks_after: forward passes after which every one raises a CUDA error, as a lost context does; 0 for never.
     """
 
     kind: Literal["fake"] = "fake"
@@ -232,6 +233,7 @@ class FakeBackend(_Strict):
     seed: int = 0
     delay_s: Annotated[float, Field(ge=0)] = 0.0
     tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
+    breaks_after: Annotated[int, Field(ge=0)] = 0
 
 
 class BatchConfig(_Strict):
@@ -261,7 +263,8 @@ class GenerationConfig(_Strict):
 
     Attributes:
         max_running: sequences that are written at once.
-        max_cache_tokens: prompt and new tokens of all running sequences, each counted in full when it starts.
+        max_cache_tokens: slots of KV cache of all running sequences, each counted when it starts at prompt and
+            max_new_tokens; where rows are padded (transformers), at the longest of those it shares a cache with.
         max_queue_tokens: the same of all that wait; beyond it a call is refused as overloaded.
         max_new_tokens: of one sample.
         max_samples: of one prompt.

@@ -18,6 +18,7 @@ def render(status: ServerStatus) -> RenderableType:
     """Teachers, tenants, and a line each about stored labels and edges. Queued, served and in flight are tokens."""
     parts: list[RenderableType] = [_teachers(status)]
     parts += [Text(f"{teacher.name}: {teacher.message}") for teacher in status.teachers if teacher.message]
+    parts += [Text(f"{teacher.name}: {line}") for teacher in status.teachers for line in _details(teacher)]
     if status.tenants:
         parts.append(_tenants(status))
     parts += [_store(status.store), _edges(status)]
@@ -39,6 +40,20 @@ def _teachers(status: ServerStatus) -> Table:
             f"{teacher.failed:,}",
         )
     return table
+
+
+def _details(teacher: TeacherStatus) -> list[str]:
+    """A line each about writing and about latencies, where there is anything to say."""
+    lines = []
+    if teacher.generate_calls or teacher.generated_samples:
+        lines.append(
+            f"writes {teacher.generate_running:,} sequences of {teacher.generate_calls:,} calls, "
+            f"{teacher.generate_waiting:,} wait; {teacher.generated_samples:,} samples written"
+        )
+    if teacher.latencies:
+        stages = (f"{entry.stage} {entry.p50_s:.3g}/{entry.p99_s:.3g} s" for entry in teacher.latencies)
+        lines.append(f"p50/p99 of the last minute: {', '.join(stages)}")
+    return lines
 
 
 def _replicas(teacher: TeacherStatus) -> str:

@@ -17,21 +17,42 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
+
+from teacher_server import faults
 from teacher_server.backends import Backend, build_backend
 from teacher_server.backends.base import OutsideBackend, WritingBackend
 from teacher_server.batcher import Batcher, Job
 from teacher_server.config import DEFAULT_TENANT, TeacherConfig
 from teacher_server.generation import Result
+from teacher_server.latency import Latencies
 from teacher_wire import codec
-from teacher_wire.errors import CapabilityError, DeadlineError, ServerError, TeacherWireError, UnavailableError
-from teacher_wire.generation import GenerateCall, Sample, check_generate
+from teacher_wire.errors import (
+    CapabilityError,
+    DeadlineError,
+    OverloadedError,
+    TeacherWireError,
+    UnavailableError,
+)
+from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
 from teacher_wire.identity import text_sha256
-from teacher_wire.messages import HeadHeader, Limits, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
+from teacher_wire.messages import (
+    HeadHeader,
+    Limits,
+    ScoreCall,
+    SignalSpec,
+    TeacherHead,
+    TeacherInfo,
+    TeacherSignals,
+    TokenBatch,
+)
 
 log = logging.getLogger(__name__)
 
 _BATCHES = 2  # under way at once: one on the device, one behind it
 _RATE_MEMORY = 0.8  # of the measured tokens/s, a forward pass: about the last five count
+_ANSWER_BYTES = 1 << 30  # of labels that one batch may make, if no single reply is allowed more
+_PROBE_TENANT = "(probe)"
 
 
 @dataclass
@@ -49,12 +70,22 @@ class TeacherEngine:
     Args:
         config: of this teacher.
         backend: a loaded model; loaded from `config` if not given.
+        on_observe: told every latency, stage and seconds; see `latency`.
     """
 
-    def __init__(self, config: TeacherConfig, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        backend: Backend | None = None,
+        on_observe: Callable[[str, float], None] | None = None,
+    ) -> None:
         self._config = config
         self._backend = backend or build_backend(config.backend, deterministic=config.deterministic)
-        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens)
+        answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
+        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=answer_bytes)
+        self._health = faults.Health()
+        self._probing: asyncio.Task[None] | None = None
+        self._latencies = Latencies(on_observe)
         self._ids = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
         self._wake = asyncio.Event()
@@ -74,6 +105,7 @@ class TeacherEngine:
         self.forwards = 0
         self._ended: Counter[str] = Counter()  # requests by how they ended
         self._served: Counter[str] = Counter()  # tokens by tenant
+        self._refused: Counter[str] = Counter()  # requests that met a full queue, by tenant
 
     def _describe(self) -> TeacherInfo:
         facts, limits = self._backend.facts, self._config.limits
@@ -114,7 +146,7 @@ class TeacherEngine:
 
     async def stop(self) -> None:
         """Ends; what still waits fails as unavailable."""
-        for task in (self._task, *self._under_way):
+        for task in (self._task, self._probing, *self._under_way):
             if task is not None:
                 task.cancel()
         if self._generation is not None:
@@ -129,6 +161,8 @@ class TeacherEngine:
         """Shares of tenants from the next forward pass on; one that is not listed has that of DEFAULT_TENANT, or 1."""
         self._batcher.weights = dict(weights)
         self._batcher.default_weight = weights.get(DEFAULT_TENANT, 1.0)
+        if self._generation is not None:
+            self._generation.set_weights(weights)
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         """The labels of one request.
@@ -137,10 +171,16 @@ class TeacherEngine:
             TeacherWireError: refused, overloaded, or failed; see `teacher_wire.errors`.
         """
         codec.check_call(call, self.info)
+        self._health.refuse()
         now = time.monotonic()
         job_id = next(self._ids)
         deadline = now + call.timeout_s if call.timeout_s else math.inf
-        self._batcher.add(Job(job_id, call.tenant, call.batch.tokens, deadline))
+        try:
+            self._batcher.add(Job(job_id, call.tenant, call.batch.tokens, deadline, codec.reply_bytes(call, self.info)))
+        except OverloadedError:
+            self._ended["refused"] += 1
+            self._refused[call.tenant] += 1
+            raise
         waiting = _Waiting(call, asyncio.get_running_loop().create_future(), now)
         self._waiting[job_id] = waiting
         self._wake.set()
@@ -158,18 +198,81 @@ class TeacherEngine:
             self._waiting.pop(job_id, None)
             self._batcher.cancel(job_id)  # no effect once it is in a batch
 
-    def generate(self, call: GenerateCall) -> AsyncGenerator[Sample, None]:
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sample, None]:
         """Samples as they finish; closing the generator stops the work at the next token.
 
         Raises:
             TeacherWireError: refused, overloaded, or failed; see `teacher_wire.errors`.
         """
         check_generate(call, self.info)
+        self._health.refuse()
         assert self._generation is not None, "checked with the capabilities"
-        return self._generation.generate(call)
+        outcome = "cancelled"  # unless it comes to an end here
+        samples = self._generation.generate(call)
+        try:
+            async for sample in samples:
+                yield sample
+            outcome = "answered"
+        except TeacherWireError as error:
+            outcome = "refused" if isinstance(error, OverloadedError) else "failed"
+            raise
+        finally:
+            self._ended[outcome] += 1
+            await samples.aclose()
 
     async def _on_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        """A call of the generation, where nothing else of the model runs."""
+        return await self._counted("write", self._thread, work, *arguments)
+
+    async def _counted(
+        self, kind: faults.Work, executor: ThreadPoolExecutor, work: Callable[..., Result], *arguments: object
+    ) -> Result:
+        """Runs work of the backend; what comes of it decides over the replica's health."""
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
+        except Exception as error:
+            self._failed(error, kind)
+            raise
+        self._health.succeeded(kind)
+        return result
+
+    def _failed(self, error: Exception, kind: faults.Work) -> None:
+        self._health.failure(error, kind)
+        if self._health.reason:
+            self._give_up()
+        elif self._health.needs_probe and (self._probing is None or self._probing.done()):
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Computes one token known to be good: if even that fails, it is not the requests that are to blame."""
+        failed: Exception | None = None
+        try:
+            if "top_k" in self.info.transports:  # as every backend that scores has it
+                job = (TokenBatch.pack([[0, 0]]), SignalSpec("top_k", self.info.vocab_rows, k=1))
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, [job])
+            if self._generation is not None:
+                one = SamplingSpec(temperature=0.0, max_new_tokens=1, ignore_eos=True)
+                prompt = PromptBatch(np.zeros(1, np.int32), np.array([0, 1], np.int32))
+                call = GenerateCall(self.info.name, "", one, prompt, tenant=_PROBE_TENANT)
+                async for _ in self._generation.generate(call):
+                    pass
+        except (OverloadedError, UnavailableError):
+            return  # says nothing; the next failure probes again
+        except Exception as error:
+            log.error("the probe after %d failed forward passes failed too", self._health.failed, exc_info=error)
+            failed = error
+        self._health.probed(failed)
+        if self._health.reason:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """This replica is lost: whoever waits here asks another one."""
+        log.error("this replica of teacher %r is given up: %s", self._config.name, self._health.reason)
+        lost = UnavailableError(faults.LOST)
+        for job_id in list(self._waiting):
+            self._fail(job_id, lost)
+        if self._generation is not None:
+            self._generation.fail(lost)
 
     async def head_header(self, fingerprint: str) -> HeadHeader:
         """All of the output head but the weight. Raises CapabilityError."""
@@ -227,6 +330,7 @@ class TeacherEngine:
         tokens = sum(asked.tokens for asked, _ in jobs)
         self.forwards += 1
         self.forward_tokens += tokens
+        failed: Exception | None = None
         try:
             loop = asyncio.get_running_loop()
             finish = await loop.run_in_executor(self._thread, self._backend.begin, jobs)
@@ -234,29 +338,50 @@ class TeacherEngine:
             answers = await loop.run_in_executor(self._waiter, finish)
             answered = list(zip(batch, answers, strict=True))
         except Exception as error:
-            log.exception("forward pass of %d requests failed", len(batch))
-            if len(batch) > 1:  # one of them may be the cause: the others must not pay for it
-                for waiting in batch:
-                    await self._score_batch([waiting], begun)
-            elif not batch[0].future.done():
-                known = (
-                    error if isinstance(error, TeacherWireError) else ServerError(f"{type(error).__name__}: {error}")
-                )
-                batch[0].future.set_exception(known)
-            begun.set()
+            failed = error
+        if failed is not None:  # handled out here: inside `except` the traceback would keep the tensors of the batch
+            await self._divide(batch, failed, begun)
             return
+        self._health.succeeded("score")
         now = time.monotonic()
         self._measure(tokens, now - max(started, self._last_end_s))
         self._last_end_s = now
+        timing = answers[0].timing
+        self._latencies.observe("forward", timing.forward_us / 1e6 or now - started)
+        self._latencies.observe("reduce", timing.reduce_us / 1e6)
         for waiting, signals in answered:
             self._served[waiting.call.tenant] += waiting.call.batch.tokens
-            queue_us = round((started - waiting.queued_s) * 1e6)
+            queued_s = started - waiting.queued_s
+            self._latencies.observe("queue", queued_s)
             if not waiting.future.done():
                 waiting.future.set_result(
                     replace(
-                        signals, timing=replace(signals.timing, queue_us=queue_us), fingerprint=self.info.fingerprint
+                        signals,
+                        timing=replace(signals.timing, queue_us=round(queued_s * 1e6)),
+                        fingerprint=self.info.fingerprint,
                     )
                 )
+
+    async def _divide(self, batch: list[_Waiting], error: Exception, begun: asyncio.Event) -> None:
+        """After a failed batch: both halves by themselves, so that in the end only the request that cannot be answered pays.
+
+        A lost device fails all as unavailable; memory that does not suffice for one request is told as overloaded.
+        """
+        log.error("forward pass of %d requests failed", len(batch), exc_info=error)
+        told = faults.as_wire_error(error, alone=f"a request of {batch[0].call.batch.tokens} tokens")
+        self._failed(error, "score")
+        faults.release(error)
+        if len(batch) > 1 and not self._health.reason:
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                wanted = [waiting for waiting in half if not waiting.future.done()]
+                if wanted:
+                    await self._score_batch(wanted, begun)
+        else:
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(told)
+        begun.set()
 
     def _measure(self, tokens: int, took_s: float) -> None:
         rate, before = tokens / max(took_s, 1e-6), self._batcher.tokens_per_s
@@ -268,9 +393,10 @@ class TeacherEngine:
             waiting.future.set_exception(error)
 
     def check_health(self) -> None:
-        """Raises RuntimeError if no answer can ever come again."""
+        """Raises RuntimeError if no answer can ever come again: a loop has ended, or the forward passes fail."""
         if self._task is None or self._task.done():
             raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
+        self._health.check()
         if self._generation is not None:
             self._generation.check_health()
         if isinstance(self._backend, OutsideBackend):
@@ -278,19 +404,36 @@ class TeacherEngine:
 
     def counters(self) -> dict[str, Any]:
         """What this replica has done and holds, for status displays and tests."""
-        queued = self._batcher.queued_tokens_of()
-        tenants = {
-            name: {"queued_tokens": queued.get(name, 0), "served_tokens": self._served[name]}
-            for name in {*queued, *self._served}
-        }
+        writing = self._generation.counters() if self._generation is not None else {}
+        tenants: dict[str, dict[str, int]] = {}
+        queued, written = self._batcher.queued_tokens_of(), writing.pop("tenants", {})
+        for name in {*queued, *self._served, *self._refused, *written}:
+            of_writing = written.get(name, {})
+            tenants[name] = {
+                "queued_tokens": queued.get(name, 0) + of_writing.get("queued_tokens", 0),
+                "served_tokens": self._served[name] + of_writing.get("served_tokens", 0),
+                "refused": self._refused[name] + of_writing.get("refused", 0),
+            }
         return {
             "queued_tokens": self._batcher.queued_tokens,
             "queued_jobs": self._batcher.queued_jobs,
             "waiting": len(self._waiting),
             "forwards": self.forwards,
             "forward_tokens": self.forward_tokens,
+            "failed_forwards": self._health.failed,
+            "given_up": int(bool(self.trouble)),
             "max_batch_tokens": self._config.batch.max_tokens,
-            **{name: self._ended[name] for name in ("answered", "failed", "expired", "cancelled")},
+            **{name: self._ended[name] for name in ("answered", "failed", "expired", "cancelled", "refused")},
+            "latency": self._latencies.counters(),
             "tenants": tenants,
-            **(self._generation.counters() if self._generation is not None else {}),
+            **writing,
         }
+
+    @property
+    def trouble(self) -> str:
+        """Why this replica can answer nothing any more, or ""."""
+        try:
+            self.check_health()
+        except RuntimeError as error:
+            return str(error)
+        return ""

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ray.util.metrics import Counter, Gauge
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from teacher_server.latency import BOUNDS_S
 
 _Table = dict[str, tuple[str, dict[str, str]]]
 # counter of ours -> (metric, its own tags); totals become Counters, the rest Gauges
@@ -21,6 +23,17 @@ _REPLICA: _Table = {
     "failed": ("requests", {"outcome": "failed"}),
     "expired": ("requests", {"outcome": "expired"}),
     "cancelled": ("requests", {"outcome": "cancelled"}),
+    "refused": ("requests", {"outcome": "refused"}),
+    "failed_forwards": ("failed_forwards", {}),
+    "healthy": ("replicas_healthy", {}),
+    "given_up": ("given_up", {}),
+    "generate_calls": ("generate_calls", {}),
+    "generate_running": ("generate_sequences", {"state": "running"}),
+    "generate_waiting": ("generate_sequences", {"state": "waiting"}),
+    "generate_waiting_tokens": ("generate_waiting_tokens", {}),
+    "generate_failed_steps": ("generate_failed_steps", {}),
+    "generated_samples": ("generated_samples", {}),
+    "generated_tokens": ("generated_tokens", {}),
 }
 _EDGE: _Table = {
     "open_streams": ("open_streams", {}),
@@ -47,7 +60,13 @@ _TOTALS = {
     "store_sequences": "sequences by where their labels were found",
     "tenant_served_tokens": "tokens computed for a tenant",
     "tenant_sent_bytes": "bytes of labels sent to a tenant",
-    "tenant_refused": "requests of a tenant over a quota",
+    "tenant_refused": "requests of a tenant over a quota or a queue limit",
+    "failed_forwards": "forward passes that raised",
+    "given_up": "replicas that could compute nothing any more",
+    "generate_failed_steps": "steps of writing that raised",
+    "generated_samples": "samples written",
+    "generated_tokens": "tokens written",
+    "retries": "attempts of an edge beyond the first, by teacher",
 }
 _NOW = {
     "queued_tokens": "tokens that wait for a forward pass",
@@ -57,6 +76,10 @@ _NOW = {
     "store_bytes": "bytes of kept labels",
     "replicas": "replicas of a teacher that answer",
     "replicas_wanted": "replicas of a teacher that answer or are on their way",
+    "replicas_healthy": "1 while the forward passes of a replica succeed",
+    "generate_calls": "open calls of Generate",
+    "generate_sequences": "sequences of Generate, by state",
+    "generate_waiting_tokens": "what waiting sequences may come to hold",
     "tenant_queued_tokens": "tokens of a tenant that wait",
     "tenant_inflight_tokens": "tokens of a tenant waiting or being computed",
 }
@@ -71,7 +94,7 @@ class Exported:
 
     def __init__(self, **tags: str) -> None:
         self._tags = tags
-        self._metrics: dict[str, Counter | Gauge] = {}
+        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
         self._last: dict[tuple[str, ...], float] = {}
 
     def show(self, counters: Mapping[str, Any]) -> None:
@@ -85,6 +108,14 @@ class Exported:
                     self._last[key] = value
             else:
                 self._metric(Gauge, name, _NOW[name], tags).set(value, {**self._tags, **tags})
+
+    def observe(self, stage: str, seconds: float, **tags: str) -> None:
+        """Adds one latency; see `latency.STAGES`."""
+        name = "latency_seconds"
+        own = {**self._tags, **tags, "stage": stage}
+        if name not in self._metrics:
+            self._metrics[name] = Histogram(f"lyceum_{name}", "time of a stage", list(BOUNDS_S), tuple(own))
+        self._metrics[name].observe(seconds, own)
 
     def _metric(self, kind: type, name: str, text: str, tags: Mapping[str, str]) -> Any:
         if name not in self._metrics:
@@ -100,6 +131,9 @@ def _series(counters: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], 
             value = value.get(part) if isinstance(value, Mapping) else None
         if isinstance(value, int | float):
             yield name, dict(tags), float(value)
+    by_teacher = counters.get("retries")
+    for teacher, retries in by_teacher.items() if isinstance(by_teacher, Mapping) else ():
+        yield "retries", {"teacher": teacher}, float(retries)
     for tenant, row in counters.get("tenants", {}).items():
         for key, (name, tags) in _TENANT.items():
             if isinstance(row.get(key), int | float):

@@ -145,6 +145,13 @@ class Reporter:
         return self._board
 
     async def _run(self) -> None:
+        said = ""
         while True:
-            await self.report()
+            try:
+                await self.report()
+                said = ""
+            except Exception as error:  # of the report or of who hears the news: the next second may be better
+                if said != str(error):
+                    log.exception("a report of %s failed; reports go on", self._source)
+                said = str(error)
             await asyncio.sleep(REPORT_EVERY_S)

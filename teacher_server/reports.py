@@ -19,11 +19,13 @@ class ReplicaReport:
         generation: of its deployment; a later rolling update has a higher one.
         info: who it is, with its fingerprint.
         counters: see `TeacherEngine.counters`.
+        trouble: why it can answer nothing any more, or "": Serve is about to replace it.
     """
 
     generation: int
     info: TeacherInfo
     counters: Mapping[str, Any]
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,13 @@ class News:
         plan: None while `up` has said nothing yet.
         weights: teacher -> its live weights, the newest first.
         edges: that are alive, at least 1.
+        healthy: teacher -> replicas that report themselves able to answer.
     """
 
     plan: Plan | None
     weights: Mapping[str, tuple[TeacherInfo, ...]]
     edges: int
+    healthy: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass

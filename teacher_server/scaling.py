@@ -1,4 +1,5 @@
-"""How many replicas a teacher needs: one for every `target_queued_tokens` that wait, over all replicas together.
+"""How many replicas a teacher needs: one for every `target_queued_tokens` that wait, over all replicas together. What waits to
+be written counts with the tokens that it may come to hold.
 
 Ray Serve calls the policy several times a second with what replicas record (`record_autoscaling_stats`), keeps the answer
 within min and max replicas, and follows it only after it has stood for upscale_delay_s or downscale_delay_s.

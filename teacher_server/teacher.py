@@ -26,6 +26,7 @@ _START_TRIES = 3  # replicas of a version that may fail before it is given up
 _SURGE_PERCENT = 25  # replicas that a rolling update starts before it stops old ones
 # Serve's own is 10 s, longer than a student should wait for the next replica; it can only be set for the process.
 _SCALING_ENV = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}
+_HEALTH_CHECK_S = 1.0  # Serve replaces a replica after three that failed
 _LOOK_BACK_S = 11.0  # Serve records a point every fifth of it, and wants more than 10
 
 
@@ -38,10 +39,10 @@ class TeacherReplica:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._generation = generation
         config = TeacherConfig.model_validate_json(config_json)
-        self._engine = TeacherEngine(config)
-        self._engine.start()
         replica = serve.get_replica_context().replica_id.unique_id
         self._exported = Exported(teacher=config.name, replica=replica)
+        self._engine = TeacherEngine(config, on_observe=self._exported.observe)
+        self._engine.start()
         await self.holding(self._engine.info.fingerprint)
         self._reporter = Reporter(replica, self._report, self._take)
         await self._reporter.report()  # whoever asks next hears of these weights
@@ -75,12 +76,13 @@ class TeacherReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve; see `scaling`."""
-        return {QUEUED_TOKENS: float(self._engine.counters()["queued_tokens"])}
+        counters = self._engine.counters()
+        return {QUEUED_TOKENS: float(counters["queued_tokens"] + counters.get("generate_waiting_tokens", 0))}
 
     def _report(self) -> ReplicaReport:
-        counters = self._engine.counters()
-        self._exported.show(counters)
-        return ReplicaReport(self._generation, self._engine.info, counters)
+        counters, trouble = self._engine.counters(), self._engine.trouble
+        self._exported.show({**counters, "healthy": int(not trouble)})
+        return ReplicaReport(self._generation, self._engine.info, counters, trouble)
 
     def _take(self, news: News) -> None:
         if news.plan is not None:
@@ -128,7 +130,7 @@ def build_deployment(config: TeacherConfig, generation: int = 0, *, surge: bool 
         },
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=5,
+        health_check_period_s=_HEALTH_CHECK_S,
         max_constructor_retry_count=_START_TRIES,
         max_surge_percent=_SURGE_PERCENT if surge else 0,
     )

@@ -25,6 +25,7 @@ class FakeWriter:
         mistake: one of WRITER_MISTAKES.
         break_after: samples after which a call breaks off as unavailable, once; 0 for never.
         refusals: calls refused as overloaded before the first is answered.
+        salt: of the weights; fakes that differ in it write different texts.
         calls, written, open: calls begun, samples made, calls under way.
     """
 
@@ -33,6 +34,7 @@ class FakeWriter:
     mistake: str = ""
     break_after: int = 0
     refusals: int = 0
+    salt: int = 0
     generates: tuple[str, ...] = ("tokens", "json_schema")
     limits: dict[str, int] = field(
         default_factory=lambda: {
@@ -74,7 +76,8 @@ class FakeWriter:
         if self.write is not None:
             written = self.write(ids, index)
         else:
-            digest = hashlib.sha256(repr((ids, call.spec.seed, index)).encode()).digest()
+            named = (ids, call.spec.seed, index, *([self.salt] if self.salt else []))
+            digest = hashlib.sha256(repr(named).encode()).digest()
             written = [byte % vocab_rows for byte in digest[: 1 + digest[0] % 8]]
         cut = written[: call.spec.max_new_tokens]
         logp_n = -np.linspace(0.01, 1.0, len(cut), dtype=np.float32)

@@ -21,8 +21,8 @@ from teacher_wire.v1 import teacher_pb2 as pb
 class Writes(Protocol):
     """The part of a `TeacherService` that answers Generate."""
 
-    async def info(self, teacher: str) -> TeacherInfo:
-        """One teacher. Raises NotFoundError."""
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
+        """One teacher, of these weights if it still has them. Raises NotFoundError."""
 
     def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
         """Samples as they finish; closing the iterator stops the work."""
@@ -35,7 +35,7 @@ async def answers(service: Writes, request: pb.GenerateRequest, tenant: str) -> 
         TeacherWireError: refused, overloaded, late or failed.
     """
     call = generate_codec.decode_generate(request, tenant)
-    info = await service.info(call.teacher)
+    info = await service.info(call.teacher, call.fingerprint)
     check_generate(call, info)
     sent, started = 0, time.monotonic()
     async with contextlib.aclosing(_closable(service.generate(call))) as samples:

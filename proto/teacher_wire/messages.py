@@ -451,14 +451,29 @@ class ScoreCall:
 
 
 @dataclass(frozen=True)
+class LatencyStatus:
+    """How long one stage of answering takes (proto: LatencyStatus); quantiles in seconds."""
+
+    stage: str
+    count: int = 0
+    p50_s: float = 0.0
+    p90_s: float = 0.0
+    p99_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class TeacherStatus:
     """How one teacher is doing (proto: TeacherStatus).
 
     Attributes:
         state: `starting`, `running`, `rolling` or `failed`; `message` says more.
         fingerprints: of the live replicas, the newest first; several during a rolling update.
+        healthy: replicas whose forward passes succeed.
         tokens_per_s, batch_fill: of the last seconds.
-        forwards, forward_tokens, answered, failed: since the server came up.
+        forwards, forward_tokens, answered, failed, expired, cancelled, refused, retries, failed_forwards, given_up,
+            generated_samples, generated_tokens: since the server came up; see proto.
+        generate_calls, generate_running, generate_waiting: now; calls, and sequences of them.
+        latencies: of the last minute.
     """
 
     name: str
@@ -475,6 +490,19 @@ class TeacherStatus:
     forward_tokens: int = 0
     answered: int = 0
     failed: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    retries: int = 0
+    healthy: int = 0
+    failed_forwards: int = 0
+    given_up: int = 0
+    generate_calls: int = 0
+    generate_running: int = 0
+    generate_waiting: int = 0
+    generated_samples: int = 0
+    generated_tokens: int = 0
+    latencies: tuple[LatencyStatus, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -489,6 +517,7 @@ class TenantStatus:
     queued_tokens: int = 0
     inflight_tokens: int = 0
     refused: int = 0
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)

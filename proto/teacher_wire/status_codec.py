@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from teacher_wire.messages import EdgeStatus, ServerStatus, StoreStatus, TeacherStatus, TenantStatus
+from teacher_wire.messages import EdgeStatus, LatencyStatus, ServerStatus, StoreStatus, TeacherStatus, TenantStatus
 from teacher_wire.v1 import teacher_pb2 as pb
 
 
@@ -17,11 +17,16 @@ def encode_status(status: ServerStatus) -> pb.StatusReply:
     return pb.StatusReply(
         server_version=status.server_version,
         up_s=status.up_s,
-        teachers=[pb.TeacherStatus(**vars(teacher)) for teacher in status.teachers],
+        teachers=[_encode_teacher(teacher) for teacher in status.teachers],
         tenants=[pb.TenantStatus(**vars(tenant)) for tenant in status.tenants],
         store=pb.StoreStatus(**vars(status.store)),
         edges=[pb.EdgeStatus(**vars(edge)) for edge in status.edges],
     )
+
+
+def _encode_teacher(teacher: TeacherStatus) -> pb.TeacherStatus:
+    values = {**vars(teacher), "latencies": [pb.LatencyStatus(**vars(latency)) for latency in teacher.latencies]}
+    return pb.TeacherStatus(**values)
 
 
 def decode_status(reply: pb.StatusReply) -> ServerStatus:
@@ -38,4 +43,7 @@ def decode_status(reply: pb.StatusReply) -> ServerStatus:
 
 def _values(cls: type, message: Any) -> dict[str, Any]:
     values = {field.name: getattr(message, field.name) for field in fields(cls)}
-    return {name: tuple(value) if name == "fingerprints" else value for name, value in values.items()}
+    if cls is TeacherStatus:
+        values["fingerprints"] = tuple(values["fingerprints"])
+        values["latencies"] = tuple(LatencyStatus(**_values(LatencyStatus, entry)) for entry in values["latencies"])
+    return values

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from student_trainer.config import AbsolutePath, Fraction, HomeText, Positive, SourceConfig, TeacherConfig, listed_sources
+from student_trainer.config import (
+    AbsolutePath,
+    Fraction,
+    HomeText,
+    Positive,
+    SourceConfig,
+    TeacherConfig,
+    listed_sources,
+)
 from student_trainer.config_file import Settings, parse_as, read_tree
 
 # Said to the teacher before the question. It names what the grammar holds it to; a tuned teacher may need less, or "".

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
 
 from teacher_server.backends.base import ModelFacts
 from teacher_server.config import FakeBackend, GenerationConfig
-from teacher_server.generation import OnThread
+from teacher_server.generation import WRITING_COUNTERS, OnThread
+from teacher_wire.errors import TeacherWireError, UnavailableError
 from teacher_wire.fake import FakeTeacher
 from teacher_wire.fake_generation import FakeWriter
 from teacher_wire.generation import GenerateCall, Sample
@@ -20,7 +23,9 @@ class FakeModel:
     def __init__(self, config: FakeBackend) -> None:
         self._delay_s = config.delay_s
         self._tokens_per_s = config.tokens_per_s or float("inf")
-        writer = FakeWriter(delay_s=config.delay_s, generates=("tokens",))  # it holds to no schema
+        self._breaks_after = config.breaks_after
+        self._forwards = 0
+        writer = FakeWriter(delay_s=config.delay_s, generates=("tokens",), salt=config.seed)  # it holds to no schema
         self._teacher = FakeTeacher(
             vocab_rows=config.vocab_rows, hidden_size=config.hidden_size, seed=config.seed, writer=writer
         )
@@ -33,6 +38,9 @@ class FakeModel:
         return self._facts
 
     def score(self, jobs: list[tuple[TokenBatch, SignalSpec]]) -> list[TeacherSignals]:
+        self._forwards += 1
+        if self._breaks_after and self._forwards > self._breaks_after:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered (the fake was told to break)")
         done_s = time.monotonic() + self._delay_s + sum(batch.tokens for batch, _ in jobs) / self._tokens_per_s
         answers = [self._teacher.signals(spec, batch) for batch, spec in jobs]
         time.sleep(max(0.0, done_s - time.monotonic()))
@@ -56,18 +64,41 @@ class FakeGeneration:
 
     def __init__(self, teacher: FakeTeacher) -> None:
         self._teacher = teacher
+        self._done: Counter[str] = Counter()
+        self._served: Counter[str] = Counter()
+        self._lost: TeacherWireError | None = None
 
     def start(self) -> None:
         """Nothing to begin."""
 
-    def generate(self, call: GenerateCall) -> AsyncGenerator[Sample, None]:
-        return self._teacher.writer.samples(call, self._teacher.vocab_rows)
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sample, None]:
+        self._done["generate_calls"] += 1
+        samples = self._teacher.writer.samples(call, self._teacher.vocab_rows)
+        try:
+            async for sample in samples:
+                if self._lost is not None:
+                    raise self._lost
+                self._done["generated_samples"] += 1
+                self._done["generated_tokens"] += len(sample.token_ids_n)
+                prompt_tokens = int(call.prompts.lengths_B[sample.prompt])
+                self._served[call.tenant] += prompt_tokens + len(sample.token_ids_n)
+                yield sample
+        finally:
+            self._done["generate_calls"] -= 1
+            await samples.aclose()
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Nobody waits: there is nothing to share."""
+
+    def fail(self, error: TeacherWireError) -> None:
+        self._lost = error
 
     def stop(self) -> None:
-        """Nothing to end."""
+        self.fail(UnavailableError("the teacher is going away"))
 
     def check_health(self) -> None:
         """Always well."""
 
-    def counters(self) -> dict[str, int]:
-        return {}
+    def counters(self) -> dict[str, Any]:
+        tenants = {name: {"served_tokens": tokens} for name, tokens in self._served.items()}
+        return {**{name: self._done[name] for name in WRITING_COUNTERS}, "tenants": tenants}

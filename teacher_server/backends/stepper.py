@@ -1,8 +1,9 @@
-"""Writing with any causal model that keeps keys and values: one running, left-padded batch, a token of each row a step.
+"""Writing with any causal model that keeps keys and values: running, left-padded batches, a token of each row a step.
 
 In: sequences that join and leave; out: those that end. Each draws from a stream of its own, so that what it writes depends on
-its prompt, seed and number alone, up to the rounding of a batched product.
-Axes: b rows of the running batch, L slots of the cache, V ids that may be written, D width, n tokens of a sample.
+its prompt, seed and number alone, up to the rounding of a batched product. Sequences of one `bucket` (lengths within 2x) share a
+batch and its cache, so that padding at most doubles what `sequence_queue.Layout` counts; each bucket costs a forward pass a step.
+Axes: b rows of a batch, L slots of its cache, V ids that may be written, D width, n tokens of a sample.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from teacher_server.backends.grammar import Follower, Grammars, unpack
-from teacher_server.generation import Sequence
+from teacher_server.sequence_queue import Sequence
 from teacher_wire.errors import CapabilityError, RequestError, TeacherWireError
 from teacher_wire.generation import Sample, SamplingSpec
 
@@ -39,6 +40,44 @@ class _Row:
     def length(self) -> int:
         """Tokens whose keys and values are in the cache: all but the newest."""
         return len(self.sequence.prompt_ids) + max(0, len(self.token_ids) - 1)
+
+
+@dataclass(eq=False)
+class _Batch:
+    """The rows of one bucket and their cache, [rows, heads, L, channels] in every layer."""
+
+    rows: list[_Row] = field(default_factory=list)
+    cache: DynamicCache = field(default_factory=DynamicCache)
+
+    @property
+    def slots(self) -> int:
+        return int(self.cache.get_seq_length()) if self.rows else 0
+
+    def join(self, group: list[_Row], joined: DynamicCache) -> None:
+        """Puts rows and their cache under the running ones, both padded on the left to the longer."""
+        if not self.rows:
+            self.rows, self.cache = list(group), joined
+            return
+        slots = max(self.slots, int(joined.get_seq_length()))
+        for mine, theirs in zip(self.cache.layers, joined.layers, strict=True):
+            for name in ("keys", "values"):
+                parts = [getattr(layer, name) for layer in (mine, theirs)]
+                parts = [pad(part, (0, 0, slots - part.shape[-2], 0)) for part in parts]
+                setattr(mine, name, torch.cat(parts))
+        self.rows += group
+
+    def keep(self, kept: list[int]) -> None:
+        """Lets all other rows go, and the slots that only they needed."""
+        if len(kept) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in kept]
+        if not kept:
+            self.cache = DynamicCache()
+            return
+        needed = max(row.length for row in self.rows)
+        for layer in self.cache.layers:
+            index_b = torch.tensor(kept, device=layer.keys.device)
+            layer.keys, layer.values = (part[index_b, :, -needed:] for part in (layer.keys, layer.values))
 
 
 class ModelStepper:
@@ -75,8 +114,17 @@ class ModelStepper:
         self._grammars = grammars
         self._prefill_tokens = prefill_tokens
         self._chunk_rows = max(1, logit_bytes // (16 * vocab_rows))
-        self._rows: list[_Row] = []
-        self._cache = DynamicCache()
+        self._batches: dict[int, _Batch] = {}  # by bucket
+
+    @property
+    def rows(self) -> int:
+        """Sequences that are held."""
+        return sum(len(batch.rows) for batch in self._batches.values())
+
+    @property
+    def slots(self) -> int:
+        """Tokens of KV cache that are allocated, padding included."""
+        return sum(len(batch.rows) * batch.slots for batch in self._batches.values())
 
     def prepare(self, spec: SamplingSpec) -> None:
         if spec.json_schema:
@@ -94,28 +142,36 @@ class ModelStepper:
         return 1e-3 if next(self._body.parameters()).dtype == torch.float32 else 0.3
 
     def reset(self) -> None:
-        self._rows, self._cache = [], DynamicCache()
+        self._batches = {}
 
     @torch.inference_mode()
     def step(self, joining: list[Sequence], leaving: list[int]) -> list[tuple[int, Sample | TeacherWireError]]:
         gone = set(leaving)
-        self._keep([i for i, row in enumerate(self._rows) if row.sequence.number not in gone])
+        for batch in self._batches.values():
+            batch.keep([i for i, row in enumerate(batch.rows) if row.sequence.number not in gone])
         outcomes: list[tuple[int, Sample | TeacherWireError]] = []
-        begun: list[_Row] = []
+        begun: dict[int, list[_Row]] = {}
         for sequence in joining:
             if sequence.number in gone:
                 continue
             try:
-                begun.append(self._begin(sequence))
+                begun.setdefault(sequence.bucket, []).append(self._begin(sequence))
             except TeacherWireError as error:
                 outcomes.append((sequence.number, error))
-        states = [self._decode()] if self._rows else []
-        states += self._prefill(begun)
-        if not self._rows:
-            return outcomes
-        ended = self._draw(torch.cat(states))
-        outcomes += [(self._rows[i].sequence.number, outcome) for i, outcome in ended.items()]
-        self._keep([i for i in range(len(self._rows)) if i not in ended])
+        for bucket in {**self._batches, **begun}:
+            batch = self._batches.setdefault(bucket, _Batch())
+            outcomes += self._step_batch(batch, begun.get(bucket, []))
+        self._batches = {bucket: batch for bucket, batch in self._batches.items() if batch.rows}
+        return outcomes
+
+    def _step_batch(self, batch: _Batch, begun: list[_Row]) -> list[tuple[int, Sample | TeacherWireError]]:
+        states = [self._decode(batch)] if batch.rows else []
+        states += self._prefill(batch, begun)
+        if not batch.rows:
+            return []
+        ended = self._draw(batch.rows, torch.cat(states))
+        outcomes = [(batch.rows[i].sequence.number, outcome) for i, outcome in ended.items()]
+        batch.keep([i for i in range(len(batch.rows)) if i not in ended])
         return outcomes
 
     def _begin(self, sequence: Sequence) -> _Row:
@@ -126,16 +182,16 @@ class ModelStepper:
 
     # ---------------------------------------------------------------- forward
 
-    def _decode(self) -> Torch:
+    def _decode(self, batch: _Batch) -> Torch:
         """States [b, D] behind the newest token of each row."""
-        lengths_b = torch.tensor([row.length for row in self._rows])
-        slots = self._slots() + 1
-        ids_b1 = torch.tensor([[row.token_ids[-1]] for row in self._rows])
+        lengths_b = torch.tensor([row.length for row in batch.rows])
+        slots = batch.slots + 1
+        ids_b1 = torch.tensor([[row.token_ids[-1]] for row in batch.rows])
         mask_bL = torch.arange(slots)[None, :] >= slots - 1 - lengths_b[:, None]
-        return self._forward(ids_b1, mask_bL, lengths_b[:, None], self._cache)[:, -1]
+        return self._forward(ids_b1, mask_bL, lengths_b[:, None], batch.cache)[:, -1]
 
-    def _prefill(self, begun: list[_Row]) -> list[Torch]:
-        """States [b, D] behind each prompt, whose rows and caches are added to the running ones; equal prompts run once."""
+    def _prefill(self, batch: _Batch, begun: list[_Row]) -> list[Torch]:
+        """States [b, D] behind each prompt, whose rows and caches are added to the batch; equal prompts run once."""
         states = []
         begun = sorted(begun, key=lambda row: (len(row.sequence.prompt_ids), row.sequence.prompt_ids.tobytes()))
         while begun:
@@ -148,10 +204,10 @@ class ModelStepper:
                 unique.setdefault(key, len(unique))
                 group.append(row)
             begun = begun[len(group) :]
-            states.append(self._prefill_group(group, unique))
+            states.append(self._prefill_group(batch, group, unique))
         return states
 
-    def _prefill_group(self, group: list[_Row], unique: dict[bytes, int]) -> Torch:
+    def _prefill_group(self, batch: _Batch, group: list[_Row], unique: dict[bytes, int]) -> Torch:
         prompts = [torch.from_numpy(np.frombuffer(key, np.int32).astype(np.int64)) for key in unique]
         longest = max(map(len, prompts))
         ids_uL = torch.stack([pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
@@ -161,8 +217,7 @@ class ModelStepper:
         state_uD = self._forward(ids_uL, mask_uL, places_uL, cache)[:, -1]
         order_b = torch.tensor([unique[row.sequence.prompt_ids.tobytes()] for row in group], device=self._device)
         cache.batch_select_indices(order_b)
-        self._join(cache)
-        self._rows += group
+        batch.join(group, cache)
         return state_uD[order_b]
 
     def _forward(self, ids_bL: Torch, mask_bL: Torch, places_bL: Torch, cache: DynamicCache) -> Torch:
@@ -175,43 +230,13 @@ class ModelStepper:
             use_cache=True,
         ).last_hidden_state
 
-    # ------------------------------------------------------------------ cache
-
-    def _slots(self) -> int:
-        return int(self._cache.get_seq_length())
-
-    def _join(self, joined: DynamicCache) -> None:
-        """Puts the rows of a cache under the running ones, both padded on the left to the longer."""
-        if not self._rows:
-            self._cache = joined
-            return
-        slots = max(self._slots(), int(joined.get_seq_length()))
-        for mine, theirs in zip(self._cache.layers, joined.layers, strict=True):
-            for name in ("keys", "values"):
-                parts = [getattr(layer, name) for layer in (mine, theirs)]
-                parts = [pad(part, (0, 0, slots - part.shape[-2], 0)) for part in parts]
-                setattr(mine, name, torch.cat(parts))
-
-    def _keep(self, kept: list[int]) -> None:
-        """Lets all other rows go, and the slots that only they needed."""
-        if len(kept) == len(self._rows):
-            return
-        self._rows = [self._rows[i] for i in kept]
-        if not kept:
-            self._cache = DynamicCache()
-            return
-        index_b = torch.tensor(kept, device=self._device)
-        needed = max(row.length for row in self._rows)
-        for layer in self._cache.layers:
-            layer.keys, layer.values = (part[index_b, :, -needed:] for part in (layer.keys, layer.values))
-
     # ---------------------------------------------------------------- drawing
 
-    def _draw(self, state_bD: Torch) -> dict[int, Sample | TeacherWireError]:
+    def _draw(self, all_rows: list[_Row], state_bD: Torch) -> dict[int, Sample | TeacherWireError]:
         """One token of every row; the rows that end with it, by place in the batch."""
         ended: dict[int, Sample | TeacherWireError] = {}
-        for start in range(0, len(self._rows), self._chunk_rows):
-            rows = self._rows[start : start + self._chunk_rows]
+        for start in range(0, len(all_rows), self._chunk_rows):
+            rows = all_rows[start : start + self._chunk_rows]
             logits_cV = self._head(state_bD[start : start + self._chunk_rows]).float()
             logp_cV = logits_cV.log_softmax(-1)
             allowed_cV = self._allowed(rows)

@@ -32,7 +32,7 @@ from teacher_server.config import TransformersBackend as Config
 from teacher_server.errors import ServerConfigError
 from teacher_server.generation import OnThread, SteppedGeneration
 from teacher_server.signals.reduce import OutputHead, reduce
-from teacher_server.signals.transfer import ToHost, to_device, to_wire
+from teacher_server.signals.transfer import HostRows, to_device, to_wire
 from teacher_wire.errors import CapabilityError
 from teacher_wire.identity import head_sha256, text_sha256, tokenizer_sha256
 from teacher_wire.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
@@ -205,12 +205,12 @@ class TransformersModel:
         for index, (_, spec) in enumerate(jobs):
             groups.setdefault(spec, []).append(index)
         compute = self._apart if self._deterministic else self._together
-        copies = [(members, ToHost(found)) for members, found in compute(jobs, groups, watch)]
+        copies = compute(jobs, groups, watch)
         return lambda: self._answers(jobs, copies, watch)
 
     def _together(
         self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: _Stopwatch
-    ) -> list[tuple[list[int], dict[str, Torch]]]:
+    ) -> list[tuple[list[int], HostRows]]:
         """The signals of each group of jobs, from as few passes as fit."""
         order = [index for members in groups.values() for index in members]
         sequences = [ids for index in order for ids in _sequences(jobs[index][0])]
@@ -223,18 +223,20 @@ class TransformersModel:
             stop = start + sum(batch.rows for batch in batches)
             labels_N = np.concatenate([batch.labels_N() for batch in batches])
             extra = [batch.extra_ids_NM for batch in batches if batch.extra_ids_NM is not None]
-            found.append((members, self._reduce(hidden_ND[start:stop], labels_N, extra, spec)))
+            rows_of = HostRows(stop - start, self._chunk_bytes)
+            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec)
+            found.append((members, rows_of.end()))
             start = stop
         watch.mark("reduce")
         return found
 
     def _apart(
         self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: _Stopwatch
-    ) -> list[tuple[list[int], dict[str, Torch]]]:
+    ) -> list[tuple[list[int], HostRows]]:
         """The same, each sequence by itself; all its rows are reduced in chunks from its first, wanted or not."""
         found = []
         for spec, members in groups.items():
-            parts: list[dict[str, Torch]] = []
+            rows_of = HostRows(sum(jobs[index][0].rows for index in members), self._chunk_bytes)
             for batch in (jobs[index][0] for index in members):
                 named_at = 0
                 for ids_L, wanted_L in zip(_sequences(batch), _wanted(batch), strict=True):
@@ -250,25 +252,26 @@ class TransformersModel:
                         named_at += int(kept_R.sum())
                         extra = [named_RM]
                     labels_R = np.where(kept_R, ids_L[1:], 0)  # others' may lie outside the spec's vocabulary
-                    parts.append(self._reduce(hidden_RD, labels_R, extra, spec, kept_R))
+                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, kept_R)
                     watch.mark("reduce")
-            found.append((members, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}))
+            found.append((members, rows_of.end()))
         return found
 
     def _reduce(
         self,
+        into: HostRows,
         hidden_RD: Torch,
         labels_R: np.ndarray,
         extra: list[np.ndarray],
         spec: SignalSpec,
         kept_R: np.ndarray | None = None,
-    ) -> dict[str, Torch]:
+    ) -> None:
         labels = to_device(labels_R, self._device).long()
         named = to_device(np.concatenate(extra), self._device).long() if extra else None
-        return reduce(self._head, hidden_RD, labels, named, spec, self._chunk_bytes, kept_R)
+        reduce(self._head, hidden_RD, labels, named, spec, self._chunk_bytes, kept_R, into)
 
     def _answers(
-        self, jobs: list[Job], copies: list[tuple[list[int], ToHost]], watch: _Stopwatch
+        self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: _Stopwatch
     ) -> list[TeacherSignals]:
         answers: dict[int, TeacherSignals] = {}
         for members, copy in copies:

@@ -29,7 +29,8 @@ from teacher_server.backends.vllm_writing import EngineGeneration, Writer, refus
 from teacher_server.config import GenerationConfig
 from teacher_server.config import VllmBackend as Config
 from teacher_server.errors import ServerConfigError
-from teacher_server.generation import OnThread, Sequence
+from teacher_server.generation import OnThread
+from teacher_server.sequence_queue import Sequence
 from teacher_wire.errors import CapabilityError, LimitError, RequestError, TeacherWireError
 from teacher_wire.generation import Sample, SamplingSpec
 from teacher_wire.identity import text_sha256, tokenizer_sha256

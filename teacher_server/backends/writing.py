@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from teacher_server.backends.stepper import ModelStepper
-from teacher_server.generation import Sequence
+from teacher_server.sequence_queue import Sequence
 from teacher_wire.generation import Sample, SamplingSpec
 
 log = logging.getLogger(__name__)

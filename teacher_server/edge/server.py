@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -70,6 +70,9 @@ class EdgeServer:
             status_for=status_for,
         )
         self._health = health_aio.HealthServicer()
+        self._healthy: dict[str, bool] | None = None  # by teacher; None while nobody has said
+        self._listening = False
+        self._telling: asyncio.Task[None] | None = None
         interceptors = [TokenInterceptor(tokens)] if tokens else []
         self._server = grpc.aio.server(
             interceptors=interceptors,
@@ -88,12 +91,12 @@ class EdgeServer:
         return self._config.address
 
     async def start(self) -> None:
-        """Opens the port and says SERVING.
+        """Opens the port and says which services are SERVING; see `set_healthy`.
 
         Raises:
             ServerConfigError: the port is taken, or a certificate cannot be read.
         """
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._say()
         try:
             if self._config.tls:
                 self._server.add_secure_port(self._config.address, server_credentials(self._config.tls))
@@ -104,11 +107,13 @@ class EdgeServer:
         await self._server.start()
         if self._store is not None:
             self._looking = asyncio.create_task(asyncio.to_thread(self._store.look))
-        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        self._listening = True
+        await self._say()
 
     async def drain(self) -> None:
         """Says NOT_SERVING, refuses new requests as unavailable, waits for open ones, then closes the port."""
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._listening = False
+        await self._say()
         self._gate.closed = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_s):
@@ -117,9 +122,25 @@ class EdgeServer:
         await asyncio.sleep(0.1)  # what was just answered still has to leave
         await self._server.stop(grace=0.5)
 
-    async def _say(self, status: int) -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
+    def set_healthy(self, teachers: Mapping[str, bool]) -> None:
+        """Which teachers have a replica that can answer, for `grpc.health.v1`.
+
+        "" is the edge itself. The contract's service is SERVING while any teacher is, `SERVICE/NAME` while that one is.
+        """
+        if self._healthy == teachers:
+            return
+        gone = set(self._healthy or ()) - set(teachers)
+        self._healthy = dict(teachers)
+        self._telling = asyncio.create_task(self._say(gone))
+
+    async def _say(self, gone: Iterable[str] = ()) -> None:
+        said = health_pb2.HealthCheckResponse
+        healthy = {"": True, SERVICE: self._healthy is None or any(self._healthy.values())}
+        healthy |= {f"{SERVICE}/{name}": ok for name, ok in (self._healthy or {}).items()}
+        for service, ok in healthy.items():
+            await self._health.set(service, said.SERVING if self._listening and ok else said.NOT_SERVING)
+        for name in gone:
+            await self._health.set(f"{SERVICE}/{name}", said.SERVICE_UNKNOWN)
 
     def set_tenants(self, tenants: Mapping[str, TenantConfig], edges: int = 1) -> None:
         """Quotas from now on, of which this edge grants its part.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from teacher_server.signals import output, state
-from teacher_server.signals.transfer import to_device
+from teacher_server.signals.transfer import HostRows, to_device
 from teacher_wire.messages import SignalSpec
 
 
@@ -47,8 +47,9 @@ def reduce(
     spec: SignalSpec,
     chunk_bytes: int,
     kept_R: np.ndarray | None = None,
+    into: HostRows | None = None,
 ) -> dict[str, Tensor]:
-    """The signals of rows.
+    """The signals of rows: gathered on the device, or handed to `into` chunk by chunk (then nothing is returned).
 
     Args:
         head: of the model.
@@ -59,6 +60,8 @@ def reduce(
         chunk_bytes: bound on the logits held at a time.
         kept_R: bool, rows to answer; the others are still computed where they share a chunk with one of these, so that
             a row's bits do not depend on which others are wanted. None keeps all.
+        into: takes the rows of `full` and `top_k` answers to the host while further chunks are computed, so that no more
+            of them is held than it says.
     """
     fixed: dict[str, Tensor] = {}
     if spec.compression == "int8":
@@ -69,6 +72,8 @@ def reduce(
     elif spec.transport == "hidden":
         fixed = {"hidden_ND": hidden_RD}
     found: dict[str, Tensor] = {}
+    if kept_R is not None:
+        fixed = {name: _kept(part, kept_R) for name, part in fixed.items()}
     answered = hidden_RD.shape[0] if kept_R is None else int(kept_R.sum())
     start = 0
     for rows in _chunks(hidden_RD.shape[0], spec.vocab_rows * hidden_RD.element_size(), chunk_bytes):
@@ -78,13 +83,19 @@ def reduce(
         parts = _of_chunk(head.logits(hidden_RD[rows], spec.vocab_rows), labels_R[rows], named_CM, spec)
         if kept_R is not None:
             parts = {name: _kept(part, kept_R[rows]) for name, part in parts.items()}
+        if into is not None:
+            into.add(parts)
+            continue
         stop = start + len(parts["lse_N"])
         for name, part in parts.items():
             if name not in found:
                 found[name] = part.new_empty((answered, *part.shape[1:]))
             found[name][start:stop] = part
         start = stop
-    return found | (fixed if kept_R is None else {name: _kept(part, kept_R) for name, part in fixed.items()})
+    if into is not None:
+        into.add(fixed)
+        return {}
+    return found | fixed
 
 
 def _of_chunk(logits_CV: Tensor, labels_C: Tensor, extra_CM: Tensor | None, spec: SignalSpec) -> dict[str, Tensor]:

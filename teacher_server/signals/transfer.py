@@ -6,6 +6,8 @@ the next batch is computed meanwhile, and one wait a batch is enough.
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
@@ -54,6 +56,77 @@ class ToHost:
             self._copied.synchronize()
             self._device = {}
         return self._host
+
+
+class HostRows:
+    """An answer whose rows are made part by part, on its way to the host.
+
+    A tensor of at most `held_bytes` is gathered on the device and copied when all is there. Of a larger one each part is
+    copied as it comes, into its place on the host, and the device holds no more than `held_bytes` of parts beside the newest.
+
+    Args:
+        rows: in all.
+        held_bytes: see above.
+    """
+
+    def __init__(self, rows: int, held_bytes: int) -> None:
+        self._rows = rows
+        self._held_bytes = held_bytes
+        self._filled: dict[str, int] = {}
+        self._gathered: dict[str, Torch] = {}
+        self._streamed: dict[str, Torch] = {}
+        self._held: deque[tuple[torch.cuda.Event, Torch]] = deque()  # copies under way
+        self._rest: ToHost | None = None
+
+    def add(self, parts: Mapping[str, Torch]) -> None:
+        """The next rows of each of these tensors; may wait for older parts to reach the host."""
+        for name, part in parts.items():
+            start = self._filled.get(name, 0)
+            stop = self._filled[name] = start + len(part)
+            if start == 0 and stop == self._rows:
+                self._gathered[name] = part
+                continue
+            if start == 0:
+                self._make(name, part)
+            if name in self._streamed:
+                self._stream(self._streamed[name][start:stop], part)
+            else:
+                self._gathered[name][start:stop] = part
+
+    def _make(self, name: str, part: Torch) -> None:
+        shape = (self._rows, *part.shape[1:])
+        row_bytes = part.element_size() * math.prod(part.shape[1:])
+        if part.device.type == "cuda" and self._rows * row_bytes > self._held_bytes:
+            dtype = torch.int32 if part.dtype == torch.int64 else part.dtype
+            self._streamed[name] = torch.empty(shape, dtype=dtype, pin_memory=True)
+        else:
+            self._gathered[name] = part.new_empty(shape)
+
+    def _stream(self, place: Torch, part: Torch) -> None:
+        part = part.to(place.dtype)
+        stream = _copiers.setdefault(part.device, torch.cuda.Stream(part.device))
+        stream.wait_stream(torch.cuda.current_stream(part.device))
+        with torch.cuda.stream(stream):
+            place.copy_(part, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)
+            copied.record(stream)
+        self._held.append((copied, part))
+        while sum(waiting.nbytes for _, waiting in self._held) > self._held_bytes and len(self._held) > 1:
+            self._held.popleft()[0].synchronize()
+
+    def end(self) -> HostRows:
+        """All rows have been added; begins what copies are left."""
+        short = [name for name, filled in self._filled.items() if filled != self._rows]
+        assert not short, f"rows are missing of {short}"
+        self._rest = ToHost(self._gathered) if self._gathered else None
+        self._gathered = {}
+        return self
+
+    def wait(self) -> dict[str, Torch]:
+        """The tensors on the host; other threads run while this one waits."""
+        while self._held:
+            self._held.popleft()[0].synchronize()
+        return {**self._streamed, **(self._rest.wait() if self._rest is not None else {})}
 
 
 def to_wire(host: Torch, ids_below: int = 0) -> Tensor:

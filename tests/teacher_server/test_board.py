@@ -1,17 +1,24 @@
 """The board: what is fresh, what is summed, what each reporter hears; and a status that adds up."""
 
+import asyncio
+import io
+import types
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
+from teacher_server import reporting
 from teacher_server.board import FRESH_S, Board
 from teacher_server.config import EdgeConfig, TenantConfig
+from teacher_server.display import render
 from teacher_server.errors import TakenOverError
+from teacher_server.latency import Latencies, quantile_s
 from teacher_server.reports import EdgeReport, Held, Plan, ReplicaReport, TeacherPlan
 from teacher_server.status import as_seen_by
 from teacher_wire import status_codec
 from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import TenantStatus
+from teacher_wire.messages import LatencyStatus, ServerStatus, TeacherStatus, TenantStatus
 
 OLD, NEW = FakeTeacher(seed=0).teacher_info(), FakeTeacher(seed=1).teacher_info()
 
@@ -151,3 +158,95 @@ async def test_tenants_that_are_gone_leave_no_rows_behind():
     names = {row.name for row in (await board.status()).tenants}
     assert {"listed", "present"} <= names and len(names) <= 4
     assert next(row for row in (await board.status()).tenants if row.name == "listed").served_tokens == 500
+async def test_a_replica_whose_forward_passes_fail_is_told_and_remembered_once_replaced():
+    board, clock = await board_of()
+    sick = replace(replica(forwards=3, a=10), trouble="forward passes fail: CUDA error: illegal address")
+    sick = replace(sick, counters={**sick.counters, "failed_forwards": 2, "given_up": 1})
+    await board.report("r1", sick)
+    news = await board.report("r2", replica(forwards=3, a=10))
+    assert news.healthy == {"fake": 1}
+    (teacher,) = (await board.status()).teachers
+    assert (teacher.healthy, teacher.failed_forwards, teacher.given_up) == (1, 2, 1)
+    assert teacher.message.startswith("1 of 2 replicas can compute nothing") and "illegal address" in teacher.message
+    clock.now_s += FRESH_S + 1
+    news = await board.report("r2", replica(forwards=4, a=20))
+    (teacher,) = (await board.status()).teachers
+    assert (teacher.healthy, teacher.given_up) == (1, 1) and news.healthy == {"fake": 1}
+    assert teacher.message.startswith("1 replicas were replaced") and "illegal address" in teacher.message
+    clock.now_s += FRESH_S + 1
+    assert (await board.report("e1", edge())).healthy == {}, "nobody is left"
+
+
+async def test_writing_retries_and_latencies_are_summed_over_replicas_and_edges():
+    board, clock = await board_of()
+    latencies, slow = Latencies(), Latencies()
+    writing = {"generate_calls": 2, "generate_running": 3, "generate_waiting": 4, "generate_waiting_tokens": 500,
+               "generated_samples": 6, "generated_tokens": 70, "refused": 1}  # fmt: skip
+    for second in range(3):
+        latencies.observe("queue", 0.02)
+        slow.observe("whole", 4.0)
+        for name in ("r1", "r2"):
+            counters = {**replica().counters, **writing, "latency": latencies.counters()}
+            await board.report(name, replace(replica(), counters=counters))
+        own = {**edge().counters, "retries": {"fake": 2 + second, "other": 9}, "latency": {"fake": slow.counters()}}
+        await board.report("e1", replace(edge(), counters=own))
+        clock.now_s += 1
+    status = await board.status()
+    (teacher,) = status.teachers
+    assert (teacher.generate_calls, teacher.generate_running, teacher.generate_waiting) == (4, 6, 8)
+    assert (teacher.generated_samples, teacher.generated_tokens, teacher.refused, teacher.retries) == (12, 140, 2, 4)
+    assert teacher.queued_tokens == 2 * (7 + 500)
+    queue, whole = teacher.latencies
+    assert (queue.stage, queue.count, whole.stage, whole.count) == ("queue", 6, "whole", 3)
+    assert 0.01 < queue.p50_s <= 0.025 < queue.p99_s + 0.001 and 2.5 < whole.p50_s <= 5
+    assert status_codec.decode_status(status_codec.encode_status(status)) == status
+
+
+def test_quantiles_lie_in_the_bucket_that_holds_them():
+    latencies = Latencies()
+    for milliseconds in range(1, 101):
+        latencies.observe("queue", milliseconds / 1e3)
+    buckets = latencies.counters()["queue"]["buckets"]
+    assert quantile_s(buckets, 0.5) == pytest.approx(0.05, rel=0.02)
+    assert quantile_s(buckets, 0.9) == pytest.approx(0.09, rel=0.15)
+    assert quantile_s({}, 0.5) == 0 and quantile_s({"inf": 3}, 0.5) == 300
+
+
+async def test_one_exception_does_not_end_a_reporters_reports(monkeypatch):
+    monkeypatch.setattr(reporting, "REPORT_EVERY_S", 0.001)
+    board, made, heard = Board(), [], []
+
+    class Actor:
+        @property
+        def report(self):
+            return types.SimpleNamespace(remote=board.report)
+
+    def make():
+        made.append(1)
+        if len(made) < 3:
+            raise KeyError("a counter that is not there")
+        return replica()
+
+    def take(news):
+        heard.append(news)
+        if len(heard) < 3:
+            raise ZeroDivisionError
+
+    reporter = reporting.Reporter("r1", make, take)
+    reporter._board = Actor()
+    reporter.start()
+    async with asyncio.timeout(10):
+        while len(heard) < 5:
+            await asyncio.sleep(0.002)
+    reporter._board = None
+    reporter.leave()
+
+
+def test_the_console_shows_writing_and_latencies_of_those_that_have_any():
+    busy = TeacherStatus("busy", "running", generate_calls=2, generate_running=3, generate_waiting=4, generated_samples=5,
+                         latencies=(LatencyStatus("queue", 9, 0.02, 0.03, 0.04),))  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(ServerStatus(teachers=(busy, TeacherStatus("idle", "running")))))
+    shown = console.file.getvalue()
+    assert "busy: writes 3 sequences of 2 calls, 4 wait; 5 samples written" in shown
+    assert "queue 0.02/0.04 s" in shown and "idle:" not in shown

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import time
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from teacher_server.config import EdgeConfig, TenantConfig
-from teacher_server.edge.server import EdgeServer
+from teacher_server.edge.server import SERVICE, EdgeServer
 from teacher_wire.channel import Credentials
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import ForbiddenError, OverloadedError, RequestError
@@ -146,3 +148,38 @@ class _BlackHole:
                 if not self.closed:
                     writer.write(data)
                     await writer.drain()
+
+
+async def test_health_is_told_for_each_teacher_and_from_the_truth():
+    said = health_pb2.HealthCheckResponse
+
+    async def asked(stub, service):
+        try:
+            return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+
+    async with edge() as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        async def becomes(**expected):
+            async with asyncio.timeout(10):
+                while True:
+                    found = {
+                        name: await asked(stub, f"{SERVICE}/{name}" if name else SERVICE) for name in ("", "a", "b")
+                    }
+                    if found == {"": said.SERVING, **expected}:
+                        return
+                    await asyncio.sleep(0.005)
+
+        unknown = grpc.StatusCode.NOT_FOUND
+        await becomes(a=unknown, b=unknown)
+        server.set_healthy({"a": True, "b": False})
+        await becomes(a=said.SERVING, b=said.NOT_SERVING)
+        server.set_healthy({"a": False, "b": False})
+        async with asyncio.timeout(10):
+            while await asked(stub, SERVICE) != said.NOT_SERVING:
+                await asyncio.sleep(0.005)
+        assert await asked(stub, "") == said.SERVING, "the edge itself is well"
+        server.set_healthy({"a": True})
+        await becomes(a=said.SERVING, b=said.SERVICE_UNKNOWN)

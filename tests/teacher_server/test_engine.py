@@ -11,7 +11,8 @@ import pytest
 from teacher_server.backends.fake import FakeModel
 from teacher_server.config import FakeBackend, TeacherConfig
 from teacher_server.engine import TeacherEngine
-from teacher_wire.errors import DeadlineError, MismatchError, OverloadedError, ServerError
+from teacher_wire.errors import DeadlineError, MismatchError, OverloadedError, ServerError, UnavailableError
+from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
 
 SPEC = SignalSpec("full", 64)
@@ -67,18 +68,25 @@ async def test_what_waits_together_runs_together():
         answers = await asyncio.gather(*tasks)
         assert sum(map(len, model.batches)) == 6 and len(model.batches) <= 2
         assert {answer.fingerprint for answer in answers} == {engine.info.fingerprint}
-        assert engine.counters() == {
+        counters = engine.counters()
+        latency = counters.pop("latency")
+        assert latency["queue"]["count"] == 6 and latency["forward"]["count"] == len(model.batches)
+        assert sum(latency["queue"]["buckets"].values()) == 6
+        assert {name: value for name, value in counters.items() if not name.startswith("generate")} == {
             "queued_tokens": 0,
             "queued_jobs": 0,
             "waiting": 0,
             "forwards": len(model.batches),
             "forward_tokens": 24,
+            "failed_forwards": 0,
+            "given_up": 0,
             "max_batch_tokens": 16_384,
             "answered": 6,
             "failed": 0,
             "expired": 0,
             "cancelled": 0,
-            "tenants": {"": {"queued_tokens": 0, "served_tokens": 24}},
+            "refused": 0,
+            "tenants": {"": {"queued_tokens": 0, "served_tokens": 24, "refused": 0}},
         }
 
 
@@ -104,6 +112,7 @@ async def test_a_full_queue_and_a_foreign_request_are_refused_by_name():
         with pytest.raises(OverloadedError) as caught:
             await engine.score(call(3))
         assert caught.value.retry_after_s > 0
+        assert engine.counters()["refused"] == engine.counters()["tenants"][""]["refused"] == 1
         with pytest.raises(MismatchError):
             await engine.score(call(4, fingerprint="f" * 64))
         model.gate.set()
@@ -134,4 +143,103 @@ async def test_an_ended_batch_loop_is_unhealthy():
         engine._task.cancel()
         await until(engine._task.done)
         with pytest.raises(RuntimeError, match="ended"):
+            engine.check_health()
+
+
+class Broken(Model):
+    """Fails as told: `fails(tokens of the batch)` gives an exception or None."""
+
+    def __init__(self, fails) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def score(self, jobs):
+        self.gate.wait()
+        self.batches.append(sorted(int(batch.token_ids_T[0]) for batch, _ in jobs))
+        error = self.fails(self.batches[-1])
+        if error is not None:
+            raise error
+        return FakeModel.score(self, jobs)
+
+
+@contextlib.asynccontextmanager
+async def breaking(fails, **changes):
+    model = Broken(fails)
+    engine = TeacherEngine(TeacherConfig.model_validate({"name": "t", "backend": {"kind": "fake"}, **changes}), model)
+    engine.start()
+    try:
+        yield engine, model
+    finally:
+        model.gate.set()
+        await engine.stop()
+
+
+async def together(engine, model, firsts):
+    model.gate.clear()
+    tasks = [asyncio.create_task(engine.score(call(i))) for i in firsts]
+    await until(lambda: engine.counters()["waiting"] == len(tasks))
+    model.gate.set()
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_batch_that_does_not_fit_is_halved_and_nobody_fails():
+    def fails(batch):
+        return RuntimeError("CUDA out of memory. Tried to allocate 5.00 GiB") if len(batch) > 2 else None
+
+    async with breaking(fails) as (engine, model):
+        outcomes = await together(engine, model, range(9))
+        assert all(outcome.rows == 3 for outcome in outcomes)
+        assert sum(len(batch) == 1 for batch in model.batches) <= 2, "halves, not one by one"
+        engine.check_health()
+
+
+async def test_one_request_that_never_fits_is_told_to_come_back_and_the_others_are_answered():
+    def fails(batch):
+        return MemoryError("no memory for it") if 7 in batch else None
+
+    async with breaking(fails) as (engine, model):
+        outcomes = await together(engine, model, range(8))
+        refused = outcomes.pop(7)
+        assert isinstance(refused, OverloadedError) and refused.field == "device memory" and refused.retry_after_s > 0
+        assert all(outcome.rows == 3 for outcome in outcomes)
+        assert len(model.batches) <= 9
+        engine.check_health()
+
+
+async def test_a_lost_device_is_fatal_at_once_and_told_as_unavailable():
+    def fails(batch):
+        return RuntimeError("CUDA error: device-side assert triggered") if 5 in batch else None
+
+    async with breaking(fails, batch={"max_tokens": 8}) as (engine, model):
+        outcomes = await together(engine, model, range(8))
+        assert [type(outcome) for outcome in outcomes[4:]] == [UnavailableError] * 4
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            engine.check_health()
+        done = len(model.batches)
+        with pytest.raises(UnavailableError, match="being replaced"):
+            await engine.score(call(1))
+        with pytest.raises(UnavailableError, match="being replaced"):
+            await anext(engine.generate(GenerateCall("t", "", SamplingSpec(), PromptBatch.pack([[1]]))))
+        assert len(model.batches) == done and engine.counters()["given_up"] == 1 and "assert" in engine.trouble
+
+
+async def test_failures_in_a_row_are_probed_and_a_hostile_request_kills_no_replica():
+    async with breaking(lambda batch: RuntimeError("odd") if 9 in batch else None) as (engine, model):
+        for _ in range(8):
+            with pytest.raises(ServerError):
+                await engine.score(call(9))
+        await until(lambda: engine._probing is not None and engine._probing.done())
+        assert [0] in model.batches, "its own request"
+        engine.check_health()
+        assert engine.counters()["failed_forwards"] == 8
+
+
+async def test_a_backend_that_fails_on_everything_is_given_up_after_its_own_probe():
+    async with breaking(lambda batch: RuntimeError("weights are gone")) as (engine, _):
+        engine.check_health()
+        for _ in range(3):
+            with pytest.raises((ServerError, UnavailableError)):
+                await engine.score(call(1))
+        await until(lambda: engine.trouble)
+        with pytest.raises(RuntimeError, match="its own probe failed too: RuntimeError: weights are gone"):
             engine.check_health()

@@ -16,7 +16,8 @@ from teacher_server.backends.stepper import ModelStepper, choose
 from teacher_server.backends.writing import writes_as_it_scores
 from teacher_server.config import GenerationConfig, TeacherConfig
 from teacher_server.engine import TeacherEngine
-from teacher_server.generation import Sequence, SequenceQueue, SteppedGeneration
+from teacher_server.generation import SteppedGeneration
+from teacher_server.sequence_queue import Layout, Sequence, SequenceQueue
 from teacher_wire.errors import (
     CapabilityError,
     LimitError,
@@ -228,7 +229,7 @@ async def test_leaving_frees_the_sequences_at_the_next_token(model_factory):
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert len(await other) == 1
-        await until(lambda: not engine._generation._stepper._rows)
+        await until(lambda: not engine._generation._stepper.rows)
         assert engine.counters()["generate_running"] == engine.counters()["generate_waiting"] == 0
         assert engine.counters()["generate_steps"] < 100
 
@@ -300,8 +301,9 @@ async def test_a_failed_step_fails_its_calls_and_nobody_after_them():
     generation.start()
     call = GenerateCall("t", "", SamplingSpec(), PromptBatch.pack([[1]]))
     steps.fail = True
-    with pytest.raises(ServerError, match="out of memory"):
+    with pytest.raises(OverloadedError, match="no memory left") as caught:
         await anext(generation.generate(call))
+    assert caught.value.retry_after_s > 0
     steps.fail = False
     assert [s.index async for s in generation.generate(call)] == [0]
     assert steps.resets == 1
@@ -318,26 +320,209 @@ async def test_a_failed_step_fails_its_calls_and_nobody_after_them():
         generation.check_health()
 
 
-def sequence(number, call=0, tokens=10):
-    return Sequence(number, call, 0, number, np.zeros(tokens - 1, np.int32), SamplingSpec(max_new_tokens=1))
+class Poisoned(Steps):
+    """Keeps every sequence for three steps and fails while it holds a prompt that begins with `poison`, or too many."""
+
+    def __init__(self, poison=-1, most=10**9, at=0, error="bad row"):
+        super().__init__()
+        self.poison, self.most, self.at, self.error = poison, most, at, error
+        self.held, self.failures = {}, 0
+
+    def step(self, joining, leaving):
+        self.held = {n: left for n, left in self.held.items() if n not in leaving}
+        self.held |= {s.number: (s, 0) for s in joining}
+        bad = any(s.prompt_ids[0] == self.poison and age >= self.at for s, age in self.held.values())
+        if bad or len(self.held) > self.most:
+            self.failures += 1
+            raise RuntimeError(self.error)
+        done = [s for s, age in self.held.values() if age == 2]
+        self.held = {n: (s, age + 1) for n, (s, age) in self.held.items() if age < 2}
+        return [
+            (s.number, Sample(s.prompt, s.index, np.ones(1, np.int32), np.zeros(1, np.float32), "stop")) for s in done
+        ]
+
+    def reset(self):
+        super().reset()
+        self.held = {}
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["as it joins", "while it is written"])
+async def test_a_step_that_fails_costs_only_the_sequence_that_is_to_blame(at):
+    steps = Poisoned(poison=66, at=at)
+    generation = SteppedGeneration(steps, GenerationConfig(max_running=8), on_thread)
+    generation.start()
+
+    async def ask(tenant, first, samples):
+        spec = SamplingSpec(samples=samples)
+        call = GenerateCall("t", "", spec, PromptBatch.pack([[first]]), tenant=tenant)
+        return [s.index async for s in generation.generate(call)]
+
+    outcomes = await asyncio.gather(
+        ask("a", 1, 12), ask("b", 66, 2), ask("c", 3, 5), ask("d", 4, 1), return_exceptions=True
+    )
+    assert isinstance(outcomes.pop(1), ServerError)
+    assert [sorted(found) for found in outcomes] == [list(range(12)), list(range(5)), [0]]
+    assert steps.failures <= 12
+    held = generation.counters()
+    assert [held[f"generate_{name}"] for name in ("calls", "running", "waiting", "waiting_tokens")] == [0] * 4
+    generation.stop()
+
+
+async def test_a_step_without_memory_is_made_smaller_and_nobody_fails():
+    steps = Poisoned(most=5, error="CUDA out of memory")
+    generation = SteppedGeneration(steps, GenerationConfig(max_running=32), on_thread)
+    generation.start()
+    calls = [GenerateCall("t", "", SamplingSpec(samples=20), PromptBatch.pack([[i]]), tenant=str(i)) for i in range(3)]
+
+    async def ask(call):
+        return [s.index async for s in generation.generate(call)]
+
+    assert [sorted(found) for found in await asyncio.gather(*map(ask, calls))] == [list(range(20))] * 3
+    assert 3 <= steps.failures <= 20
+    generation.stop()
+
+
+async def test_the_cache_that_is_allocated_never_exceeds_what_was_admitted(model_factory):
+    limit = 4000
+    folder = model_factory("qwen2", max_position_embeddings=4096)
+    async with running(folder, generation={"max_running": 32, "max_cache_tokens": limit}) as engine:
+        stepper, most = engine._generation._stepper, [0]
+        plain = stepper._step_batch
+
+        def watched(*arguments):
+            found = plain(*arguments)
+            most[0] = max(most[0], stepper.slots)
+            return found
+
+        stepper._step_batch = watched
+        long = SamplingSpec(max_new_tokens=8, ignore_eos=True)
+        calls = [
+            write(engine, long, [[1] * 1800]),
+            *(write(engine, long, [[i, 2]] * 12, tenant=str(i)) for i in range(3)),
+        ]
+        found = await asyncio.gather(*calls)
+        assert list(map(len, found)) == [1, 12, 12, 12]
+        assert 1800 < most[0] <= limit
+        ids, _ = greedy(folder, [1] * 1800, 4, end=-1)
+        again = await write(engine, SamplingSpec(1, 0.0, 1.0, 4, ignore_eos=True), [[1] * 1800, [3]])
+        assert again[0, 0].token_ids_n.tolist() == ids, "beside a bucket of its own"
+
+
+def sequence(number, call=0, tokens=10, new=1):
+    return Sequence(number, call, 0, number, np.zeros(tokens - new, np.int32), SamplingSpec(max_new_tokens=new))
+
+
+def add(queue, tenant, sequences):
+    queue.add(tenant, sequences[0].call, sequences, len(sequences), sum(s.tokens for s in sequences))
 
 
 def test_tenants_take_turns_under_both_budgets():
     queue = SequenceQueue(GenerationConfig(max_running=3, max_cache_tokens=30, max_queue_tokens=100))
-    queue.add("a", [sequence(i, 0) for i in range(4)])
-    queue.add("b", [sequence(i, 1) for i in range(10, 12)])
+    add(queue, "a", [sequence(i, 0) for i in range(4)])
+    add(queue, "b", [sequence(i, 1) for i in range(10, 12)])
     assert [s.number for s in queue.admit()] == [0, 10, 1]
     assert queue.admit() == [] and queue.waiting == 3 and queue.waiting_tokens == 30
-    with pytest.raises(OverloadedError):
-        queue.add("c", [sequence(20 + i, 2) for i in range(8)])
-    del queue.running[0]
+    queue.end(0)
     assert [s.number for s in queue.admit()] == [11]
     assert sorted(queue.drop(0)) == [1] and queue.waiting == 0 and queue.waiting_tokens == 0
     assert sorted(queue.running) == [10, 11]
-    queue.add("a", [sequence(30, 3, tokens=99)])
+    add(queue, "a", [sequence(30, 3, tokens=99)])
     assert queue.admit() == [], "too large beside others"
     queue.drop(1)
     assert [s.number for s in queue.admit()] == [30], "but it runs alone"
+
+
+def test_a_tenant_fills_its_share_of_the_queue_and_leaves_room_for_others():
+    queue = SequenceQueue(GenerationConfig(max_queue_tokens=100))
+    add(queue, "a", [sequence(i, 0) for i in range(9)])
+    with pytest.raises(OverloadedError, match="share") as caught:
+        add(queue, "a", [sequence(20 + i, 1) for i in range(2)])
+    assert caught.value.field == "generation.max_queue_tokens" and caught.value.retry_after_s > 0
+    add(queue, "b", [sequence(40 + i, 2) for i in range(9)])
+    with pytest.raises(OverloadedError, match="share"):
+        add(queue, "b", [sequence(60, 3)])
+    add(queue, "c", [sequence(70, 4)])
+    with pytest.raises(OverloadedError, match="queue is full"):
+        add(queue, "d", [sequence(80 + i, 5) for i in range(9)])
+    assert queue.waiting_tokens == 190
+
+
+def drain(queue, count, ends=lambda sequence: sequence.spec.max_new_tokens):
+    """Who is served while `count` sequences end, the oldest first: tokens used by call."""
+    used = {}
+    for _ in range(count):
+        queue.admit()
+        first = next(iter(queue.running.values()))
+        written = ends(first)
+        used[first.call] = used.get(first.call, 0) + len(first.prompt_ids) + written
+        queue.end(first.number, written)
+    return used
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ends"), [((100, 100), 1.0), ((400, 50), 1.0), ((100, 100), 0.2), ((50, 400), 0.5)]
+)
+def test_tenants_share_by_weight_in_tokens_that_were_used(lengths, ends):
+    queue = SequenceQueue(GenerationConfig(max_running=8, max_queue_tokens=10**9))
+    queue.weights, queue.default_weight = {"a": 3.0}, 1.0
+    for call, (tenant, tokens) in enumerate(zip("ab", lengths, strict=True)):
+        add(queue, tenant, [sequence(i * 2 + call, call, tokens, tokens - 10) for i in range(4000)])
+    used = drain(queue, 2000, lambda s: max(1, round(ends * s.spec.max_new_tokens)))
+    assert used[0] / used[1] == pytest.approx(3.0, rel=0.1)
+
+
+def test_who_comes_back_starts_now_and_who_is_idle_is_forgotten():
+    queue = SequenceQueue(GenerationConfig(max_running=1, max_queue_tokens=10**9))
+    add(queue, "a", [sequence(i, 0) for i in range(100)])
+    drain(queue, 50)
+    add(queue, "b", [sequence(1000 + i, 1) for i in range(100)])
+    used = drain(queue, 20)
+    assert used[0] == used[1], "no credit for the time before"
+    drain(queue, 130)
+    queue.drop(0), queue.drop(1)
+    assert not queue._tenants and not queue._owner
+
+
+def test_a_newcomer_finds_room_beside_a_tenant_that_fills_everything():
+    queue = SequenceQueue(GenerationConfig(max_running=16, max_cache_tokens=160, max_queue_tokens=10**9))
+    add(queue, "b", [sequence(5000, 9)])
+    drain(queue, 1)  # b has been here: the replica is shared
+    add(queue, "a", [sequence(i, 0) for i in range(100)])
+    assert len(queue.admit()) == 14
+    add(queue, "b", [sequence(1000 + i, 1) for i in range(100)])
+    assert [s.number for s in queue.admit()] == [1000], "at once, though nothing has ended"
+
+
+def test_cache_is_counted_as_it_is_laid_out():
+    mixed = [sequence(i, tokens=tokens) for i, tokens in enumerate([30_000, *[100] * 36, 2000, 1100])]
+    padded, paged = Layout(mixed, paged=False), Layout(mixed, paged=True)
+    assert padded.slots == 30_000 + 36 * 100 + 2 * 2000 and paged.slots == sum(s.tokens for s in mixed)
+    queue = SequenceQueue(GenerationConfig(max_running=64, max_cache_tokens=8192))
+    add(queue, "a", [sequence(0, tokens=1000), *(sequence(i, tokens=10) for i in range(1, 60))])
+    assert len(queue.admit()) == 8, "eight rows of 1,000, whatever the sum of their tokens"
+
+
+def test_after_a_failed_step_those_that_joined_go_first_and_alone():
+    queue = SequenceQueue(GenerationConfig(max_running=8))
+    add(queue, "a", [sequence(i, 0) for i in range(3)])
+    assert [s.number for s in queue.admit()] == [0, 1, 2]
+    add(queue, "b", [sequence(10 + i, 1) for i in range(2)])
+    joining = queue.admit()
+    queue.narrow(joining, memory=False)
+    assert [s.number for s in queue.admit()] == [10] and queue.begin_again == 4
+    queue.end(10)
+    seen = []
+    while queue.running or queue.begin_again:
+        seen += [s.number for s in queue.admit()]
+        queue.stepped()
+        if not queue.begin_again:
+            break
+    assert seen == [11, 0, 1, 2]
+    queue.narrow([], memory=True)
+    assert len(queue.admit()) == 2 and queue.begin_again == 2, "half the rows, half the cache"
+    queue.drop(0)
+    assert queue.begin_again == 1 and not queue.running
+    assert [s.number for s in queue.admit()] == [11]
 
 
 def test_a_model_whose_cache_lies_does_not_write(model_factory):

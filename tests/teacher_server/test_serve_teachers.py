@@ -1,15 +1,20 @@
 """Requests while replicas come, go and hold different weights: handles are fakes, everything else is real."""
 
 import asyncio
+import copy
+import types
 from dataclasses import replace
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-from teacher_server.edge.deployment import ServeTeachers
+from teacher_server.edge.router import ServeTeachers
 from teacher_server.reports import News, Plan, TeacherPlan
 from teacher_wire import codec
 from teacher_wire.errors import MismatchError, NotFoundError, ServerError, UnavailableError
 from teacher_wire.fake import FakeTeacher
+from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec, check_generate
 from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
 
 OLD, NEW = FakeTeacher(seed=0), FakeTeacher(seed=1)
@@ -144,3 +149,156 @@ async def test_teachers_come_and_go_with_the_news_and_a_silent_one_keeps_its_wei
     teachers.take(news(names=("other",)))
     with pytest.raises(NotFoundError, match="other"):
         await teachers.score(call())
+
+
+class Streams:
+    """A deployment of writers, as a streaming handle. `troubles` end calls after so many samples, one call each."""
+
+    def __init__(self, *teachers):
+        self.teachers = list(teachers)
+        self.troubles = []
+        self.asked = []
+        self.cancelled = 0
+
+    def options(self, multiplexed_model_id="", stream=False):
+        pinned = copy.copy(self)
+        pinned.fingerprint = multiplexed_model_id or getattr(self, "fingerprint", "")
+        pinned.root = getattr(self, "root", self)
+        return pinned
+
+    @property
+    def generate(self):
+        return types.SimpleNamespace(remote=self._generate)
+
+    def _generate(self, asked):
+        root, wanted = self.root, getattr(self, "fingerprint", "")
+        root.asked.append((wanted, len(asked.have)))
+        teacher = next((t for t in root.teachers if t.teacher_info().fingerprint == wanted), root.teachers[0])
+        after, trouble = root.troubles.pop(0) if root.troubles else (10**9, None)
+
+        async def samples():
+            check_generate(asked, teacher.teacher_info())
+            made = 0
+            async for sample in teacher.writer.samples(asked, 64):
+                if made == after:
+                    break
+                made += 1
+                yield sample
+            if trouble is not None:
+                raise trouble
+
+        return _Iterated(samples(), root)
+
+
+def asked_of(fingerprint, samples=4):
+    return GenerateCall(
+        "fake", fingerprint, SamplingSpec(samples=samples, max_new_tokens=3), PromptBatch.pack([[1], [2]])
+    )
+
+
+async def written(teachers, call):
+    found = [sample async for sample in teachers.generate(call)]
+    return sorted((s.prompt, s.index, tuple(s.token_ids_n)) for s in found)
+
+
+async def test_a_call_that_loses_its_replica_goes_on_at_another_one_and_nothing_comes_twice():
+    handle = Streams(OLD)
+    teachers = edge_of(handle)
+    teachers.take(news(OLD))
+    whole = await written(teachers, asked_of(OLD_PRINT))
+    handle.asked.clear()
+    handle.troubles = [
+        (3, UnavailableError("killed")),
+        (0, RayActorError()),
+        (2, asyncio.CancelledError()),
+        (1, RequestCancelledError("id")),
+        (0, None),
+    ]
+    assert await written(teachers, asked_of(OLD_PRINT)) == whole and len(whole) == 8
+    assert [have for _, have in handle.asked] == [0, 3, 3, 5, 6, 6]
+    assert teachers.counters()["retries"] == {"fake": 5}
+    latency = teachers.counters()["latency"]["fake"]
+    assert latency["whole"]["count"] == latency["first_chunk"]["count"] == 2
+    handle.troubles = [(8, UnavailableError("killed behind the last"))]
+    assert await written(teachers, asked_of(OLD_PRINT)) == whole, "it was all there"
+
+
+async def test_a_roll_gives_each_call_the_weights_it_asks_for():
+    handle = Streams(NEW, OLD)
+    teachers = edge_of(handle)
+    teachers.take(news(OLD))
+    assert len(await written(teachers, asked_of(OLD_PRINT))) == 8
+    assert [fingerprint for fingerprint, _ in handle.asked] == ["", OLD_PRINT]
+    teachers.take(news(NEW, OLD))
+    handle.asked.clear()
+    handle.troubles = [(3, UnavailableError("killed"))]
+    assert len(await written(teachers, asked_of(""))) == 8
+    assert handle.asked == [(NEW_PRINT, 0), (NEW_PRINT, 3)], "one fingerprint, whoever names none"
+    teachers.take(news(NEW))
+    with pytest.raises(MismatchError):
+        await written(teachers, asked_of(OLD_PRINT))
+
+
+async def test_faults_of_a_call_end_it_and_closing_it_cancels_the_replicas_work():
+    handle = Streams(OLD)
+    teachers = edge_of(handle)
+    teachers.take(news(OLD))
+    handle.troubles = [(1, ServerError("a fault of its own"))]
+    with pytest.raises(ServerError):
+        await written(teachers, asked_of(""))
+    handle.cancelled = 0
+    samples = teachers.generate(asked_of(OLD_PRINT))
+    await anext(samples)
+    await samples.aclose()
+    assert handle.cancelled == 1
+    handle.troubles = [(0, UnavailableError("again"))] * 1000
+    with pytest.raises(UnavailableError):
+        await written(edge_of(handle, for_s=0.2), asked_of(OLD_PRINT))
+
+
+async def test_our_own_cancellation_stays_one():
+    class Endless(Streams):
+        def _generate(self, asked):
+            async def samples():
+                await asyncio.sleep(60)
+                yield
+
+            return _Iterated(samples(), self.root)
+
+    handle = Endless(OLD)
+    teachers = edge_of(handle)
+    teachers.take(news(OLD))
+    task = asyncio.create_task(written(teachers, asked_of(OLD_PRINT)))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert handle.cancelled == 1
+
+
+class _Iterated:
+    def __init__(self, stream, root):
+        self.stream, self.root = stream, root
+
+    def __aiter__(self):
+        return self.stream
+
+    def cancel(self):
+        self.root.cancelled += 1
+
+
+@pytest.mark.parametrize(
+    "trouble", [ValueError("no such app"), KeyError("x"), RayServeException("gone"), RayActorError()]
+)
+async def test_a_deployment_that_serve_does_not_know_yet_is_waited_for(trouble):
+    handle, troubles = Handle(OLD), [trouble, trouble]
+
+    def find(name):
+        if troubles:
+            raise troubles.pop()
+        return handle
+
+    teachers = ServeTeachers(["fake"], find)
+    assert (await teachers.score(call(OLD_PRINT))).fingerprint == OLD_PRINT
+    with pytest.raises(UnavailableError, match="not deployed"):
+        await ServeTeachers(["fake"], lambda name: (_ for _ in ()).throw(trouble), ask_again_for_s=0).score(call())

@@ -445,7 +445,7 @@ class StatusReply(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., up_s: _Optional[float] = ..., teachers: _Optional[_Iterable[_Union[TeacherStatus, _Mapping]]] = ..., tenants: _Optional[_Iterable[_Union[TenantStatus, _Mapping]]] = ..., store: _Optional[_Union[StoreStatus, _Mapping]] = ..., edges: _Optional[_Iterable[_Union[EdgeStatus, _Mapping]]] = ...) -> None: ...
 
 class TeacherStatus(_message.Message):
-    __slots__ = ("name", "state", "message", "replicas", "replicas_wanted", "fingerprints", "queued_tokens", "queued_requests", "tokens_per_s", "batch_fill", "forwards", "forward_tokens", "answered", "failed")
+    __slots__ = ("name", "state", "message", "replicas", "replicas_wanted", "fingerprints", "queued_tokens", "queued_requests", "tokens_per_s", "batch_fill", "forwards", "forward_tokens", "answered", "failed", "expired", "cancelled", "refused", "retries", "healthy", "failed_forwards", "given_up", "generate_calls", "generate_running", "generate_waiting", "generated_samples", "generated_tokens", "latencies")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -460,6 +460,19 @@ class TeacherStatus(_message.Message):
     FORWARD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_UP_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_CALLS_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_WAITING_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LATENCIES_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     message: str
@@ -474,10 +487,37 @@ class TeacherStatus(_message.Message):
     forward_tokens: int
     answered: int
     failed: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., replicas: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., fingerprints: _Optional[_Iterable[str]] = ..., queued_tokens: _Optional[int] = ..., queued_requests: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., batch_fill: _Optional[float] = ..., forwards: _Optional[int] = ..., forward_tokens: _Optional[int] = ..., answered: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+    expired: int
+    cancelled: int
+    refused: int
+    retries: int
+    healthy: int
+    failed_forwards: int
+    given_up: int
+    generate_calls: int
+    generate_running: int
+    generate_waiting: int
+    generated_samples: int
+    generated_tokens: int
+    latencies: _containers.RepeatedCompositeFieldContainer[LatencyStatus]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., replicas: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., fingerprints: _Optional[_Iterable[str]] = ..., queued_tokens: _Optional[int] = ..., queued_requests: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., batch_fill: _Optional[float] = ..., forwards: _Optional[int] = ..., forward_tokens: _Optional[int] = ..., answered: _Optional[int] = ..., failed: _Optional[int] = ..., expired: _Optional[int] = ..., cancelled: _Optional[int] = ..., refused: _Optional[int] = ..., retries: _Optional[int] = ..., healthy: _Optional[int] = ..., failed_forwards: _Optional[int] = ..., given_up: _Optional[int] = ..., generate_calls: _Optional[int] = ..., generate_running: _Optional[int] = ..., generate_waiting: _Optional[int] = ..., generated_samples: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyStatus, _Mapping]]] = ...) -> None: ...
+
+class LatencyStatus(_message.Message):
+    __slots__ = ("stage", "count", "p50_s", "p90_s", "p99_s")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    P50_S_FIELD_NUMBER: _ClassVar[int]
+    P90_S_FIELD_NUMBER: _ClassVar[int]
+    P99_S_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    count: int
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    def __init__(self, stage: _Optional[str] = ..., count: _Optional[int] = ..., p50_s: _Optional[float] = ..., p90_s: _Optional[float] = ..., p99_s: _Optional[float] = ...) -> None: ...
 
 class TenantStatus(_message.Message):
-    __slots__ = ("name", "weight", "share", "tokens_per_s", "served_tokens", "queued_tokens", "inflight_tokens", "refused")
+    __slots__ = ("name", "weight", "share", "tokens_per_s", "served_tokens", "queued_tokens", "inflight_tokens", "refused", "sent_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
@@ -486,6 +526,7 @@ class TenantStatus(_message.Message):
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INFLIGHT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     weight: float
     share: float
@@ -494,7 +535,8 @@ class TenantStatus(_message.Message):
     queued_tokens: int
     inflight_tokens: int
     refused: int
-    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., share: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., served_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., inflight_tokens: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
+    sent_bytes: int
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., share: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., served_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., inflight_tokens: _Optional[int] = ..., refused: _Optional[int] = ..., sent_bytes: _Optional[int] = ...) -> None: ...
 
 class StoreStatus(_message.Message):
     __slots__ = ("memory_hits", "disk_hits", "joined", "computed", "memory_bytes", "disk_bytes")
