@@ -38,7 +38,7 @@ from student_trainer.losses.output import output_loss
 from student_trainer.meter import Meter
 from student_trainer.model import Student
 from student_trainer.objective import Objective, rows_on
-from student_trainer.run_folder import LOG_NAME
+from student_trainer.run_folder import FINAL_NAME, LOG_NAME
 from student_trainer.verdicts import Verdicts
 from teacher_wire.messages import TokenBatch
 
@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):
         self.can_return_loss = True
         self._states: Callable[[Tensor], Tensor] = self._body
         if is_graphed:
-            trained = [p for p in student.causal_lm.get_decoder().parameters() if p.requires_grad]
+            trained = [p for p in student.body.parameters() if p.requires_grad]
             self._states = graphed.GraphedBody(
                 self._body, trained, CudaRecorder(), on_trouble, is_ready=lambda: self.state.global_step > 0
             )
@@ -290,7 +290,7 @@ class DistillationTrainer(Trainer):
         self._verdicts.settle()
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        self._student.save(folder, state_dict, exported=folder.name == FINAL_NAME)
         self._student.tokenizer.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

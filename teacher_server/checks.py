@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from teacher_server.backends.model_folder import check_local
+from teacher_server.backends.model_folder import architectures, check_local
+from teacher_server.backends.vllm_architectures import check_known
 from teacher_server.config import ServerConfig, TransformersBackend, VllmBackend
 from teacher_server.edge.auth import TokenFile
 from teacher_server.errors import ServerConfigError
@@ -40,6 +41,9 @@ def check_files(config: ServerConfig) -> None:
         if isinstance(teacher.backend, TransformersBackend | VllmBackend):
             try:
                 check_local(teacher.backend.model)
+                named = architectures(teacher.backend.model)
+                if named and isinstance(teacher.backend, VllmBackend):
+                    check_known(teacher.backend.model, named)
             except ServerConfigError as error:
                 raise ServerConfigError(f"teachers.{teacher.name}.backend.model: {error}") from None
     edge = config.edge
