@@ -152,7 +152,7 @@ def adapt(model: Any, config: ModelConfig, adapter: Adapter | None) -> Any:
     if adapter is not None and settings is not None:
         _check_same(config.path, settings, adapter)
     if settings is None:
-        return model if adapter is None else _loaded(model, config, adapter, 0.0).merge_and_unload(safe_merge=True)
+        return model if adapter is None else _merged(model, config, adapter)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     if adapter is not None:
@@ -190,6 +190,18 @@ def _check_same(path: str, settings: LoraSettings, adapter: Adapter) -> None:
                 f"model.lora.{name}={said}: model.path {path} holds an adapter with {name} {own}, with which training would go on; "
                 f"leave model.lora.{name} out, or merge the adapter into its base first"
             )
+
+
+def _merged(model: Any, config: ModelConfig, adapter: Adapter) -> Any:
+    adapted = _loaded(model, config, adapter, 0.0)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+    if tied and any(hasattr(layer, "base_layer") for layer in (head, embedding)):
+        raise ModelError(
+            f"model.path {config.path}: its adapter changes the output head or the embedding alone, which are one weight here "
+            "(tie_word_embeddings): they are tied and it cannot be merged; set model.lora to go on with the adapter"
+        )
+    return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)  # peft froze them
 
 
 def _loaded(model: Any, config: ModelConfig, adapter: Adapter, dropout: float) -> Any:

@@ -176,8 +176,7 @@ class Student:
             self.model.save_pretrained(folder, state_dict=state_dict)
             return
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        narrow = {name: t.to(self.exported) if t.dtype == torch.float32 else t for name, t in state_dict.items()}
-        self.model.save_pretrained(folder, state_dict=narrow)
+        self.model.save_pretrained(folder, state_dict=precision.narrow(state_dict, self.exported))
         precision.write_dtype(folder, self.exported)
 
 

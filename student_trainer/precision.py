@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from student_trainer.config import ModelConfig
 from student_trainer.errors import ModelError
@@ -72,6 +73,21 @@ def notes(config: ModelConfig, model: Any) -> list[str]:
         f"every weight is trained, in float32 ({computed}; final/ will hold {config.dtype}): weights, gradients and AdamW's averages "
         f"take {gib:,.1f} GiB"
     ]
+
+
+def narrow(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The float32 weights in `dtype`; those that are one tensor (tied) stay one."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    narrowed = {}
+    for name, tensor in state_dict.items():
+        if tensor.dtype != torch.float32:
+            narrowed[name] = tensor
+            continue
+        place = tensor.data_ptr(), tensor.shape
+        if place not in made:
+            made[place] = tensor.to(dtype)
+        narrowed[name] = made[place]
+    return narrowed
 
 
 def write_dtype(folder: Path, dtype: torch.dtype) -> None:

@@ -8,7 +8,6 @@ that sees later tokens; `raises` one that cannot be asked by ids alone; `unbuilt
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import warnings
@@ -37,7 +36,7 @@ SHAPE = dict(
     linear_key_head_dim=8, linear_value_head_dim=8, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
     max_position_embeddings=128, n_positions=128, n_ctx=128, max_seq_len=128, max_target_positions=128, is_decoder=True, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, query_pre_attn_scalar=8, sliding_window=64, hidden_size_per_layer_input=8, vocab_size_per_layer_input=300,
-    laurel_rank=4, index_head_dim=16, index_n_heads=2, index_topk=64, adapter_rank=4, dsk_lora_rank=8,
+    laurel_rank=4, index_head_dim=16, index_n_heads=2, index_topk=64, adapter_rank=4, dsk_lora_rank=8, rotary_dim=4,
 )  # fmt: skip
 TELLING = dict(
     logit_scale=0.25, lm_head_multiplier=0.078125, logits_scaling=4.0, logits_mup_width_multiplier=2.0,
@@ -69,25 +68,29 @@ DETAILS = {
 LARGEST = 60_000_000
 
 
+def _fitting(config: Any, shape: dict[str, Any]) -> dict[str, Any]:
+    """What of `shape` a config knows; a list stays a list, and what must be derived is left alone."""
+    known = {
+        name: getattr(config, name)
+        for name in shape
+        if hasattr(config, name) and not isinstance(getattr(type(config), name, None), property)
+    }
+    return {
+        name: shape[name]
+        for name, value in known.items()
+        if shape[name] is not None and not isinstance(value, list | tuple | dict)
+    }
+
+
 def tiny(family: str, shape: dict[str, Any] | None = None) -> Any:
     """A tiny random model of `family` with settings of `shape` where it has them; raises whatever its config or code raises."""
-    config = tf.AutoConfig.for_model(family)
-    for part in (config, *(getattr(config, name, None) for name in NESTED)):
-        if part is None or isinstance(part, dict):
-            continue
-        for name, value in {**(SHAPE if shape is None else shape), **TELLING}.items():
-            if (value is not None and getattr(part, name, None) is not None) or (
-                name in TELLING and hasattr(part, name)
-            ):
-                with contextlib.suppress(AttributeError):  # a property that follows from others
-                    setattr(part, name, value)
-    settings = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in ("layer_types", "mlp_layer_types", "layers_block_type")
-    }
-    with contextlib.suppress(Exception):  # what follows from a shape is sometimes stored, and checked
-        config = type(config)(**settings)
+    default = tf.AutoConfig.for_model(family)
+    settings = _fitting(default, {**(SHAPE if shape is None else shape), **TELLING})
+    for name in NESTED:
+        part = getattr(default, name, None)
+        if isinstance(part, tf.PreTrainedConfig):
+            settings[name] = _fitting(part, {**(SHAPE if shape is None else shape), **TELLING})
+    config = tf.AutoConfig.for_model(family, **settings)
     with torch.device("meta"):
         count = sum(p.numel() for p in tf.AutoModelForCausalLM.from_config(config).parameters())
     if count > LARGEST:
@@ -104,11 +107,8 @@ def tiny(family: str, shape: dict[str, Any] | None = None) -> Any:
 def look(family: str) -> tuple[str, str]:
     """What becomes of a family, and the sentence it is told with."""
     told = ("unbuilt", "")
-    for shape in (
-        SHAPE,
-        {name: value for name, value in SHAPE.items() if name not in DETAILS},
-        {"num_hidden_layers": 2, "vocab_size": 300},
-    ):
+    loose = {name: value for name, value in SHAPE.items() if name not in DETAILS}
+    for shape in (SHAPE, {**SHAPE, "num_key_value_heads": 4}, loose, {"num_hidden_layers": 2, "vocab_size": 300}):
         try:
             model = tiny(family, shape)
         except Exception as error:
