@@ -58,5 +58,6 @@ def _asked(error: BaseException) -> str:
     """What torch wanted and what there was, as far as it says so."""
     wanted = re.search(r"allocate ([\d.]+ \w+)\b", str(error))
     there = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", str(error))
-    told = [f"{wanted[1]} asked for"] * bool(wanted) + ([f"{there[2]} of {there[1]} free"] if there else [])
+    told = [f"{wanted[1]} asked for"] if wanted else []
+    told += [f"{there[2]} of {there[1]} free"] if there else []
     return f" ({', '.join(told)})" if told else ""

@@ -24,6 +24,7 @@ from teacher_server.errors import ServerConfigError
 _KEY = re.compile(
     r"^base_model\.model\.(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$"
 )
+_WHOLE = re.compile(r"^base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight$")
 # Settings under which an adapter is more than W + s B A, or its scale another.
 _UNUSUAL = (
     "use_dora",
@@ -60,7 +61,9 @@ def merge(model: Any, folder: Path) -> None:
         raise ServerConfigError(f"{folder / ADAPTER_WEIGHTS} cannot be read: {error}") from error
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        found = _KEY.match(name)
+        found, whole = _KEY.match(name), _WHOLE.match(name)
+        if found is None and whole is not None and _replace(model, whole["layer"], tensor):
+            continue
         if found is None:
             raise ServerConfigError(
                 f"adapter {folder}: {name} is no low-rank factor; merge it with peft and serve the result"
@@ -68,6 +71,16 @@ def merge(model: Any, folder: Path) -> None:
         pairs.setdefault(found["layer"], {})[found["part"].removesuffix(".weight")] = tensor
     for name, parts in pairs.items():
         _merge_layer(model, name, parts, settings, folder)
+
+
+def _replace(model: Any, name: str, weight_OI: torch.Tensor) -> bool:
+    """Takes over the whole weight that peft saves beside factors of an embedding or output head; False if there is no such layer."""
+    named = dict(model.named_modules()).get(name)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is named and layer.weight.shape == weight_OI.shape:
+            layer.weight = nn.Parameter(weight_OI.to(layer.weight), requires_grad=False)
+            return True
+    return False
 
 
 def _merge_layer(model: Any, name: str, parts: dict[str, torch.Tensor], settings: dict[str, Any], folder: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_multiplier_below_rounding_of_single_logits_is_found_in_bfloat16(model
     folder = model_factory("granite", logits_scaling=1.03)
     loaded(folder, dtype="bfloat16", lora={"rank": 2})
     monkeypatch.setattr(logit_probe, "_SENSES", {})
-    with pytest.raises(ModelError, match="as if multiplied by 0.97"):
+    with pytest.raises(ModelError, match=r"as if multiplied by 0\.97"):
         loaded(folder, dtype="bfloat16", lora={"rank": 2})
 
 
