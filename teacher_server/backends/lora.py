@@ -77,8 +77,8 @@ def _replace(model: Any, name: str, weight_OI: torch.Tensor) -> bool:
     """Takes over the whole weight that peft saves beside factors of an embedding or output head; False if there is no such layer."""
     named = dict(model.named_modules()).get(name)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if layer is named and layer.weight.shape == weight_OI.shape:
-            layer.weight = nn.Parameter(weight_OI.to(layer.weight), requires_grad=False)
+        if named is not None and layer is named and named.weight.shape == weight_OI.shape:
+            named.weight = nn.Parameter(weight_OI.to(named.weight), requires_grad=False)
             return True
     return False
 

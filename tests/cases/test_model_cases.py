@@ -86,7 +86,9 @@ def test_21_the_result_of_an_adapter_run_is_a_model_path_and_a_missing_base_is_n
     first = train(case_config(tmp_path, "model.lora={rank: 4}", f"run.output_dir={tmp_path}/first"), console=QUIET)
     final = first.output_dir / "final"
     for number, lora in enumerate(("{rank: 4}", "null")):
-        found = train_case(tmp_path, f"model.path={final}", f"model.lora={lora}", f"run.output_dir={tmp_path}/run{number}")
+        found = train_case(
+            tmp_path, f"model.path={final}", f"model.lora={lora}", f"run.output_dir={tmp_path}/run{number}"
+        )
         assert found.returncode == 0, found.stderr
         assert f"is an adapter (rank 4, alpha 32) of {MODELS / 'qwen2'}" in " ".join(found.stderr.split())
     settings = json.loads((final / "adapter_config.json").read_text())
@@ -108,7 +110,9 @@ def test_a_pad_token_added_to_the_tokenizer_alone_is_named_unless_the_model_has_
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         tokenizer.save_pretrained(folder)
-        config = case_config(tmp_path, f"model.path={folder}", f"run.output_dir={tmp_path}/run{rows}", "train.max_steps=1")
+        config = case_config(
+            tmp_path, f"model.path={folder}", f"run.output_dir={tmp_path}/run{rows}", "train.max_steps=1"
+        )
         if fits:
             train(config, console=QUIET)
         else:

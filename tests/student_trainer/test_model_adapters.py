@@ -50,7 +50,9 @@ def test_an_adapter_is_gone_on_with_or_merged(model_factory, tmp_path, lora):
     torch.testing.assert_close(logits(student), expected, atol=1e-5, rtol=0)
     trained = [name for name, parameter in student.model.named_parameters() if parameter.requires_grad]
     if lora is None:
-        assert len(trained) == len(list(student.model.named_parameters())) and not any("lora" in name for name in trained)
+        assert len(trained) == len(list(student.model.named_parameters())) and not any(
+            "lora" in name for name in trained
+        )
         assert "merged" in student.notes[0]
     else:
         assert trained and all("lora_" in name for name in trained)

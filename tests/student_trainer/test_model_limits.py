@@ -37,7 +37,9 @@ def test_what_fits_passes():
 @pytest.mark.parametrize("where", ["train", "eval"])
 def test_an_id_beyond_the_embedding_is_named_with_its_row(highest, where):
     bad, good = rows(4, 4, highest=highest), rows(4)
-    with pytest.raises(ModelError, match=rf"data\.{where} rows\.jsonl:1 has token {highest} \('<{highest}>'\).*300 rows"):
+    with pytest.raises(
+        ModelError, match=rf"data\.{where} rows\.jsonl:1 has token {highest} \('<{highest}>'\).*300 rows"
+    ):
         check_data(outline(), "m", *((bad, good) if where == "train" else (good, bad)))
 
 

@@ -9,7 +9,17 @@ from student_trainer.config import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model import load_student
 
-CHANGED = ["falcon_h1", "hyperclovax", "recurrent_gemma", "granite", "gemma2", "gemma3_text", "cohere2", "nanochat", "granitemoe"]
+CHANGED = [
+    "falcon_h1",
+    "hyperclovax",
+    "recurrent_gemma",
+    "granite",
+    "gemma2",
+    "gemma3_text",
+    "cohere2",
+    "nanochat",
+    "granitemoe",
+]
 PLAIN = ["glm4", "qwen3_moe", "internlm3", "phi", "llama4_text"]
 
 
@@ -33,7 +43,10 @@ def test_head_of_states_is_the_models_own_logits(model_factory, family):
 
 @pytest.mark.parametrize(
     ("family", "said"),
-    [("bert", "by its output head from its last hidden state alone"), ("bert-generation", "sees tokens that come later")],
+    [
+        ("bert", "by its output head from its last hidden state alone"),
+        ("bert-generation", "sees tokens that come later"),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_architecture_that_does_more_is_refused_by_name(model_factory, family, said, dtype):

@@ -54,7 +54,9 @@ def test_weights_trained_whole_are_float32_and_move(tmp_path, native):
 def test_a_resumed_run_of_narrowed_weights_is_the_uninterrupted_one(tmp_path, native):
     hashes = []
     for name in ("whole", "halves"):
-        config = case_config(tmp_path, *STEPS, f"run.output_dir={tmp_path}/{name}", "train.max_steps=4", "train.save_steps=2")
+        config = case_config(
+            tmp_path, *STEPS, f"run.output_dir={tmp_path}/{name}", "train.max_steps=4", "train.save_steps=2"
+        )
         result = train(config, console=QUIET)
         if name == "halves":
             for gone in ("final", "checkpoint-4"):
@@ -83,7 +85,13 @@ def test_gradients_of_narrowed_weights_are_those_of_float32_but_for_rounding(mod
         state_ND = student.states(ids_BL).flatten(0, 1)
         assert state_ND.dtype == student.head(300).weight_VD.dtype == getattr(torch, dtype)
         loss = output_loss(
-            state_ND, student.head(300), None, labels_N, torch.ones(48), 48.0, OutputLossSpec(kd_weight=0.0, sft_weight=1.0)
+            state_ND,
+            student.head(300),
+            None,
+            labels_N,
+            torch.ones(48),
+            48.0,
+            OutputLossSpec(kd_weight=0.0, sft_weight=1.0),
         )
         loss.total.backward()
         totals.append(float(loss.total))

@@ -20,7 +20,17 @@ from teacher_server.config import ServerConfig, TransformersBackend
 from teacher_server.errors import ServerConfigError
 from teacher_wire.messages import SignalSpec, TokenBatch
 
-CHANGED = ["falcon_h1", "hyperclovax", "recurrent_gemma", "granite", "gemma2", "gemma3_text", "cohere2", "nanochat", "granitemoe"]
+CHANGED = [
+    "falcon_h1",
+    "hyperclovax",
+    "recurrent_gemma",
+    "granite",
+    "gemma2",
+    "gemma3_text",
+    "cohere2",
+    "nanochat",
+    "granitemoe",
+]
 PLAIN = ["glm4", "qwen3_moe", "internlm3", "phi", "llama4_text"]
 ROWS = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (20, 7)]
 
@@ -54,7 +64,9 @@ def test_labels_are_the_models_own_logits(model_factory, family):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("family", "said"), [("bert", "BertLMHeadModel.*not its head"), ("bert-generation", "tokens that come later")])
+@pytest.mark.parametrize(
+    ("family", "said"), [("bert", "BertLMHeadModel.*not its head"), ("bert-generation", "tokens that come later")]
+)
 def test_an_architecture_that_does_more_is_refused_by_name(model_factory, family, said, dtype):
     with pytest.raises(ServerConfigError, match=said):
         teacher(model_factory(family), dtype)
@@ -77,7 +89,17 @@ def test_both_houses_have_the_same_table():
     ("settings", "limit"),
     [
         ({}, 128),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}}, 512),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                }
+            },
+            512,
+        ),
     ],
 )
 def test_the_longest_sequence_is_what_the_model_has_positions_for(model_factory, settings, limit):
@@ -101,7 +123,12 @@ def adapter_of(folder, base, targets=("q_proj", "down_proj")):
 
 @pytest.mark.parametrize(
     ("family", "targets"),
-    [("llama", ["q_proj", "down_proj"]), ("llama", ["lm_head"]), ("qwen2", ["v_proj", "lm_head"]), ("qwen2", ["embed_tokens"])],
+    [
+        ("llama", ["q_proj", "down_proj"]),
+        ("llama", ["lm_head"]),
+        ("qwen2", ["v_proj", "lm_head"]),
+        ("qwen2", ["embed_tokens"]),
+    ],
     ids=["layers", "head", "tied_head", "embedding"],
 )
 def test_an_adapter_is_merged_at_loading(model_factory, tmp_path, family, targets):
@@ -187,6 +214,8 @@ def test_a_missing_shard_is_named_before_anything_is_loaded(model_factory, tmp_p
 
 @pytest.mark.parametrize("family", ["falcon_h1", "hyperclovax", "bert"])
 def test_a_head_that_vllm_is_not_known_to_have_is_refused_before_anything_is_started(model_factory, family):
-    with pytest.raises(ServerConfigError, match=r"backend vllm does not know the head of .*ForCausalLM|BertLMHeadModel"):
+    with pytest.raises(
+        ServerConfigError, match=r"backend vllm does not know the head of .*ForCausalLM|BertLMHeadModel"
+    ):
         check_files(config_for(model_factory(family), "vllm"))
     check_files(config_for(model_factory("granite"), "vllm"))
