@@ -76,7 +76,10 @@ class ModelConfig(_Strict):
     """The student.
 
     Attributes:
-        path: hub id or local folder.
+        path: hub id or local folder of a model, or of an adapter (its base is then loaded too): with `lora` training goes on with
+            the adapter, without it is merged first.
+        dtype: of frozen weights, of the passes, and of the result; what is trained is float32 in memory in any case. float16 is
+            refused: it would need a loss scaler.
         lora: adapters, or null to train every weight.
         compiled: compute decoder layers as compiled functions while training (`compiled.py`); `auto`: on a GPU.
         graphs: record the passes of each length that comes often and replay them with one launch each (`graphed.py`); needs a GPU,
@@ -110,7 +113,7 @@ class SourceConfig(_Strict):
     sample: Positive | None = None
     split: str = "train"
     subset: str | None = None
-    columns: dict[str, str | None] = {}
+    columns: dict[str, str | None] = Field(default_factory=dict)
 
 
 def listed_sources(value: Any) -> list[Any]:

@@ -41,7 +41,7 @@ class KeepingTrainer(Trainer):
         try:
             with disk_trouble_named(str(run_folder)):
                 trial = checkpoint.writing_folder(run_folder) / "trial"
-                try_saving(self.model, self._student.tokenizer, trial)
+                try_saving(self._student, trial)
         finally:
             checkpoint.discard_unfinished(run_folder)
 
@@ -55,7 +55,7 @@ class KeepingTrainer(Trainer):
         run_folder = Path(self.args.output_dir)
         with self._written(str(folder)):
             written = checkpoint.writing_folder(run_folder) / folder.name
-            self._save(str(written))
+            self._write(written, exported=True)
             sync_tree(written)
             if folder.exists():  # of an end that failed; or of somebody else, whose files stay
                 move_into(written, folder)
@@ -95,6 +95,9 @@ class KeepingTrainer(Trainer):
         return str(self._writing) if self._writing else str(super()._get_output_dir(trial))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._write(Path(output_dir or self.args.output_dir), state_dict)
+
+    def _write(self, folder: Path, state_dict: Any = None, *, exported: bool = False) -> None:
         self._verdicts.settle()
         broken = not_finite(self._student.model, trained_only=True)
         if broken:
@@ -102,7 +105,7 @@ class KeepingTrainer(Trainer):
                 f"step {self.state.global_step}: its update has made the weights not finite, so they are not saved"
                 f"{self._why_not_finite()}"
             )
-        save_student(self.model, self._student.tokenizer, Path(output_dir or self.args.output_dir), state_dict)
+        save_student(self._student, folder, state_dict, exported=exported)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         checkpoint.save_state(Path(output_dir), self.optimizer, self.lr_scheduler, self._verdicts.in_a_row)
@@ -134,7 +137,6 @@ class KeepingTrainer(Trainer):
         broken = not_finite(self._student.model, trained_only=True)
         newest = checkpoint.newest_whole(Path(self.args.output_dir))
         ways = [f"a lower train.learning_rate={settings.learning_rate:g}"]
-        ways += [f"model.dtype=bfloat16 or float32 for {model.dtype}"] * (model.dtype == "float16")
         ways += ["train.max_grad_norm=1"] * (settings.max_grad_norm == 0)
         ways += ["train.nonfinite=skip, if it is those rows alone"] * (settings.nonfinite == "stop" and not broken)
         return (

@@ -22,6 +22,7 @@ from student_trainer.feed.source import LabelRequest, LabelUsage
 from student_trainer.inputs import bytes_on_disk, load_data, order_of
 from student_trainer.meeting import Teacher, check_sizes, meet_teacher, open_any_feed, teacher_address
 from student_trainer.model import load_outline
+from student_trainer.model_limits import check_data
 from student_trainer.objective import check_loss
 from student_trainer.run_folder import check_cache, settled_labels
 from teacher_wire.label_store import LabelStore, label_keys
@@ -73,6 +74,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
     with teacher_address(config.teacher, console) as address:
         student = load_outline(config.model)
         data, held_out = load_data(config.data, student.tokenizer, console)
+        check_data(student, config.model.path, data, held_out)
         teacher = meet_teacher(config, address, student, data, held_out, console, settled, only_stores=True)
         if teacher is None:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")

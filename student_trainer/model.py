@@ -1,6 +1,8 @@
 """The student: model, tokenizer, adapters; and the two things a loss needs of it, states and head.
 
 In: ModelConfig; out: `Student`. The body is run without its output head: logits are made in chunks inside the loss.
+Trained whole, a model has float32 weights whatever `model.dtype` says, and computes in that dtype: a step at lr 1e-5 is less than
+a bfloat16 can hold of most weights. Adapters are float32 over a base in `model.dtype`.
 Axes: B sequences, L padded length, D width, V vocabulary rows.
 """
 
@@ -9,21 +11,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 from transformers.utils import logging as transformers_logging
 
-from student_trainer import compiled, fast_lora, internlm
-from student_trainer.config import LoraSettings, ModelConfig
+from student_trainer import adapters, compiled, internlm, logit_probe, precision
+from student_trainer.config import ModelConfig
 from student_trainer.errors import ModelError
-from student_trainer.losses.head import Head, Lora
+from student_trainer.losses.head import Head
+from student_trainer.model_limits import position_limit
 
 _DROPOUTS = (
     "dropout",
@@ -34,8 +36,6 @@ _DROPOUTS = (
     "resid_pdrop",
     "embd_pdrop",
 )
-# One of these makes a tokenizer; without any, transformers builds an empty one and says nothing.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,15 @@ class Outline:
         tokenizer: its tokenizer.
         vocab_rows: rows of its output head.
         device: where it is.
+        embedding_rows: ids that can be read by it.
+        positions: longest sequence it has positions for; None if its architecture knows no such limit.
     """
 
     tokenizer: Any
     vocab_rows: int
     device: torch.device
+    embedding_rows: int
+    positions: int | None
 
 
 @dataclass
@@ -62,30 +66,46 @@ class Student:
         tokenizer: its tokenizer.
         sha256: of the weights it started from, adapters included.
         is_graphed: its passes may be recorded (`graphed.py`).
+        narrowed: what float32 weights compute in while they are trained whole; None: in their own dtype.
+        exported: dtype of the weights in a finished run; None: as they are.
+        notes: what a user should know of how it was loaded, a sentence each.
     """
 
     model: Any
     tokenizer: Any
     sha256: str = ""
     is_graphed: bool = False
+    narrowed: torch.dtype | None = None
+    exported: torch.dtype | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def outline(self) -> Outline:
         """What a teacher is met with."""
-        return Outline(self.tokenizer, self.vocab_rows, self.head(2).weight_VD.device)
+        device = self.causal_lm.get_output_embeddings().weight.device
+        return _outline(self.tokenizer, self.causal_lm, device)
 
     @property
     def computed_by(self) -> str:
         """Which kernels round: the device, and whether layers are compiled and passes recorded."""
         device = self.outline.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        ways = (("compiled layers", compiled.is_installed(self.model)), ("recorded passes", self.is_graphed))
+        ways = (
+            ("compiled layers", compiled.is_installed(self.model)),
+            ("recorded passes", self.is_graphed),
+            (f"float32 weights narrowed to {str(self.narrowed).removeprefix('torch.')}", self.narrowed is not None),
+        )
         return ", ".join([where, *(way for way, is_so in ways if is_so)])
 
     @property
     def causal_lm(self) -> Any:
         """The model under the adapters."""
         return _without_adapters(self.model)
+
+    @property
+    def body(self) -> Any:
+        """The part of it that makes states."""
+        return logit_probe.body_of(self.causal_lm)
 
     @property
     def vocab_rows(self) -> int:
@@ -98,23 +118,66 @@ class Student:
         No mask is needed, since attention is causal: a token sees nothing of what stands behind it. And without one the fast
         kernels run, and nobody reads a mask back from the device.
         """
-        body = self.causal_lm.get_decoder()
-        with _one_sequence_a_row():
-            return body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+        body = self.body
+        if self.narrowed is None:
+            with _one_sequence_a_row():
+                return body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+        with self._autocast(), _one_sequence_a_row():
+            state_BLD = body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+        return state_BLD.to(self.narrowed)  # as the head is: two dtypes would keep its product from the tensor cores
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.narrowed is None:
+            return contextlib.nullcontext()
+        # No cache: each weight is read once a pass, and a recorded pass must not find casts of another.
+        device = self.causal_lm.get_output_embeddings().weight.device
+        return torch.autocast(device.type, self.narrowed, cache_enabled=False)
 
     def head(self, vocab_rows: int) -> Head:
         """The output head over the first `vocab_rows` ids: frozen, trained, tied or with adapters, as it is now."""
         layer = self.causal_lm.get_output_embeddings()
-        config = self.causal_lm.config.get_text_config()
+        transform = logit_probe.transform_of(self.causal_lm.config)
         base = getattr(layer, "base_layer", layer)
         head = Head(
             base.weight,
             getattr(base, "bias", None),
-            logit_scale=_logit_scale(config),
-            final_softcap=_softcap(config),
-            lora=_lora_of(layer),
-        )
-        return head.slice(vocab_rows)
+            logit_scale=transform.scale,
+            final_softcap=transform.cap,
+            lora=adapters.lora_of(layer),
+        ).slice(vocab_rows)
+        return head if self.narrowed is None else replace(head, weight_VD=head.weight_VD.to(self.narrowed))
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuses a model whose logits are not head(states(ids)).
+
+        Raises:
+            ModelError: naming architecture, difference and what to do.
+        """
+        model = self.causal_lm
+        if model.get_output_embeddings() is None:
+            raise ModelError(f"model.path {config.path}: {type(model).__name__} has no output head")
+        dtype = self.narrowed or next(model.parameters()).dtype
+
+        def own(ids_BL: Tensor) -> Tensor:
+            with self._autocast():
+                return model(input_ids=ids_BL, use_cache=False).logits
+
+        logit_probe.check_logits(model, own, self.states, self.head(self.vocab_rows), config.path, dtype)
+
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None, *, exported: bool) -> None:
+        """Writes the model, or its adapters, as safetensors.
+
+        Args:
+            folder: where to.
+            state_dict: the weights, if the caller has them already.
+            exported: in `model.dtype`, for others to use; else every bit, for a run to go on with.
+        """
+        if not exported or self.exported is None:
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            return
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        self.model.save_pretrained(folder, state_dict=precision.narrow(state_dict, self.exported))
+        precision.write_dtype(folder, self.exported)
 
 
 def _without_adapters(model: Any) -> Any:
@@ -125,42 +188,81 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     """Loads model and tokenizer and adds adapters.
 
     Raises:
-        ModelError: missing folder, unknown architecture, remote code needed, no fast tokenizer, unknown target modules.
+        ModelError: missing folder, unknown architecture, remote code needed, no fast tokenizer, unknown target modules, logits that
+            are not those of the head, a dtype or a size that cannot be trained.
     """
-    folder = _find(config.path)
+    precision.check_trained_in(config)
+    sources = adapters.find(config)
     torch.manual_seed(seed)  # adapters start from it
     transformers_logging.disable_progress_bar()
     internlm.register()
-    with _named(config):
-        AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+    dtype = getattr(torch, config.dtype)
+    with _named(config, sources):
+        AutoConfig.from_pretrained(sources.model, revision=sources.revision, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            revision=config.revision,
-            dtype=getattr(torch, config.dtype),
+            sources.model,
+            revision=sources.revision,
+            dtype=dtype if config.lora else torch.float32,
             attn_implementation=config.attention,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        tokenizer = _tokenizer(sources)
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if absent:  # transformers would start these at random and only warn
-        raise ModelError(f"model.path {config.path}: lacks {len(absent)} weights, {absent[0]} first")
+        raise ModelError(f"model.path {sources.model}: lacks {len(absent)} weights, {absent[0]} first")
     _check_tokenizer(config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = _with_adapters(model, config.lora, config.gradient_checkpointing)
+    model = adapters.adapt(model, config, sources.adapter)
     digest = _sha256(model)
     if torch.cuda.is_available():  # now: whatever goes beside it, such as the teacher's head, asks where it is
         try:
             model = model.cuda()
         except torch.OutOfMemoryError as error:
             needed, free = sum(p.nbytes for p in model.parameters()) / 2**30, torch.cuda.mem_get_info()[0] / 2**30
+            held = f"model.dtype={config.dtype}" if config.lora else "float32 (model.lora=null)"
             raise ModelError(
-                f"model.path {config.path}: its weights in model.dtype={config.dtype} take {needed:,.1f} GiB, "
-                f"the GPU has {free:,.1f} left"
+                f"model.path {config.path}: its weights in {held} take {needed:,.1f} GiB, the GPU has {free:,.1f} left"
             ) from error
-    return Student(model, tokenizer, digest, quicken(model, config))
+    masters = config.lora is None and config.dtype != "float32"
+    student = Student(
+        model,
+        tokenizer,
+        digest,
+        narrowed=precision.narrowed(config, torch.cuda.is_available()),
+        exported=dtype if masters else None,
+        notes=(*_adapter_notes(config, sources), *precision.notes(config, model)),
+    )
+    student.check(config)
+    student.is_graphed = quicken(model, config)
+    return student
+
+
+def _tokenizer(sources: adapters.Sources) -> Any:
+    return AutoTokenizer.from_pretrained(
+        sources.tokenizer, revision=sources.tokenizer_revision, trust_remote_code=False
+    )
+
+
+def _adapter_notes(config: ModelConfig, sources: adapters.Sources) -> tuple[str, ...]:
+    if sources.adapter is None:
+        return ()
+    what = f"{config.path} is an adapter ({sources.adapter.shape}) of {sources.model}"
+    if config.lora is None:
+        return (f"{what}: it is merged, and every weight is trained",)
+    return (f"{what}: training goes on with it, in its own shape",)
+
+
+def _outline(tokenizer: Any, causal_lm: Any, device: torch.device) -> Outline:
+    return Outline(
+        tokenizer,
+        int(causal_lm.get_output_embeddings().weight.shape[0]),
+        device,
+        logit_probe.embedding_rows(causal_lm),
+        position_limit(causal_lm.config.get_text_config()),
+    )
 
 
 def quicken(model: Any, config: ModelConfig) -> bool:
@@ -189,7 +291,7 @@ def _not_recorded(model: Any, config: ModelConfig, *, on_gpu: bool, is_compiled:
         return "needs a GPU, and there is none"
     if not is_compiled:
         return f"needs compiled layers, and model.compiled={str(config.compiled).lower()} gave none"
-    if not any(p.requires_grad for p in _without_adapters(model).get_decoder().parameters()):
+    if not any(p.requires_grad for p in logit_probe.body_of(_without_adapters(model)).parameters()):
         return "has nothing to record: no layer is trained (model.lora.target_modules)"
     dropouts = {f"{name}.p": module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     text = model.config.get_text_config()
@@ -204,15 +306,15 @@ def load_outline(config: ModelConfig) -> Outline:
     Raises:
         ModelError: as `load_student`, as far as it shows without weights.
     """
-    folder = _find(config.path)
+    sources = adapters.find(config)
     internlm.register()
-    with _named(config):
-        model_config = AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+    with _named(config, sources):
+        model_config = AutoConfig.from_pretrained(sources.model, revision=sources.revision, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        tokenizer = _tokenizer(sources)
     _check_tokenizer(config, tokenizer)
-    return Outline(tokenizer, int(model.get_output_embeddings().weight.shape[0]), torch.device("cpu"))
+    return _outline(tokenizer, model, torch.device("cpu"))
 
 
 @contextlib.contextmanager
@@ -232,12 +334,13 @@ def _one_sequence_a_row() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(config: ModelConfig) -> Iterator[None]:
-    """Turns what transformers raises into an error that names the model."""
+def _named(config: ModelConfig, sources: adapters.Sources) -> Iterator[None]:
+    """Turns what transformers raises into an error that names the model, and the base of an adapter."""
+    base = f" (an adapter of {sources.model})" if sources.adapter else ""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.path {config.path}: cannot be loaded: {str(error)[:400]}") from error
+        raise ModelError(f"model.path {config.path}{base}: cannot be loaded: {str(error)[:400]}") from error
 
 
 def _check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
@@ -254,60 +357,3 @@ def _sha256(model: Any) -> str:
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _find(path: str) -> str:
-    """The folder, or the hub id if it is none; a path that is clearly meant to be local must exist."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model.path {folder}: has no config.json")
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise ModelError(f"model.path {folder}: has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError(f"model.path {folder}: no such folder")
-    return path
-
-
-def _with_adapters(model: Any, settings: LoraSettings | None, checkpointing: bool) -> Any:
-    if settings is None:
-        return model
-    if checkpointing:
-        model.enable_input_require_grads()
-    targets = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = get_peft_model(model, lora)
-    except ValueError as error:
-        raise ModelError(f"model.lora.target_modules {targets}: {error}") from error
-    if settings.fused:
-        fast_lora.install(adapted)
-    return adapted
-
-
-def _lora_of(layer: Any) -> Lora | None:
-    """The low-rank factors of an adapted output head."""
-    if not hasattr(layer, "lora_A") or not layer.lora_A:
-        return None
-    (name,) = layer.active_adapters
-    return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
-
-
-def _logit_scale(config: Any) -> float:
-    """The factor an architecture multiplies logits with: Cohere `logit_scale`, Granite `logits_scaling` (a divisor)."""
-    if getattr(config, "logit_scale", None):
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / float(config.logits_scaling)
-    return 1.0
-
-
-def _softcap(config: Any) -> float:
-    return float(getattr(config, "final_logit_softcapping", None) or 0.0)

@@ -8,35 +8,41 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
 from student_trainer.errors import ModelError
 
+if TYPE_CHECKING:
+    from student_trainer.model import Student
+
 _TRIED_BYTES = 2 << 30  # models up to this size are saved whole as a trial; of larger ones everything but the weights
 _GENERATION = "generation_config.json"
 
 
-def save_student(model: Any, tokenizer: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes a model, or its adapters, with the tokenizer."""
+def save_student(
+    student: Student, folder: Path, state_dict: dict[str, torch.Tensor] | None = None, *, exported: bool = False
+) -> None:
+    """Writes a student, or its adapters, with the tokenizer; `exported` in `model.dtype`, else every bit, for a run to go on with."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _kept_generation_config(model, folder):
-        model.save_pretrained(folder, state_dict=state_dict)
-    tokenizer.save_pretrained(folder)
+    with _kept_generation_config(student.model, folder):
+        student.save(folder, state_dict, exported=exported)
+    student.tokenizer.save_pretrained(folder)
 
 
-def try_saving(model: Any, tokenizer: Any, folder: Path) -> None:
+def try_saving(student: Student, folder: Path) -> None:
     """Writes into an empty folder what the end of the run will write, so that what fails fails before step 0.
 
     Raises:
         ModelError: with what transformers says.
         OSError: the disk does not take it.
     """
+    model, tokenizer = student.model, student.tokenizer
     try:
         if saved_bytes(model) <= _TRIED_BYTES:
-            save_student(model, tokenizer, folder)
+            save_student(student, folder, exported=True)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with _kept_generation_config(model, folder):

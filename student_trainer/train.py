@@ -36,8 +36,10 @@ from student_trainer.meeting import (
     teacher_address,
 )
 from student_trainer.model import Student, load_student
+from student_trainer.model_limits import check_data
 from student_trainer.objective import Objective, check_loss
 from student_trainer.out_of_memory import is_out_of_memory, what_to_lower
+from student_trainer.precision import check_trained_in
 from student_trainer.progress import ConsoleProgress
 from student_trainer.run_folder import (
     FINAL_NAME,
@@ -75,6 +77,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over logits for nobody
+    check_trained_in(config.model)
     if config.labels.transport != "auto":
         check_loss(config.loss, config.labels)
     check_single_process()
@@ -87,9 +90,12 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             lock.acquire()
         with teacher_address(config.teacher, console) as address:
             student = load_student(config.model, config.run.seed)
+            for told in student.notes:
+                note(told)
             if broken := not_finite(student.model):
                 raise ModelError(f"model.path {config.model.path}: its weights are not finite, {broken} first")
             data, held_out = load_data(config.data, student.tokenizer, console)
+            check_data(student.outline, config.model.path, data, held_out)
             teacher = meet_teacher(
                 config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
             )

@@ -142,7 +142,7 @@ class DistillationTrainer(KeepingTrainer):
         self.can_return_loss = True
         self._states: Callable[[Tensor], Tensor] = self._body
         if is_graphed:
-            trained = [p for p in student.causal_lm.get_decoder().parameters() if p.requires_grad]
+            trained = [p for p in student.body.parameters() if p.requires_grad]
             self._states = graphed.GraphedBody(
                 self._body, trained, CudaRecorder(), on_trouble, is_ready=lambda: self.state.global_step > 0
             )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from teacher_server.backends.model_folder import check_local
+from teacher_server.backends.model_folder import architectures, check_local
+from teacher_server.backends.vllm_architectures import check_known
 from teacher_server.backends.weight_files import check_weights
 from teacher_server.config import EdgeConfig, RayConfig, ServerConfig, TransformersBackend, VllmBackend
 from teacher_server.edge.auth import TokenFile
@@ -148,6 +149,9 @@ def check_files(config: ServerConfig) -> None:
             try:
                 check_local(teacher.backend.model)
                 check_weights(teacher.backend.model)
+                named = architectures(teacher.backend.model)
+                if named and isinstance(teacher.backend, VllmBackend):
+                    check_known(teacher.backend.model, named)
             except ServerConfigError as error:
                 raise ServerConfigError(f"teachers.{teacher.name}.backend.model: {error}") from None
     edge = config.edge

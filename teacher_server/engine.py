@@ -110,6 +110,11 @@ class TeacherEngine:
     def _describe(self) -> TeacherInfo:
         facts, limits = self._backend.facts, self._config.limits
         sequence = min(limits.max_sequence_tokens or facts.max_sequence_tokens, facts.max_sequence_tokens)
+        if limits.max_sequence_tokens and limits.max_sequence_tokens > sequence:
+            log.warning(
+                "teacher %s: limits.max_sequence_tokens=%d is above what the model has positions for: %d is the limit",
+                self._config.name, limits.max_sequence_tokens, sequence,
+            )  # fmt: skip
         shared = {name: getattr(facts, name) for name in facts.__dataclass_fields__ if name != "max_sequence_tokens"}
         if self._config.deterministic:  # the same weights and other bits: labels of the two are not each other's
             shared["fingerprint"] = text_sha256(f"{facts.fingerprint} deterministic")

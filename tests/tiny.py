@@ -58,7 +58,22 @@ def make_model(
         },
         "cohere": {"logit_scale": 0.25},
         "granite": {"logits_scaling": 4.0},
-    }[family]
+        "granitemoe": {"logits_scaling": 4.0, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "cohere2": {"logit_scale": 0.25, "sliding_window": 64},
+        "hyperclovax": {"logits_scaling": 4.0},
+        "nanochat": {"final_logit_softcapping": 5.0},
+        "gemma3_text": {"head_dim": hidden // 4, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": hidden // 4, "sliding_window": 64},
+        "qwen3_moe": {"head_dim": hidden // 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        "recurrent_gemma": {"logits_soft_cap": 5.0, "lru_width": hidden, "attention_window_size": 64, "num_hidden_layers": 3},
+        "falcon_h1": {
+            "lm_head_multiplier": 0.078125, "mamba_d_ssm": 2 * hidden, "mamba_n_heads": 4, "mamba_d_head": hidden // 2,
+            "mamba_d_state": 8, "mamba_n_groups": 1, "head_dim": hidden // 4,
+        },
+        "phi": {},  # its head has a bias
+        "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": hidden // 4},
+        "bert": {"is_decoder": True},  # has layers between its last state and its head
+        "bert-generation": {"is_decoder": False},  # sees what comes later
+    }[family]  # fmt: skip
     if family == "internlm3":
         from teacher_server.backends import internlm
 

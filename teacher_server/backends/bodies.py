@@ -19,6 +19,7 @@ from teacher_server.backends import attention
 from teacher_server.backends.attention import NotPackableError, Packing
 from teacher_server.backends.fused import FusedBody, unsuited
 from teacher_server.backends.layout import pack
+from teacher_server.backends.logits import body_of
 from teacher_server.config import TransformersBackend as Config
 from teacher_server.signals.transfer import to_device
 
@@ -52,7 +53,7 @@ class Body(Protocol):
 
 def choose(model: Any, config: Config) -> Body:
     """The fastest way whose states agree with the plain one's."""
-    body = model.get_decoder()
+    body = body_of(model)
     device = next(model.parameters()).device
     limit = 65_536 if device.type == "cuda" else 16_384
     rope = (getattr(body.config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor as Torch
 
+from teacher_server.backends.logits import transform_of
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals import output
 from teacher_server.signals.reduce import OutputHead
@@ -43,18 +44,18 @@ class Head(OutputHead):
         return TeacherHead(header, weight)
 
 
-def load_head(folder: Path, text_config: Any, dtype: torch.dtype, device: torch.device) -> Head:
+def load_head(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Head:
     """The head of a model folder.
 
     Args:
         folder: with safetensors.
-        text_config: the model's text configuration.
+        config: of the model.
         dtype, device: of the head.
 
     Raises:
         ServerConfigError: the folder holds no head under a known name.
     """
-    tied = bool(getattr(text_config, "tie_word_embeddings", False))
+    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     files = _files_of_weights(folder)
     names = [name for name in (_TIED_NAMES if tied else _HEAD_NAMES) if name in files]
     if not names:
@@ -64,7 +65,8 @@ def load_head(folder: Path, text_config: Any, dtype: torch.dtype, device: torch.
     bias_V = None
     if "lm_head.bias" in files:
         bias_V = _read(files["lm_head.bias"], "lm_head.bias").to(device=device, dtype=dtype)
-    return Head(weight_VD, bias_V, _logit_scale(text_config), _softcap(text_config))
+    transform = transform_of(config)
+    return Head(weight_VD, bias_V, transform.scale, transform.cap)
 
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:
@@ -87,19 +89,6 @@ def _read(file: Path, name: str) -> Torch:
             return opened.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ServerConfigError(f"{file}: {name} cannot be read: {error}") from error
-
-
-def _logit_scale(config: Any) -> float:
-    """The factor an architecture multiplies logits with: Cohere `logit_scale`, Granite `logits_scaling` (a divisor)."""
-    if getattr(config, "logit_scale", None):
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / float(config.logits_scaling)
-    return 1.0
-
-
-def _softcap(config: Any) -> float:
-    return float(getattr(config, "final_logit_softcapping", None) or 0.0)
 
 
 def reduce(head: Head, hidden_ND: Torch, batch: TokenBatch, spec: SignalSpec, logit_bytes: int) -> TeacherSignals:

@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor as Torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from teacher_server.backends import bodies, grammar, internlm, quantized
+from teacher_server.backends import bodies, grammar, internlm, logits, lora, quantized
 from teacher_server.backends.base import ModelFacts
-from teacher_server.backends.model_folder import fetch, fingerprint
+from teacher_server.backends.model_folder import find, fingerprint
 from teacher_server.backends.stepper import ModelStepper
 from teacher_server.backends.writing import end_ids, writes_as_it_scores
 from teacher_server.config import GenerationConfig
@@ -41,10 +41,7 @@ log = logging.getLogger(__name__)
 
 Job = tuple[TokenBatch, SignalSpec]
 
-_PROBE_TOKENS = 16
 _PREFILL_TOKENS = {"cuda": 65_536, "cpu": 16_384}  # padded tokens of one forward pass over new prompts
-# Largest relative difference between head(state) and the model's own logits on a probe, by dtype.
-_PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 def load(config: Config, *, deterministic: bool) -> TransformersModel:
@@ -53,7 +50,7 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
     Raises:
         ServerConfigError: missing folder, unknown architecture, remote code needed, no tokenizer, no such device.
     """
-    folder = fetch(config.model, config.revision)
+    files = find(config.model, config.revision)
     device = _device(config.device)
     torch.set_num_threads(config.threads)
     if deterministic:
@@ -63,16 +60,16 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
     dtype = getattr(torch, config.dtype)
     internlm.register()
     try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
+            files.folder,
             dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ServerConfigError(
             f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:400]}"
@@ -84,9 +81,12 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if absent:  # transformers would start these at random and only warn
         raise ServerConfigError(f"model {config.model!r} lacks {len(absent)} weights, {absent[0]} first")
+    if files.adapter is not None:
+        lora.merge(model, files.adapter)
+        log.info("model %s is an adapter of %s, merged into it", config.model, files.folder)
     model = model.to(device).eval().requires_grad_(False)
     arithmetic = config.dtype if config.quantization == "none" else f"{config.dtype}+{config.quantization}"
-    digest = fingerprint(folder, arithmetic)
+    digest = fingerprint(files.folder, arithmetic, files.adapter)
     return TransformersModel(config, model, model_config, tokenizer, digest, deterministic=deterministic)
 
 
@@ -118,17 +118,15 @@ class TransformersModel:
         projection = model.get_output_embeddings()
         if projection is None:
             raise ServerConfigError(f"model {config.model!r} has no output head")
-        text = model_config.get_text_config()
-        self._head = OutputHead(
-            projection.weight, getattr(projection, "bias", None), _logit_scale(text), _softcap(text)
-        )
+        text, transform = model_config.get_text_config(), logits.transform_of(model_config)
+        self._head = OutputHead(projection.weight, getattr(projection, "bias", None), transform.scale, transform.cap)
         self._probe(model)
         alone = {"prefix_min_tokens": 0} if deterministic else {}
         with torch.inference_mode():
             self._body = bodies.choose(model, config.model_copy(update=alone))
             self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
         log.info("model %s is run %s", config.model, self._body.name)
-        self._decoder = model.get_decoder()
+        self._decoder = logits.body_of(model)
         self._tokenizer = tokenizer
         self._end_ids = end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
@@ -146,7 +144,7 @@ class TransformersModel:
             layers=text.num_hidden_layers,
             head_sha256=served_head.header.sha256 if served_head else "",
             transports=("top_k", "hidden", "full") if served_head else ("top_k", "full"),
-            max_sequence_tokens=int(getattr(text, "max_position_embeddings", 1 << 20)),
+            max_sequence_tokens=logits.position_limit(model_config),
             generates=self._generates(min(rows, len(tokenizer))),
         )
 
@@ -323,17 +321,23 @@ class TransformersModel:
             ServerConfigError: with the difference found.
         """
         rows = self._head.weight_VD.shape[0]
-        ids_1L = (torch.arange(_PROBE_TOKENS) * 7919 % rows)[None].to(self._device)
-        own = model(input_ids=ids_1L, use_cache=False).logits[0].float()
-        state_LD = model.get_decoder()(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
-        ours = self._head.logits(state_LD, rows).float()
-        difference = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-6))
-        tolerance = _PROBE_TOLERANCE[self._config.dtype]
-        if not difference <= tolerance:
+        kind = f"model {self._config.model!r} ({type(model).__name__})"
+        embedded = getattr(model.get_input_embeddings(), "weight", self._head.weight_VD).shape[0]
+        ids_BL = logits.probe_ids(min(rows, embedded)).to(self._device)
+        try:
+            own_BLV = model(input_ids=ids_BL, use_cache=False).logits
+            state_BLD = logits.body_of(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
+            ours_BLV = self._head.logits(state_BLD, rows)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model's own code, which raises what it likes
             raise ServerConfigError(
-                f"model {self._config.model!r}: its logits are not its head applied to its last hidden state "
-                f"(relative difference {difference:.2g}, tolerance {tolerance:g}); this architecture is not supported yet"
-            )
+                f"{kind} cannot be asked for logits and states by token ids alone: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}; this architecture is not supported"
+            ) from error
+        said = logits.disagreement(own_BLV, ours_BLV, state_BLD, self._config.dtype)
+        if said:
+            raise ServerConfigError(f"{kind}: {said}; this architecture is not supported, its labels would be wrong")
 
 
 def _ids_below(name: str, spec: SignalSpec) -> int:
@@ -374,16 +378,3 @@ class _Stopwatch:
             took_us = start.elapsed_time(end) * 1e3 if self._cuda else (end - start) * 1e6
             spent[name] = spent.get(name, 0.0) + took_us
         return {name: round(took_us) for name, took_us in spent.items()}
-
-
-def _logit_scale(config: Any) -> float:
-    """The factor an architecture multiplies logits with: Cohere `logit_scale`, Granite `logits_scaling` (a divisor)."""
-    if getattr(config, "logit_scale", None):
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / float(config.logits_scaling)
-    return 1.0
-
-
-def _softcap(config: Any) -> float:
-    return float(getattr(config, "final_logit_softcapping", None) or 0.0)

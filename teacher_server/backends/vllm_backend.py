@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoTokenizer
 from teacher_server.backends import grammar, internlm
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, label_logp, load_head, reduce
-from teacher_server.backends.model_folder import fetch, fingerprint
+from teacher_server.backends.model_folder import find, fingerprint
+from teacher_server.backends.vllm_architectures import check_known
 from teacher_server.backends.vllm_states import StatesUnderWay
 from teacher_server.backends.vllm_writing import EngineGeneration, Writer, refuse_sampling, sample_seed
 from teacher_server.config import GenerationConfig
@@ -39,11 +40,6 @@ from teacher_wire.messages import DTYPES, SignalSpec, TeacherHead, TeacherSignal
 if TYPE_CHECKING:
     from teacher_server.backends.vllm_engine import Engine, Loop
 
-# Architectures whose logits are the head of `load_head` on vLLM's final state: checked against transformers, one by one.
-ARCHITECTURES = (
-    "CohereForCausalLM", "Gemma2ForCausalLM", "Glm4ForCausalLM", "GlmForCausalLM", "GraniteForCausalLM", "InternLM3ForCausalLM",
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-)  # fmt: skip
 _PROBE_TOKENS = 16
 _PROBE_WRITTEN = 4
 # Nats between the log-probability that one engine writes with and the other scores with.
@@ -62,7 +58,7 @@ def load(config: Config, *, deterministic: bool, overrides: dict[str, Any] | Non
     Raises:
         ServerConfigError: no vLLM, no such folder, an architecture or a memory budget that vLLM cannot serve.
     """
-    folder = fetch(config.model, config.revision)
+    folder = _whole_model(config)
     internlm.register()
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -75,10 +71,11 @@ def load(config: Config, *, deterministic: bool, overrides: dict[str, Any] | Non
         raise ServerConfigError(
             f"model {config.model!r} has no fast tokenizer (tokenizer.json), which the handshake needs"
         )
-    _check_architecture(config, model_config)
+    names = getattr(model_config, "architectures", None) or [f"model_type {model_config.model_type}"]
+    check_known(config.model, names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.threads)
-    head = load_head(folder, model_config.get_text_config(), getattr(torch, config.dtype), device)
+    head = load_head(folder, model_config, getattr(torch, config.dtype), device)
     with _environment(config):
         try:
             from teacher_server.backends import vllm_engine
@@ -97,13 +94,14 @@ def load(config: Config, *, deterministic: bool, overrides: dict[str, Any] | Non
     return VllmModel(config, folder, model_config, tokenizer, head, engines, loop)
 
 
-def _check_architecture(config: Config, model_config: Any) -> None:
-    names = getattr(model_config, "architectures", None) or [f"model_type {model_config.model_type}"]
-    if names[0] not in ARCHITECTURES:
+def _whole_model(config: Config) -> Path:
+    files = find(config.model, config.revision)
+    if files.adapter is not None:
         raise ServerConfigError(
-            f"model {config.model!r}: backend vllm does not know the head of {names[0]} "
-            f"(known: {', '.join(ARCHITECTURES)}); use the transformers backend"
+            f"model {config.model!r} is an adapter of {str(files.folder)!r}, which backend vllm does not merge; use the transformers "
+            "backend, or merge it with peft (merge_and_unload) and serve the result"
         )
+    return files.folder
 
 
 def _arguments(config: Config, folder: Path, device: torch.device, *, deterministic: bool) -> dict[str, Any]:
