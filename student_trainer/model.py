@@ -17,11 +17,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 from transformers.utils import logging as transformers_logging
 
 from student_trainer import compiled, fast_lora, internlm
 from student_trainer.config import LoraSettings, ModelConfig
+from student_trainer.data.tokenizer_file import load_tokenizer
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head, Lora
 
@@ -142,7 +143,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder, revision=config.revision)
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if absent:  # transformers would start these at random and only warn
         raise ModelError(f"model.path {config.path}: lacks {len(absent)} weights, {absent[0]} first")
@@ -210,7 +211,7 @@ def load_outline(config: ModelConfig) -> Outline:
         model_config = AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder, revision=config.revision)
     _check_tokenizer(config, tokenizer)
     return Outline(tokenizer, int(model.get_output_embeddings().weight.shape[0]), torch.device("cpu"))
 

@@ -5,6 +5,7 @@ In: a config and what it is to learn from; out: the checkpoint to start at. Ever
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ def settled_labels(config: TrainConfig) -> LabelConfig | None:
     if config.labels.transport != "auto" or not file.is_file():
         return None
     return LabelConfig.model_validate_json(json.loads(file.read_text())["labels"])
+
+
+def pinned_date(config: TrainConfig) -> datetime.date | None:
+    """The day that this run's chat template printed when it was started; a resumed run goes on with it."""
+    file = config.run.output_dir / IDENTITY_NAME
+    day = json.loads(file.read_text()).get("date", "") if file.is_file() else ""
+    return datetime.date.fromisoformat(day) if day else None
 
 
 def open_folder(config: TrainConfig, learned_from: dict[str, str], resume: bool, console: Console) -> Path | None:

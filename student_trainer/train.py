@@ -42,6 +42,7 @@ from student_trainer.run_folder import (
     check_folder,
     finish,
     open_folder,
+    pinned_date,
     result_of,
     settled_labels,
 )
@@ -71,7 +72,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         check_loss(config.loss, config.labels)
     with teacher_address(config.teacher, console) as address:
         student = load_student(config.model, config.run.seed)
-        data, held_out = load_data(config.data, student.tokenizer, console)
+        data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config) if resume else None)
         teacher = meet_teacher(
             config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
         )
@@ -102,6 +103,8 @@ def _run(
         "student": student.sha256,
         "labels": (teacher.labels if teacher else config.labels).model_dump_json(),
         "computed": student.computed_by,
+        "date": data.rendering.day if data.rendering else "",
+        "rendering": data.rendering.sha256 if data.rendering else "",
     }
     start = open_folder(config, learned_from, resume, console)
     progress = ConsoleProgress(console, config.run.output_dir.name)
