@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from student_trainer.data.layout import THINK_TAGS
 
 _PLAIN_TAG = re.compile(r"</?[\w:.-]+>")
+_BRACKETED = re.compile(r"[<\[]\S+[>\]]")
 _TAGS = {tag for pair in THINK_TAGS for tag in pair}
 _PRIVATE = [
     chr(code) for code in range(0xF0000, 0xF0100)
@@ -43,7 +44,7 @@ class ControlTokens:
             if added.content in named
             or (
                 added.content not in _TAGS
-                and (added.special or added.content in template_source)
+                and (added.special or (added.content in template_source and _BRACKETED.fullmatch(added.content)))
                 and (not _PLAIN_TAG.fullmatch(added.content) or (added.special and added.content in template_source))
             )
         }
@@ -105,6 +106,9 @@ class ControlTokens:
             parsed["model"]["vocab"] = [
                 [_renamed(text) if text in self.ids else text, score] for text, score in vocabulary
             ]
+        if merges := parsed["model"].get("merges"):  # a control token that ordinary text could be merged to
+            made = (("".join(pair) if isinstance(pair, list) else pair.replace(" ", ""), pair) for pair in merges)
+            parsed["model"]["merges"] = [pair for product, pair in made if product not in self.ids]
         unknown = parsed["model"].get("unk_token")
         if unknown in self.ids:
             parsed["model"]["unk_token"] = _renamed(unknown)

@@ -49,11 +49,14 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class _Behind:
-    """An answer behind its prompt: ids of the prompt, ids of the target, and each target id's characters in the target."""
+    """An answer behind its prompt: ids of the prompt, ids of the target, each target id's characters in the target, and whether
+    the whole text would have merged across the border.
+    """
 
     prompt_ids: list[int]
     target_ids: list[int]
     spans: Sequence[tuple[int, int]]
+    merged: bool
 
     @property
     def ids(self) -> list[int]:
@@ -106,13 +109,13 @@ class Encoder:
         target = answer.target + answer.ending * last
         prompt = found[answer.prompt, answer.literal].ids
         whole = found[answer.prompt + target, answer.literal]
-        if whole.ids[: len(prompt)] == prompt:
+        merged = whole.ids[: len(prompt)] != prompt
+        if not merged:
             cut, before = len(prompt), len(answer.prompt)
         else:
-            self.border_merges += 1
             whole, cut, before = self._alone(target, literal=answer.literal)
         spans = whole.offsets[cut:] if answer.weights else ()
-        return _Behind(prompt, whole.ids[cut:], [(max(0, a - before), max(0, b - before)) for a, b in spans])
+        return _Behind(prompt, whole.ids[cut:], [(max(0, a - before), max(0, b - before)) for a, b in spans], merged)
 
     def _alone(self, target: str, *, literal: bool) -> tuple[Any, int, int]:
         """The encoding of `target` behind a neutral character, and how many ids and characters of it are that character's."""
@@ -132,6 +135,7 @@ class Encoder:
         weights = np.ones(len(ids), np.float32) if any(answer.weights for answer, _ in parts) else None
         target_bytes = 0
         for answer, behind in parts:
+            self.border_merges += behind.merged
             start = len(self._first) + len(behind.prompt_ids)
             stop = start + len(behind.target_ids)
             mask[start:stop] = True
