@@ -21,7 +21,9 @@ THINK_TAGS = tuple(
 )
 _OPEN = "|".join(re.escape(opening) for opening, _ in THINK_TAGS)
 _OPENED = re.compile(rf"({_OPEN})(\s*)\Z")
-_CLOSED = re.compile(rf"({_OPEN})\s*({'|'.join(re.escape(closing) for _, closing in THINK_TAGS)})\s*\Z")
+_CLOSE = "|".join(re.escape(closing) for _, closing in THINK_TAGS)
+_CLOSED = re.compile(rf"({_OPEN})\s*({_CLOSE})\s*\Z")
+_EMPTY = re.compile(rf"\A\s*({_OPEN})\s*({_CLOSE})\s*")
 _TAG = re.compile("|".join(re.escape(tag) for pair in THINK_TAGS for tag in pair))
 
 
@@ -88,7 +90,8 @@ def lay_out(
     1. `whole` continues `prompt`: the target is the rest, as the template lays it out.
     2. The prompt opens reasoning that the template takes out of the turn again (R1, QwQ): the row's reasoning continues
        it and is closed, or an empty one is; then the answer as the template shows it.
-    3. `whole` rewrites text before the turn: the target is what stands behind the last header of `whole`.
+    3. The prompt opens and closes reasoning that the template does not show in the turn: the target is the answer.
+    4. `whole` rewrites text before the turn: the target is what stands behind the last header of `whole`.
 
     Raises:
         DataError: the template shows less than the turn has.
@@ -96,11 +99,14 @@ def lay_out(
     parts = _parts(turn, number)
     if whole.startswith(prompt):
         return _cut(whole[len(prompt) :], turn, number, parts, controls)
-    if parts.reasoning and _CLOSED.search(prompt):
+    closed = _CLOSED.search(prompt)
+    if closed and parts.reasoning.strip():
         raise DataError(
             f"turn {number} has reasoning, but the generation prompt closes reasoning before it begins; leave it out of the "
             "row, or change template_kwargs (such as enable_thinking)"
         )
+    if closed and whole.startswith(prompt[: closed.start()]):
+        return _cut(_EMPTY.sub("", whole[closed.start() :], count=1), turn, number, parts, controls)
     opened = _OPENED.search(prompt)
     if opened and whole.startswith(prompt[: opened.start()]):
         return _continued(opened, whole[opened.start() :], turn, number, parts, controls)
