@@ -6,6 +6,7 @@ that names the key; nothing here builds anything.
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -154,7 +155,11 @@ class DataConfig(_Strict):
 
     Attributes:
         train, eval: sources, in this order.
-        template: `chat` (the tokenizer's), `plain`, or `auto`.
+        template: `chat` (the tokenizer's), `plain`, `auto`, the name of one of a tokenizer's several templates, or a file (./x.jinja).
+        template_kwargs: variables of the chat template, such as enable_thinking; a row's own stand before them.
+        turns: which answers of a conversation are learned: all, in one sequence where the template allows it (`auto`) or each in its
+            own (`each`), or the `last` alone.
+        date: the day that a chat template prints; without it, that of the run's first start.
         max_tokens: longest sequence.
         overlong: what to do with a longer one; `drop` counts and reports them.
         bad_rows: what to do with a row that cannot be learned from; `skip` counts such rows and writes them to `bad_rows.jsonl` in the
@@ -164,7 +169,10 @@ class DataConfig(_Strict):
 
     train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     eval: tuple[SourceConfig, ...] = ()
-    template: Literal["auto", "chat", "plain"] = "auto"
+    template: Annotated[str, Field(min_length=1)] = "auto"
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    turns: Literal["auto", "each", "last"] = "auto"
+    date: datetime.date | None = None
     system_prompt: str | None = None
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     overlong: Literal["refuse", "drop"] = "refuse"

@@ -5,6 +5,7 @@ In: a config and a tokenizer; out: datasets and a RunOrder, the same for every c
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from student_trainer.config import DataConfig, SourceConfig, TrainConfig
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.intake import BAD_ROWS_NAME, Intake, write_bad_rows
 from student_trainer.data.sources import DataSource, parse_source
+from student_trainer.data.templates import Clock
 from student_trainer.data.trace_rows import TraceTasks
 from student_trainer.errors import ConfigError
 from student_trainer.feed.order import RunOrder
@@ -26,13 +28,22 @@ from teacher_wire.messages import SignalSpec, TeacherInfo
 _TOKEN_BYTES, _FILE_BYTES = 5, 3_500
 
 
-def load_data(config: DataConfig, tokenizer: Any, console: Console) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+def load_data(
+    config: DataConfig, tokenizer: Any, console: Console, pinned: datetime.date | None = None
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """The rows to learn from and those to measure with; says what each source holds, and how many rows there are.
+
+    Args:
+        config: what and how.
+        tokenizer: the student's.
+        console: told what was read.
+        pinned: the day on which the run began, for templates that print one; None for a new run.
 
     Raises:
         DataError, ConfigError: naming file and line, or the setting.
     """
 
+    clock = Clock(config.date or pinned, explicit=config.date is not None)
     intakes = {"train": Intake(config.bad_rows), "eval": Intake(config.bad_rows)}
 
     def build(sources: Any, intake: Intake) -> TokenizedDataset:
@@ -45,6 +56,9 @@ def load_data(config: DataConfig, tokenizer: Any, console: Console) -> tuple[Tok
             overlong=config.overlong,
             traces=TraceTasks(**config.traces.model_dump()),
             intake=intake,
+            turns=config.turns,
+            template_kwargs=config.template_kwargs,
+            clock=clock,
         )
 
     with console.status("reading and tokenising the data"):
@@ -61,8 +75,16 @@ def load_data(config: DataConfig, tokenizer: Any, console: Console) -> tuple[Tok
         if rows is not None:
             dropped = f", {len(rows.dropped)} dropped as longer than {config.max_tokens}" if rows.dropped else ""
             console.print(
-                f"{name}: {len(rows):,} rows, {rows.tokens:,} tokens, {rows.target_tokens:,} of them supervised{dropped}"
+                f"{name}: {_counted(rows)}, {rows.tokens:,} tokens, {rows.target_tokens:,} of them supervised{dropped}"
             )
+            _tell_rendering(name, rows, console)
+    if config.date is not None and not clock.asked:
+        raise ConfigError(f"data.date={config.date}: the chat template prints no date")
+    if clock.asked and config.date is None:
+        console.print(
+            f"[yellow]note:[/] the chat template prints the date: {clock.day} for the whole of this run; other runs get the same "
+            f"prompts, and find its kept labels, with data.date={clock.day}"
+        )
     return data, held_out
 
 
@@ -72,6 +94,32 @@ def keep_bad_rows(folder: Path, data: TokenizedDataset, held_out: TokenizedDatas
     write_bad_rows(folder, bad)
     if bad:
         console.print(f"the {len(bad):,} bad rows are in {escape(str(folder / BAD_ROWS_NAME))}", soft_wrap=True)
+
+
+def _counted(rows: TokenizedDataset) -> str:
+    made = rows.rendering
+    if made is None or made.rows == len(rows):
+        return f"{len(rows):,} rows"
+    return f"{made.rows:,} rows, {len(rows):,} examples"
+
+
+def _tell_rendering(name: str, rows: TokenizedDataset, console: Console) -> None:
+    """Says what of the rows became something else than one would think."""
+    made = rows.rendering
+    if made is None:
+        return
+    told = []
+    if made.parted:
+        told.append(
+            f"{made.parted:,} conversations became one example for each answer: with template {made.template} their earlier turns "
+            "read otherwise once another follows (data.turns=last learns the last answers alone)"
+        )
+    if made.weightless:
+        told.append(f"{made.weightless:,} rows have the weight 0 and teach nothing")
+    if made.literal:
+        told.append(f"{made.literal:,} rows quote control tokens of the tokenizer; they are kept as text")
+    for one in told:
+        console.print(f"[yellow]note:[/] {name}: {escape(one)}")
 
 
 def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:

@@ -24,7 +24,7 @@ from student_trainer.meeting import Teacher, check_sizes, meet_teacher, open_any
 from student_trainer.model import load_outline
 from student_trainer.model_limits import check_data
 from student_trainer.objective import check_loss
-from student_trainer.run_folder import check_cache, settled_labels
+from student_trainer.run_folder import check_cache, pinned_date, settled_labels
 from teacher_wire.label_store import LabelStore, label_keys
 from teacher_wire.messages import SignalSpec
 
@@ -73,7 +73,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
     _check(config, settled is not None)
     with teacher_address(config.teacher, console) as address:
         student = load_outline(config.model)
-        data, held_out = load_data(config.data, student.tokenizer, console)
+        data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config))
         check_data(student, config.model.path, data, held_out)
         teacher = meet_teacher(config, address, student, data, held_out, console, settled, only_stores=True)
         if teacher is None:

@@ -115,7 +115,7 @@ def meet_teacher(
     uses_chat = config.data.template == "chat" or (
         config.data.template == "auto" and bool(student.tokenizer.chat_template)
     )
-    facts = StudentFacts.of(student.tokenizer, student.vocab_rows, uses_chat)
+    facts = StudentFacts.of(student.tokenizer, student.vocab_rows, uses_chat, data, held_out)
     longest = _longest(data, held_out)
 
     async def meet() -> Teacher | None:
@@ -157,6 +157,8 @@ def meet_teacher(
                     )
                 head = head_on(fetched, spec.vocab_rows, student.device)
             await _try(desk.source(info, spec, lambda: client), spec, data)
+            if facts.tokens and info.tokenizer_sha256 != facts.tokenizer_sha256:
+                console.print(f"[yellow]note:[/] teacher {info.name}: {escape(facts.tokens.same_as(info))}")
             console.print(
                 f"teacher [bold]{info.name}[/] at {address}: {info.architecture} {info.dtype}, labels by {spec.transport}"
             )

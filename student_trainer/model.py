@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 from transformers.utils import logging as transformers_logging
 
 from student_trainer import adapters, compiled, internlm, logit_probe, precision
 from student_trainer.config import ModelConfig
+from student_trainer.data.tokenizer_file import load_tokenizer
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head
 from student_trainer.model_limits import position_limit
@@ -208,7 +209,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = _tokenizer(sources)
+        tokenizer = load_tokenizer(sources.tokenizer, revision=sources.tokenizer_revision)
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if absent:  # transformers would start these at random and only warn
         raise ModelError(f"model.path {sources.model}: lacks {len(absent)} weights, {absent[0]} first")
@@ -238,12 +239,6 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     student.check(config)
     student.is_graphed = quicken(model, config)
     return student
-
-
-def _tokenizer(sources: adapters.Sources) -> Any:
-    return AutoTokenizer.from_pretrained(
-        sources.tokenizer, revision=sources.tokenizer_revision, trust_remote_code=False
-    )
 
 
 def _adapter_notes(config: ModelConfig, sources: adapters.Sources) -> tuple[str, ...]:
@@ -312,7 +307,7 @@ def load_outline(config: ModelConfig) -> Outline:
         model_config = AutoConfig.from_pretrained(sources.model, revision=sources.revision, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-        tokenizer = _tokenizer(sources)
+        tokenizer = load_tokenizer(sources.tokenizer, revision=sources.tokenizer_revision)
     _check_tokenizer(config, tokenizer)
     return _outline(tokenizer, model, torch.device("cpu"))
 

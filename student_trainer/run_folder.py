@@ -7,6 +7,7 @@ at a time (`files.FolderLock`). Digests decide what may be taken up, not paths. 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -170,6 +171,22 @@ def _identity(file: Path) -> dict[str, Any]:
             "another folder"
         ) from error
     return found
+
+
+def pinned_date(config: TrainConfig) -> datetime.date | None:
+    """The day that this run's chat template printed when it was started; a resumed run goes on with it.
+
+    Raises:
+        RunError: run.json cannot be read.
+    """
+    file = config.run.output_dir / IDENTITY_NAME
+    if not file.is_file():
+        return None
+    day = _identity(file).get("date", "")
+    try:
+        return datetime.date.fromisoformat(day) if day else None
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{file} is damaged: its date {day!r} is none") from error
 
 
 def open_folder(

@@ -51,6 +51,7 @@ from student_trainer.run_folder import (
     finish,
     leave_no_trace,
     open_folder,
+    pinned_date,
     result_of,
     settled_labels,
 )
@@ -94,7 +95,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
                 note(told)
             if broken := not_finite(student.model):
                 raise ModelError(f"model.path {config.model.path}: its weights are not finite, {broken} first")
-            data, held_out = load_data(config.data, student.tokenizer, console)
+            data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config) if resume else None)
             check_data(student.outline, config.model.path, data, held_out)
             teacher = meet_teacher(
                 config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
@@ -141,6 +142,8 @@ def _run(
         "student": student.sha256,
         "labels": (teacher.labels if teacher else config.labels).model_dump_json(),
         "computed": student.computed_by,
+        "date": data.rendering.day if data.rendering else "",
+        "rendering": data.rendering.sha256 if data.rendering else "",
     }
     with disk_trouble_named(f"run.output_dir {folder}"):
         lock.acquire()

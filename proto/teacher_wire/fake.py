@@ -55,6 +55,8 @@ class FakeTeacher:
     mistake: str = ""
     tokenizer_sha256: str = ""
     chat_template_sha256: str = ""
+    base_tokenizer_sha256: str = ""
+    added_tokens: str = ""
     max_reply_bytes: int = 32 << 20
     writer: FakeWriter = field(default_factory=FakeWriter)
     calls: int = field(default=0, init=False)
@@ -86,6 +88,8 @@ class FakeTeacher:
             deterministic=True,
             limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes, **self.writer.limits),
             generates=self.writer.generates,
+            base_tokenizer_sha256=self.base_tokenizer_sha256,
+            added_tokens=self.added_tokens,
         )
 
     async def describe(self) -> list[TeacherInfo]:

@@ -392,6 +392,8 @@ class TeacherInfo:
     deterministic: bool
     limits: Limits
     generates: tuple[str, ...] = ()
+    base_tokenizer_sha256: str = ""
+    added_tokens: str = ""
 
     @property
     def value_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Tokenised rows with loss masks, and the batches made of them.
 
-In: sources, a tokenizer, a template. Out: a map-style dataset of `Example`s, and `collate`.
+In: sources, a tokenizer, a template. Out: a map-style dataset of `Example`s, and `collate`. One conversation is one example, or one for
+each of its answers (`encoding`).
 Must never use a random number (a resumed run sees the same rows), nor shorten or skip a row without counting it.
 
 Axes: B examples of a batch, L tokens of one example, Lmax of the longest in the batch.
@@ -9,18 +10,18 @@ Axes: B examples of a batch, L tokens of one example, Lmax of the longest in the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from student_trainer.data.encoding import Encoder, TokenSequence
 from student_trainer.data.intake import BadRow, Intake
 from student_trainer.data.sources import DataSource, read_source
-from student_trainer.data.templates import Segment, Template, choose
+from student_trainer.data.templates import Clock, Template, choose, rendering_sha256
 from student_trainer.data.trace_rows import TaskRow, TraceTasks, check_tasks, task_rows
 from student_trainer.errors import DataError
 
@@ -28,19 +29,20 @@ if TYPE_CHECKING:
     import torch
 
 Overlong = Literal["refuse", "drop"]
+Turns = Literal["auto", "each", "last"]
 ROWS_PER_CALL = 1_024  # rows tokenised in one call: enough for the tokenizer's threads, little enough for memory
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenised conversation.
+    """One tokenised conversation, or one answer of it behind the inference prompt.
 
     Attributes:
         token_ids: int32 [L].
         loss_mask: bool [L]; True where the token is a target: the assistant's contents and their ends of turn.
-        target_bytes: UTF-8 bytes of the supervised contents, for losses per byte. An end-of-turn token counts 0 bytes,
-            though its loss is part of the sum: a model must also know when to stop.
-        key: "file:line" of the row, with the task of a trace.
+        target_bytes: UTF-8 bytes of the row's own characters under the mask, for losses per byte. What the template adds and the
+            end-of-turn token count 0 bytes, though their loss is part of the sum: a model must also know when to stop.
+        key: "file:line" of the row, with the task of a trace, and with the turn where a conversation is several examples.
         weights: float32 [L], weight of each target's loss; None: 1 everywhere.
     """
 
@@ -73,6 +75,35 @@ class Overlength(NamedTuple):
     tokens: int
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How rows became text.
+
+    Attributes:
+        template: name or path of the chat template, or "plain".
+        template_sha256: digest of the chat template's text; "" for plain.
+        kwargs: the config's variables of the template.
+        sha256: digest of all that decides the text beside the rows: template, variables, and the day if it is printed.
+        day: the day that the template prints, ISO 8601; "" if it prints none.
+        rows: rows that were read.
+        parted: rows that became one example for each answer, since the template or the tokenizer does not let them share one.
+        weightless: rows left out because nothing in them has a weight above 0.
+        literal: rows in which control tokens of the tokenizer stand as text and were kept so.
+        border_merges: targets whose first token would have been merged with the prompt's last.
+    """
+
+    template: str
+    template_sha256: str
+    kwargs: Mapping[str, Any]
+    sha256: str
+    day: str
+    rows: int
+    parted: int
+    weightless: int
+    literal: int
+    border_merges: int
+
+
 class Batch(TypedDict):
     """Right-padded tensors of one batch. Attention is causal: what stands behind a sequence is not seen by it, and needs no mask."""
 
@@ -85,15 +116,21 @@ class TokenizedDataset:
     """Map-style dataset in the order of the sources and their rows.
 
     Attributes:
-        dropped: the rows left out as too long, in order; always empty under overlong="refuse".
+        dropped: the examples left out as too long, in order; always empty under overlong="refuse".
+        rendering: how the rows were made into text; None for examples made otherwise.
         bad_rows: the rows left out as bad; always empty under `data.bad_rows: refuse`.
     """
 
     def __init__(
-        self, examples: Sequence[Example], dropped: Sequence[Overlength] = (), bad_rows: Sequence[BadRow] = ()
+        self,
+        examples: Sequence[Example],
+        dropped: Sequence[Overlength] = (),
+        rendering: Rendering | None = None,
+        bad_rows: Sequence[BadRow] = (),
     ) -> None:
         self._examples = tuple(examples)
         self.dropped = tuple(dropped)
+        self.rendering = rendering
         self.bad_rows = tuple(bad_rows)
 
     def __len__(self) -> int:
@@ -147,60 +184,68 @@ def build_dataset(
     max_tokens: int,
     overlong: Overlong = "refuse",
     traces: TraceTasks | None = None,
+    turns: Turns = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    clock: Clock | None = None,
     intake: Intake | None = None,
 ) -> TokenizedDataset:
     """Read, parse and tokenise every source.
 
     Args:
-        template: a key of `templates.TEMPLATES`, or "auto".
+        template: "auto", "chat", "plain", the name of one of the tokenizer's templates, or a file (`templates.choose`).
         system_prompt: for conversations that have no system turn of their own; "" for none.
         max_tokens: most tokens of one example.
         overlong: "refuse" stops at the first longer example; "drop" leaves it out and counts it in `dropped`.
         traces: what rows of format `trace` become.
+        turns: "auto", "each" or "last": which answers are learned, and what shares a sequence (`encoding.Encoder.encode`).
+        template_kwargs: variables of the chat template; a row's own stand before them.
+        clock: the day that the template prints; today's if None.
         intake: takes bad rows and is told what each source holds; None refuses bad rows.
+
     Raises:
         DataError: anything wrong with a source, a row or the template; an overlong row; or no row left.
     """
-    if overlong not in get_args(Overlong):
-        raise DataError(f"must be one of {', '.join(get_args(Overlong))}", field="overlong", value=overlong)
+    for name, value, known in (("overlong", overlong, get_args(Overlong)), ("turns", turns, get_args(Turns))):
+        if value not in known:
+            raise DataError(f"must be one of {', '.join(known)}", field=name, value=value)
     if not sources:
         raise DataError("there is no source of data", field="sources")
     check_tasks(traces or TraceTasks())
-    intake = intake or Intake()
-    chosen = choose(template, tokenizer)
+    clock, intake = clock or Clock(), intake or Intake()
+    chosen = choose(template, tokenizer, kwargs=template_kwargs, clock=clock)
+    encoder = Encoder(tokenizer, chosen)
     examples: list[Example] = []
     dropped: list[Overlength] = []
+    weightless: list[TaskRow] = []
+    rows = 0
     for source in sources:
-        for example in _examples(source, tokenizer, chosen, system_prompt, traces or TraceTasks(), intake):
-            tokens = example.token_ids.size
-            if tokens <= max_tokens:
-                examples.append(example)
-            elif overlong == "drop":
-                dropped.append(Overlength(example.key, tokens))
-            else:
-                message = f"{example.key}: {tokens} tokens are above the limit of {max_tokens}"
-                raise DataError(f"{message}; raise max_tokens or set overlong=drop", field="max_tokens")
-    if not examples and not dropped:
-        raise intake.all_bad(sources[0].path, intake.bad)
-    if not examples:
+        for made, found in _examples(source, chosen, encoder, turns, system_prompt, traces or TraceTasks(), intake):
+            rows += 1
+            if not found:
+                weightless.append(made)
+            for example in found:
+                tokens = example.token_ids.size
+                if tokens <= max_tokens:
+                    examples.append(example)
+                elif overlong == "drop":
+                    dropped.append(Overlength(example.key, tokens))
+                else:
+                    message = f"{example.key}: {tokens} tokens are above the limit of {max_tokens}"
+                    raise DataError(f"{message}; raise max_tokens or set overlong=drop", field="max_tokens")
+    if not examples and dropped:
         shortest = min(row.tokens for row in dropped)
         raise DataError(f"all {len(dropped)} rows are above {max_tokens} tokens; the shortest has {shortest}")
-    return TokenizedDataset(examples, dropped, intake.bad)
-
-
-def encode(
-    conversations: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids int32 [L] and loss mask bool [L] of each list of segments; every segment is tokenised by itself."""
-    texts = [segment.text for segments in conversations for segment in segments]
-    # verbose=False: the limit is max_tokens of the config, not the tokenizer's idea of its model.
-    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
-    encoded = []
-    for segments in conversations:
-        parts = list(islice(ids, len(segments)))
-        mask = np.repeat([segment.supervised for segment in segments], [len(part) for part in parts])
-        encoded.append((np.array([i for part in parts for i in part], dtype=np.int32), mask))
-    return encoded
+    if not examples and not weightless:
+        raise intake.all_bad(sources[0].path, intake.bad)
+    if not examples:
+        raise weightless[0].row.error(f"nothing is left to learn: all {len(weightless)} rows have the weight 0")
+    kwargs = dict(template_kwargs or {})
+    rendering = Rendering(
+        chosen.name, chosen.source_sha256, kwargs, rendering_sha256(chosen, kwargs, clock),
+        clock.day.isoformat() if clock.asked else "", rows, encoder.parted, len(weightless), chosen.literal_rows,
+        encoder.border_merges,
+    )  # fmt: skip
+    return TokenizedDataset(examples, dropped, rendering, intake.bad)
 
 
 def collate(
@@ -231,70 +276,40 @@ def collate(
 
 def _examples(
     source: DataSource,
-    tokenizer: PreTrainedTokenizerBase,
     template: Template,
+    encoder: Encoder,
+    turns: str,
     system_prompt: str,
     traces: TraceTasks,
     intake: Intake,
-) -> Iterator[Example]:
+) -> Iterator[tuple[TaskRow, list[Example]]]:
+    """The conversations of a source in order, each with its examples; none where nothing in it has a weight above 0."""
     rows = task_rows(read_source(source, intake), source.format, system_prompt, traces, intake, source.path)
     for start in range(0, len(rows), ROWS_PER_CALL):
-        some, segmented = [], []
+        some, answers = [], []
         for made in rows[start : start + ROWS_PER_CALL]:
             try:
-                segments = template(made.conversation, tokenizer)
+                answers.append(template.answers(made.conversation, turns))
+                some.append(made)
             except DataError as error:  # templates know conversations, not rows: the place is added here
                 intake.leave_out(made.row.error(str(error)), made.row.fields)
-            else:
-                some.append(made)
-                segmented.append(segments)
         if not some:
             continue
-        for made, segments, (token_ids, loss_mask) in zip(some, segmented, encode(segmented, tokenizer), strict=True):
+        for made, sequences in zip(some, encoder.encode(answers, turns), strict=True):
             try:
-                example = _example(made, segments, token_ids, loss_mask, tokenizer)
+                if made.task and not sequences:
+                    raise made.row.error("no target has a weight above 0")
+                examples = [_example(made, sequence, parted=len(sequences) > 1) for sequence in sequences]
             except DataError as error:
                 intake.leave_out(error, made.row.fields)
-            else:
-                yield example
+                continue
+            yield made, examples
 
 
-def _example(
-    made: TaskRow,
-    segments: Sequence[Segment],
-    token_ids: np.ndarray,
-    loss_mask: np.ndarray,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Example:
-    if loss_mask[0]:
+def _example(made: TaskRow, sequence: TokenSequence, *, parted: bool) -> Example:
+    if sequence.loss_mask[0]:
         raise made.row.error("the answer has no token before it, so nothing can predict its first token")
-    weights = None
-    if any(segment.weights for segment in segments):
-        weights = token_weights(segments, tokenizer)
-        loss_mask = loss_mask & (weights > 0)  # nobody asks a teacher about what weighs nothing
-        if not loss_mask.any():
-            raise made.row.error("no target has a weight above 0")
-    return Example(token_ids, loss_mask, sum(segment.content_bytes for segment in segments), made.key, weights)
-
-
-def token_weights(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """float32 [L]: the mean weight of each token's characters; 1 in segments without weights.
-
-    Raises:
-        DataError: the tokenizer cannot say which characters a token stands for.
-    """
-    if not tokenizer.is_fast:
-        raise DataError("weights of traces need a fast tokenizer (tokenizer.json)", field="tokenizer")
-    parts = []
-    for segment in segments:
-        encoded = tokenizer(segment.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans_L2 = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        if not segment.weights:
-            parts.append(np.ones(len(spans_L2), np.float32))
-            continue
-        counts, weights = zip(*segment.weights, strict=True)
-        sums = np.concatenate([[0.0], np.cumsum(np.repeat(weights, counts))])
-        starts = np.minimum(spans_L2[:, 0], len(segment.text) - 1)
-        ends = np.maximum(spans_L2[:, 1], starts + 1)  # a token without characters weighs as the one it stands at
-        parts.append(((sums[ends] - sums[starts]) / (ends - starts)).astype(np.float32))
-    return np.concatenate(parts)
+    if not sequence.loss_mask.any():
+        raise made.row.error("no target has a weight above 0")
+    key = f"{made.key}[turn {sequence.turns[0]}]" if parted else made.key
+    return Example(sequence.token_ids, sequence.loss_mask, sequence.target_bytes, key, sequence.weights)

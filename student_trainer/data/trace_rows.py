@@ -98,7 +98,7 @@ def _tasks_of(row: Row, conversation: Conversation, tasks: TraceTasks) -> Iterat
         else:
             share = confidence * tasks.reason_share
             pieces = [(text, weight * share) for text, weight in render(trace, answer.content, tasks)]
-        yield TaskRow(row, task, Conversation((*asked, _weighted(pieces))))
+        yield TaskRow(row, task, replace(conversation, turns=(*asked, _weighted(pieces))))
 
 
 def render(trace: Trace, answer: str, tasks: TraceTasks) -> list[tuple[str, float]]:

@@ -6,13 +6,22 @@ Everything that cannot work ends here, with the name of the setting; nothing is 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from student_trainer.config import LabelConfig
+from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.errors import ConfigError
 from teacher_wire.errors import CapabilityError, LimitError, MismatchError
-from teacher_wire.identity import text_sha256, tokenizer_sha256
+from teacher_wire.identity import (
+    added_tokens,
+    base_tokenizer_sha256,
+    differing_added_tokens,
+    template_sha256,
+    tokenizer_sha256,
+)
 from teacher_wire.messages import SignalSpec, TeacherInfo
 
 
@@ -23,7 +32,9 @@ class StudentFacts:
     Attributes:
         vocab_rows: rows of the output head.
         tokenizer_size: ids the tokenizer can produce.
-        uses_chat_template: whether the data are rendered with it.
+        chat_template_sha256: of the template that rendered the data.
+        uses_chat_template: whether the data are rendered with one.
+        tokens: its tokenizer in parts, for teachers whose tokenizer differs in added tokens only; None: not told.
     """
 
     vocab_rows: int
@@ -31,17 +42,61 @@ class StudentFacts:
     tokenizer_sha256: str
     chat_template_sha256: str
     uses_chat_template: bool
+    tokens: TokensSeen | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, vocab_rows: int, uses_chat_template: bool) -> StudentFacts:
-        """The facts of a fast tokenizer and an output head."""
+    def of(
+        cls, tokenizer: Any, vocab_rows: int, uses_chat_template: bool, *datasets: TokenizedDataset | None
+    ) -> StudentFacts:
+        """The facts of a fast tokenizer, an output head and the data, whose rendering decides which chat template counts."""
+        rendering = next((data.rendering for data in datasets if data is not None and data.rendering is not None), None)
         return cls(
             vocab_rows=vocab_rows,
             tokenizer_size=len(tokenizer),
             tokenizer_sha256=tokenizer_sha256(tokenizer.backend_tokenizer.to_str()),
-            chat_template_sha256=text_sha256(tokenizer.chat_template),
-            uses_chat_template=uses_chat_template,
+            chat_template_sha256=rendering.template_sha256 if rendering else template_sha256(tokenizer.chat_template),
+            uses_chat_template=bool(rendering.template_sha256) if rendering else uses_chat_template,
+            tokens=TokensSeen(tokenizer, [data for data in datasets if data is not None]),
         )
+
+
+class TokensSeen:
+    """A tokenizer and the data it made: whether other added tokens would have made other ids of them."""
+
+    def __init__(self, tokenizer: Any, datasets: Sequence[TokenizedDataset]) -> None:
+        self._tokenizer = tokenizer
+        self._datasets = datasets
+        self._said: dict[tuple[str, str], str] = {}
+
+    def same_as(self, info: TeacherInfo) -> str:
+        """A sentence, if the teacher's tokenizer gives the same ids to all of the data; "" if that cannot be said."""
+        key = info.base_tokenizer_sha256, info.added_tokens
+        if key not in self._said:
+            self._said[key] = self._compare(info)
+        return self._said[key]
+
+    def _compare(self, info: TeacherInfo) -> str:
+        written = self._tokenizer.backend_tokenizer.to_str()
+        if not info.base_tokenizer_sha256 or info.base_tokenizer_sha256 != base_tokenizer_sha256(written):
+            return ""
+        differing = differing_added_tokens(added_tokens(written), info.added_tokens)
+        if differing is None:
+            return ""
+        ours, theirs = differing
+        if any(set(ours.values()) & set(example.token_ids.tolist()) for example in self._examples()):
+            return ""
+        texts = set(ours) | set(
+            theirs
+        )  # ours too: a text that holds one may be cut otherwise without its id being there
+        pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+        for example in self._examples():
+            if pattern.search(self._tokenizer.decode(example.token_ids, clean_up_tokenization_spaces=False)):
+                return ""
+        named = ", ".join(repr(text) for text in sorted(texts)[:4]) + (", ..." if len(texts) > 4 else "")
+        return f"its tokenizer differs from the student's in added tokens alone ({named}), of which no row has any: all ids are equal"
+
+    def _examples(self) -> Iterator[Example]:
+        return (item.example for data in self._datasets for item in data)
 
 
 def shared_rows(info: TeacherInfo, student: StudentFacts) -> int:
@@ -76,7 +131,7 @@ def agree(
         LimitError: a sequence above the teacher's limit.
         ConfigError: k outside the vocabulary or above the teacher's limit.
     """
-    if info.tokenizer_sha256 != student.tokenizer_sha256:
+    if info.tokenizer_sha256 != student.tokenizer_sha256 and not (student.tokens and student.tokens.same_as(info)):
         raise MismatchError(
             f"teacher {info.name!r} ({info.model}) has another tokenizer than the student: its labels would be for other tokens",
             field="tokenizer_sha256", value=info.tokenizer_sha256[:16] or "none", limit=student.tokenizer_sha256[:16],

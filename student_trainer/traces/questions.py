@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.config import SourceConfig
-from student_trainer.data.dataset import encode
+from student_trainer.data.encoding import Encoder
 from student_trainer.data.formats import ANSWERS, Conversation, Row, Turn, parse_rows
 from student_trainer.data.sources import read_source
-from student_trainer.data.templates import choose, prompt_segments
+from student_trainer.data.templates import choose
 from student_trainer.errors import DataError
 from student_trainer.inputs import source_of
 from student_trainer.traces.config import QuestionConfig
@@ -107,14 +107,13 @@ def encode_questions(
         DataError: naming the row.
     """
     template = choose(config.template, tokenizer)
-    segments = []
+    prompts = []
     for question in questions:
-        asked = Conversation((*_instructed(question.turns, config.instruction), Turn("assistant", "{")))
         try:
-            segments.append(prompt_segments(asked, tokenizer, template))
+            prompts.append(template.prompt(Conversation(_instructed(question.turns, config.instruction))))
         except DataError as error:
             raise DataError(f"{question.key}: {error}") from error
-    return [ids_L.tolist() for ids_L, _ in encode(segments, tokenizer)]
+    return Encoder(tokenizer, template).prompts(prompts)
 
 
 def _instructed(turns: tuple[Turn, ...], instruction: str) -> tuple[Turn, ...]:

@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoTokenizer
 
+from student_trainer.data.tokenizer_file import load_tokenizer
 from student_trainer.embedded import embedded_teacher
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.feed import background
@@ -31,7 +31,7 @@ from student_trainer.traces.questions import Question, digest, encode_questions,
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import CapabilityError, LimitError, MismatchError
 from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
-from teacher_wire.identity import text_sha256, tokenizer_sha256
+from teacher_wire.identity import template_sha256, tokenizer_sha256
 from teacher_wire.messages import TeacherInfo
 from teacher_wire.traces import Caps, generation_schema
 
@@ -207,7 +207,7 @@ def _agree(info: TeacherInfo, tokenizer: Any, config: TracesConfig) -> None:
             field="tokenizer_sha256", value=info.tokenizer_sha256[:16] or "none", limit=ours[:16],
         )  # fmt: skip
     uses_chat = config.data.template == "chat" or (config.data.template == "auto" and bool(tokenizer.chat_template))
-    template = text_sha256(tokenizer.chat_template)
+    template = template_sha256(tokenizer.chat_template)
     if uses_chat and info.chat_template_sha256 != template and not config.teacher.allow_template_mismatch:
         raise MismatchError(
             f"teacher {info.name!r} has another chat template; set teacher.allow_template_mismatch=true if you want ours",
@@ -248,7 +248,7 @@ def _identity(config: TracesConfig, info: TeacherInfo, questions: list[Question]
 
 def _load_tokenizer(name: str) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = load_tokenizer(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"tokenizer {name!r} cannot be loaded: {str(error)[:300]}") from error
     if not getattr(tokenizer, "is_fast", False):

@@ -34,6 +34,8 @@ class ModelFacts:
     transports: tuple[str, ...]
     max_sequence_tokens: int
     generates: tuple[str, ...] = ()
+    base_tokenizer_sha256: str = ""
+    added_tokens: str = ""
 
 
 class Backend(Protocol):

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor as Torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from teacher_server.backends import bodies, grammar, internlm, logits, lora, quantized
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.model_folder import find, fingerprint
 from teacher_server.backends.stepper import ModelStepper
+from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.writing import end_ids, writes_as_it_scores
 from teacher_server.config import GenerationConfig
 from teacher_server.config import TransformersBackend as Config
@@ -34,7 +35,7 @@ from teacher_server.generation import OnThread, SteppedGeneration
 from teacher_server.signals.reduce import OutputHead, reduce
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
 from teacher_wire.errors import CapabilityError
-from teacher_wire.identity import head_sha256, text_sha256, tokenizer_sha256
+from teacher_wire.identity import head_sha256
 from teacher_wire.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
+        tokenizer = load_tokenizer(files.tokenizer)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ServerConfigError(
             f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:400]}"
@@ -138,8 +139,7 @@ class TransformersModel:
             dtype=config.dtype,
             vocab_rows=rows,
             tokenizer_size=len(tokenizer),
-            tokenizer_sha256=tokenizer_sha256(tokenizer.backend_tokenizer.to_str()),
-            chat_template_sha256=text_sha256(tokenizer.chat_template),
+            **tokenizer_identity(tokenizer),
             hidden_size=columns,
             layers=text.num_hidden_layers,
             head_sha256=served_head.header.sha256 if served_head else "",

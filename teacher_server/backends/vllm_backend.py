@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from teacher_server.backends import grammar, internlm
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, label_logp, load_head, reduce
 from teacher_server.backends.model_folder import find, fingerprint
+from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.vllm_architectures import check_known
 from teacher_server.backends.vllm_states import StatesUnderWay
 from teacher_server.backends.vllm_writing import EngineGeneration, Writer, refuse_sampling, sample_seed
@@ -34,7 +35,6 @@ from teacher_server.generation import OnThread
 from teacher_server.sequence_queue import Sequence
 from teacher_wire.errors import CapabilityError, LimitError, RequestError, TeacherWireError
 from teacher_wire.generation import Sample, SamplingSpec
-from teacher_wire.identity import text_sha256, tokenizer_sha256
 from teacher_wire.messages import DTYPES, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def load(config: Config, *, deterministic: bool, overrides: dict[str, Any] | Non
     internlm.register()
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ServerConfigError(
             f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:400]}"
@@ -201,8 +201,7 @@ class VllmModel:
             dtype=config.dtype,
             vocab_rows=rows,
             tokenizer_size=len(tokenizer),
-            tokenizer_sha256=tokenizer_sha256(tokenizer.backend_tokenizer.to_str()),
-            chat_template_sha256=text_sha256(tokenizer.chat_template),
+            **tokenizer_identity(tokenizer),
             hidden_size=columns,
             layers=text.num_hidden_layers,
             head_sha256=head.on_wire().header.sha256 if scores and config.serve_head else "",

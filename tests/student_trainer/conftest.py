@@ -6,7 +6,7 @@ import pytest
 
 from student_trainer.config import parse_config
 from teacher_wire.fake import FakeTeacher
-from teacher_wire.identity import text_sha256, tokenizer_sha256
+from teacher_wire.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
 from teacher_wire.loopback import serve
 
 
@@ -15,10 +15,13 @@ def fake_for(folder, **changes) -> FakeTeacher:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    written = tokenizer.backend_tokenizer.to_str()
     shape = {"vocab_rows": 300, "hidden_size": 24} | changes
     return FakeTeacher(
-        tokenizer_sha256=tokenizer_sha256(tokenizer.backend_tokenizer.to_str()),
-        chat_template_sha256=text_sha256(tokenizer.chat_template),
+        tokenizer_sha256=tokenizer_sha256(written),
+        base_tokenizer_sha256=base_tokenizer_sha256(written),
+        added_tokens=added_tokens(written),
+        chat_template_sha256=template_sha256(tokenizer.chat_template),
         **shape,
     )
 

@@ -67,9 +67,9 @@ def test_overlong_rows_are_refused_by_name_or_dropped_and_counted(tmp_path: Path
 
 
 def test_errors_name_the_row(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", ["a"])
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template rewrites"):
-        build_dataset([source], tokenizer("rewriting"), max_tokens=64)
+    source = write(tmp_path / "a.jsonl", ["zz"])
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template does not show"):
+        build_dataset([source], tokenizer("silent"), max_tokens=64)
     with pytest.raises(DataError, match="there is no source"):
         build_dataset([], tokenizer("chatml"), max_tokens=64)
     with pytest.raises(DataError, match="refuse, drop"):

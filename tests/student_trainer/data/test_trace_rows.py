@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from student_trainer.data.dataset import build_dataset, token_weights
+from student_trainer.data.dataset import build_dataset
+from student_trainer.data.encoding import token_weights
 from student_trainer.data.sources import DataSource
-from student_trainer.data.templates import Segment
 from student_trainer.data.trace_rows import TraceTasks
 from student_trainer.errors import DataError
 from teacher_wire.traces import Answer, Evidence, Step, Trace, prompt_sha256, to_fields
@@ -94,9 +94,8 @@ def test_a_token_across_a_border_has_the_mean_weight():
     text = "assistant assistant"
     (word,) = {len(ids) for ids in [made(text, add_special_tokens=False)["input_ids"]]}
     for border in range(1, len(text)):
-        segment = Segment(text, True, 0, ((border, 1.0), (len(text) - border, 3.0)))
-        weights = token_weights([Segment("x", False), segment], made)[1:]
         spans = made(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        weights = token_weights(spans, ((border, 1.0), (len(text) - border, 3.0)), len(text))
         expected = [np.mean([1.0 if i < border else 3.0 for i in range(a, b)]) for a, b in spans]
         assert len(weights) == word and np.allclose(weights, expected)
 

@@ -6,6 +6,7 @@ Must never need a download.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -73,4 +74,45 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
         )
     fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token=bos, pad_token=eos)
     fast.chat_template = template
+    return fast
+
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# How SentencePiece tokenizers write their space: by pre-tokenizer (Metaspace, three schemes) or by normalizer (Prepend).
+SCHEMES = ("first", "always", "never", "prepend")
+
+
+@cache
+def metaspace(scheme: str) -> PreTrainedTokenizerFast:
+    """A Metaspace BPE with byte fallback, under a template of Zephyr's manner."""
+    from tokenizers import normalizers
+
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if scheme == "prepend":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        core.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            + ([decoders.Strip(" ", 1, 0)] if scheme != "never" else [])
+        )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=150, special_tokens=special[:3], initial_alphabet=list("\n<|>usyxb"), show_progress=False
+    )
+    core.train_from_iterator(["the cat the mat a cat", "assistant user system the cat"] * 30, trainer)
+    vocabulary = json.loads(core.to_str())
+    for byte in special[3:]:
+        vocabulary["model"]["vocab"].setdefault(byte, len(vocabulary["model"]["vocab"]))
+    vocabulary["model"]["vocab"]["\n\n"] = len(vocabulary["model"]["vocab"])
+    vocabulary["model"]["merges"].append(["\n", "\n"])
+    core = Tokenizer.from_str(json.dumps(vocabulary))
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    fast.chat_template = ZEPHYR
     return fast
