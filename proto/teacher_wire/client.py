@@ -259,10 +259,14 @@ class TeacherClient:
             teacher=info.name, fingerprint=info.fingerprint, offset=head.received_bytes,
             timeout_ms=round(timeout_s * 1000),
         )  # fmt: skip
-        async for chunk in self._stub.Head(request, metadata=self._metadata):
-            head.take(chunk)
-            if progress and head.header is not None and not chunk.HasField("header"):
-                progress(head.received_bytes, head.header.weight_bytes)
+        call = self._stub.Head(request, metadata=self._metadata)
+        try:
+            async for chunk in call:
+                head.take(chunk)
+                if progress and head.header is not None and not chunk.HasField("header"):
+                    progress(head.received_bytes, head.header.weight_bytes)
+        finally:
+            call.cancel()
 
     # ----------------------------------------------------------------- labels
 

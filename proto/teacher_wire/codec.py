@@ -441,6 +441,8 @@ class HeadAssembly:
             raise LabelError(
                 "not the head that was described", field="head.sha256", value=header.sha256, limit=info.head_sha256
             )
+        if header.dtype not in FLOATS:
+            raise LabelError("unknown dtype of a head", field="head.dtype", value=header.dtype, limit="|".join(FLOATS))
         if header.rows > info.vocab_rows or header.columns != info.hidden_size:
             shape = f"{info.vocab_rows} x {info.hidden_size}"
             raise LabelError(

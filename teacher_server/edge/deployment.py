@@ -130,7 +130,12 @@ class ServeTeachers:
     async def _handle(self, name: str, fingerprint: str = "") -> Any:
         """A handle; with a fingerprint, one that prefers replicas of these weights."""
         if name not in self._handles:
-            self._handles[name] = await asyncio.to_thread(self._find_handle, name)
+            try:
+                self._handles[name] = await asyncio.to_thread(self._find_handle, name)
+            except (RayError, RayServeException, ConnectionError) as error:
+                raise UnavailableError(
+                    f"the teacher cannot be looked up: {type(error).__name__}", field="teacher", value=name
+                ) from error
         handle = self._handles[name]
         return handle.options(multiplexed_model_id=fingerprint) if fingerprint else handle
 
