@@ -28,6 +28,7 @@ class Account:
         calls, heads: open.
         requests, request_bytes: unanswered.
         reply_bytes: reserved or computed, and not yet taken by the peer.
+        reading: held by the stream whose request is being read.
     """
 
     tenant: str
@@ -36,6 +37,7 @@ class Account:
     requests: int = 0
     request_bytes: int = 0
     reply_bytes: int = 0
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: deque[tuple[int, asyncio.Future[None]]] = field(default_factory=deque)
     _taken: float = 0.0
     _taken_s: float = 0.0

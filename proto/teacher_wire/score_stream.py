@@ -36,6 +36,7 @@ from teacher_wire.stream_limits import StreamLimits
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.window import Window
 
+_CONTROL_BYTES = 256  # credits, acknowledgements, cancellations: never held up by other streams' requests
 _REQUEST_BYTES = 2 << 10  # what an open request takes beside its own bytes: task, arrays' headers
 
 
@@ -162,7 +163,14 @@ class ScoreStream:
     async def _read(self) -> None:
         try:
             while (data := await self._caller.read()) is not None:
-                await self._take(data)
+                if len(data) <= _CONTROL_BYTES:
+                    await self._take(data)
+                else:
+                    # A tenant's streams take turns, a turn of the loop each: however many of them send how fast, what
+                    # they make the loop do between two steps for another tenant is one request.
+                    async with self._account.reading:
+                        await self._take(data)
+                        await asyncio.sleep(0)
                 while self._unread_refusals >= self._limits.max_unread_refusals:  # who reads nothing is not read
                     self._refusals_read.clear()
                     await self._refusals_read.wait()

@@ -6,6 +6,7 @@ In: an EdgeConfig and a TeacherService; out: an open port. It refuses new work w
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from teacher_wire.servicer import SERVICE, TeacherService, TeacherServicer
 from teacher_wire.stream_limits import StreamLimits, with_message_limit
 
 _LAST_WORDS_S = 0.3  # for statuses to leave, once nothing else has to
+_TRIM_EVERY_S = 5.0
 _SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop
 _HTTP2_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
 
@@ -73,6 +75,7 @@ class EdgeServer:
             charge=self._admission.send,
             offload=self._offload,
         )
+        self._trimming: asyncio.Task[None] | None = None
         self._health = health_aio.HealthServicer()
         interceptors = [TokenInterceptor(tokens)] if tokens else []
         self._server = grpc.aio.server(
@@ -115,6 +118,7 @@ class EdgeServer:
         await self._server.start()
         if self._store is not None:
             self._looking = asyncio.create_task(asyncio.to_thread(self._store.look))
+        self._trimming = asyncio.create_task(_return_memory())
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
@@ -126,6 +130,8 @@ class EdgeServer:
         self._gate.closed = True
         await self._servicer.drain(self._config.drain_s)
         await self._server.stop(grace=_LAST_WORDS_S)
+        if self._trimming is not None:
+            self._trimming.cancel()
 
     async def _say(self, status: int) -> None:
         for service in ("", SERVICE):
@@ -149,6 +155,17 @@ class EdgeServer:
             "store": self._sharing.counters(),
             "tenants": self._admission.counters(),
         }
+
+
+async def _return_memory() -> None:
+    """Gives freed memory back to the system every few seconds: after a load the allocator would keep it for ever."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim  # of glibc
+    except (AttributeError, OSError):
+        return
+    while True:
+        await asyncio.sleep(_TRIM_EVERY_S)
+        await asyncio.to_thread(trim, 0)
 
 
 def _stream_limits(config: EdgeConfig) -> StreamLimits:

@@ -26,6 +26,7 @@ from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSig
 from teacher_wire.offload import Offload
 from teacher_wire.servicer import TeacherService
 
+_PAIR_BYTES = 100  # walking a pair of `have` takes as long as so many bytes of an array
 _WRITERS = 16  # files of labels written at a time: an answer waits for its slowest file, not for all of them in turn
 
 
@@ -101,7 +102,7 @@ class LabelSharing:
         """Samples as they come: chance makes each its own, so nothing is shared. Charged for what may be written, and
         settled at the end for what was."""
         with self._admission.writing(call.tenant, call.tokens) as written:
-            written.tokens = _prompt_tokens(call)
+            written.tokens = await self._offload.run(call.tenant, _PAIR_BYTES * len(call.have), _prompt_tokens, call)
             samples, left = self._service.generate(call), call.samples
             try:
                 async for sample in samples:

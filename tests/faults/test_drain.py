@@ -15,8 +15,8 @@ from teacher_wire.channel import CLIENT_OPTIONS
 from teacher_wire.client import TeacherClient
 from teacher_wire.errors import UnavailableError
 from teacher_wire.fake import FakeTeacher
-from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.generate_codec import encode_generate
+from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
