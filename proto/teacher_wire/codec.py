@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import google.protobuf.message
 import numpy as np
 from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as AnyMessage
 
 from teacher_wire import PROTOCOL, tensors
 from teacher_wire.assembly import Assembly
@@ -38,7 +38,7 @@ CHUNK_BYTES = 1 << 20
 PART_BYTES = 1 << 20  # of a request that is sent in parts
 MAX_ID_CHARS = 64
 
-Message = TypeVar("Message", bound=google.protobuf.message.Message)
+Message = TypeVar("Message", bound=AnyMessage)
 
 _TRANSPORT_CODE: dict[Transport, pb.Transport] = {"top_k": pb.TOP_K, "hidden": pb.HIDDEN, "full": pb.FULL}
 _TRANSPORT_NAME = {code: name for name, code in _TRANSPORT_CODE.items()}
@@ -131,7 +131,7 @@ def parse(kind: type[Message], data: bytes | bytearray) -> Message:
     """
     message = kind()
     try:
-        message.ParseFromString(data)  # type: ignore[arg-type]  # takes any bytes
+        message.ParseFromString(data)  # takes any bytes
     except DecodeError:
         raise RequestError(
             "not a message of this protocol", field=kind.DESCRIPTOR.name, value=f"{len(data)} bytes"

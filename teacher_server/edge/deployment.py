@@ -132,7 +132,7 @@ class ServeTeachers:
         if name not in self._handles:
             try:
                 self._handles[name] = await asyncio.to_thread(self._find_handle, name)
-            except (RayError, RayServeException, ConnectionError) as error:
+            except (RayError, RayServeException, OSError, RuntimeError) as error:  # TimeoutError is an OSError
                 raise UnavailableError(
                     f"the teacher cannot be looked up: {type(error).__name__}", field="teacher", value=name
                 ) from error

@@ -161,7 +161,7 @@ async def test_long_messages_are_decoded_hashed_and_encoded_off_the_event_loop(m
         long = TokenBatch.pack([[1, 2] * 2000] * 5)
         codec_check, where["check_call"] = where.get("check_call"), set()
         assert codec_check is None
-        await client.score(info, SignalSpec("top_k", 64, k=4), long)
+        await client.score(info, SignalSpec("full", 64), long)
     where["check_call"].discard(threading.main_thread().name)  # the client's own
     assert set(where) == {"decode_call", "check_call", "_content_key", "_encode", "label_keys"}
     for name, threads in where.items():

@@ -4,6 +4,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 
 from teacher_server.edge.deployment import ServeTeachers
 from teacher_server.reports import News, Plan, TeacherPlan
@@ -144,3 +146,22 @@ async def test_teachers_come_and_go_with_the_news_and_a_silent_one_keeps_its_wei
     teachers.take(news(names=("other",)))
     with pytest.raises(NotFoundError, match="other"):
         await teachers.score(call())
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [RayActorError(), RayServeException("no such application"), TimeoutError("no word"), RuntimeError("no cluster")],
+)
+async def test_a_handle_that_cannot_be_looked_up_is_unavailable_and_looked_up_again(problem):
+    found, problems = Handle(OLD), [problem]
+
+    def find(name):
+        if problems:
+            raise problems.pop()
+        return found
+
+    with pytest.raises(UnavailableError, match="looked up"):
+        await ServeTeachers(["fake"], find).info("fake")
+    problems.append(problem)
+    assert (await ServeTeachers(["fake"], find).score(call(OLD_PRINT))).fingerprint == OLD_PRINT
+    assert (await ServeTeachers(["fake"], find).describe())[0].name == "fake"
