@@ -25,6 +25,9 @@ _MOST_OVER = 2.0
 _RETRY_S = (0.05, 5.0)  # shortest and longest delay that a refusal names
 
 
+_SPARE_DEADLINES = 64  # of ended jobs, before they are swept
+
+
 @dataclass(frozen=True)
 class Job:
     """One request in the queue.
@@ -60,6 +63,9 @@ class _Tenant:
     served: int = -1
     tokens: int = 0
     jobs: int = 0
+
+
+_SPARE_DEADLINES = 64  # of ended jobs, before they are swept
 
 
 class Batcher:
@@ -205,7 +211,12 @@ class Batcher:
         return expired
 
     def _count_out(self, job: Job) -> None:
+        if len(self._deadlines) > 2 * len(self._waiting) + _SPARE_DEADLINES:  # jobs long ended are not kept for theirs
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
+            heapq.heapify(self._deadlines)
         tenant = self._tenants[job.tenant]
         tenant.tokens -= job.tokens
         tenant.jobs -= 1
+        if not tenant.jobs:
+            tenant.queue.clear()  # of jobs taken back
         self.queued_tokens -= job.tokens

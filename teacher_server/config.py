@@ -52,6 +52,37 @@ class StoreConfig(_Strict):
     disk_gb: Annotated[float, Field(gt=0, le=1_000_000)] = 50.0
 
 
+class EdgeLimitsConfig(_Strict):
+    """What one edge holds for its peers at most (docs/operating.md). Beyond it a request is refused as overloaded or waits.
+
+    Attributes:
+        calls, tenant_calls: open Score streams, Generate and Head calls, of all and of one tenant.
+        heads, tenant_heads: of these, Head calls.
+        tenant_requests: unanswered requests of one tenant.
+        request_mb: longest Score request.
+        requests_held_mb, tenant_requests_held_mb: bytes of unanswered requests.
+        replies_held_mb, tenant_replies_held_mb: label bytes being computed, or computed and not taken.
+        unproven_replies_held_mb: of these, what a tenant may hold that has taken nothing lately; what it took in the
+            last seconds is added.
+        kept_replies_mb: sent replies that a broken stream may go on with.
+        stall_s: a peer that takes nothing for this long is dropped.
+    """
+
+    calls: Annotated[int, Field(ge=1)] = 4096
+    tenant_calls: Annotated[int, Field(ge=1)] = 512
+    heads: Annotated[int, Field(ge=1)] = 8
+    tenant_heads: Annotated[int, Field(ge=1)] = 4
+    tenant_requests: Annotated[int, Field(ge=1)] = 4096
+    request_mb: Annotated[int, Field(ge=1, le=1024)] = 64
+    requests_held_mb: Annotated[int, Field(ge=1)] = 256
+    tenant_requests_held_mb: Annotated[int, Field(ge=1)] = 32
+    replies_held_mb: Annotated[int, Field(ge=1)] = 2048
+    tenant_replies_held_mb: Annotated[int, Field(ge=1)] = 1024
+    unproven_replies_held_mb: Annotated[int, Field(ge=1)] = 64
+    kept_replies_mb: Annotated[int, Field(ge=0)] = 64
+    stall_s: Annotated[float, Field(gt=0)] = 120.0
+
+
 class EdgeConfig(_Strict):
     """Where students connect.
 
@@ -66,6 +97,7 @@ class EdgeConfig(_Strict):
             `keepalive_timeout_s`.
         count: edges, at most one a node; each listens on the same port of its node.
         store: labels kept by the edge.
+        limits: what is held for students at most.
     """
 
     host: str = "127.0.0.1"
@@ -79,6 +111,7 @@ class EdgeConfig(_Strict):
     keepalive_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 10.0
     count: Annotated[int, Field(ge=1)] = 1
     store: StoreConfig = StoreConfig()
+    limits: EdgeLimitsConfig = EdgeLimitsConfig()
 
     @property
     def address(self) -> str:

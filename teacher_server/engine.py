@@ -96,6 +96,7 @@ class TeacherEngine:
         self._last_end_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._head: TeacherHead | None = None
+        self._head_once = asyncio.Lock()
         self.info = self._describe()
         self._generation = None
         if self.info.generates:
@@ -293,8 +294,9 @@ class TeacherEngine:
             raise CapabilityError(
                 "no head of that teacher here", field="fingerprint", value=self.info.fingerprint, limit=fingerprint
             )
-        if self._head is None:
-            self._head = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.head)
+        async with self._head_once:
+            if self._head is None:  # copied and hashed once, beside the forward passes and not between them
+                self._head = await asyncio.to_thread(self._backend.head)
         return self._head
 
     async def _run(self) -> None:

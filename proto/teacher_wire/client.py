@@ -16,7 +16,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -84,12 +84,12 @@ class _Pending:
     heard_s: float = math.inf  # when it was sent, or a chunk of it came; infinite while it waits to be sent
     deadline_is_ours: bool = False
 
-    def message(self) -> pb.ScoreUp:
+    def messages(self) -> Iterator[pb.ScoreUp]:
         request = codec.encode_call(self.call)
         self.resumed_at = self.answer.chunks
         if self.resumed_at:
             request.resume.CopyFrom(pb.Resume(reply_id=self.reply_id, next_chunk=self.resumed_at))
-        return pb.ScoreUp(request=request)
+        return codec.request_messages(request)
 
 
 class TeacherClient:
@@ -232,61 +232,61 @@ class TeacherClient:
             raise self._problem(error) from None
         return status_codec.decode_status(reply)
 
-    async def head(self, info: TeacherInfo, progress: Callable[[int, int], None] | None = None) -> TeacherHead:
-        """The teacher's output head, its digest checked.
+    async def head(
+        self, info: TeacherInfo, progress: Callable[[int, int], None] | None = None, *, timeout_s: float = 0.0
+    ) -> TeacherHead:
+        """The teacher's output head, its digest checked. A call that breaks is taken up where it was.
 
         Args:
             info: whose.
             progress: called with bytes received and bytes in all.
+            timeout_s: of one call; 0 for none.
 
         Raises:
             LabelError: it does not match `info.head_sha256`.
             CapabilityError: this teacher does not give its head away.
-            UnavailableError: nobody answered for `retry_for_s`.
+            UnavailableError, OverloadedError: nothing came for `retry_for_s`.
         """
-        failing_since = math.inf
+        head = codec.HeadAssembly(info)
+        failing_since_s = math.inf
         while True:
+            before = head.received_bytes
             try:
-                return await self._head(info, progress)
-            except TeacherWireError as problem:
-                pause_s, now_s = self._pause(problem), time.monotonic()
-                failing_since = min(failing_since, now_s)
-                if not isinstance(problem, status.RETRYABLE) or now_s + pause_s - failing_since >= self._retry_for_s:
-                    raise
-                self.stats.retries += 1
-                self._on_trouble(problem)
-                await self._next_edge()
-                await asyncio.sleep(pause_s)
+                await self._head_once(info, head, progress, timeout_s)
+                break
+            except grpc.RpcError as error:
+                problem = self._problem(error)
+            except UnavailableError as silence:
+                problem = silence
+            now_s, pause_s = time.monotonic(), self._pause(problem)
+            failing_since_s = now_s if head.received_bytes > before else min(failing_since_s, now_s)
+            if not isinstance(problem, status.RETRYABLE) or now_s + pause_s - failing_since_s >= self._retry_for_s:
+                raise problem from None
+            self.stats.retries += 1
+            self._on_trouble(problem)
+            await self._next_edge()
+            await asyncio.sleep(pause_s)
+        return await asyncio.to_thread(head.whole)
 
-    async def _head(self, info: TeacherInfo, progress: Callable[[int, int], None] | None) -> TeacherHead:
-        request = pb.HeadRequest(teacher=info.name, fingerprint=info.fingerprint)
-        header = None
-        weight = bytearray()
+    async def _head_once(
+        self,
+        info: TeacherInfo,
+        head: codec.HeadAssembly,
+        progress: Callable[[int, int], None] | None,
+        timeout_s: float,
+    ) -> None:
+        request = pb.HeadRequest(
+            teacher=info.name, fingerprint=info.fingerprint, offset=head.received_bytes,
+            timeout_ms=round(timeout_s * 1000),
+        )  # fmt: skip
         call = self._stub.Head(request, metadata=self._metadata)
         try:
             async for chunk in generate_client.within(call, self._answer_s, self.address):
-                if chunk.HasField("header"):
-                    header = codec.decode_head_header(chunk.header)
-                    continue
-                if header is None or chunk.offset != len(weight):
-                    raise LabelError(
-                        "head chunks out of order", field="head.offset", value=chunk.offset, limit=len(weight)
-                    )
-                weight += chunk.data
-                if progress:
-                    progress(len(weight), header.weight_bytes)
-        except grpc.RpcError as error:
-            raise self._problem(error) from None
+                head.take(chunk)
+                if progress and head.header is not None and not chunk.HasField("header"):
+                    progress(head.received_bytes, head.header.weight_bytes)
         finally:
             call.cancel()
-        if header is None:
-            raise LabelError("no header", field="head.header")
-        head = codec.assemble_head(header, weight)
-        if head.header.sha256 != info.head_sha256:
-            raise LabelError(
-                "not the head that was described", field="head.sha256", value=head.header.sha256, limit=info.head_sha256
-            )
-        return head
 
     # ----------------------------------------------------------------- labels
 
@@ -530,7 +530,8 @@ class TeacherClient:
             if pending is not None:
                 self._pace.sent(request_id)
                 pending.heard_s = time.monotonic()
-                self._up.put_nowait(pending.message())
+                for up in pending.messages():
+                    self._up.put_nowait(up)
 
     def _pause(self, problem: TeacherWireError) -> float:
         """The server's own delay if it gave one, else 1-2 s, never the same for all students at once."""

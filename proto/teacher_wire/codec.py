@@ -7,8 +7,11 @@ wrong and raises a RequestError (towards a server) or a LabelError (towards a st
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as AnyMessage
 
 from teacher_wire import PROTOCOL, tensors
 from teacher_wire.assembly import Assembly
@@ -32,7 +35,10 @@ from teacher_wire.messages import (
 from teacher_wire.v1 import teacher_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
+PART_BYTES = 1 << 20  # of a request that is sent in parts
 MAX_ID_CHARS = 64
+
+Message = TypeVar("Message", bound=AnyMessage)
 
 _TRANSPORT_CODE: dict[Transport, pb.Transport] = {"top_k": pb.TOP_K, "hidden": pb.HIDDEN, "full": pb.FULL}
 _TRANSPORT_NAME = {code: name for name, code in _TRANSPORT_CODE.items()}
@@ -97,6 +103,54 @@ _LIMIT_FIELDS = [f.name for f in pb.Limits.DESCRIPTOR.fields]
 # ------------------------------------------------------------------- request
 
 
+def check_request_id(text: str) -> None:
+    """Refuses what is no id of a request. The refusal does not repeat it whole."""
+    if not text:
+        raise RequestError("missing", field="request_id")
+    _check_name("request_id", text)
+
+
+def check_names(request: Any, *names: str) -> None:
+    """Refuses a request in which a field of these is longer than a name may be, or not printable."""
+    for field in names:
+        _check_name(field, getattr(request, field))
+
+
+def _check_name(field: str, text: str) -> None:
+    if len(text) > MAX_ID_CHARS or not text.isprintable():
+        raise RequestError(
+            "not a printable name", field=field, value=ascii(text[:MAX_ID_CHARS]), limit=f"{MAX_ID_CHARS} characters"
+        )
+
+
+def parse(kind: type[Message], data: bytes | bytearray) -> Message:
+    """The message of that kind in `data`.
+
+    Raises:
+        RequestError: there is none.
+    """
+    message = kind()
+    try:
+        message.ParseFromString(data)  # takes any bytes
+    except DecodeError:
+        raise RequestError(
+            "not a message of this protocol", field=kind.DESCRIPTOR.name, value=f"{len(data)} bytes"
+        ) from None
+    return message
+
+
+def request_messages(request: pb.ScoreRequest) -> Iterator[pb.ScoreUp]:
+    """A request on its way up: one message, or parts if it is long."""
+    if request.ByteSize() <= PART_BYTES:
+        yield pb.ScoreUp(request=request)
+        return
+    data = request.SerializeToString()
+    for offset in range(0, len(data), PART_BYTES):
+        part = pb.RequestPart(request_id=request.request_id, total_bytes=len(data), offset=offset)
+        part.data = data[offset : offset + PART_BYTES]
+        yield pb.ScoreUp(part=part)
+
+
 def encode_call(call: ScoreCall) -> pb.ScoreRequest:
     """A request on its way up."""
     batch = call.batch
@@ -125,17 +179,8 @@ def decode_call(request: pb.ScoreRequest, tenant: str) -> ScoreCall:
     Raises:
         RequestError: naming the field.
     """
-    for field in ("request_id", "teacher", "fingerprint"):
-        text = getattr(request, field)
-        if len(text) > MAX_ID_CHARS or not text.isprintable():
-            raise RequestError(
-                "not a printable name",
-                field=field,
-                value=ascii(text[:MAX_ID_CHARS]),
-                limit=f"{MAX_ID_CHARS} characters",
-            )
-    if not request.request_id:
-        raise RequestError("missing", field="request_id")
+    check_request_id(request.request_id)
+    check_names(request, "teacher", "fingerprint")
     if request.spec.transport not in _TRANSPORT_NAME:
         raise RequestError("unknown transport", field="spec.transport", value=request.spec.transport)
     if request.spec.compression not in _COMPRESSION_NAME:
@@ -356,20 +401,77 @@ def decode_head_header(message: pb.HeadHeader) -> HeadHeader:
     )
 
 
-def assemble_head(header: HeadHeader, weight: bytes | bytearray) -> TeacherHead:
-    """The head out of its header and all bytes of its weight.
+class HeadAssembly:
+    """An output head while its chunks come, each written to its place; kept over broken calls.
 
-    Raises:
-        LabelError: truncated, or its digest is not the announced one.
+    Attributes:
+        received_bytes: of the weight; the offset at which a broken call is taken up.
+        header: once it has come.
     """
-    message = pb.Tensor(dtype=tensors.dtype_code(header.dtype), shape=[header.rows, header.columns], data=bytes(weight))
-    try:
-        weight_VD = tensors.decode(message, "head.weight")
-    except TensorError as error:
-        raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
-    digest = head_sha256(weight_VD, header.bias_V, header.logit_scale, header.final_softcap)
-    if digest != header.sha256:
-        raise LabelError(
-            "the head's digest differs from the announced one", field="head.sha256", value=digest, limit=header.sha256
-        )
-    return TeacherHead(header, weight_VD)
+
+    def __init__(self, info: TeacherInfo) -> None:
+        self._info = info
+        self._weight: np.ndarray | None = None
+        self.received_bytes = 0
+        self.header: HeadHeader | None = None
+
+    def take(self, chunk: pb.HeadChunk) -> None:
+        """A chunk of the call that began at `received_bytes`; the first one has the header.
+
+        Raises:
+            LabelError: not the head that was described, chunks out of order, or more than there is.
+        """
+        if chunk.HasField("header"):
+            self._take_header(decode_head_header(chunk.header))
+            return
+        if self._weight is None or chunk.offset != self.received_bytes:
+            raise LabelError(
+                "head chunks out of order", field="head.offset", value=chunk.offset, limit=self.received_bytes
+            )
+        data = chunk.data
+        stop = self.received_bytes + len(data)
+        if stop > self._weight.size:
+            raise LabelError("more bytes than the head has", field="head.data", value=stop, limit=self._weight.size)
+        self._weight[self.received_bytes : stop] = np.frombuffer(data, np.uint8)
+        self.received_bytes = stop
+
+    def _take_header(self, header: HeadHeader) -> None:
+        info = self._info
+        if header.sha256 != info.head_sha256:
+            raise LabelError(
+                "not the head that was described", field="head.sha256", value=header.sha256, limit=info.head_sha256
+            )
+        if header.dtype not in FLOATS:
+            raise LabelError("unknown dtype of a head", field="head.dtype", value=header.dtype, limit="|".join(FLOATS))
+        if header.rows > info.vocab_rows or header.columns != info.hidden_size:
+            shape = f"{info.vocab_rows} x {info.hidden_size}"
+            raise LabelError(
+                "not of the described shape", field="head", value=f"{header.rows} x {header.columns}", limit=shape
+            )
+        if self._weight is None:
+            self._weight = np.empty(header.weight_bytes, np.uint8)
+        self.header = header
+
+    def whole(self) -> TeacherHead:
+        """The head, its digest checked.
+
+        Raises:
+            LabelError: truncated, or its digest is not the announced one.
+        """
+        header = self.header
+        if header is None or self._weight is None:
+            raise LabelError("no header", field="head.header")
+        if self.received_bytes != header.weight_bytes:
+            raise LabelError(
+                "the head is incomplete", field="head.data", value=self.received_bytes, limit=header.weight_bytes
+            )
+        weight_VD = tensors.of_bytes(header.dtype, (header.rows, header.columns), self._weight)
+        digest = head_sha256(weight_VD, header.bias_V, header.logit_scale, header.final_softcap)
+        if digest != header.sha256:
+            raise LabelError(
+                "the head's digest differs from the announced one",
+                field="head.sha256",
+                value=digest,
+                limit=header.sha256,
+            )
+        return TeacherHead(header, weight_VD)

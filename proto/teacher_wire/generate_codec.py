@@ -10,11 +10,13 @@ from collections.abc import Container
 import numpy as np
 
 from teacher_wire import tensors
-from teacher_wire.codec import MAX_ID_CHARS
-from teacher_wire.errors import LabelError, RequestError, TensorError
-from teacher_wire.generation import Finish, GenerateCall, PromptBatch, Sample, SamplingSpec
-from teacher_wire.messages import TeacherInfo, Tensor
+from teacher_wire.codec import check_names
+from teacher_wire.errors import LabelError, LimitError, RequestError, TensorError
+from teacher_wire.generation import MAX_STOP_IDS, Finish, GenerateCall, PromptBatch, Sample, SamplingSpec
+from teacher_wire.messages import Limits, TeacherInfo, Tensor
 from teacher_wire.v1 import teacher_pb2 as pb
+
+MAX_HAVE = 1 << 16  # pairs, where no limits of a teacher are known
 
 _FINISH_CODE: dict[Finish, pb.FinishReason] = {"stop": pb.STOP, "length": pb.LENGTH}
 _FINISH_NAME = {code: name for name, code in _FINISH_CODE.items()}
@@ -44,18 +46,25 @@ def encode_generate(call: GenerateCall) -> pb.GenerateRequest:
     )
 
 
-def decode_generate(request: pb.GenerateRequest, tenant: str) -> GenerateCall:
-    """A call that arrived, checked for form (not against a teacher: see `generation.check_generate`).
+def decode_generate(request: pb.GenerateRequest, tenant: str, limits: Limits | None = None) -> GenerateCall:
+    """A call that arrived, checked for form (against a teacher: see `generation.check_generate`).
+
+    Args:
+        request: what arrived.
+        tenant: who calls.
+        limits: of the teacher; no more pairs of `have` are looked at than they admit samples.
 
     Raises:
         RequestError: naming the field.
     """
-    for field in ("teacher", "fingerprint"):
-        text = getattr(request, field)
-        if len(text) > MAX_ID_CHARS or not text.isprintable():
-            limit = f"{MAX_ID_CHARS} characters"
-            raise RequestError("not a printable name", field=field, value=ascii(text[:MAX_ID_CHARS]), limit=limit)
+    check_names(request, "teacher", "fingerprint")
     sampling = request.sampling
+    if len(sampling.stop_ids) > MAX_STOP_IDS:  # before they are walked
+        limit = f"at most {MAX_STOP_IDS} ids"
+        raise RequestError("stop ids", field="stop_ids", value=len(sampling.stop_ids), limit=limit)
+    if limits is not None and len(sampling.json_schema) > limits.max_schema_bytes:
+        value = f"{len(sampling.json_schema)} bytes"
+        raise LimitError("the schema is too long", field="json_schema", value=value, limit=limits.max_schema_bytes)
     try:
         schema = sampling.json_schema.decode()
     except UnicodeDecodeError as error:
@@ -71,11 +80,32 @@ def decode_generate(request: pb.GenerateRequest, tenant: str) -> GenerateCall:
         json_schema=schema,
     )
     prompts = PromptBatch(_int32(request.token_ids, "token_ids"), _int32(request.cu_lengths, "cu_lengths"))
-    have_M2 = _int32(request.have, "have") if request.HasField("have") else np.zeros((0, 2), np.int32)
+    have = _decode_have(request, spec, prompts, limits) if request.HasField("have") else frozenset()
+    return GenerateCall(request.teacher, request.fingerprint, spec, prompts, have, request.timeout_ms / 1000, tenant)
+
+
+def _decode_have(
+    request: pb.GenerateRequest, spec: SamplingSpec, prompts: PromptBatch, limits: Limits | None
+) -> frozenset[tuple[int, int]]:
+    """The pairs in `have`, looked at as arrays until they are known to be few, in range and distinct."""
+    have_M2 = _int32(request.have, "have")
     if have_M2.ndim != 2 or have_M2.shape[1] != 2:
         raise RequestError("pairs of prompt and sample", field="have", value=list(have_M2.shape), limit="[M, 2]")
-    have = frozenset((int(prompt), int(sample)) for prompt, sample in have_M2)
-    return GenerateCall(request.teacher, request.fingerprint, spec, prompts, have, request.timeout_ms / 1000, tenant)
+    asked = prompts.prompts * spec.samples
+    most = min(asked, MAX_HAVE if limits is None else limits.max_request_sequences * limits.max_samples)
+    if len(have_M2) > most:
+        raise LimitError("more pairs than samples", field="have", value=len(have_M2), limit=most)
+    if not len(have_M2):
+        return frozenset()
+    wrong_M = ((have_M2 < 0) | (have_M2 >= (prompts.prompts, min(spec.samples, 2**31 - 1)))).any(1)
+    if wrong_M.any():
+        pair = tuple(have_M2[int(np.argmax(wrong_M))].tolist())
+        limit = f"{prompts.prompts} prompts, {spec.samples} samples"
+        raise RequestError("no such sample", field="have", value=pair, limit=limit)
+    places_M = have_M2[:, 0].astype(np.int64) * spec.samples + have_M2[:, 1]
+    if len(np.unique(places_M)) != len(places_M):
+        raise RequestError("a pair is there twice", field="have", value=f"{len(places_M)} pairs", limit="each once")
+    return frozenset(zip(have_M2[:, 0].tolist(), have_M2[:, 1].tolist(), strict=True))
 
 
 def _int32(message: pb.Tensor, field: str) -> np.ndarray:

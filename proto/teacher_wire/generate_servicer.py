@@ -11,11 +11,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Protocol
 
-from teacher_wire import generate_codec
+from teacher_wire import codec, generate_codec
 from teacher_wire.errors import DeadlineError, UnavailableError
 from teacher_wire.generation import GenerateCall, Sample, check_generate
 from teacher_wire.messages import TeacherInfo
+from teacher_wire.offload import Offload
 from teacher_wire.v1 import teacher_pb2 as pb
+
+_SCHEMA_COST = 16  # checking a byte of a schema takes as long as checking so many bytes of ids
 
 
 class Writes(Protocol):
@@ -28,15 +31,23 @@ class Writes(Protocol):
         """Samples as they finish; closing the iterator stops the work."""
 
 
-async def answers(service: Writes, request: pb.GenerateRequest, tenant: str) -> AsyncGenerator[pb.GenerateDown, None]:
-    """Everything to be sent down.
+async def answers(service: Writes, data: bytes, tenant: str, offload: Offload) -> AsyncGenerator[bytes, None]:
+    """Everything to be sent down, serialised.
+
+    Args:
+        service: writes.
+        data: a serialised GenerateRequest.
+        tenant: who calls.
+        offload: decodes and checks what is long.
 
     Raises:
         TeacherWireError: refused, overloaded, late or failed.
     """
-    call = generate_codec.decode_generate(request, tenant)
-    info = await service.info(call.teacher, call.fingerprint)
-    check_generate(call, info)
+    request = await offload.run(tenant, len(data), _parsed, data)
+    info = await service.info(request.teacher, request.fingerprint)
+    work = len(data) + _SCHEMA_COST * len(request.sampling.json_schema)
+    call = await offload.run(tenant, work, _checked, request, tenant, info)
+    del request
     sent, started = 0, time.monotonic()
     async with contextlib.aclosing(_closable(service.generate(call))) as samples:
         while True:
@@ -51,10 +62,22 @@ async def answers(service: Writes, request: pb.GenerateRequest, tenant: str) -> 
             if sample is None:
                 break
             sent += 1
-            yield generate_codec.encode_sample(sample)
+            yield generate_codec.encode_sample(sample).SerializeToString()
     if sent != call.samples:
         raise UnavailableError("the server dropped samples", field="samples", value=sent, limit=call.samples)
-    yield generate_codec.encode_end(sent, info.fingerprint)
+    yield generate_codec.encode_end(sent, info.fingerprint).SerializeToString()
+
+
+def _parsed(data: bytes) -> pb.GenerateRequest:
+    request = codec.parse(pb.GenerateRequest, data)
+    codec.check_names(request, "teacher", "fingerprint")
+    return request
+
+
+def _checked(request: pb.GenerateRequest, tenant: str, info: TeacherInfo) -> GenerateCall:
+    call = generate_codec.decode_generate(request, tenant, info.limits)
+    check_generate(call, info)
+    return call
 
 
 async def _closable(samples: AsyncIterator[Sample]) -> AsyncGenerator[Sample, None]:

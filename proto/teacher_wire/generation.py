@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -165,9 +166,9 @@ class GenerateCall:
         """How many are to be made."""
         return self.prompts.prompts * self.spec.samples - len(self.have)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        """Prompt and new tokens of all samples to be made, at most."""
+        """Prompt and new tokens of all samples to be made, at most. Walks `have`, once."""
         whole = int(self.prompts.lengths_B.sum()) * self.spec.samples
         held = sum(int(self.prompts.lengths_B[prompt]) for prompt, _ in self.have)
         return whole - held + self.samples * self.spec.max_new_tokens

@@ -14,8 +14,8 @@ import grpc
 
 from teacher_wire.channel import server_options
 from teacher_wire.errors import UnavailableError
-from teacher_wire.servicer import StreamLimits, TeacherService, TeacherServicer
-from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+from teacher_wire.servicer import TeacherService, TeacherServicer
+from teacher_wire.stream_limits import StreamLimits, with_message_limit
 
 
 class LoopbackServer:
@@ -63,9 +63,10 @@ class LoopbackServer:
         return self
 
     async def _bind(self) -> None:
-        self.servicer = TeacherServicer(self._service, server_version="loopback", limits=self._limits)
-        self._server = grpc.aio.server(options=server_options())
-        pb_grpc.add_TeacherServicer_to_server(self.servicer, self._server)
+        limits = self._limits or StreamLimits()
+        self.servicer = TeacherServicer(self._service, server_version="loopback", limits=limits)
+        self._server = grpc.aio.server(options=with_message_limit(server_options(), limits.max_message_bytes))
+        self.servicer.add_to(self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
 

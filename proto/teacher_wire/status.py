@@ -67,10 +67,10 @@ def to_detail(error: TeacherWireError) -> pb.ErrorDetail:
     """The error as a message; long texts are cut and end in an ellipsis."""
     return pb.ErrorDetail(
         kind=type(error).__name__,
-        message=_cut(error.message),
-        field=_cut(error.field),
-        value=_cut(error.value),
-        limit=_cut(error.limit),
+        message=cut(error.message),
+        field=cut(error.field),
+        value=cut(error.value),
+        limit=cut(error.limit),
         retry_after_s=error.retry_after_s,
     )
 
@@ -99,6 +99,9 @@ def from_rpc(error: grpc.RpcError, address: str, route: str = "") -> TeacherWire
             except DecodeError:
                 break
     code: grpc.StatusCode = error.code()
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (error.details() or ""):
+        # gRPC's own word, of either side: the same message is too long however often it is sent
+        return errors.LimitError(f"{address}: {error.details()}", field="message bytes")
     cls = ERROR_OF.get(code, errors.ServerError)
     way = f", {route}" if route else ""
     return cls(f"{address}: {error.details() or 'no details'} [{code.name}]{way}", field="address", value=address)
@@ -109,6 +112,7 @@ def _trailing(error: grpc.RpcError) -> Sequence[tuple[str, str | bytes]]:
     return list(found or ())
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """A text that may travel: at most MAX_DETAIL_CHARS characters, and no halves of any."""
     text = text.encode("utf-8", "backslashreplace").decode()  # half characters cannot travel
     return text if len(text) <= MAX_DETAIL_CHARS else text[: MAX_DETAIL_CHARS - 1] + "…"

@@ -94,6 +94,11 @@ def decode_into(message: pb.Tensor, field: str, out: Tensor) -> int:
     return len(data)
 
 
+def of_bytes(name: str, shape: tuple[int, ...], data: np.ndarray) -> Tensor:
+    """The tensor in bytes as they travelled (uint8 [n], of the right number), without a copy; not of uint24."""
+    return Tensor(name, data.view(np.dtype(DTYPES[name][0]).newbyteorder("<")).reshape(shape).view(DTYPES[name][0]))
+
+
 def _values(name: str, data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.dtype(DTYPES[name][0]).newbyteorder("<"))
 
@@ -101,9 +106,9 @@ def _values(name: str, data: bytes) -> np.ndarray:
 def _checked(message: pb.Tensor, field: str) -> tuple[str, tuple[int, ...], bytes]:
     """Name of the dtype, shape and bytes of a tensor whose bytes fit its shape."""
     name = dtype_name(message.dtype, field)
+    if len(message.shape) > MAX_AXES:  # before it is walked: a message may hold a million
+        raise TensorError("too many axes", field=f"{field}.shape", value=len(message.shape), limit=MAX_AXES)
     shape = tuple(message.shape)
-    if len(shape) > MAX_AXES:
-        raise TensorError("too many axes", field=f"{field}.shape", value=len(shape), limit=MAX_AXES)
     expected = math.prod(shape) * DTYPES[name][1]  # Python ints: no overflow to hide in
     if any(axis >= 1 << 40 for axis in shape):  # empty, and yet more than numpy can count
         raise TensorError("axis too long", field=f"{field}.shape", value=list(shape), limit="2^40")

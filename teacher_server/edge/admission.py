@@ -56,6 +56,14 @@ class Bucket:
         self.level -= amount
 
 
+@dataclass
+class Written:
+    """What a call of Generate has computed so far: tokens of its prompts and of whole samples; `whole` at its end."""
+
+    tokens: int = 0
+    whole: bool = False
+
+
 class Admission:
     """The quotas of all tenants at one edge.
 
@@ -102,6 +110,37 @@ class Admission:
         Raises:
             OverloadedError: a quota is reached. A request above a whole quota passes alone.
         """
+        with self._in_flight(tenant, tokens):
+            yield
+            self._computed[tenant] += tokens
+
+    @contextlib.contextmanager
+    def writing(self, tenant: str, most: int) -> Iterator[Written]:
+        """Charges a call of Generate for all that it may compute, and settles at its end for what it did.
+
+        A call that ends early gets back what was not written, but for what its tenant's rate has given meanwhile: what
+        was computed of unfinished samples is not known here.
+
+        Args:
+            tenant: who pays.
+            most: prompt and new tokens of all its samples.
+
+        Raises:
+            OverloadedError: a quota is reached. A call above a whole quota passes alone.
+        """
+        written, started_s = Written(), self._clock()
+        with self._in_flight(tenant, most):
+            try:
+                yield written
+            finally:
+                self._computed[tenant] += written.tokens
+                bucket = self._buckets.get((tenant, "tokens_per_s"))
+                if bucket is not None:
+                    passed_s = 0.0 if written.whole else self._clock() - started_s
+                    bucket.take(-max(0.0, most - written.tokens - passed_s * bucket.rate))
+
+    @contextlib.contextmanager
+    def _in_flight(self, tenant: str, tokens: int) -> Iterator[None]:
         limit = self.of(tenant).inflight_tokens
         if limit is not None and self._inflight[tenant] and self._inflight[tenant] + tokens > limit / self._edges:
             raise self._refusal(
@@ -111,18 +150,10 @@ class Admission:
         self._inflight[tenant] += tokens
         try:
             yield
-            self._computed[tenant] += tokens
         finally:
             self._inflight[tenant] -= tokens
             if not self._inflight[tenant]:
                 del self._inflight[tenant]
-
-    def charge(self, tenant: str, tokens: int) -> None:
-        """Counts tokens that were computed beyond those announced: they are paid for before anything else passes."""
-        self._computed[tenant] += tokens
-        bucket = self._buckets.get((tenant, "tokens_per_s"))
-        if bucket is not None:
-            bucket.take(tokens)
 
     def send(self, tenant: str, size_bytes: int) -> None:
         """Counts a reply that is about to be made for the tenant.

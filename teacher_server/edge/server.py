@@ -6,7 +6,8 @@ In: an EdgeConfig and a TeacherService; out: an open port. It refuses new work w
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import ctypes
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,12 +27,14 @@ from teacher_wire.errors import UnavailableError
 from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.label_store import LabelStore
 from teacher_wire.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
-from teacher_wire.servicer import StreamLimits, TeacherService, TeacherServicer
-from teacher_wire.v1 import teacher_pb2 as pb
-from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+from teacher_wire.offload import Offload
+from teacher_wire.servicer import SERVICE, TeacherService, TeacherServicer
+from teacher_wire.stream_limits import StreamLimits, with_message_limit
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_LAST_WORDS_S = 0.3  # for statuses to leave, once nothing else has to
+_TRIM_EVERY_S = 5.0
+_SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop
 _HTTP2_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
 
 
@@ -54,21 +57,26 @@ class EdgeServer:
         self._admission = Admission()
         kept = config.store
         self._store = LabelStore(kept.folder, round(kept.disk_gb * 2**30)) if kept.folder else None
+        self._offload = Offload()
         self._sharing = LabelSharing(
             service,
             self._admission,
             memory_bytes=kept.memory_mb << 20,
             store=self._store,
+            offload=self._offload,
         )
         self._gate = _Gate(self._sharing)
         tokens = TokenFile(config.tokens_file) if config.tokens_file else None
         self._servicer = TeacherServicer(
             self._gate,
             server_version=__version__,
-            limits=StreamLimits(max_window_bytes=config.window_mb << 20),
+            limits=_stream_limits(config),
             tenant_of=tenant_of(tokens, config.tls),
             status_for=status_for,
+            charge=self._admission.send,
+            offload=self._offload,
         )
+        self._trimming: asyncio.Task[None] | None = None
         self._health = health_aio.HealthServicer()
         self._healthy: dict[str, bool] | None = None  # by teacher; None while nobody has said
         self._listening = False
@@ -76,9 +84,15 @@ class EdgeServer:
         interceptors = [TokenInterceptor(tokens)] if tokens else []
         self._server = grpc.aio.server(
             interceptors=interceptors,
-            options=[*server_options(config.keepalive_s, config.keepalive_timeout_s), *_HTTP2_OPTIONS],
+            options=[
+                *with_message_limit(
+                    server_options(config.keepalive_s, config.keepalive_timeout_s),
+                    _stream_limits(config).max_message_bytes,
+                ),
+                *_HTTP2_OPTIONS,
+            ],
         )
-        pb_grpc.add_TeacherServicer_to_server(self._servicer, self._server)
+        self._servicer.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
             from grpc_reflection.v1alpha import reflection
@@ -104,23 +118,26 @@ class EdgeServer:
                 self._server.add_insecure_port(self._config.address)
         except RuntimeError as error:
             raise ServerConfigError(f"edge.port: cannot listen on {self._config.address} (is it taken?)") from error
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
         await self._server.start()
         if self._store is not None:
             self._looking = asyncio.create_task(asyncio.to_thread(self._store.look))
+        self._trimming = asyncio.create_task(_return_memory())
         self._listening = True
         await self._say()
 
     async def drain(self) -> None:
-        """Says NOT_SERVING, refuses new requests as unavailable, waits for open ones, then closes the port."""
+        """Says NOT_SERVING, refuses new requests as unavailable, and closes the port once all that was taken is sent.
+
+        What is not sent `drain_s` later is broken off as unavailable; students ask for it again elsewhere.
+        """
         self._listening = False
         await self._say()
         self._gate.closed = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_s):
-                while self._servicer.open_requests:
-                    await asyncio.sleep(0.02)
-        await asyncio.sleep(0.1)  # what was just answered still has to leave
-        await self._server.stop(grace=0.5)
+        await self._servicer.drain(self._config.drain_s)
+        await self._server.stop(grace=_LAST_WORDS_S)
+        if self._trimming is not None:
+            self._trimming.cancel()
 
     def set_healthy(self, teachers: Mapping[str, bool]) -> None:
         """Which teachers have a replica that can answer, for `grpc.health.v1`.
@@ -156,9 +173,42 @@ class EdgeServer:
         return {
             "open_streams": self._servicer.open_streams,
             "open_requests": self._servicer.open_requests,
+            "held": self._servicer.held,
             "store": self._sharing.counters(),
             "tenants": self._admission.counters(),
         }
+
+
+async def _return_memory() -> None:
+    """Gives freed memory back to the system every few seconds: after a load the allocator would keep it for ever."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim  # of glibc
+    except (AttributeError, OSError):
+        return
+    while True:
+        await asyncio.sleep(_TRIM_EVERY_S)
+        await asyncio.to_thread(trim, 0)
+
+
+def _stream_limits(config: EdgeConfig) -> StreamLimits:
+    """What the edge holds for its peers at most."""
+    limits = config.limits
+    return StreamLimits(
+        max_window_bytes=config.window_mb << 20,
+        max_request_bytes=limits.request_mb << 20,
+        stall_s=limits.stall_s,
+        max_calls=limits.calls,
+        max_tenant_calls=limits.tenant_calls,
+        max_heads=limits.heads,
+        max_tenant_heads=limits.tenant_heads,
+        max_tenant_requests=limits.tenant_requests,
+        max_request_held_bytes=limits.requests_held_mb << 20,
+        max_tenant_request_held_bytes=limits.tenant_requests_held_mb << 20,
+        max_reply_held_bytes=limits.replies_held_mb << 20,
+        max_tenant_reply_held_bytes=limits.tenant_replies_held_mb << 20,
+        unproven_reply_held_bytes=limits.unproven_replies_held_mb << 20,
+        kept_reply_bytes=limits.kept_replies_mb << 20,
+    )
 
 
 class _Gate:

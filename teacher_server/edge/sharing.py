@@ -8,18 +8,26 @@ request fails or is taken back, asks for itself.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import numpy as np
 
 from teacher_server.edge.admission import Admission
 from teacher_wire import codec
 from teacher_wire.errors import TeacherWireError
 from teacher_wire.generation import GenerateCall, Sample
 from teacher_wire.label_store import LabelStore, label_keys
-from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals, Tensor, Timing
+from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals, Tensor, Timing, TokenBatch
+from teacher_wire.offload import Offload
 from teacher_wire.servicer import TeacherService
+
+_PAIR_BYTES = 100  # walking a pair of `have` takes as long as so many bytes of an array
+_WRITERS = 16  # files of labels written at a time: an answer waits for its slowest file, not for all of them in turn
 
 
 @dataclass
@@ -57,15 +65,24 @@ class LabelSharing:
         admission: quotas; stored labels cost bytes and no tokens.
         memory_bytes: newest labels kept here.
         store: labels on disk, or None.
+        offload: threads for long work; its own if not given.
     """
 
     def __init__(
-        self, service: TeacherService, admission: Admission, *, memory_bytes: int, store: LabelStore | None = None
+        self,
+        service: TeacherService,
+        admission: Admission,
+        *,
+        memory_bytes: int,
+        store: LabelStore | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self._service = service
         self._admission = admission
         self._memory = _Memory(memory_bytes)
         self._store = store
+        self._offload = offload or Offload()
+        self._writers = ThreadPoolExecutor(max_workers=_WRITERS, thread_name_prefix="label-store")
         self._flights: dict[str, _Flight] = {}
         self.stats = SharingStats()
 
@@ -82,12 +99,21 @@ class LabelSharing:
         return await self._service.head_bytes(teacher, fingerprint, offset, size)
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
-        """Samples as they come: chance makes each its own, so nothing is shared; what is written is charged as it is written."""
-        samples = self._service.generate(call)
-        with self._admission.computing(call.tenant, int(call.prompts.lengths_B.sum())):
-            async for sample in samples:
-                self._admission.charge(call.tenant, len(sample.token_ids_n))
-                yield sample
+        """Samples as they come: chance makes each its own, so nothing is shared. Charged for what may be written, and
+        settled at the end for what was."""
+        with self._admission.writing(call.tenant, call.tokens) as written:
+            written.tokens = await self._offload.run(call.tenant, _PAIR_BYTES * len(call.have), _prompt_tokens, call)
+            samples, left = self._service.generate(call), call.samples
+            try:
+                async for sample in samples:
+                    written.tokens += len(sample.token_ids_n)
+                    left -= 1
+                    written.whole = left == 0
+                    yield sample
+            finally:
+                close = getattr(samples, "aclose", None)
+                if close is not None:
+                    await close()
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         info = await self._service.info(call.teacher, call.fingerprint)
@@ -95,7 +121,9 @@ class LabelSharing:
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)
-        keys = label_keys(call.fingerprint, call.spec, call.batch)
+        keys = await self._offload.run(
+            call.tenant, _size_of(call.batch), label_keys, call.fingerprint, call.spec, call.batch
+        )
         bounds = call.batch.row_bounds_B1
         wanted = [sequence for sequence in range(call.batch.sequences) if bounds[sequence + 1] > bounds[sequence]]
         found: dict[int, TeacherSignals] = {}
@@ -103,10 +131,11 @@ class LabelSharing:
         while len(found) < len(wanted):
             own = await self._round(call, keys, [s for s in wanted if s not in found], found) or own
         if own is not None and own.answer is not None and own.answer.rows == call.batch.rows:
-            return replace(own.answer, fingerprint=call.fingerprint)  # all of it, as it came
+            return own.answer  # all of it, as it came
         timing = own.answer.timing if own and own.answer else Timing()
         parts = [found[sequence] for sequence in wanted]
-        return replace(TeacherSignals.join(parts), fingerprint=call.fingerprint, timing=timing)
+        size = sum(part.payload_bytes for part in parts)
+        return replace(await self._offload.run(call.tenant, size, _join, parts, call.fingerprint), timing=timing)
 
     async def _round(
         self, call: ScoreCall, keys: list[str], missing: list[int], found: dict[int, TeacherSignals]
@@ -176,33 +205,51 @@ class LabelSharing:
         """Resolves every label of a flight, from disk or by a forward pass of the rest."""
         missing = dict(sequences)
         if self._store is not None:
-            on_disk = await asyncio.to_thread(_read, self._store, list(missing))
+            on_disk = await asyncio.get_running_loop().run_in_executor(self._writers, _read, self._store, list(missing))
             for key, labels in on_disk.items():
                 self._land(flight, key, labels)
                 del missing[key]
             self.stats.disk_hits += len(on_disk)
         if not missing:
             return
-        batch = call.batch.select(list(missing.values()))
-        with self._admission.computing(call.tenant, batch.tokens):
+        offload, tenant = self._offload, call.tenant
+        batch = await offload.run(tenant, _size_of(call.batch), call.batch.select, list(missing.values()))
+        with self._admission.computing(tenant, batch.tokens):
             signals = await self._service.score(replace(call, batch=batch))
         self.stats.computed += len(missing)
         self.stats.computed_tokens += batch.tokens
-        bounds = batch.row_bounds_B1
-        if self._store is None:  # else another edge's labels may have been on disk first, and those count
+        ours = signals.fingerprint == call.fingerprint  # else the student refuses it, and nobody else shall meet it
+        if self._store is None or not ours:  # else another edge's labels may have been on disk first, and those count
             flight.answer = signals
-        for place, key in enumerate(missing):
-            labels = signals.slice(int(bounds[place]), int(bounds[place + 1]))
-            if self._memory.holds(labels):
-                labels = _own_copy(labels)
-            if self._store is not None:
-                labels = await asyncio.to_thread(
-                    self._store.keep, key, call.fingerprint, call.spec, batch.select([place]), labels
+        each = await offload.run(tenant, signals.payload_bytes, self._cut, signals, batch)
+        if self._store is not None and ours:
+            each = await asyncio.gather(
+                *(
+                    asyncio.get_running_loop().run_in_executor(
+                        self._writers, self._keep, self._store, key, call, batch, place, labels
+                    )
+                    for place, (key, labels) in enumerate(zip(missing, each, strict=True))
                 )
-            self._land(flight, key, labels)
+            )
+        for key, labels in zip(missing, each, strict=True):
+            self._land(flight, key, labels, keep=ours)
 
-    def _land(self, flight: _Flight, key: str, labels: TeacherSignals) -> None:
-        self._memory.put(key, labels)
+    def _cut(self, signals: TeacherSignals, batch: TokenBatch) -> list[TeacherSignals]:
+        """The labels of each sequence."""
+        bounds = batch.row_bounds_B1.tolist()
+        each = [signals.slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        return [_own_copy(labels) if self._memory.holds(labels) else labels for labels in each]
+
+    @staticmethod
+    def _keep(
+        store: LabelStore, key: str, call: ScoreCall, batch: TokenBatch, place: int, labels: TeacherSignals
+    ) -> TeacherSignals:
+        """Those that are on disk then; they carry the fingerprint with which they were stored."""
+        return store.keep(key, call.fingerprint, call.spec, batch.select([place]), labels)
+
+    def _land(self, flight: _Flight, key: str, labels: TeacherSignals, *, keep: bool = True) -> None:
+        if keep:
+            self._memory.put(key, labels)
         if not flight.labels[key].done():
             flight.labels[key].set_result(labels)
 
@@ -229,6 +276,25 @@ async def _of_another(labels: asyncio.Future[TeacherSignals]) -> TeacherSignals 
         return None
     except TeacherWireError:
         return None
+
+
+def _prompt_tokens(call: GenerateCall) -> int:
+    """Tokens of the prompts of which samples are to be made."""
+    left_B = np.full(call.prompts.prompts, call.spec.samples)
+    for prompt, _ in call.have:
+        left_B[prompt] -= 1
+    return int(call.prompts.lengths_B[left_B > 0].sum())
+
+
+def _size_of(batch: TokenBatch) -> int:
+    """Bytes that are walked where a batch is hashed or copied."""
+    return batch.token_ids_T.nbytes + (0 if batch.extra_ids_NM is None else batch.extra_ids_NM.nbytes)
+
+
+def _join(parts: Sequence[TeacherSignals], fingerprint: str) -> TeacherSignals:
+    """One answer of several parts; of another teacher if a part is, so that the student refuses it."""
+    foreign = [part.fingerprint for part in parts if part.fingerprint != fingerprint]
+    return replace(TeacherSignals.join(parts), fingerprint=foreign[0] if foreign else fingerprint)
 
 
 def _read(store: LabelStore, keys: Sequence[str]) -> dict[str, TeacherSignals]:

@@ -82,16 +82,44 @@ def test_bytes_are_a_quota_of_their_own():
     assert admission.counters()["t"]["refused"] == 1
 
 
-def test_what_is_written_on_the_way_is_paid_for_before_the_next_request():
+def test_a_call_of_generate_is_charged_for_what_may_be_written_and_settled_for_what_was():
     clock = Clock()
     admission = Admission(clock)
     admission.configure({"t": TenantConfig(tokens_per_s=100)})
-    with admission.computing("t", 10):
-        admission.charge("t", 540)
+    with admission.writing("t", 1_000_000) as written:
+        written.tokens += 10
+        with pytest.raises(OverloadedError) as caught:  # a second one beside it
+            admission.writing("t", 1_000_000).__enter__()
+        assert caught.value.retry_after_s == pytest.approx(30.0)
+        written.tokens += 540
+        written.whole = True
     with pytest.raises(OverloadedError) as caught:
         admission.computing("t", 1).__enter__()
     assert caught.value.retry_after_s == pytest.approx((550 - 100 * BURST_S) / 100)
     assert admission.counters()["t"]["computed_tokens"] == 550
+
+
+def test_a_call_of_generate_that_is_taken_back_pays_for_its_time():
+    clock = Clock()
+    admission = Admission(clock)
+    admission.configure({"t": TenantConfig(tokens_per_s=100)})
+    for _ in range(20):  # calls for a million tokens, each taken back after a second
+        call = admission.writing("t", 1_000_000)
+        call.__enter__()
+        clock.now_s += 1.0
+        call.__exit__(None, None, None)
+        clock.now_s += 1e-6
+    assert admission._buckets["t", "tokens_per_s"].wait_s(clock.now_s) == 0.0  # and not a day of waiting
+    assert admission._buckets["t", "tokens_per_s"].level <= 100 * BURST_S + 1
+
+
+def test_no_more_calls_of_generate_at_once_than_the_tokens_in_flight():
+    admission = Admission(Clock())
+    admission.configure({"t": TenantConfig(inflight_tokens=1000)})
+    with admission.writing("t", 600), pytest.raises(OverloadedError) as caught:
+        admission.writing("t", 600).__enter__()
+    assert caught.value.field == "tenants.t.inflight_tokens"
+    assert admission.counters()["t"]["inflight_tokens"] == 0
 
 
 def test_whoever_is_not_listed_has_the_default_on_an_account_of_its_own():

@@ -184,3 +184,18 @@ def test_the_counts_are_those_of_the_jobs_that_wait(steps):
         assert batcher.queued_jobs == len(waiting)
         assert batcher.queued_tokens == sum(job.tokens for job in waiting.values())
         assert sum(batcher.queued_tokens_of().values()) == batcher.queued_tokens
+
+
+def test_deadlines_of_jobs_that_have_ended_are_forgotten():
+    batcher = Batcher(100, 10_000)
+    batcher.add(Job(0, "other", 1, 1e9))
+    for number in range(1, 10_000):
+        batcher.add(Job(number, "t", 1, 1e9))
+        if number % 2:
+            batcher.cancel(number)
+        else:
+            batcher.next_batch(0.0)
+            batcher.add(Job(0, "other", 1, 1e9))
+    assert len(batcher._deadlines) < 200
+    assert sum(len(tenant.queue) for tenant in batcher._tenants.values()) < 200
+    assert [job.job_id for job in batcher.next_batch(2e9)[1]] == [0]

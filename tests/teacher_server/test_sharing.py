@@ -1,6 +1,7 @@
 """Computed once: what is stored or under way costs no forward pass, and everybody gets the same bytes."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from teacher_server.edge.admission import Admission
 from teacher_server.edge.sharing import LabelSharing
 from teacher_wire.errors import OverloadedError, ServerError
 from teacher_wire.fake import FakeTeacher
+from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.label_store import LabelStore
 from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch, float32
 
@@ -203,3 +205,69 @@ async def test_stored_labels_cost_no_tokens():
     assert (await shared.score(call_of(teacher, B, tenant="u"))).rows == 2
     now_s[0] += caught.value.retry_after_s + 1e-6
     assert (await shared.score(call_of(teacher, C, tenant="t"))).rows == 4
+
+
+async def test_labels_carry_the_fingerprint_of_who_computed_them_and_foreign_ones_are_nobodys(tmp_path):
+    """Else the student's own check of it would be dead behind an edge."""
+    teacher = Teacher(mistake="foreign")
+    for shared in (sharing(teacher), sharing(teacher, tmp_path)):
+        call = call_of(teacher, A, B)
+        answer = await shared.score(call)
+        assert answer.fingerprint == "0" * 64
+        joined = await asyncio.gather(shared.score(call_of(teacher, A, C)), shared.score(call_of(teacher, C, D, A)))
+        assert {answer.fingerprint for answer in joined} == {"0" * 64}
+        assert shared.counters()["memory_bytes"] == 0
+        teacher.mistake = ""
+        right = await shared.score(call)
+        assert right.fingerprint == call.fingerprint
+        teacher.mistake = "foreign"
+        mixed = await shared.score(call_of(teacher, A, D))  # A is kept, D is computed by another one
+        assert mixed.fingerprint == "0" * 64
+        assert (await shared.score(call)).fingerprint == call.fingerprint
+    assert not list(tmp_path.rglob("*foreign*")) and len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+async def test_an_answers_labels_are_written_side_by_side(tmp_path):
+    together = threading.Barrier(4)
+
+    class Slow(LabelStore):
+        def keep(self, *arguments):
+            together.wait(20)  # for as many as the answer has sequences
+            return super().keep(*arguments)
+
+    teacher = Teacher()
+    shared = LabelSharing(teacher, Admission(), memory_bytes=0, store=Slow(tmp_path))
+    call = call_of(teacher, A, B, C, D)
+    answer = await shared.score(call)
+    assert answer.rows == call.batch.rows and not together.broken
+
+
+class Writer(FakeTeacher):
+    """Writes three tokens a sample, and waits before each."""
+
+    async def generate(self, call):
+        for prompt, index in call.wanted():
+            await asyncio.sleep(0)
+            yield Sample(prompt, index, np.ones(3, np.int32), np.zeros(3, np.float32), "stop")
+
+
+def writing(tenant="t", have=()):
+    spec = SamplingSpec(samples=2, max_new_tokens=1_000)
+    return GenerateCall("", "", spec, PromptBatch.pack([[1, 2], [3, 4, 5]]), frozenset(have), tenant=tenant)
+
+
+async def test_a_call_of_generate_pays_for_what_may_be_written_and_gets_back_what_was_not():
+    now_s = [0.0]
+    admission = Admission(lambda: now_s[0])
+    admission.configure({"t": TenantConfig(tokens_per_s=100)})
+    shared = sharing(Writer(), admission=admission)
+    samples = shared.generate(writing())
+    await anext(samples)
+    for _ in range(51):
+        with pytest.raises(OverloadedError):
+            await anext(shared.generate(writing()))
+    assert len([sample async for sample in samples]) == 3
+    assert admission.counters()["t"]["computed_tokens"] == 5 + 4 * 3
+    assert len([sample async for sample in shared.generate(writing(have=[(0, 0), (0, 1), (1, 0)]))]) == 1
+    assert admission.counters()["t"]["computed_tokens"] == 17 + 3 + 3  # of the prompt that was gone on with
+    assert admission.counters()["t"]["inflight_tokens"] == 0

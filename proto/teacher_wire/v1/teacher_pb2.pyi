@@ -155,18 +155,20 @@ class SignalSpec(_message.Message):
     def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., k: _Optional[int] = ..., vocab_rows: _Optional[int] = ..., extra: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ...) -> None: ...
 
 class ScoreUp(_message.Message):
-    __slots__ = ("open", "request", "credit", "ack", "cancel")
+    __slots__ = ("open", "request", "credit", "ack", "cancel", "part")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     open: Open
     request: ScoreRequest
     credit: Credit
     ack: Ack
     cancel: Cancel
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., request: _Optional[_Union[ScoreRequest, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    part: RequestPart
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., request: _Optional[_Union[ScoreRequest, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., part: _Optional[_Union[RequestPart, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("protocol", "window_bytes")
@@ -199,6 +201,18 @@ class ScoreRequest(_message.Message):
     resume: Resume
     extra_ids: Tensor
     def __init__(self, request_id: _Optional[str] = ..., teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., spec: _Optional[_Union[SignalSpec, _Mapping]] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., cu_lengths: _Optional[_Union[Tensor, _Mapping]] = ..., wanted: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., extra_ids: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class RequestPart(_message.Message):
+    __slots__ = ("request_id", "total_bytes", "offset", "data")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    total_bytes: int
+    offset: int
+    data: bytes
+    def __init__(self, request_id: _Optional[str] = ..., total_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Resume(_message.Message):
     __slots__ = ("reply_id", "next_chunk")
@@ -393,12 +407,16 @@ class GenerateDone(_message.Message):
     def __init__(self, samples: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class HeadRequest(_message.Message):
-    __slots__ = ("teacher", "fingerprint")
+    __slots__ = ("teacher", "fingerprint", "offset", "timeout_ms")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     fingerprint: str
-    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    offset: int
+    timeout_ms: int
+    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., offset: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
 
 class HeadChunk(_message.Message):
     __slots__ = ("header", "offset", "data")

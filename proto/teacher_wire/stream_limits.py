@@ -1,0 +1,56 @@
+"""What an edge holds for its peers at most, in numbers: per stream, per tenant and per edge. The floor of `accounts`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_MESSAGE_BYTES = 5 << 20  # one message up: the ids of the longest Generate call (2^20 tokens) and its `have`
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """What a server holds for its peers at most. Whatever is above a limit is refused or waits; nothing is dropped.
+
+    Attributes:
+        max_window_bytes: largest reply window that a student may open.
+        max_open_requests: unanswered requests of one stream.
+        max_unread_refusals: refusals of one stream that the student has not read; then its stream is not read from.
+        max_message_bytes: of one message up; longer Score requests come in parts.
+        max_request_bytes: of one Score request that comes in parts.
+        stall_s: a peer that takes no message for this long is dropped; so is a request whose next part does not come.
+        max_calls, max_tenant_calls: open Score streams, Generate and Head calls, of the edge and of one tenant.
+        max_heads, max_tenant_heads: of these, Head calls.
+        max_tenant_requests: unanswered requests of one tenant, all its streams and calls together.
+        max_request_held_bytes, max_tenant_request_held_bytes: bytes of unanswered requests. A single request passes.
+        max_reply_held_bytes, max_tenant_reply_held_bytes: reply bytes computed, or being computed, that the peer has
+            not taken. Requests beyond wait.
+        unproven_reply_held_bytes: the same for a tenant that has taken nothing lately: what it took in the last
+            seconds is added, so that a peer that does not read holds little and a fast one is not held up.
+        kept_reply_bytes: finished replies kept for resumption, all streams together.
+        kept_reply_s: how long they are kept.
+    """
+
+    max_window_bytes: int = 256 << 20
+    max_open_requests: int = 1024
+    max_unread_refusals: int = 64
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_request_bytes: int = 64 << 20
+    stall_s: float = 120.0
+    max_calls: int = 4096
+    max_tenant_calls: int = 512
+    max_heads: int = 8
+    max_tenant_heads: int = 4
+    max_tenant_requests: int = 4096
+    max_request_held_bytes: int = 256 << 20
+    max_tenant_request_held_bytes: int = 32 << 20
+    max_reply_held_bytes: int = 2 << 30
+    max_tenant_reply_held_bytes: int = 1 << 30
+    unproven_reply_held_bytes: int = 64 << 20
+    kept_reply_bytes: int = 64 << 20
+    kept_reply_s: float = 120.0
+
+
+def with_message_limit(options: list[tuple[str, int]], max_message_bytes: int) -> list[tuple[str, int]]:
+    """Channel options of a server that receives messages of this length at most."""
+    name = "grpc.max_receive_message_length"
+    return [*(option for option in options if option[0] != name), (name, max_message_bytes)]
