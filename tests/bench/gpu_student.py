@@ -175,7 +175,9 @@ class Room:
     ) -> Row:  # fmt: skip
         """A run of the trainer, as it ships unless told otherwise."""
         loss: dict[str, Any] = (
-            {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0} if transport else {"output": None, "sft_weight": 1.0}
+            {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0}
+            if transport
+            else {"output": None, "sft_weight": 1.0}
         )
         config = self.config(loss, transport or "hidden", graphs)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)

@@ -38,7 +38,13 @@ def case_config(folder: Path, *overrides: str) -> TrainConfig:
     return parse_config(read_tree(base_file(folder), list(overrides)), "case")
 
 
-def command(*arguments: object, cwd: Path, env: dict[str, str] | None = None, timeout_s: float = 240, house: str = "student_trainer") -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: object,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    timeout_s: float = 240,
+    house: str = "student_trainer",
+) -> subprocess.CompletedProcess[str]:
     """Runs a real command of a house in a process of its own and returns its exit code and output."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
@@ -47,6 +53,10 @@ def command(*arguments: object, cwd: Path, env: dict[str, str] | None = None, ti
     )  # fmt: skip
 
 
-def train_case(folder: Path, *overrides: str, resume: bool = False, env: dict[str, str] | None = None, **more: object) -> subprocess.CompletedProcess[str]:
+def train_case(
+    folder: Path, *overrides: str, resume: bool = False, env: dict[str, str] | None = None, **more: object
+) -> subprocess.CompletedProcess[str]:
     """`student-trainer train` of the base config with overrides, in a process of its own."""
-    return command("train", base_file(folder), *overrides, *(["--resume", "auto"] if resume else []), cwd=folder, env=env, **more)  # type: ignore[arg-type]
+    return command(
+        "train", base_file(folder), *overrides, *(["--resume", "auto"] if resume else []), cwd=folder, env=env, **more
+    )  # type: ignore[arg-type]

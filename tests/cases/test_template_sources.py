@@ -118,7 +118,11 @@ def test_named_templates_in_both_houses(tmp_path: Path) -> None:
     assert told["chat_template_sha256"] == plain["chat_template_sha256"] != ""
     fake = fake_for(MODELS / "dicttemplate")
     with serve(fake) as server:
-        base = (f"model.path={MODELS}/dicttemplate", f"teacher.address={server.address}", "loss.output.divergence=forward_kl")
+        base = (
+            f"model.path={MODELS}/dicttemplate",
+            f"teacher.address={server.address}",
+            "loss.output.divergence=forward_kl",
+        )
         ran(case_config(tmp_path, *base))
         (tmp_path / "own.jinja").write_text(AutoTokenizer.from_pretrained(MODELS / "gptoss").chat_template)
         other = (*base, f"data.template={tmp_path}/own.jinja", f"run.output_dir={tmp_path}/other")

@@ -114,7 +114,9 @@ def test_a_model_that_fails_while_loading_is_named(model_factory, tmp_path):
 
     folder = shutil.copytree(model_factory("qwen2"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "none_such", "architectures": ["NoneSuch"]}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "none_such", "architectures": ["NoneSuch"]})
+    )
     path = tmp_path / "server.yaml"
     path.write_text(yaml.safe_dump(server_config(transformers_teacher("exact", folder))))
     result = run_cli("up", path, house="teacher_server")

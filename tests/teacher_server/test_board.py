@@ -158,6 +158,8 @@ async def test_tenants_that_are_gone_leave_no_rows_behind():
     names = {row.name for row in (await board.status()).tenants}
     assert {"listed", "present"} <= names and len(names) <= 4
     assert next(row for row in (await board.status()).tenants if row.name == "listed").served_tokens == 500
+
+
 async def test_a_replica_whose_forward_passes_fail_is_told_and_remembered_once_replaced():
     board, clock = await board_of()
     sick = replace(replica(forwards=3, a=10), trouble="forward passes fail: CUDA error: illegal address")
