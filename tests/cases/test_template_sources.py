@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from student_trainer.config import TrainConfig
 from student_trainer.data import templates
-from student_trainer.errors import ConfigError, DataError, StudentError
+from student_trainer.errors import ConfigError, DataError
 from student_trainer.inputs import load_data
 from student_trainer.train import train
 from teacher_wire.errors import MismatchError
@@ -118,7 +118,11 @@ def test_named_templates_in_both_houses(tmp_path: Path) -> None:
     assert told["chat_template_sha256"] == plain["chat_template_sha256"] != ""
     fake = fake_for(MODELS / "dicttemplate")
     with serve(fake) as server:
-        base = (f"model.path={MODELS}/dicttemplate", f"teacher.address={server.address}", "loss.output.divergence=forward_kl")
+        base = (
+            f"model.path={MODELS}/dicttemplate",
+            f"teacher.address={server.address}",
+            "loss.output.divergence=forward_kl",
+        )
         ran(case_config(tmp_path, *base))
         (tmp_path / "own.jinja").write_text(AutoTokenizer.from_pretrained(MODELS / "gptoss").chat_template)
         other = (*base, f"data.template={tmp_path}/own.jinja", f"run.output_dir={tmp_path}/other")
@@ -172,9 +176,5 @@ def test_a_student_with_more_added_tokens_learns_if_no_row_has_them(tmp_path: Pa
     assert len(tok) == vocabulary + 1
     fake = fake_for(MODELS / "qwen2")
     with serve(fake) as server:
-        try:
-            said = ran(case_config(tmp_path, f"model.path={student}", f"teacher.address={server.address}", "loss.output.divergence=forward_kl"))  # fmt: skip
-        except StudentError as error:  # the house may refuse a tokenizer above the embeddings, by name
-            assert "tokenizer" in str(error)
-        else:
-            assert "added tokens alone" in said
+        config = case_config(tmp_path, f"model.path={student}", f"teacher.address={server.address}", "loss.output.divergence=forward_kl")  # fmt: skip
+        assert "added tokens alone" in ran(config)
