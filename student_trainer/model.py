@@ -27,6 +27,7 @@ from student_trainer.data.tokenizer_file import load_tokenizer
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head
 from student_trainer.model_limits import position_limit
+from student_trainer.saving import not_finite
 
 _DROPOUTS = (
     "dropout",
@@ -236,6 +237,8 @@ def load_student(config: ModelConfig, seed: int) -> Student:
         exported=dtype if masters else None,
         notes=(*_adapter_notes(config, sources), *precision.notes(config, model)),
     )
+    if broken := not_finite(model):
+        raise ModelError(f"model.path {config.path}: its weights are not finite, {broken} first")
     student.check(config)
     student.is_graphed = quicken(model, config)
     return student

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from student_trainer import evaluate
 from student_trainer.config import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.errors import ModelError, RunError
+from student_trainer.errors import RunError
 from student_trainer.feed.arrays import LabelTensors
 from student_trainer.feed.packing import pack
 from student_trainer.feed.provided import ProvidedRequests
@@ -55,7 +55,7 @@ from student_trainer.run_folder import (
     result_of,
     settled_labels,
 )
-from student_trainer.saving import not_finite, saved_bytes, state_bytes
+from student_trainer.saving import saved_bytes, state_bytes
 from student_trainer.trackers import make_trackers
 from student_trainer.trainer import DistillationTrainer, check_single_process, training_arguments
 
@@ -93,8 +93,6 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
-            if broken := not_finite(student.model):
-                raise ModelError(f"model.path {config.model.path}: its weights are not finite, {broken} first")
             data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config) if resume else None)
             check_data(student.outline, config.model.path, data, held_out)
             teacher = meet_teacher(

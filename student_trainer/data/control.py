@@ -93,7 +93,7 @@ class ControlTokens:
         """
         from tokenizers import Tokenizer
 
-        parsed = json.loads(self._tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        parsed = json.loads(self._tokenizer.backend_tokenizer.to_str())
         for entry in parsed["added_tokens"]:
             if entry["content"] in self.ids:
                 entry["content"] = _renamed(entry["content"])

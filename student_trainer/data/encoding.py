@@ -13,8 +13,10 @@ Axes: L tokens of one sequence, M of its targets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from student_trainer.data.templates import Answer, Template
 from student_trainer.errors import DataError
 
+_TAIL = 256  # characters at the end of a prompt in which a token is looked for that cuts every text
 _NEUTRAL = (
     "\n.:a1 "  # characters to tokenise a target behind; the first that no merge of the tokenizer joins to it is taken
 )
@@ -75,8 +78,11 @@ class Encoder:
         if not tokenizer.is_fast:
             raise DataError("rows need a fast tokenizer (tokenizer.json)", field="tokenizer")
         self._template = template
-        self._backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self._backend: Any = tokenizer.backend_tokenizer
         self._first = [int(tokenizer.bos_token_id)] if template.begins_with_bos else []
+        self._cutting = _cutting(tokenizer)
+        longest_first = sorted(self._cutting, key=len, reverse=True)
+        self._cuts = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._neutral: dict[tuple[str, bool], list[int]] = {}
         self.border_merges = 0
         self.parted = 0
@@ -89,33 +95,94 @@ class Encoder:
             turns: "auto": one sequence for all answers where the rules allow it, else one for each; "each"; "last": as "each", for
                 templates that were asked for the last answer alone.
         """
-        found = self._tokenised(answer for answers in conversations for answer in answers)
-        return [self._conversation(answers, turns, found) for answers in conversations]
+        joint = [i for i, answers in enumerate(conversations) if turns == "auto" and len(answers) > 1]
+        made: dict[int, list[TokenSequence]] = {}
+        candidates = [i for i in joint if _extends(conversations[i])]
+        found = self._tokenised(
+            (answer, answer is conversations[i][-1]) for i in candidates for answer in conversations[i]
+        )
+        for i in candidates:
+            if parts := self._together(conversations[i], found):
+                made[i] = [self._sequence(parts)]
+        self.parted += len(joint) - len(made)
+        others = [i for i in range(len(conversations)) if i not in made]
+        found = self._tokenised((answer, True) for i in others for answer in conversations[i])
+        for i in others:
+            made[i] = [self._sequence([(answer, self._behind(answer, found))]) for answer in conversations[i]]
+        return [made[i] for i in range(len(conversations))]
 
     def prompts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """The ids of `Template.prompt`s."""
         found = self._encode(texts)
         return [self._first + found[key].ids for key in texts]
 
-    def _conversation(self, answers: Sequence[Answer], turns: str, found: dict[Any, Any]) -> list[TokenSequence]:
-        if turns == "auto" and len(answers) > 1:
-            inner = [self._behind(answer, found, last=answer is answers[-1]) for answer in answers]
-            if _extends(answers, inner):
-                return [self._sequence(list(zip(answers, inner, strict=True)))]
-            self.parted += 1
-        return [self._sequence([(answer, self._behind(answer, found, last=True))]) for answer in answers]
+    def _together(self, answers: Sequence[Answer], found: dict[Any, Any]) -> list[tuple[Answer, _Behind]]:
+        """All answers in the last one's sequence; [] where the ids do not extend."""
+        last = self._behind(answers[-1], found)
+        whole = found[answers[-1].prompt + answers[-1].target + answers[-1].ending, answers[-1].literal]
+        parts = []
+        for i, answer in enumerate(answers[:-1]):
+            prompt, text = self._prompt(answer, whole, found), answer.prompt + answer.target
+            ids = self._up_to(text, whole) if not answer.literal else None
+            if ids is None:  # the turn does not end with a token that cuts every text: ask the tokenizer
+                ids = self._encode([(text, answer.literal)])[text, answer.literal].ids
+            after = last.prompt_ids if i == len(answers) - 2 else self._prompt(answers[i + 1], whole, found)
+            if ids[: len(prompt)] != prompt or after[: len(ids)] != ids:
+                return []
+            spans = _within(whole.offsets[len(prompt) : len(ids)], len(answer.prompt)) if answer.weights else ()
+            parts.append((answer, _Behind(prompt, ids[len(prompt) :], spans, merged=False)))
+        return [*parts, (answers[-1], last)]
 
-    def _behind(self, answer: Answer, found: dict[Any, Any], *, last: bool) -> _Behind:
-        target = answer.target + answer.ending * last
-        prompt = found[answer.prompt, answer.literal].ids
+    def _behind(self, answer: Answer, found: dict[Any, Any]) -> _Behind:
+        """An answer that ends its sequence."""
+        target = answer.target + answer.ending
         whole = found[answer.prompt + target, answer.literal]
-        merged = whole.ids[: len(prompt)] != prompt
-        if not merged:
-            cut, before = len(prompt), len(answer.prompt)
-        else:
+        prompt = self._prompt(answer, whole, found)
+        cut, before = len(prompt), len(answer.prompt)
+        merged = whole.ids[:cut] != prompt
+        if merged:
             whole, cut, before = self._alone(target, literal=answer.literal)
-        spans = whole.offsets[cut:] if answer.weights else ()
-        return _Behind(prompt, whole.ids[cut:], [(max(0, a - before), max(0, b - before)) for a, b in spans], merged)
+        spans = _within(whole.offsets[cut:], before) if answer.weights else ()
+        return _Behind(prompt, whole.ids[cut:], spans, merged)
+
+    def _prompt(self, answer: Answer, whole: Any, found: dict[Any, Any]) -> list[int]:
+        """The ids of the answer's prompt alone; `whole` is the encoding of a text that begins with it."""
+        anchor = self._anchor(answer)
+        if anchor is not None:
+            at, content = anchor
+            token = whole.char_to_token(at)
+            tail = found[answer.prompt[at:], False].ids
+            is_there = token is not None and tuple(whole.token_to_chars(token) or ()) == (at, at + len(content))
+            if is_there and tail[0] == self._cutting[content] == whole.ids[token]:
+                return list(whole.ids[:token] + tail)
+        key = answer.prompt, answer.literal
+        if key not in found:
+            found.update(self._encode([key]))
+        return list(found[key].ids)
+
+    def _anchor(self, answer: Answer) -> tuple[int, str] | None:
+        """The last token in the prompt at which every text is cut: what stands before it does not change the ids behind it.
+
+        So the prompt's ids are those of the whole text up to it, and from there those of the prompt's short tail alone.
+        """
+        last = None if answer.literal else self._last_cut(answer.prompt)
+        return (last.start(), last.group()) if last else None
+
+    def _last_cut(self, text: str) -> re.Match[str] | None:
+        """The last token near the end of `text` at which every text is cut."""
+        if self._cuts is None:
+            return None
+        return next(reversed(list(self._cuts.finditer(text, max(0, len(text) - _TAIL)))), None)
+
+    def _up_to(self, text: str, whole: Any) -> list[int] | None:
+        """The ids of `text`, with which the text of `whole` begins, if it ends with a token at which every text is cut."""
+        last = self._last_cut(text)
+        if last is None or last.end() != len(text):
+            return None
+        token = whole.char_to_token(last.start())
+        if token is None or tuple(whole.token_to_chars(token) or ()) != last.span():
+            return None
+        return list(whole.ids[: token + 1])
 
     def _alone(self, target: str, *, literal: bool) -> tuple[Any, int, int]:
         """The encoding of `target` behind a neutral character, and how many ids and characters of it are that character's."""
@@ -150,12 +217,13 @@ class Encoder:
             np.array(ids, np.int32), mask, target_bytes, weights, tuple(answer.turn for answer, _ in parts)
         )
 
-    def _tokenised(self, answers: Iterable[Answer]) -> dict[Any, Any]:
+    def _tokenised(self, answers: Iterable[tuple[Answer, bool]]) -> dict[Any, Any]:
+        """Encodings of what the answers need: the prompt's tail, or all of it, and for those that end a sequence the whole text."""
         texts: dict[tuple[str, bool], None] = {}
-        for answer in answers:
-            texts[answer.prompt, answer.literal] = None
-            texts[answer.prompt + answer.target, answer.literal] = None
-            if answer.ending:
+        for answer, ends in answers:
+            anchor = self._anchor(answer)
+            texts[(answer.prompt, answer.literal) if anchor is None else (answer.prompt[anchor[0] :], False)] = None
+            if ends:
                 texts[answer.prompt + answer.target + answer.ending, answer.literal] = None
         return self._encode(list(texts))
 
@@ -175,15 +243,27 @@ class Encoder:
         return found
 
 
-def _extends(answers: Sequence[Answer], behind: Sequence[_Behind]) -> bool:
-    """Whether each prompt, as inference tokenises it, begins with the sequence so far."""
-    for i in range(1, len(answers)):
-        before = behind[i - 1].ids
-        if not answers[i].prompt.startswith(answers[i - 1].prompt + answers[i - 1].target):
-            return False
-        if behind[i].prompt_ids[: len(before)] != before:
-            return False
-    return True
+def _extends(answers: Sequence[Answer]) -> bool:
+    """Whether each prompt begins with the text so far."""
+    return all(
+        after.prompt.startswith(before.prompt + before.target) and after.literal == before.literal
+        for before, after in pairwise(answers)
+    )
+
+
+def _within(offsets: Sequence[tuple[int, int]], before: int) -> list[tuple[int, int]]:
+    return [(max(0, start - before), max(0, end - before)) for start, end in offsets]
+
+
+def _cutting(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The added tokens at which every text is cut before anything else happens to it, with their ids."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    changes = normalizer is not None and repr(normalizer) != "Sequence(normalizers=[])"
+    return {
+        added.content: token_id
+        for token_id, added in tokenizer.added_tokens_decoder.items()
+        if not (added.lstrip or added.rstrip or added.single_word or (added.normalized and changes))
+    }
 
 
 def token_weights(spans: Sequence[tuple[int, int]], weights: Sequence[tuple[int, float]], length: int) -> np.ndarray:

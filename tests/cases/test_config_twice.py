@@ -141,7 +141,7 @@ def test_a_file_keeps_text_where_text_is_expected(tmp_path, student, which):
             "train: {report_to: [on, 7, 1.50]}\n", "teacher.name=no", "teacher.tenant=", "run.output_dir=2024"
         )
         assert config.train.report_to == ("on", "7", "1.50")
-        assert (config.teacher.name, config.teacher.tenant, str(config.run.output_dir)) == ("no", "", "2024")
+        assert (config.teacher.name, config.teacher.tenant, config.run.output_dir.name) == ("no", "", "2024")
         return
     file = tmp_path / "server.yaml"
     file.write_text(

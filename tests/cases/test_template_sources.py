@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from student_trainer.config import TrainConfig
 from student_trainer.data import templates
-from student_trainer.errors import ConfigError, DataError, StudentError
+from student_trainer.errors import ConfigError, DataError
 from student_trainer.inputs import load_data
 from student_trainer.train import train
 from teacher_wire.errors import MismatchError
@@ -176,9 +176,5 @@ def test_a_student_with_more_added_tokens_learns_if_no_row_has_them(tmp_path: Pa
     assert len(tok) == vocabulary + 1
     fake = fake_for(MODELS / "qwen2")
     with serve(fake) as server:
-        try:
-            said = ran(case_config(tmp_path, f"model.path={student}", f"teacher.address={server.address}", "loss.output.divergence=forward_kl"))  # fmt: skip
-        except StudentError as error:  # the house may refuse a tokenizer above the embeddings, by name
-            assert "tokenizer" in str(error)  # noqa: PT017
-        else:
-            assert "added tokens alone" in said
+        config = case_config(tmp_path, f"model.path={student}", f"teacher.address={server.address}", "loss.output.divergence=forward_kl")  # fmt: skip
+        assert "added tokens alone" in ran(config)

@@ -117,6 +117,19 @@ def test_prompts_targets_and_segmentation(name: str, capsys: pytest.CaptureFixtu
     assert counted["border merges"] == BORDER_MERGES[name], "answers that begin with spaces"
 
 
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_what_is_taken_from_the_whole_text_is_what_the_prompt_alone_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = choose("chat", real(name))
+    answers = [template.answers(talk) for kind, talk in CONVERSATIONS.items() if not refusal(name, kind)]
+    quick = Encoder(real(name), template).encode(answers)
+    monkeypatch.setattr(Encoder, "_last_cut", lambda self, text: None)
+    for mine, slow in zip(quick, Encoder(real(name), template).encode(answers), strict=True):
+        assert [one.token_ids.tolist() for one in mine] == [one.token_ids.tolist() for one in slow]
+        assert [one.loss_mask.tolist() for one in mine] == [one.loss_mask.tolist() for one in slow]
+
+
 def _runs(ids: list[int], mask) -> list[list[int]]:
     runs: list[list[int]] = []
     for i, wanted in enumerate(mask):

@@ -20,7 +20,7 @@ GOOD = "run: {output_dir: runs/x}\nmodel: {path: some/model}\ndata: {train: [row
         ("loss.output={temperature: {start: 2, en: 1}}", "loss.output.temperature.en: unknown key; did you mean end.$"),
         ("data.train=[{path: a.jsonl, fromat: x}]", "data.train.0.fromat: unknown key; did you mean format.$"),
         ("data.train=[{format: x}]", "data.train.0.path: missing$"),
-        ("data.train=[5]", "data.train.0: .*\\(got 5\\)$"),
+        ("data.train=[5]", "data.train: a source is a path .*, not int \\(got \\[5\\]\\)$"),
         ("modle.path=x", "modle: unknown key; did you mean model.$"),
         ("train.save_steps=7", "config: train.save_steps=7 must be a multiple"),
     ],

@@ -143,6 +143,27 @@ def test_a_border_merge_brings_no_space_of_its_own(scheme: str) -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["chatml", "llama", "glm", "rewriting", *SCHEMES])
+def test_what_is_taken_from_the_whole_text_is_what_the_prompt_alone_gives(family: str, monkeypatch) -> None:
+    """Prompts are not tokenised whole again: the ids before their last control token are those of the longer text."""
+    tok = metaspace(family) if family in SCHEMES else tokenizer(family)
+    template = choose("chat", tok)
+    talks = [
+        conversation(("system", "S"), ("user", asked), ("assistant", first), ("user", second), ("assistant", asked))
+        for asked, first, second in zip(CONTENTS, CONTENTS[2:] + CONTENTS[:2], ("\n", "x\n\n", "é 你", " y", "z", "\t", "a"), strict=True)
+        if asked.strip() and first.strip()
+    ]  # fmt: skip
+    answers = [template.answers(talk) for talk in talks]
+    quick = Encoder(tok, template).encode(answers)
+    assert any(Encoder(tok, template)._anchor(answer) for some in answers for answer in some)
+    monkeypatch.setattr(Encoder, "_last_cut", lambda self, text: None)
+    for mine, slow in zip(quick, Encoder(tok, template).encode(answers), strict=True):
+        assert [one.turns for one in mine] == [one.turns for one in slow]
+        for one, other in zip(mine, slow, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert one.loss_mask.tolist() == other.loss_mask.tolist()
+
+
 def test_whitespace_after_the_end_of_turn_is_not_supervised() -> None:
     tok = tokenizer("chatml")
     talk = conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
