@@ -32,10 +32,11 @@ TRAIN_ROWS = STEPS * BATCH_SIZE  # one pass: no arm sees a row twice
 HELD_OUT_ROWS = 256
 MAX_TOKENS = 192
 TOP_K = 32
+PURE = {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0}  # labels alone beside hard labels alone
 LOSSES: dict[str, dict[str, Any]] = {
     "sft": {"loss": {"output": None, "sft_weight": 1.0}},
-    "gkd_top_k": {"labels": {"transport": "top_k", "k": TOP_K}},
-    "gkd_hidden": {"labels": {"transport": "hidden"}},
+    "gkd_top_k": {"labels": {"transport": "top_k", "k": TOP_K}, "loss": PURE},
+    "gkd_hidden": {"labels": {"transport": "hidden"}, "loss": PURE},
 }
 METRICS = ("nll_per_byte", "kl_to_teacher", "acc1", "acc3")
 
