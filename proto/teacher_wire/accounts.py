@@ -18,6 +18,7 @@ from teacher_wire.stream_limits import StreamLimits
 
 _TAKEN_MEMORY_S = 2.0  # time constant of what a tenant took lately
 _RETRY_S = 1.0
+_RECEIVING = 8  # messages of Generate and Head that come at a time, of one tenant
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Account:
         requests, request_bytes: unanswered.
         reply_bytes: reserved or computed, and not yet taken by the peer.
         reading: held by the stream whose request is being read.
+        receiving: held by a call of Generate or Head while its one message comes.
     """
 
     tenant: str
@@ -38,6 +40,7 @@ class Account:
     request_bytes: int = 0
     reply_bytes: int = 0
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_RECEIVING))
     waiting: deque[tuple[int, asyncio.Future[None]]] = field(default_factory=deque)
     _taken: float = 0.0
     _taken_s: float = 0.0

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from teacher_wire import status
-from teacher_wire.errors import ServerError, TeacherWireError, UnavailableError
+from teacher_wire.errors import RequestError, ServerError, TeacherWireError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,21 @@ class Caller:
         data = await self._context.read()
         return None if data is grpc.aio.EOF else data
 
+    async def read_only(self) -> bytes:
+        """The one message of a call that has one.
+
+        Raises:
+            RequestError: there is none, or it did not come in time.
+        """
+        try:
+            async with asyncio.timeout(self._stall_s):
+                data = await self.read()
+        except TimeoutError:
+            raise RequestError("the request did not come in time", field="stall_s", limit=self._stall_s) from None
+        if data is None:
+            raise RequestError("the call has no request")
+        return data
+
     async def send(self, data: bytes) -> None:
         """Sends a message; returns once it has left this process, or is the only one that has not.
 
@@ -55,7 +70,7 @@ class Caller:
 
 async def abort(context: Context, error: BaseException) -> None:
     """Ends a call with the error's code and detail; always raises."""
-    found = known(error)
+    found = bare(known(error))
     detail = status.to_detail(found).SerializeToString()
     try:
         async with asyncio.timeout(_ABORT_S):
@@ -72,6 +87,12 @@ def known(error: BaseException) -> TeacherWireError:
         return UnavailableError("the server dropped the request")
     log.error("unexpected %s while answering", type(error).__name__, exc_info=error)
     return ServerError(f"{type(error).__name__}: {error}")
+
+
+def bare(error: TeacherWireError) -> TeacherWireError:
+    """The error without the frames it came through: they hold the message that was refused, in a circle at that."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def cancelled_from_outside() -> bool:

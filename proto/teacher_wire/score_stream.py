@@ -17,7 +17,7 @@ import numpy as np
 
 from teacher_wire import PROTOCOL, codec, status
 from teacher_wire.accounts import Account, Accounts
-from teacher_wire.caller import Caller, cancelled_from_outside, known
+from teacher_wire.caller import Caller, bare, cancelled_from_outside, known
 from teacher_wire.errors import (
     CapabilityError,
     DeadlineError,
@@ -333,7 +333,7 @@ class ScoreStream:
             codec.check_request_id(request_id)
         except RequestError:
             request_id = ""  # an id that is none is not sent back
-        failed = pb.ScoreFailed(request_id=request_id, error=status.to_detail(error))
+        failed = pb.ScoreFailed(request_id=request_id, error=status.to_detail(bare(error)))
         self._unread_refusals += 1
         self._out.put_nowait(_Item(pb.ScoreDown(failed=failed).SerializeToString(), refusal=True))
 

@@ -103,8 +103,9 @@ class TeacherServicer:
             "Describe": grpc.unary_unary_rpc_method_handler(self._describe),
             "Status": grpc.unary_unary_rpc_method_handler(self._status),
             "Score": grpc.stream_stream_rpc_method_handler(self._score),
-            "Generate": grpc.unary_stream_rpc_method_handler(self._generate),
-            "Head": grpc.unary_stream_rpc_method_handler(self._head),
+            # One request each, and the same on the wire; but so a call is counted before its message is received.
+            "Generate": grpc.stream_stream_rpc_method_handler(self._generate),
+            "Head": grpc.stream_stream_rpc_method_handler(self._head),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
@@ -145,25 +146,27 @@ class TeacherServicer:
             finally:
                 self._streams.discard(stream)
 
-    async def _generate(self, data: bytes, context: Context) -> None:
-        async with _ended_with_status(context), self._call(context) as account, self._request(account, len(data)):
+    async def _generate(self, _requests: Any, context: Context) -> None:
+        async with _ended_with_status(context), self._call(context) as account:
             caller = Caller(context, self._limits.stall_s)
-            answers = generate_servicer.answers(self._service, data, account.tenant, self._offload)
-            async with contextlib.aclosing(answers):
-                async for message in answers:
-                    await caller.send(message)
-
-    async def _head(self, data: bytes, context: Context) -> None:
-        async with _ended_with_status(context), self._call(context) as account, self._request(account, len(data)):
-            self._accounts.open_head(account)
-            try:
-                caller = Caller(context, self._limits.stall_s)
-                chunks = head_servicer.chunks(self._service, data, lambda size: self._charge(account.tenant, size))
-                async with contextlib.aclosing(chunks):
-                    async for message in chunks:
+            async with self._request(account, caller) as data:
+                answers = generate_servicer.answers(self._service, data, account.tenant, self._offload)
+                async with contextlib.aclosing(answers):
+                    async for message in answers:
                         await caller.send(message)
-            finally:
-                self._accounts.close_head(account)
+
+    async def _head(self, _requests: Any, context: Context) -> None:
+        async with _ended_with_status(context), self._call(context) as account:
+            caller = Caller(context, self._limits.stall_s)
+            async with self._request(account, caller) as data:
+                self._accounts.open_head(account)
+                try:
+                    chunks = head_servicer.chunks(self._service, data, lambda size: self._charge(account.tenant, size))
+                    async with contextlib.aclosing(chunks):
+                        async for message in chunks:
+                            await caller.send(message)
+                finally:
+                    self._accounts.close_head(account)
 
     @contextlib.asynccontextmanager
     async def _call(self, context: Context) -> AsyncIterator[Account]:
@@ -177,12 +180,15 @@ class TeacherServicer:
             self._accounts.leave(account)
 
     @contextlib.asynccontextmanager
-    async def _request(self, account: Account, size: int) -> AsyncIterator[None]:
-        """A request of a call that is one request."""
+    async def _request(self, account: Account, caller: Caller) -> AsyncIterator[bytes]:
+        """The request of a call that is one request, counted while it is answered."""
+        async with account.receiving:
+            data = await caller.read_only()
+        size = len(data)
         self._accounts.open_request(account, size)
         self._desk.open_requests += 1
         try:
-            yield
+            yield data
         finally:
             self._desk.open_requests -= 1
             self._accounts.close_request(account, size)

@@ -33,7 +33,9 @@ from teacher_wire.stream_limits import StreamLimits, with_message_limit
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _LAST_WORDS_S = 0.3  # for statuses to leave, once nothing else has to
-_TRIM_EVERY_S = 5.0
+_TRIM_EVERY_S = 2.0
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE_BYTES = 2 << 20  # above a chunk of a reply, below the longest message
 _SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop
 _HTTP2_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
 
@@ -180,10 +182,15 @@ class EdgeServer:
 
 
 async def _return_memory() -> None:
-    """Gives freed memory back to the system every few seconds: after a load the allocator would keep it for ever."""
+    """Has glibc give freed memory back: at once what is large, and the rest every few seconds.
+
+    By itself it takes ever larger blocks for ones to be used again (up to 32 MiB), and keeps them after a load for ever.
+    """
     try:
-        trim = ctypes.CDLL(None).malloc_trim  # of glibc
-    except (AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        trim = libc.malloc_trim
+    except (AttributeError, OSError):  # another libc
         return
     while True:
         await asyncio.sleep(_TRIM_EVERY_S)

@@ -124,16 +124,17 @@ async def ask_for_ever(
 async def call_for_ever(target: Target, make: Callable[[], bytes], at_once: int) -> None:
     """Calls of Generate, one after another in so many places."""
 
-    async def one() -> None:
-        async with target.channel() as channel:
-            while True:
-                begun()
-                with contextlib.suppress(grpc.RpcError):
-                    async for _ in target.generate(channel, make()):
-                        pass
-                await asyncio.sleep(0)
+    async def one(channel: grpc.aio.Channel) -> None:
+        while True:
+            begun()
+            with contextlib.suppress(grpc.RpcError):
+                async for _ in target.generate(channel, make()):
+                    pass
+            await asyncio.sleep(0)
 
-    await asyncio.gather(*(one() for _ in range(at_once)))
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(target.channel()) for _ in range(min(20, at_once))]
+        await asyncio.gather(*(one(channels[number % len(channels)]) for number in range(at_once)))
 
 
 def generate_request(spec: SamplingSpec, prompts: int = 1, length: int = 4) -> pb.GenerateRequest:
