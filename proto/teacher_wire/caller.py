@@ -66,10 +66,12 @@ class Caller:
             raise UnavailableError(
                 "given up: the peer takes nothing", field="stall_s", value=len(data), limit=self._stall_s
             ) from None
+        except grpc.aio.BaseError as error:  # gRPC's word for a call that has ended under us
+            raise UnavailableError("the peer is gone") from error
 
 
 async def abort(context: Context, error: BaseException) -> None:
-    """Ends a call with the error's code and detail; always raises."""
+    """Ends a call with the error's code and detail; raises, unless the peer is gone."""
     found = bare(known(error))
     detail = status.to_detail(found).SerializeToString()
     try:
@@ -77,6 +79,10 @@ async def abort(context: Context, error: BaseException) -> None:
             await context.abort(status.code_of(found), status.cut(str(found)), ((status.DETAIL_KEY, detail),))
     except TimeoutError:
         raise found from None
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError:  # the peer is gone: nobody is told
+        return
 
 
 def known(error: BaseException) -> TeacherWireError:
