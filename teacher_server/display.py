@@ -78,10 +78,13 @@ def _tenants(status: ServerStatus) -> Table:
 
 
 def _store(store: StoreStatus) -> Text:
-    return Text(
+    text = Text(
         f"labels: {store.memory_hits:,} sequences from memory ({size(store.memory_bytes)}), "
         f"{store.disk_hits:,} from disk ({size(store.disk_bytes)}), {store.joined:,} joined, {store.computed:,} computed"
     )
+    if store.trouble:
+        text.append(f"\nlabel store: {store.trouble}", style="red")
+    return text
 
 
 def _edges(status: ServerStatus) -> Text:

@@ -81,6 +81,8 @@ def _sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         a, b = one.get(key), other.get(key)
         if isinstance(a, Mapping) or isinstance(b, Mapping):
             total[key] = _sum(a or {}, b or {})
+        elif isinstance(a, str) or isinstance(b, str):
+            total[key] = b or a or ""
         else:
             total[key] = (a or 0) + (b or 0)
     return total
@@ -228,6 +230,7 @@ def _store(edges: Sequence[Source], gone: Sequence[ReplicaReport | EdgeReport]) 
         **{key: int(sum(store.get(key, 0) for store in (*live, *past))) for key in _STORE_TOTALS},
         memory_bytes=int(sum(store.get("memory_bytes", 0) for store in live)),
         disk_bytes=int(max((store.get("disk_bytes") or 0 for store in live), default=0)),  # edges share the folder
+        trouble=next((told for store in live if (told := store.get("trouble"))), ""),
     )
 
 

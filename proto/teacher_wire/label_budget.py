@@ -123,6 +123,13 @@ class Budget:
         elif self._claim_aside():
             threading.Thread(target=self._look_aside, name="label-budget", daemon=True).start()
 
+    def take_back(self, size: int) -> None:
+        """Counts `size` admitted bytes out again: they were not written after all."""
+        with self._counting:
+            if self._total is not None:
+                self._total = max(0, self._total - size)
+            self._unseen = max(0, self._unseen - size)
+
     def _counted(self, size: int) -> bool:
         """Counts `size` bytes in, unless a look must come first."""
         assert self._max_bytes is not None

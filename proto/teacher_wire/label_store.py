@@ -105,6 +105,7 @@ class LabelStore:
         self._on_trouble = on_trouble or log.warning
         self._counting = threading.Lock()
         self._writable = True
+        self._refusal = ""
 
     # ------------------------------------------------------------ read, write
 
@@ -112,6 +113,11 @@ class LabelStore:
     def writable(self) -> bool:
         """Whether labels are still kept."""
         return self._writable
+
+    @property
+    def trouble(self) -> str:
+        """Why no more labels are kept, or which files were passed over; empty while all is well."""
+        return self._refusal or self.stats.trouble
 
     def get(self, key: str) -> TeacherSignals | None:
         """The labels under `key`, marked as used; None if they are not there. A damaged file is deleted and counted."""
@@ -136,13 +142,18 @@ class LabelStore:
         """
         data = encode_labels(key, LabelEntry(fingerprint, spec, sequence, signals))
         for _ in range(_TRIES):  # what another writer kept may be evicted or torn before it is read
+            admitted = won = False
             try:
                 if not self._writable or not self._fits(len(data)):
                     break
+                admitted = True
                 won = self._publish(key, data)
             except OSError as error:
                 self._give_up(error.strerror or error)
                 break
+            finally:
+                if admitted and not won:
+                    self._budget.take_back(len(data))
             if won:
                 self._count(written=1, written_bytes=len(data))
                 return signals
@@ -218,8 +229,11 @@ class LabelStore:
     def _give_up(self, reason: object) -> None:
         with self._counting:
             told, self._writable = not self._writable, False
+            self._refusal = (
+                self._refusal or f"{self.folder}: {reason}; labels are read from there, but no more are kept"
+            )
         if not told:
-            self._on_trouble(f"{self.folder}: {reason}; labels are read from there, but no more are kept")
+            self._on_trouble(self._refusal)
 
     def _count(self, **changes: int) -> None:
         with self._counting:

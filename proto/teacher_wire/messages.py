@@ -532,6 +532,7 @@ class StoreStatus:
     computed: int = 0
     memory_bytes: int = 0
     disk_bytes: int = 0
+    trouble: str = ""
 
 
 @dataclass(frozen=True)

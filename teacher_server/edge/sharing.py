@@ -256,8 +256,12 @@ class LabelSharing:
     def counters(self) -> dict[str, Any]:
         """Hits and sizes, for status displays and tests."""
         disk = (
-            {f"disk_{f.name}": getattr(self._store.stats, f.name) for f in fields(self._store.stats)}
-            | {"disk_bytes": self._store.used_bytes}
+            {
+                f"disk_{f.name}": getattr(self._store.stats, f.name)
+                for f in fields(self._store.stats)
+                if f.name != "trouble"
+            }
+            | {"disk_bytes": self._store.used_bytes, "trouble": self._store.trouble}
             if self._store
             else {}
         )

@@ -26,7 +26,7 @@ from tests.faults.noisy_server import VOCAB
 SOAK = bool(os.environ.get("LYCEUM_SOAK"))
 SECONDS = 10.0 if SOAK else 1.5
 RATIO = 2.0 if SOAK else 25.0
-MORE_MB = 300
+MORE_MB = 300 if SOAK else 500  # the short run shares its machine with the rest of the suite
 QUIET, NOISY = "q" * 24, "n" * 24
 SPEC = SignalSpec("top_k", VOCAB, k=16)
 FIGURES = ("abuse", "alone ms", "beside ms", "ratio", "longest ms", "asked", "refused", "RSS MB", "over idle")

@@ -252,3 +252,19 @@ def test_the_console_shows_writing_and_latencies_of_those_that_have_any():
     shown = console.file.getvalue()
     assert "busy: writes 3 sequences of 2 calls, 4 wait; 5 samples written" in shown
     assert "queue 0.02/0.04 s" in shown and "idle:" not in shown
+
+
+async def test_a_label_store_that_cannot_be_written_is_shown_also_once_its_edge_is_gone():
+    board, clock = await board_of()
+    await board.report("e1", edge(disk_hits=1, trouble="/labels: No space left on device; no more are kept"))
+    await board.report("e2", edge(disk_hits=2, trouble=""))
+    status = await board.status()
+    assert status.store.disk_hits == 3 and "No space left" in status.store.trouble
+    assert status_codec.decode_status(status_codec.encode_status(status)).store == status.store
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(status))
+    assert "label store: /labels: No space left" in console.file.getvalue()
+    clock.now_s += FRESH_S + 1
+    await board.report("e2", edge(disk_hits=2, trouble=""))
+    clock.now_s += FRESH_S + 1
+    assert (await board.status()).store.disk_hits == 3

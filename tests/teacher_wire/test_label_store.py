@@ -484,3 +484,25 @@ def test_the_same_labels_are_the_same_file(tmp_path):
         for _ in range(6)
     }
     assert len(digests) == 1
+
+
+def test_what_cannot_be_written_is_told_and_not_counted_as_kept(tmp_path):
+    """The folder became a file after it was looked at; and of two writers of one sequence only one has written."""
+    first, second = (LabelStore(tmp_path / "labels", 1 << 20) for _ in range(2))
+    first.look()
+    second.look()
+    entry = entry_of(next(iter(SPECS.values())))
+    put(first, entry)
+    size = first.used_bytes
+    assert size > 0 and first.trouble == ""
+    put(first, entry)
+    assert first.used_bytes == size and first.stats.overtaken == 1
+    for path in files_of(second):
+        path.unlink()
+    for shelf in list(second.folder.iterdir()):
+        shelf.rmdir()
+    second.folder.rmdir()
+    second.folder.write_text("not a folder")
+    put(second, entry)
+    assert "not a" in second.trouble.lower() and "no more are kept" in second.trouble
+    assert second.used_bytes == 0 and second.stats.unwritten == 1

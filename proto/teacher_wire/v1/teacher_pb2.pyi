@@ -561,20 +561,22 @@ class TenantStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., share: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., served_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., inflight_tokens: _Optional[int] = ..., refused: _Optional[int] = ..., sent_bytes: _Optional[int] = ...) -> None: ...
 
 class StoreStatus(_message.Message):
-    __slots__ = ("memory_hits", "disk_hits", "joined", "computed", "memory_bytes", "disk_bytes")
+    __slots__ = ("memory_hits", "disk_hits", "joined", "computed", "memory_bytes", "disk_bytes", "trouble")
     MEMORY_HITS_FIELD_NUMBER: _ClassVar[int]
     DISK_HITS_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
     memory_hits: int
     disk_hits: int
     joined: int
     computed: int
     memory_bytes: int
     disk_bytes: int
-    def __init__(self, memory_hits: _Optional[int] = ..., disk_hits: _Optional[int] = ..., joined: _Optional[int] = ..., computed: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
+    trouble: str
+    def __init__(self, memory_hits: _Optional[int] = ..., disk_hits: _Optional[int] = ..., joined: _Optional[int] = ..., computed: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., trouble: _Optional[str] = ...) -> None: ...
 
 class EdgeStatus(_message.Message):
     __slots__ = ("node", "open_streams", "open_requests")
