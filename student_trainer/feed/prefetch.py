@@ -111,6 +111,10 @@ class LabelFeed:
         if self._taken_s is not None:
             self.depth.taken(started - self._taken_s)
         with self._lock:
+            if (
+                self._closed
+            ):  # also where the answer is there already: what a closed feed gives does not depend on its speed
+                raise self._error or CancelledRequestError("the feed was closed")
             while number not in self._promises:
                 if number in self._taken:
                     raise ValueError(f"request {number} has been taken: each can be taken once")
