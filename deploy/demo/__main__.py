@@ -89,7 +89,7 @@ def _teacher(cache: Path, data: Path, tokenizer: Path, console: Console) -> Path
 
     from deploy.demo.teacher import TeacherRecipe, train_teacher
     from student_trainer.data.dataset import build_dataset
-    from student_trainer.data.sources import DataSource
+    from student_trainer.data.rows.sources import DataSource
 
     torch.set_num_threads(2)
     rows = build_dataset(
@@ -140,8 +140,8 @@ def _wait_until_ready(server: subprocess.Popen[str], console: Console) -> None:
 
 def _arms(options: argparse.Namespace, data: Path, tokenizer: Path, address: str, console: Console) -> dict[str, Any]:
     """Trains every arm and seed against the served teacher; results and curves."""
-    from student_trainer.config import parse_config
-    from student_trainer.train import train
+    from student_trainer.config.run import parse_config
+    from student_trainer.training.run import train
 
     values: dict[str, dict[str, list[float]]] = {arm: {metric: [] for metric in METRICS} for arm in LOSSES}
     curves = []
@@ -180,7 +180,7 @@ def _arms(options: argparse.Namespace, data: Path, tokenizer: Path, address: str
 
 def _points(arm: str, seed: int, curve: list[dict[str, float]]) -> list[Any]:
     """Log entries as the report's curves."""
-    from student_trainer.report import CurvePoint
+    from student_trainer.evaluation.report import CurvePoint
 
     points = []
     for entry in curve:
@@ -194,7 +194,7 @@ def _points(arm: str, seed: int, curve: list[dict[str, float]]) -> list[Any]:
 
 
 def _report(folder: Path, results: dict[str, Any], seconds: float, console: Console) -> None:
-    from student_trainer.report import Results, print_table, write_report
+    from student_trainer.evaluation.report import Results, print_table, write_report
 
     summary = Results(results["arms"], results["teacher"], STEPS, SEEDS, seconds)
     write_report(folder, summary, results["curves"])

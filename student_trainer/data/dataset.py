@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.data.encoding import Encoder, TokenSequence
-from student_trainer.data.intake import BadRow, Intake
-from student_trainer.data.sources import DataSource, read_source
-from student_trainer.data.templates import Clock, Template, choose, rendering_sha256
+from student_trainer.data.rows.intake import BadRow, Intake
+from student_trainer.data.rows.sources import DataSource, read_source
+from student_trainer.data.text.encoding import Encoder, TokenSequence
+from student_trainer.data.text.templates import Clock, Template, choose, rendering_sha256
 from student_trainer.data.trace_rows import TaskRow, TraceTasks, check_tasks, task_rows
 from student_trainer.errors import DataError
 

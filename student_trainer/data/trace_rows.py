@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from student_trainer.data.formats import Conversation, Row, Turn, read_rows
-from student_trainer.data.intake import Intake
+from student_trainer.data.rows.formats import Conversation, Row, Turn, read_rows
+from student_trainer.data.rows.intake import Intake
+from student_trainer.data.trace_schema import Step, Trace, TraceError, from_fields, prompt_sha256
+from student_trainer.data.trace_spans import find_span
 from student_trainer.errors import DataError
-from teacher_wire.trace_spans import find_span
-from teacher_wire.traces import Step, Trace, TraceError, from_fields, prompt_sha256
 
 TASKS = ("reason", "answer")
 

@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from teacher_wire.errors import LabelError
+from teacher_wire.core.errors import LabelError
 
 FORGIVEN_SHARE = 0.001  # of right rows may be out of tolerance
 CHANCE = 1e-4  # that so many of a run's right rows are out of tolerance as `forgiven` allows, and one more

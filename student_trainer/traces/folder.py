@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from student_trainer.data.trace_schema import REASONS, to_fields
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.files import LOCK_NAME, FolderLock, read_object, write_whole
-from student_trainer.traces.judge import Judgement
 from student_trainer.traces.questions import Question
-from teacher_wire.traces import REASONS, to_fields
+from student_trainer.traces.selection import Judgement
 
 TRACES, QUARANTINE, PROGRESS = "traces.jsonl", "quarantine.jsonl", "progress.jsonl"
 STATS, IDENTITY = "stats.json", "run.json"

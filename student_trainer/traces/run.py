@@ -19,21 +19,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from student_trainer.data.tokenizer_file import load_tokenizer
-from student_trainer.embedded import embedded_teacher
+from student_trainer.config.traces import TracesConfig
+from student_trainer.data.text.tokenizer_file import load_tokenizer
+from student_trainer.data.trace_schema import Caps, generation_schema
 from student_trainer.errors import ConfigError, ModelError, RunError
-from student_trainer.feed import background
-from student_trainer.feed.connect import check_way, connector
-from student_trainer.traces.config import TracesConfig
+from student_trainer.labels import event_loop
+from student_trainer.teachers.connect import check_way, connector
+from student_trainer.teachers.embedded import embedded_teacher
 from student_trainer.traces.folder import Stats, TracesFolder
-from student_trainer.traces.judge import judge
 from student_trainer.traces.questions import Question, digest, encode_questions, read_questions
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import CapabilityError, LimitError, MismatchError
-from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
-from teacher_wire.identity import template_sha256, tokenizer_sha256
-from teacher_wire.messages import TeacherInfo
-from teacher_wire.traces import Caps, generation_schema
+from student_trainer.traces.selection import judge
+from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
+from teacher_wire.core.identity import template_sha256, tokenizer_sha256
+from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
+from teacher_wire.transport.client import TeacherClient
 
 _SHOWN_EVERY_S = 10.0  # where there is no terminal
 
@@ -64,10 +64,10 @@ def make_traces(config: TracesConfig, *, resume: bool = False, console: Console 
     prompts = encode_questions(questions, tokenizer, config.data)
     console.print(f"{len(questions):,} questions, {sum(map(len, prompts)):,} tokens")
     if config.teacher.address is not None:
-        return background.run(_run(config, config.teacher.address, tokenizer, questions, prompts, resume, console))
+        return event_loop.run(_run(config, config.teacher.address, tokenizer, questions, prompts, resume, console))
     assert config.teacher.embedded is not None
     with embedded_teacher(config.teacher.embedded) as address:
-        return background.run(_run(config, address, tokenizer, questions, prompts, resume, console))
+        return event_loop.run(_run(config, address, tokenizer, questions, prompts, resume, console))
 
 
 async def _run(

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from teacher_server.backends.base import Backend, ModelFacts
-from teacher_server.config import FakeBackend, TransformersBackend, VllmBackend
+from teacher_server.config.server import FakeBackend, TransformersBackend, VllmBackend
 
 
 def _transformers(config: Any, deterministic: bool) -> Backend:
-    from teacher_server.backends.transformers_backend import load
+    from teacher_server.backends.transformers.backend import load
 
     return load(config, deterministic=deterministic)
 
 
 def _vllm(config: Any, deterministic: bool) -> Backend:
-    from teacher_server.backends.vllm_backend import load
+    from teacher_server.backends.vllm.backend import load
 
     return load(config, deterministic=deterministic)
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from teacher_wire.messages import SignalSpec, TeacherHead, TeacherSignals, TokenBatch
+from teacher_wire.core.messages import SignalSpec, TeacherHead, TeacherSignals, TokenBatch
 
 if TYPE_CHECKING:
-    from teacher_server.config import GenerationConfig
-    from teacher_server.generation import Generation, OnThread
+    from teacher_server.config.server import GenerationConfig
+    from teacher_server.replica.decode_scheduler import Generation, OnThread
 
 
 @dataclass(frozen=True)

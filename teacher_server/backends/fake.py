@@ -8,17 +8,17 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from teacher_server.backends.base import ModelFacts
-from teacher_server.config import FakeBackend, GenerationConfig
-from teacher_server.generation import WRITING_COUNTERS, OnThread
-from teacher_wire.errors import TeacherWireError, UnavailableError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.fake_generation import FakeWriter
-from teacher_wire.generation import GenerateCall, Sample
-from teacher_wire.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, TokenBatch, float32
+from teacher_server.config.server import FakeBackend, GenerationConfig
+from teacher_server.replica.decode_scheduler import WRITING_COUNTERS, OnThread
+from teacher_wire.core.errors import TeacherWireError, UnavailableError
+from teacher_wire.core.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, TokenBatch, float32
+from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.testing.fake_generation import FakeWriter
+from teacher_wire.testing.fake_teacher import FakeTeacher
 
 
 class FakeModel:
-    """See `teacher_wire.fake.FakeTeacher`."""
+    """See `teacher_wire.testing.fake_teacher.FakeTeacher`."""
 
     def __init__(self, config: FakeBackend) -> None:
         self._delay_s = config.delay_s

@@ -1,6 +1,6 @@
 """JSON schemas as grammars over a teacher's tokens, by xgrammar.
 
-In: a schema that `teacher_wire.schemas` let through; out: which tokens may come next. What it yields is checked again by
+In: a schema that `teacher_wire.generate.schemas` let through; out: which tokens may come next. What it yields is checked again by
 the student: a grammar is a help to the model, not a proof.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor as Torch
 
-from teacher_wire.errors import LimitError, RequestError
+from teacher_wire.core.errors import LimitError, RequestError
 
 _CACHE_BYTES = 256 << 20  # of compiled grammars; the one in use may be as large again
 _MAX_GRAMMAR_BYTES = 128 << 20

@@ -1,7 +1,7 @@
 """What an architecture does to logits behind its output head: known ways in a table, the others found by a probe at loading.
 
 In: a config, or logits made in two ways; out: scale and soft-cap, or how the two differ. The trainer has the same table of its own
-(`student_trainer/logit_probe.py`): neither house imports the other.
+(`student_trainer/model/logit_probe.py`): neither house imports the other.
 """
 
 from __future__ import annotations

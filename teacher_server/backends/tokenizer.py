@@ -1,7 +1,7 @@
 """A teacher's tokenizer: as its file says, and what a student is told of it.
 
 In: a model folder; out: a fast tokenizer, and the digests by which students recognise it. The student's house has the same rule for
-its own (`student_trainer.data.tokenizer_file`): both must read one file alike.
+its own (`student_trainer.data.text.tokenizer_file`): both must read one file alike.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from teacher_wire.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
+from teacher_wire.core.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from teacher_server.config import DEFAULT_TENANT, TenantConfig
-from teacher_wire.errors import OverloadedError
+from teacher_server.config.server import DEFAULT_TENANT, TenantConfig
+from teacher_wire.core.errors import OverloadedError
 
 FORGET_S = 600.0  # after which nothing is kept of a tenant that is gone
 BURST_S = 0.5  # what a bucket holds: tokens of this time

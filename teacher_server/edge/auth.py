@@ -19,12 +19,12 @@ from typing import Any
 
 import grpc
 
-from teacher_server.config import TlsConfig
+from teacher_server.config.file_stamp import Stamp, stamp_of
+from teacher_server.config.server import TlsConfig
 from teacher_server.errors import ServerConfigError
-from teacher_server.file_stamp import Stamp, stamp_of
-from teacher_wire import status
-from teacher_wire.channel import TENANT_KEY
-from teacher_wire.errors import AuthenticationError, ForbiddenError, RequestError, TeacherWireError
+from teacher_wire.core.errors import AuthenticationError, ForbiddenError, RequestError, TeacherWireError
+from teacher_wire.transport import status_table
+from teacher_wire.transport.channel import TENANT_KEY
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
                 raise
             call.uncancel()
             error = AuthenticationError("the token was taken back", field="authorization")
-            await context.abort(status.code_of(error), str(error), _trailing(error))
+            await context.abort(status_table.code_of(error), str(error), _trailing(error))
         finally:
             self._calls.pop(call, None)
 
@@ -251,14 +251,14 @@ def _bearer(metadata: Any) -> str:
 
 
 def _trailing(error: TeacherWireError) -> tuple[tuple[str, bytes]]:
-    return ((status.DETAIL_KEY, status.to_detail(error).SerializeToString()),)
+    return ((status_table.DETAIL_KEY, status_table.to_detail(error).SerializeToString()),)
 
 
 def _refusal(handler: grpc.RpcMethodHandler, error: TeacherWireError) -> grpc.RpcMethodHandler:
     """A handler of the same kind that only refuses."""
 
     async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(status.code_of(error), str(error), _trailing(error))
+        await context.abort(status_table.code_of(error), str(error), _trailing(error))
 
     async def refuse_stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
         await refuse(request, context)

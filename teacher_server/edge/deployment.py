@@ -9,15 +9,15 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from teacher_server.config import EdgeConfig
+from teacher_server.config.server import EdgeConfig
 from teacher_server.edge.router import ServeTeachers
 from teacher_server.edge.server import EdgeServer
-from teacher_server.metrics import Exported
-from teacher_server.reporting import Reporter, node_address
-from teacher_server.reports import EdgeReport, News, Plan
-from teacher_server.status import as_seen_by
-from teacher_server.teacher import application_of
-from teacher_wire.messages import ServerStatus
+from teacher_server.replica.deployment import application_of
+from teacher_server.telemetry.heartbeat import Reporter, node_address
+from teacher_server.telemetry.prometheus import Exported
+from teacher_server.telemetry.records import EdgeReport, News, Plan
+from teacher_server.telemetry.summary import as_seen_by
+from teacher_wire.core.messages import ServerStatus
 
 
 def _find_handle(name: str) -> DeploymentHandle:

@@ -21,9 +21,9 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from teacher_server.latency import Latencies
-from teacher_server.reports import News
-from teacher_wire.errors import (
+from teacher_server.telemetry.latency import Latencies
+from teacher_server.telemetry.records import News
+from teacher_wire.core.errors import (
     CapabilityError,
     MismatchError,
     NotFoundError,
@@ -32,8 +32,8 @@ from teacher_wire.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.generation import GenerateCall, Sample
-from teacher_wire.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.generate.messages import GenerateCall, Sample
 
 log = logging.getLogger(__name__)
 

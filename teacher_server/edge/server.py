@@ -16,20 +16,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from teacher_server import __version__
-from teacher_server.config import EdgeConfig, TenantConfig
+from teacher_server.config.server import EdgeConfig, TenantConfig
 from teacher_server.edge.admission import Admission
 from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
-from teacher_server.edge.sharing import LabelSharing
+from teacher_server.edge.label_sharing import LabelSharing
 from teacher_server.edge.tls import server_credentials
 from teacher_server.errors import ServerConfigError
-from teacher_wire.channel import server_options
-from teacher_wire.errors import UnavailableError
-from teacher_wire.generation import GenerateCall, Sample
-from teacher_wire.label_store import LabelStore
-from teacher_wire.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
-from teacher_wire.offload import Offload
-from teacher_wire.servicer import SERVICE, TeacherService, TeacherServicer
-from teacher_wire.stream_limits import StreamLimits, with_message_limit
+from teacher_wire.core.errors import UnavailableError
+from teacher_wire.core.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
+from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.labels.store import LabelStore
+from teacher_wire.transport.channel import server_options
+from teacher_wire.transport.offload import Offload
+from teacher_wire.transport.servicer import SERVICE, TeacherService, TeacherServicer
+from teacher_wire.transport.stream_limits import StreamLimits, with_message_limit
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _LAST_WORDS_S = 0.3  # for statuses to leave, once nothing else has to

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import grpc
 
-from teacher_server.config import TlsConfig
+from teacher_server.config.file_stamp import Stamp, stamp_of
+from teacher_server.config.server import TlsConfig
 from teacher_server.errors import ServerConfigError
-from teacher_server.file_stamp import Stamp, stamp_of
 
 log = logging.getLogger(__name__)
 

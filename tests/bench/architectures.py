@@ -19,9 +19,9 @@ import transformers as tf
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from student_trainer.config import ModelConfig
+from student_trainer.config.run import ModelConfig
 from student_trainer.errors import ModelError
-from student_trainer.model import Student
+from student_trainer.model.load import Student
 
 SHAPE = dict(
     vocab_size=300, hidden_size=32, d_model=32, n_embd=32, dim=32, emb_dim=32, hidden_dim=32, embedding_dim=32, word_embed_proj_dim=32,

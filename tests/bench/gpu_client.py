@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from student_trainer.feed.verify import check_signals
-from teacher_wire import codec
-from teacher_wire.client import TeacherClient
-from teacher_wire.messages import SignalSpec, TeacherInfo, TokenBatch
+from student_trainer.labels.verify import check_signals
+from teacher_wire.core.messages import SignalSpec, TeacherInfo, TokenBatch
+from teacher_wire.score import codec
+from teacher_wire.transport.client import TeacherClient
 
 MIXED = (6.0, 0.9, 64, 2048)  # of the logarithm: mean and deviation; shortest and longest sequence
 UNIFORM = 2048

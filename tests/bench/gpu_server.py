@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from teacher_server.backends.base import ModelFacts
-from teacher_server.backends.transformers_backend import Job, TransformersModel
-from teacher_server.config import EdgeConfig, FakeBackend, LimitsConfig, StoreConfig, TeacherConfig
+from teacher_server.backends.transformers.backend import Job, TransformersModel
+from teacher_server.config.server import EdgeConfig, FakeBackend, LimitsConfig, StoreConfig, TeacherConfig
 from teacher_server.edge.server import EdgeServer
-from teacher_server.engine import TeacherEngine
-from teacher_wire import codec
-from teacher_wire.messages import HeadHeader, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
+from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
+from teacher_wire.score import codec
 from tests.bench import gpu_ray, gpu_teacher
 from tests.bench.gpu_client import (
     Seen,

@@ -32,21 +32,21 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
-from student_trainer import compiled
-from student_trainer.config import TrainConfig, parse_config
+from student_trainer.config.run import TrainConfig, parse_config
+from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example, TokenizedDataset
-from student_trainer.feed import background
-from student_trainer.feed.arrays import LabelTensors
-from student_trainer.feed.desk import LabelDesk
-from student_trainer.feed.order import RunOrder
-from student_trainer.feed.packing import pack
-from student_trainer.feed.prefetch import FeedStats, LabelFeed, Taken
+from student_trainer.labels import event_loop
+from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.labels.packing import pack
+from student_trainer.labels.prefetch import FeedStats, LabelFeed, Taken
+from student_trainer.labels.service import LabelDesk
 from student_trainer.losses.head import Head
-from student_trainer.model import quicken
-from student_trainer.objective import Objective, head_on
-from student_trainer.trainer import DistillationTrainer
-from teacher_wire.client import TeacherClient
-from teacher_wire.messages import SignalSpec, TeacherHead, TeacherInfo
+from student_trainer.model.load import quicken
+from student_trainer.model.speed import compiled
+from student_trainer.training.objective import Objective, head_on
+from student_trainer.training.trainer import DistillationTrainer
+from teacher_wire.core.messages import SignalSpec, TeacherHead, TeacherInfo
+from teacher_wire.transport.client import TeacherClient
 from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
 from tests.bench.table import show
 from tests.tiny import make_tokenizer
@@ -67,7 +67,7 @@ class Remote:
         self.address = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "tests.bench.gpu_student", "--serve", self.address.rpartition(":")[2]]
         self._process = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
-        self.info, self.head = background.run(self._meet())
+        self.info, self.head = event_loop.run(self._meet())
 
     async def _meet(self) -> tuple[TeacherInfo, TeacherHead]:
         async with TeacherClient(self.address) as client:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from teacher_server.backends.transformers_backend import TransformersModel
-from teacher_server.config import TransformersBackend
-from teacher_wire.messages import SignalSpec, TokenBatch
+from teacher_server.backends.transformers.backend import TransformersModel
+from teacher_server.config.server import TransformersBackend
+from teacher_wire.core.messages import SignalSpec, TokenBatch
 from tests.bench.gpu_client import UNIFORM, fresh_batch
 from tests.tiny import make_tokenizer
 

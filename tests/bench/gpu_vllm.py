@@ -174,9 +174,9 @@ class Bench:
 
     def engine(self, role: str, decoding: str, **overrides: Any) -> tuple[Any, Any]:
         """The product's engine around our backend, and the backend."""
-        from teacher_server.backends import vllm_backend
-        from teacher_server.config import TeacherConfig
-        from teacher_server.engine import TeacherEngine
+        from teacher_server.backends.vllm import backend
+        from teacher_server.config.server import TeacherConfig
+        from teacher_server.replica.engine import TeacherEngine
 
         o = self.options
         shared = self.shared(decoding)
@@ -192,11 +192,11 @@ class Bench:
                 },
             }
         )  # fmt: skip
-        model = vllm_backend.load(config.backend, deterministic=False, overrides=overrides)
+        model = backend.load(config.backend, deterministic=False, overrides=overrides)
         return TeacherEngine(config, model), model
 
     def our_labels(self, note: str = "", decoding: str = "eager", **overrides: Any) -> None:
-        from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
+        from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
 
         o = self.options
         engine, model = self.engine("score", decoding, **overrides)
@@ -236,7 +236,7 @@ class Bench:
         self.our_labels(" (compiled, async scheduling)", "compiled", async_scheduling=True)
 
     def our_writing(self) -> None:
-        from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec
+        from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 
         o = self.options
         prompts = self.ids(o.samples, o.prompt_tokens)

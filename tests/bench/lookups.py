@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from teacher_server.edge.admission import Admission
-from teacher_server.edge.sharing import LabelSharing
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.label_blob import LabelEntry, encode_labels, label_keys
-from teacher_wire.label_store import LabelStore
-from teacher_wire.messages import ScoreCall, SignalSpec, TeacherSignals, Tensor, TokenBatch, float32
+from teacher_server.edge.label_sharing import LabelSharing
+from teacher_wire.core.messages import ScoreCall, SignalSpec, TeacherSignals, Tensor, TokenBatch, float32
+from teacher_wire.labels.blob import LabelEntry, encode_labels, label_keys
+from teacher_wire.labels.store import LabelStore
+from teacher_wire.testing.fake_teacher import FakeTeacher
 from tests.bench.table import show
 
 SPEC = SignalSpec("top_k", 152_064, k=64)

@@ -145,7 +145,7 @@ def run(
 
 def table(results: dict[str, list[list[dict[str, float]]]], steps: int) -> list[dict[str, object]]:
     """A row per arm; see module."""
-    from student_trainer.report import paired
+    from student_trainer.evaluation.report import paired
 
     shown = sorted({step for step in (200, 400, steps) if step <= steps})
     bests = {arm: [min(e["nll_per_byte"] for e in run) for run in runs] for arm, runs in results.items()}

@@ -18,12 +18,12 @@ import time
 
 import torch
 
-from student_trainer import compiled, graphed
-from student_trainer.cuda_recorder import CudaRecorder
+from student_trainer.model.speed import compiled, cuda_graphs
+from student_trainer.model.speed.cuda_recorder import CudaRecorder
 from tests.bench.student_memory import GIB, SEQUENCES, Bench, V
 from tests.bench.table import show
 
-LENGTHS = sorted({graphed.padded_length(n) for n in range(256, 2049)})
+LENGTHS = sorted({cuda_graphs.padded_length(n) for n in range(256, 2049)})
 ORDERS = ("ascending", "shuffled")
 WAYS = ("plain", "recorded", "recorded, expandable")
 
@@ -39,7 +39,7 @@ def measured(order: str, way: str) -> dict[str, object]:
     trained = [p for p in bench.student.causal_lm.get_decoder().parameters() if p.requires_grad]
     body = None
     if way != "plain":
-        body = graphed.GraphedBody(bench.student.states, trained, CudaRecorder(), troubles.append, worth=2)
+        body = cuda_graphs.GraphedBody(bench.student.states, trained, CudaRecorder(), troubles.append, worth=2)
     states = body or bench.student.states
     lengths = list(LENGTHS)
     if order == "shuffled":

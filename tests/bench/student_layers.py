@@ -17,7 +17,7 @@ import torch._functorch.config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from student_trainer import compiled
+from student_trainer.model.speed import compiled
 from tests.bench.student_memory import FKL, GIB, LENGTH, SEQUENCES, SFT, Bench, Case
 from tests.bench.table import arguments, show
 

@@ -27,18 +27,18 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from student_trainer import fast_lora
-from student_trainer.config import LoraSettings
-from student_trainer.feed.arrays import LabelTensors
+from student_trainer.config.run import LoraSettings
+from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.losses import fused
 from student_trainer.losses.align import row_index
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
 from student_trainer.losses.output import OutputLoss, OutputLossSpec, output_loss
-from student_trainer.model import Student, _with_adapters
-from student_trainer.objective import rows_on
-from teacher_wire.messages import TeacherSignals, TokenBatch, float32
-from teacher_wire.messages import Tensor as WireTensor
+from student_trainer.model.load import Student, _with_adapters
+from student_trainer.model.speed import lora
+from student_trainer.training.objective import rows_on
+from teacher_wire.core.messages import TeacherSignals, TokenBatch, float32
+from teacher_wire.core.messages import Tensor as WireTensor
 from tests.bench.table import arguments, show
 
 V, K, SEQUENCES, LENGTH, TEACHER_WIDTH = 151_936, 64, 2, 2048, 3584
@@ -143,7 +143,7 @@ class Bench:
 
     def place_layers(self, fast: bool) -> None:
         """peft's LoRA layers, or `fast_lora`'s."""
-        fast_lora.install(self.student.model) if fast else fast_lora.uninstall(self.student.model)
+        lora.install(self.student.model) if fast else lora.uninstall(self.student.model)
 
     def _serve(self) -> dict[str, TeacherSignals]:
         """What a teacher of these shapes would answer, in host memory."""

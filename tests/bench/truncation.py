@@ -25,7 +25,7 @@ from student_trainer.losses.divergence import Divergence, divergence_and_grad
 from student_trainer.losses.head import Head
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
 from student_trainer.losses.truncated import bucket_and_grad
-from teacher_wire.messages import SignalSpec
+from teacher_wire.core.messages import SignalSpec
 from tests.bench.table import show
 
 DIVERGENCES = {"FKL": Divergence(), "JSD": Divergence("jsd", 0.5), "RKL": Divergence("reverse_kl")}
@@ -198,13 +198,13 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
     """Rows of a real teacher over the real wire."""
     from transformers import AutoTokenizer
 
-    from student_trainer.config import ModelConfig
+    from student_trainer.config.run import ModelConfig
     from student_trainer.data.dataset import build_dataset
-    from student_trainer.data.sources import parse_source
-    from student_trainer.feed.arrays import LabelTensors
-    from student_trainer.feed.packing import pack
-    from student_trainer.model import load_student
-    from student_trainer.objective import rows_on
+    from student_trainer.data.rows.sources import parse_source
+    from student_trainer.labels.device_transfer import LabelTensors
+    from student_trainer.labels.packing import pack
+    from student_trainer.model.load import load_student
+    from student_trainer.training.objective import rows_on
     from tests.e2e.classroom import classroom
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,16 +20,19 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
     ("code", "never"),
     [
         (
-            "import teacher_wire.client, teacher_wire.servicer, teacher_wire.loopback, teacher_wire.fake",
+            "import teacher_wire.transport.client, teacher_wire.transport.servicer, teacher_wire.testing.loopback, teacher_wire.testing.fake_teacher",
             HEAVY | {"pydantic", "rich", "typer"},
         ),
-        ("import teacher_server.cli, teacher_server.config", HEAVY | {"student_trainer"}),
-        ("import student_trainer.cli, student_trainer.config", HEAVY | {"teacher_server"}),
-        ("import teacher_server.batcher", HEAVY),
-        ("import teacher_server.app, teacher_server.edge.server, teacher_server.engine", {"student_trainer", "torch"}),
-        ("import teacher_server.backends.transformers_backend", {"student_trainer", "ray"}),
-        ("import teacher_server.backends.vllm_backend", {"student_trainer", "ray", "vllm"}),
-        ("import student_trainer.train, student_trainer.report", {"teacher_server", "ray"}),
+        ("import teacher_server.cli.main, teacher_server.config.server", HEAVY | {"student_trainer"}),
+        ("import student_trainer.cli.main, student_trainer.config.run", HEAVY | {"teacher_server"}),
+        ("import teacher_server.replica.score_queue", HEAVY),
+        (
+            "import teacher_server.control.launch, teacher_server.edge.server, teacher_server.replica.engine",
+            {"student_trainer", "torch"},
+        ),
+        ("import teacher_server.backends.transformers.backend", {"student_trainer", "ray"}),
+        ("import teacher_server.backends.vllm.backend", {"student_trainer", "ray", "vllm"}),
+        ("import student_trainer.training.run, student_trainer.evaluation.report", {"teacher_server", "ray"}),
         ("import student_trainer.losses.output", {"teacher_server", "ray", "transformers", "peft", "grpc"}),
     ],
 )

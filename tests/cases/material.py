@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from student_trainer.config import TrainConfig, parse_config
-from student_trainer.config_file import read_tree
+from student_trainer.config.files import read_tree
+from student_trainer.config.run import TrainConfig, parse_config
 
 HERE = Path(__file__).parent
 MODELS, INPUTS = HERE / "models", HERE / "inputs"

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer import cli
-from student_trainer.config import labels_folder
+from student_trainer.cli import main
+from student_trainer.config.run import labels_folder
 from student_trainer.errors import ConfigError
-from student_trainer.feed.head_files import head_files, heads_folder, make_room
-from student_trainer.feed.heads import fetch_head
-from teacher_wire.client import TeacherClient
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.label_store import LabelStore
-from teacher_wire.loopback import serve
+from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.teachers.head_files import head_files, heads_folder, make_room
+from teacher_wire.labels.store import LabelStore
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport.client import TeacherClient
 from tests.teacher_wire.label_writers import SPECS, entry_of, key_of
 
 
@@ -29,7 +29,7 @@ def call(capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         capsys.readouterr()
         try:
-            cli.main()
+            main.main()
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -120,7 +120,7 @@ def test_export_blames_the_target_when_it_is_the_target(call, cache):
 
 def test_no_home_is_one_line(tmp_path):
     code = "import os, sys; os.environ.pop('HOME', None); import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n" \
-           "sys.argv = ['student-trainer', 'cache', *sys.argv[1:]]\nfrom student_trainer.cli import main\nmain()"  # fmt: skip
+           "sys.argv = ['student-trainer', 'cache', *sys.argv[1:]]\nfrom student_trainer.cli.main import main\nmain()"  # fmt: skip
     import subprocess
     import sys
 

@@ -6,9 +6,9 @@ import ast
 
 import pytest
 
-from student_trainer.config import load_config
+from student_trainer.config.run import load_config
 from student_trainer.errors import ConfigError
-from teacher_server import config as server
+from teacher_server.config import server
 from teacher_server.errors import ServerConfigError
 from tests.cases.material import INPUTS, command
 

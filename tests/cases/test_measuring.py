@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from student_trainer import meeting
-from student_trainer.config import parse_config
+from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError
-from student_trainer.labelling import label
-from student_trainer.train import train
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.loopback import serve
+from student_trainer.teachers import session
+from student_trainer.training.label_ahead import label
+from student_trainer.training.run import train
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 
 
@@ -74,7 +74,7 @@ def test_hidden_still_does(world):
 
 
 def test_auto_that_finds_no_room_puts_no_head_on_the_card(world, monkeypatch):
-    monkeypatch.setattr(meeting.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    monkeypatch.setattr(session.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     result = world.go(labels={"transport": "auto"})
     assert world.heads == 0 and "labels by top_k" in world.said.getvalue() and "kl_to_teacher" in result.metrics
 

@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from student_trainer import model as student_model
 from student_trainer.errors import ModelError, StudentError
-from student_trainer.train import train
+from student_trainer.model import load as student_model
+from student_trainer.training.run import train
 from tests.cases.material import INPUTS, MODELS, case_config, train_case
 from tests.tiny import make_tokenizer
 
@@ -33,7 +33,7 @@ def test_05_the_first_loss_is_the_models_own(tmp_path, name):
         patch.setattr(student_model.Student, "states", watched)
         first = train(config, console=QUIET).curve[0]["sft_loss"]
     assert seen
-    from student_trainer.inputs import load_data, order_of
+    from student_trainer.training.inputs import load_data, order_of
 
     tokenizer = student_model.load_student(config.model, 0).tokenizer
     data, _ = load_data(config.data, tokenizer, QUIET)

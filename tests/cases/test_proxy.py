@@ -13,16 +13,16 @@ import threading
 import pytest
 from rich.console import Console
 
-from student_trainer.config import parse_config
+from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError
-from student_trainer.labelling import label
-from student_trainer.train import train
-from teacher_wire import proxy
-from teacher_wire.channel import TENANT_KEY, Credentials, call_metadata, check_connection
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import RequestError, UnavailableError
-from teacher_wire.loopback import serve
-from teacher_wire.proxy import route_to
+from student_trainer.training.label_ahead import label
+from student_trainer.training.run import train
+from teacher_wire.core.errors import RequestError, UnavailableError
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport import proxy
+from teacher_wire.transport.channel import TENANT_KEY, Credentials, call_metadata, check_connection
+from teacher_wire.transport.client import TeacherClient
+from teacher_wire.transport.proxy import route_to
 from tests.cases.material import command
 from tests.student_trainer.conftest import fake_for, run_config
 
@@ -264,7 +264,7 @@ def test_half_a_pair_in_a_config(world, certificates, half):
 
 
 def test_a_file_that_is_gone_is_said_before_the_model_is_loaded(world, monkeypatch):
-    monkeypatch.setattr("student_trainer.train.load_student", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("student_trainer.training.run.load_student", lambda *_: pytest.fail("loaded"))
     with pytest.raises(RequestError, match=r"no/ca\.pem"):
         train(world.config(teacher={"ca_file": "/no/ca.pem"}), console=QUIET)
 
@@ -299,9 +299,9 @@ def test_a_tenant_that_no_header_can_hold(tmp_path):
 
 def test_traces_are_on_the_tenants_account(world, tmp_path, monkeypatch):
     """As training and labelling are: one way to connect for all three."""
-    from student_trainer.config_file import parse_as
+    from student_trainer.config.files import parse_as
+    from student_trainer.config.traces import TracesConfig
     from student_trainer.traces import run
-    from student_trainer.traces.config import TracesConfig
 
     rows = tmp_path / "questions.jsonl"
     rows.write_text(json.dumps({"prompt": "1+1?"}) + "\n")
@@ -314,7 +314,7 @@ def test_traces_are_on_the_tenants_account(world, tmp_path, monkeypatch):
             seen.append((self._metadata, self._credentials.proxy))
             raise asyncio.CancelledError
 
-    monkeypatch.setattr("student_trainer.feed.connect.TeacherClient", Heard)
+    monkeypatch.setattr("student_trainer.teachers.connect.TeacherClient", Heard)
     with pytest.raises(BaseException):  # noqa: B017
         run.make_traces(parse_as(TracesConfig, tree, "test"), console=QUIET)
     assert seen == [(((TENANT_KEY, "alice"),), "none")]

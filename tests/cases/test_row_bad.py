@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from student_trainer.data.dataset import build_dataset
-from student_trainer.data.intake import Intake
-from student_trainer.data.sources import DataSource
+from student_trainer.data.rows.intake import Intake
+from student_trainer.data.rows.sources import DataSource
 from student_trainer.errors import DataError
-from student_trainer.inputs import load_data
-from student_trainer.train import train
+from student_trainer.training.inputs import load_data
+from student_trainer.training.run import train
 from tests.cases.material import INPUTS, case_config
 from tests.student_trainer.data.tiny_tokenizers import tokenizer
 

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from student_trainer.data.formats import ANSWERS, FORMATS, Row, detect, parse_rows
-from student_trainer.data.messages import CALL_ROLES, FLAG_FIELDS, ROLE_NAMES
-from student_trainer.data.row_files import READERS
+from student_trainer.data.rows.files import READERS
+from student_trainer.data.rows.formats import ANSWERS, FORMATS, Row, detect, parse_rows
+from student_trainer.data.rows.messages import CALL_ROLES, FLAG_FIELDS, ROLE_NAMES
 from tests.cases.material import ROOT
 
 PAGE = (ROOT / "docs" / "rows.md").read_text()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from student_trainer.config.traces import QuestionConfig
 from student_trainer.errors import DataError
-from student_trainer.traces.config import QuestionConfig
 from student_trainer.traces.questions import Question, read_questions
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.data.formats import MEANING, Conversation, Row, Turn, detect, parse_rows
+from student_trainer.data.rows.formats import MEANING, Conversation, Row, Turn, detect, parse_rows
 from student_trainer.errors import DataError
 
 CALL = {"name": "weather", "arguments": {"city": "Bergen", "days": 2}}

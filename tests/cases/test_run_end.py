@@ -18,10 +18,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
-from student_trainer import checkpoint, files, keeping, run_folder, saving, trackers
+from student_trainer import files
 from student_trainer.errors import ConfigError, ModelError, RunError
-from student_trainer.train import train
-from student_trainer.trainer import DistillationTrainer
+from student_trainer.model import saving
+from student_trainer.training import checkpoint, checkpoint_rotation, run_folder, trackers
+from student_trainer.training.run import train
+from student_trainer.training.trainer import DistillationTrainer
 from tests.cases.material import INPUTS, MODELS, ROOT, base_file, case_config, train_case
 
 
@@ -177,7 +179,7 @@ def test_the_room_asked_for_is_what_is_taken(tmp_path, monkeypatch):
     def watched(folder, checkpoint_bytes, final_bytes, keep):
         asked.update(checkpoint=checkpoint_bytes, final=final_bytes)
 
-    monkeypatch.setattr("student_trainer.train.check_room", watched)
+    monkeypatch.setattr("student_trainer.training.run.check_room", watched)
     folder = train(case_config(tmp_path, "train.save_steps=2"), console=quiet()).output_dir
     assert (folder / "final" / "model.safetensors").stat().st_size == pytest.approx(asked["final"], rel=0.05)
     taken = sum(file.stat().st_size for file in (folder / "checkpoint-2").glob("*.safetensors"))
@@ -213,12 +215,12 @@ def full(*args, **kwargs):
 @pytest.mark.parametrize(
     ("where", "what"),
     [
-        ("student_trainer.trainer.LOG_NAME", "/dev/full"),
-        ("student_trainer.keeping.save_student", "checkpoint-1"),
-        ("student_trainer.checkpoint.save_file", "checkpoint-1"),
-        ("student_trainer.checkpoint.write_whole", "checkpoint-1"),
-        ("student_trainer.keeping.sync_tree", "final"),
-        ("student_trainer.run_folder.write_whole", "run.output_dir"),
+        ("student_trainer.training.trainer.LOG_NAME", "/dev/full"),
+        ("student_trainer.training.checkpoint_rotation.save_student", "checkpoint-1"),
+        ("student_trainer.training.checkpoint.save_file", "checkpoint-1"),
+        ("student_trainer.training.checkpoint.write_whole", "checkpoint-1"),
+        ("student_trainer.training.checkpoint_rotation.sync_tree", "final"),
+        ("student_trainer.training.run_folder.write_whole", "run.output_dir"),
     ],
 )
 def test_a_full_disk_is_one_line_wherever_it_shows(tmp_path, monkeypatch, where, what):
@@ -241,8 +243,8 @@ def test_the_model_is_whole_and_on_disk_before_the_result_says_so(tmp_path, monk
         order.append(("finish", (folder / "final" / "model.safetensors").is_file(), (folder / "result.json").exists()))
         return plain["finish"](folder, *args)
 
-    monkeypatch.setattr(keeping, "sync_tree", synced)
-    monkeypatch.setattr("student_trainer.train.finish", finished)
+    monkeypatch.setattr(checkpoint_rotation, "sync_tree", synced)
+    monkeypatch.setattr("student_trainer.training.run.finish", finished)
     folder = train(case_config(tmp_path), console=quiet()).output_dir
     assert [entry[:2] for entry in order] == [("synced", "final"), ("finish", True)] and order[1][2] is False
     assert order[0][2] == sorted(path.name for path in (folder / "final").iterdir())
@@ -269,7 +271,7 @@ def test_memory_that_runs_out_is_one_line_with_what_to_lower(tmp_path, monkeypat
         raise error
 
     if when == "measure":
-        monkeypatch.setattr("student_trainer.evaluate.measure", fails)
+        monkeypatch.setattr("student_trainer.evaluation.heldout.measure", fails)
         named = "out of memory while measuring the held-out rows after step 1: .*lower train.eval_batch_size=8"
     else:
         name, named = {"step": "compute_loss", "optimizer": "_get_grad_norm"}[when], TRAINING
@@ -281,7 +283,7 @@ def test_memory_that_runs_out_is_one_line_with_what_to_lower(tmp_path, monkeypat
         monkeypatch.setattr(DistillationTrainer, name, spoiled)
     settings = ("train.max_steps=3", "train.save_steps=1", "train.eval_steps=1", f"data.eval=[{INPUTS}/rows.jsonl]")
     if when != "measure":
-        monkeypatch.setattr("student_trainer.evaluate.measure", lambda *a, **k: {"nll_per_token": 1.0})
+        monkeypatch.setattr("student_trainer.evaluation.heldout.measure", lambda *a, **k: {"nll_per_token": 1.0})
     with pytest.raises(RunError, match=named) as ended:
         train(case_config(tmp_path, *settings), console=quiet())
     assert "\n" not in str(ended.value) and ended.value.exit_code == 2

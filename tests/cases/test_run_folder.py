@@ -18,11 +18,11 @@ import time
 import pytest
 from rich.console import Console
 
-from student_trainer import checkpoint
-from student_trainer.config import parse_config
+from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.files import LOCK_NAME, FolderLock
-from student_trainer.train import train
+from student_trainer.training import checkpoint
+from student_trainer.training.run import train
 from tests.cases.material import INPUTS, MODELS, ROOT, base_file, case_config, train_case
 
 HALF = ("train.max_steps=4", "train.save_steps=2")
@@ -151,7 +151,7 @@ def test_a_relative_folder_is_the_same_run_from_elsewhere(tmp_path, monkeypatch,
 
 
 def parse_config_of(run):
-    from student_trainer.config import load_config
+    from student_trainer.config.run import load_config
 
     return load_config(run / "config.yaml")
 

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from student_trainer import evaluate
 from student_trainer.errors import ModelError, NonFiniteError
-from student_trainer.train import train
-from student_trainer.trainer import DistillationTrainer
+from student_trainer.evaluation import heldout
+from student_trainer.training.run import train
+from student_trainer.training.trainer import DistillationTrainer
 from tests.cases.material import INPUTS, MODELS, case_config, train_case
 
 
@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_are_refused_before_there_is_a_folder(tmp_pa
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_held_out_figures_that_are_none_are_said(tmp_path, monkeypatch, policy):
     figures = {"nll_per_byte": math.nan, "nll_per_token": math.nan, "acc1": 0.0, "acc3": 0.0}
-    monkeypatch.setattr(evaluate, "measure", lambda *args, **kwargs: figures)
+    monkeypatch.setattr(heldout, "measure", lambda *args, **kwargs: figures)
     shown = quiet()
     config = case_config(tmp_path, f"data.eval=[{INPUTS}/rows.jsonl]", f"train.nonfinite={policy}")
     if policy == "stop":

@@ -10,10 +10,10 @@ import grpc
 import pytest
 import yaml
 
-from teacher_server import checks, ray_start
 from teacher_server.backends.weight_files import check_weights
-from teacher_server.checks import check_machine, check_port, check_store
-from teacher_server.config import EdgeConfig, RayConfig, ServerConfig
+from teacher_server.config.server import EdgeConfig, RayConfig, ServerConfig
+from teacher_server.control import preflight, ray_start
+from teacher_server.control.preflight import check_machine, check_port, check_store
 from teacher_server.errors import ServerConfigError
 from tests.cases.material import command
 from tests.e2e.conftest import free_port
@@ -172,7 +172,7 @@ def test_the_token_of_this_machine_is_taken_as_ray_start_takes_it(machine, head,
 
 
 def test_a_ray_that_never_joins_is_given_up():
-    script = "import time\nfrom teacher_server.ray_start import _deadline\nwith _deadline(0.2, 'too long'):\n    time.sleep(600)\n"
+    script = "import time\nfrom teacher_server.control.ray_start import _deadline\nwith _deadline(0.2, 'too long'):\n    time.sleep(600)\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stderr) == (2, "teacher-server: too long\n")
 
@@ -198,7 +198,7 @@ def test_a_running_edge_of_ours_is_told_from_others(monkeypatch):
         other.listen()
         edge = EdgeConfig(port=other.getsockname()[1])
         assert "cannot listen" in refusal(check_port, edge)
-        monkeypatch.setattr(checks, "_listener", lambda port: "ray::ServeReplica:lyceum-edge:edge")
+        monkeypatch.setattr(preflight, "_listener", lambda port: "ray::ServeReplica:lyceum-edge:edge")
         assert check_port(edge) is True
 
 

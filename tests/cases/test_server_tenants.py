@@ -5,15 +5,15 @@ import os
 
 import pytest
 
-from teacher_server.config import TlsConfig
+from teacher_server.config.server import TlsConfig
 from teacher_server.edge import auth
 from teacher_server.edge.auth import TokenFile, tenant_of
 from teacher_server.errors import ServerConfigError
-from teacher_wire.channel import Credentials
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import AuthenticationError, ForbiddenError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import SignalSpec
+from teacher_wire.core.errors import AuthenticationError, ForbiddenError
+from teacher_wire.core.messages import SignalSpec
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.transport.channel import Credentials
+from teacher_wire.transport.client import TeacherClient
 from tests.cases.certificates import Authority
 from tests.teacher_server.test_edge import batch, client_of, edge
 

@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from student_trainer.config import TrainConfig
-from student_trainer.data import templates
+from student_trainer.config.run import TrainConfig
+from student_trainer.data.text import templates
 from student_trainer.errors import ConfigError, DataError
-from student_trainer.inputs import load_data
-from student_trainer.train import train
-from teacher_wire.errors import MismatchError
-from teacher_wire.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
-from teacher_wire.loopback import serve
+from student_trainer.training.inputs import load_data
+from student_trainer.training.run import train
+from teacher_wire.core.errors import MismatchError
+from teacher_wire.core.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
+from teacher_wire.testing.loopback import serve
 from tests.cases.material import INPUTS, MODELS, case_config
 from tests.student_trainer.conftest import fake_for
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from teacher_wire.trace_answers import majority_answer, normalize_answer, same_answer
-from teacher_wire.trace_arithmetic import false_equation
-from teacher_wire.trace_verify import verify
+from student_trainer.traces.answers import majority_answer, normalize_answer, same_answer
+from student_trainer.traces.arithmetic import false_equation
+from student_trainer.traces.verify import verify
 
 EQUAL = [
     ("-3", "−3"), ("-3", "–3".replace("–", "\u2011")), ("-3", "－３"), ("1234", r"\boxed{1234}"), ("1234", r"The answer is \boxed{1{,}234}."),

@@ -11,8 +11,8 @@ import pytest
 
 from student_trainer.errors import ConfigError, RunError, StudentError
 from student_trainer.traces.folder import TracesFolder
-from student_trainer.traces.judge import Judgement
 from student_trainer.traces.questions import Question
+from student_trainer.traces.selection import Judgement
 from tests.cases.material import command
 from tests.student_trainer.traces.test_traces_run import QUESTIONS, run, world  # noqa: F401
 from tests.teacher_wire.test_label_store_processes import small_disk

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from student_trainer.config import load_config as load_training
-from student_trainer.traces.config import load_traces_config
-from teacher_server.config import load_config as load_server
+from student_trainer.config.run import load_config as load_training
+from student_trainer.config.traces import load_traces_config
+from teacher_server.config.server import load_config as load_server
 from tests.e2e.conftest import free_port, run_cli
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "examples").glob("*.yaml"))

@@ -26,26 +26,26 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from student_trainer.config import OptimizationConfig
+from student_trainer.config.run import OptimizationConfig
+from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example
-from student_trainer.feed.arrays import LabelTensors
-from student_trainer.feed.heads import fetch_head
-from student_trainer.feed.order import RunOrder
-from student_trainer.feed.packing import pack
-from student_trainer.feed.verify import check_signals
+from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.labels.packing import pack
+from student_trainer.labels.verify import check_signals
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.output import OutputLossSpec, output_loss
 from student_trainer.losses.rows import TeacherRows, TopKRows
-from student_trainer.model import Student
-from student_trainer.objective import head_on, rows_on
-from student_trainer.trainer import learning_rate_share
-from teacher_server.config import TeacherConfig, TransformersBackend
-from teacher_server.engine import TeacherEngine
-from teacher_wire.client import TeacherClient
-from teacher_wire.generation import GenerateCall, Sample
-from teacher_wire.loopback import serve
-from teacher_wire.messages import HeadHeader, ScoreCall, SignalSpec, TeacherInfo, TeacherSignals
+from student_trainer.model.load import Student
+from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.training.objective import head_on, rows_on
+from student_trainer.training.trainer import learning_rate_share
+from teacher_server.config.server import TeacherConfig, TransformersBackend
+from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.core.messages import HeadHeader, ScoreCall, SignalSpec, TeacherInfo, TeacherSignals
+from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport.client import TeacherClient
 
 CACHE = Path(__file__).parents[2] / ".cache" / "classroom"
 ASKED_AT_ONCE = 64  # sequences of one request

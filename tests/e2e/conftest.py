@@ -99,12 +99,12 @@ def teachers(tmp_path_factory, model_factory):
 
 def call_cli(capsys, monkeypatch, *arguments) -> tuple[int, str]:
     """The trainer's command in this process: exit code and what it wrote to stderr; seconds faster than a new one."""
-    from student_trainer import cli
+    from student_trainer.cli import main
 
     monkeypatch.setattr(sys, "argv", ["student-trainer", *map(str, arguments)])
     monkeypatch.setenv("COLUMNS", "200")
     try:
-        cli.main()
+        main.main()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from teacher_wire.label_store import LabelStore
+from teacher_wire.labels.store import LabelStore
 from tests.e2e.conftest import run_cli
 from tests.e2e.test_training import STEPS, adapter_hash, losses, write_config
 

@@ -12,10 +12,10 @@ import urllib.request
 import pytest
 import yaml
 
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import NotFoundError, OverloadedError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import TokenBatch
+from teacher_wire.core.errors import NotFoundError, OverloadedError
+from teacher_wire.core.messages import TokenBatch
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import run_cli, server_config, serving
 from tests.e2e.load import SPEC, Crowd, until
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer.feed.arrays import to_torch
-from student_trainer.feed.heads import fetch_head
-from student_trainer.objective import head_on
-from teacher_wire import status
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import CapabilityError, NotFoundError
-from teacher_wire.messages import SignalSpec, TokenBatch
+from student_trainer.labels.device_transfer import to_torch
+from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.training.objective import head_on
+from teacher_wire.core.errors import CapabilityError, NotFoundError
+from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.transport import status_table
+from teacher_wire.transport.client import TeacherClient
 
 pytestmark = pytest.mark.ray
 TOLERANCE = 2e-4  # float32 logits of magnitude ~10
@@ -81,8 +81,8 @@ async def test_errors_cross_ray_and_grpc_with_their_names(teachers):
     """Raised in a replica, through Ray, the edge and gRPC, to a client that checks nothing itself."""
     import grpc
 
-    from teacher_wire import codec
-    from teacher_wire.messages import ScoreCall
+    from teacher_wire.core.messages import ScoreCall
+    from teacher_wire.score import codec
     from teacher_wire.v1 import teacher_pb2 as pb
     from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 
@@ -90,7 +90,7 @@ async def test_errors_cross_ray_and_grpc_with_their_names(teachers):
         stub = pb_grpc.TeacherStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
             await stub.Head(pb.HeadRequest(teacher="exact", fingerprint="f" * 64)).read()
-        refused = status.from_rpc(caught.value, teachers.address)
+        refused = status_table.from_rpc(caught.value, teachers.address)
         assert isinstance(refused, CapabilityError), refused
         assert refused.field == "fingerprint"
         stream = stub.Score()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from teacher_wire.label_store import LabelStore
+from teacher_wire.labels.store import LabelStore
 from tests.e2e.conftest import run_cli, server_config, serving, transformers_teacher
 from tests.e2e.test_training import adapter_hash, losses
 from tests.student_trainer.conftest import run_config

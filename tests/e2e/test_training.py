@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from student_trainer.meter import TIMED
+from student_trainer.training.metrics import TIMED
 from tests.e2e.conftest import call_cli, run_cli
 from tests.student_trainer.conftest import run_config
 

@@ -22,10 +22,13 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from teacher_wire import PROTOCOL, codec, generate_codec, tensors
-from teacher_wire.channel import Credentials, call_metadata, open_channel
-from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec
-from teacher_wire.messages import ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire import PROTOCOL
+from teacher_wire.core import tensors
+from teacher_wire.core.messages import ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire.generate import codec as generate_codec
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
+from teacher_wire.score import codec
+from teacher_wire.transport.channel import Credentials, call_metadata, open_channel
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.faults.noisy_server import VOCAB
 

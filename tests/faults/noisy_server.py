@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from teacher_server.config import EdgeConfig, StoreConfig, TlsConfig
+from teacher_server.config.server import EdgeConfig, StoreConfig, TlsConfig
 from teacher_server.edge.server import EdgeServer
-from teacher_wire.assembly import row_types
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.generation import GenerateCall, Sample
-from teacher_wire.messages import DTYPES, Limits, ScoreCall, TeacherInfo, TeacherSignals, Tensor
+from teacher_wire.core.messages import DTYPES, Limits, ScoreCall, TeacherInfo, TeacherSignals, Tensor
+from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.score.assembly import row_types
+from teacher_wire.testing.fake_teacher import FakeTeacher
 
 FORWARD_S = 0.04  # of a small request to a 7B teacher
 TOKENS_PER_S = 100_000

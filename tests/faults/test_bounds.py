@@ -9,19 +9,31 @@ import grpc
 import numpy as np
 import pytest
 
-from teacher_server.config import EdgeConfig
+from teacher_server.config.server import EdgeConfig
 from teacher_server.edge.server import EdgeServer
-from teacher_wire import PROTOCOL, codec, generate_codec, score_stream, status, tensors
-from teacher_wire.channel import CLIENT_OPTIONS, TENANT_KEY
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import DeadlineError, LimitError, OverloadedError, RequestError, ServerError, TeacherWireError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec
-from teacher_wire.loopback import serve
-from teacher_wire.messages import Limits, ScoreCall, SignalSpec, Tensor, TokenBatch
-from teacher_wire.score_stream import ScoreStream
-from teacher_wire.servicer import TeacherServicer
-from teacher_wire.stream_limits import StreamLimits
+from teacher_wire import PROTOCOL
+from teacher_wire.core import tensors
+from teacher_wire.core.errors import (
+    DeadlineError,
+    LimitError,
+    OverloadedError,
+    RequestError,
+    ServerError,
+    TeacherWireError,
+)
+from teacher_wire.core.messages import Limits, ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire.generate import codec as generate_codec
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
+from teacher_wire.score import codec
+from teacher_wire.score import stream as score_stream
+from teacher_wire.score.stream import ScoreStream
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport import status_table
+from teacher_wire.transport.channel import CLIENT_OPTIONS, TENANT_KEY
+from teacher_wire.transport.client import TeacherClient
+from teacher_wire.transport.servicer import TeacherServicer
+from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.e2e.conftest import free_port
 
@@ -58,7 +70,7 @@ class Stream:
                 found.append((down.done.request_id, None))
             elif down.HasField("failed"):
                 assert len(data) < 4096
-                found.append((down.failed.request_id, status.from_detail(down.failed.error)))
+                found.append((down.failed.request_id, status_table.from_detail(down.failed.error)))
         return found
 
 
@@ -151,10 +163,10 @@ async def test_long_messages_are_decoded_hashed_and_encoded_off_the_event_loop(m
 
         monkeypatch.setattr(module, name, spied)
 
-    from teacher_server.edge import sharing
+    from teacher_server.edge import label_sharing
 
     for module, name in ((codec, "decode_call"), (codec, "check_call"), (score_stream, "_content_key"),
-                         (score_stream, "_encode"), (sharing, "label_keys")):  # fmt: skip
+                         (score_stream, "_encode"), (label_sharing, "label_keys")):  # fmt: skip
         spy(module, name)
     async with edge(FakeTeacher()) as server, TeacherClient(server.address) as client:
         info = await client.teacher()
@@ -231,7 +243,7 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(method):
             else:
                 call = channel.unary_stream(SERVICE + method)(data)
             assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
-            detail = dict(await call.trailing_metadata())[status.DETAIL_KEY]
+            detail = dict(await call.trailing_metadata())[status_table.DETAIL_KEY]
             assert pb.ErrorDetail.FromString(detail).kind == "RequestError"
 
 
@@ -242,7 +254,7 @@ async def test_a_message_too_long_for_grpc_is_no_overload():
             call = channel.unary_stream(SERVICE + "Generate")(bytes(6 << 20))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
-            assert isinstance(status.from_rpc(caught.value, "host:1"), LimitError)
+            assert isinstance(status_table.from_rpc(caught.value, "host:1"), LimitError)
 
 
 # ------------------------------------------------------------------ what is held

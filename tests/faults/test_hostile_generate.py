@@ -13,14 +13,14 @@ import grpc
 import numpy as np
 import pytest
 
-from teacher_server.config import TeacherConfig
-from teacher_server.engine import TeacherEngine
-from teacher_wire import tensors
-from teacher_wire.client import TeacherClient
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.generation import PromptBatch, SamplingSpec
-from teacher_wire.loopback import serve
-from teacher_wire.messages import Tensor
+from teacher_server.config.server import TeacherConfig
+from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.core import tensors
+from teacher_wire.core.messages import Tensor
+from teacher_wire.generate.messages import PromptBatch, SamplingSpec
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport.client import TeacherClient
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.e2e.classroom import EngineService
 from tests.teacher_wire.test_generate import BAD_SCHEMAS

@@ -17,14 +17,17 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from teacher_server.config import TeacherConfig
-from teacher_server.engine import TeacherEngine
-from teacher_wire import PROTOCOL, codec, status, tensors
-from teacher_wire.channel import CLIENT_OPTIONS
-from teacher_wire.client import TeacherClient
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.loopback import serve
-from teacher_wire.messages import ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_server.config.server import TeacherConfig
+from teacher_server.replica.engine import TeacherEngine
+from teacher_wire import PROTOCOL
+from teacher_wire.core import tensors
+from teacher_wire.core.messages import ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire.score import codec
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport import status_table
+from teacher_wire.transport.channel import CLIENT_OPTIONS
+from teacher_wire.transport.client import TeacherClient
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.e2e.classroom import EngineService
 
@@ -157,8 +160,8 @@ async def attack(address, requests, codes):
                     codes["OK"] += 1
                     answered += 1
                 elif answer.HasField("failed"):
-                    error = status.from_detail(answer.failed.error)
-                    code = status.code_of(error)
+                    error = status_table.from_detail(answer.failed.error)
+                    code = status_table.code_of(error)
                     assert code in ALLOWED or error.field == NAMED.get(code), f"{type(error).__name__}: {error}"
                     codes[code] += 1
                     answered += 1

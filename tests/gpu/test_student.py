@@ -10,17 +10,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from student_trainer import compiled
-from student_trainer import trainer as trainer_module
-from student_trainer.config import ModelConfig, parse_config
-from student_trainer.cuda_recorder import CudaRecorder
-from student_trainer.feed.arrays import ahead
-from student_trainer.graphed import GraphedBody
+from student_trainer.config.run import ModelConfig, parse_config
+from student_trainer.labels.device_transfer import ahead
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.model import load_student
-from student_trainer.train import train
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.loopback import serve
+from student_trainer.model.load import load_student
+from student_trainer.model.speed import compiled
+from student_trainer.model.speed.cuda_graphs import GraphedBody
+from student_trainer.model.speed.cuda_recorder import CudaRecorder
+from student_trainer.training import trainer as trainer_module
+from student_trainer.training.run import train
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

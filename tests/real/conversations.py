@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from student_trainer.data.formats import Conversation, Turn
+from student_trainer.data.rows.formats import Conversation, Turn
 
 TOOL = {
     "type": "function",

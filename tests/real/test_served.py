@@ -16,11 +16,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer.feed.arrays import to_torch
-from student_trainer.feed.heads import fetch_head
-from student_trainer.objective import head_on
-from teacher_wire.client import TeacherClient
-from teacher_wire.messages import SignalSpec, TokenBatch
+from student_trainer.labels.device_transfer import to_torch
+from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.training.objective import head_on
+from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import run_cli, server_config, serving, transformers_teacher
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]

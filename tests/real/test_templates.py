@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.data.encoding import Encoder
-from student_trainer.data.formats import Conversation
-from student_trainer.data.templates import choose
-from student_trainer.data.tokenizer_file import load_tokenizer
+from student_trainer.data.rows.formats import Conversation
+from student_trainer.data.text.encoding import Encoder
+from student_trainer.data.text.templates import choose
+from student_trainer.data.text.tokenizer_file import load_tokenizer
 from student_trainer.errors import DataError
 from tests.real.conversations import CONVERSATIONS
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from teacher_wire.channel import Credentials
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import TeacherWireError
-from teacher_wire.messages import SignalSpec, TeacherInfo, TokenBatch
+from teacher_wire.core.errors import TeacherWireError
+from teacher_wire.core.messages import SignalSpec, TeacherInfo, TokenBatch
+from teacher_wire.transport.channel import Credentials
+from teacher_wire.transport.client import TeacherClient
 
 _FOREVER_S = 1e6
 

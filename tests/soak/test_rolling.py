@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from teacher_wire.client import TeacherClient
+from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import Server, server_config, serving
 from tests.e2e.load import Crowd, until
 
@@ -92,7 +92,7 @@ async def test_torn_weights_leave_the_old_ones_serving(model_factory, tmp_path):
     """A real model: the file is there and passes the checks, and cannot be loaded."""
     import shutil
 
-    from teacher_wire.messages import SignalSpec, TokenBatch
+    from teacher_wire.core.messages import SignalSpec, TokenBatch
     from tests.e2e.conftest import transformers_teacher
 
     good = model_factory("qwen2", seed=5)

@@ -16,16 +16,16 @@ import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
-from student_trainer.config import parse_config
-from student_trainer.config_file import parse_as
-from student_trainer.traces.config import TracesConfig
+from student_trainer.config.files import parse_as
+from student_trainer.config.run import parse_config
+from student_trainer.config.traces import TracesConfig
+from student_trainer.data.trace_schema import parse
 from student_trainer.traces.run import make_traces
-from student_trainer.train import train
-from teacher_server.config import TeacherConfig
-from teacher_server.engine import TeacherEngine
-from teacher_wire.loopback import serve
-from teacher_wire.trace_verify import verify
-from teacher_wire.traces import parse
+from student_trainer.traces.verify import verify
+from student_trainer.training.run import train
+from teacher_server.config.server import TeacherConfig
+from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.testing.loopback import serve
 from tests.e2e.classroom import EngineService, paired, table
 from tests.soak import steps
 

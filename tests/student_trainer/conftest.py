@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from student_trainer.config import parse_config
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
-from teacher_wire.loopback import serve
+from student_trainer.config.run import parse_config
+from teacher_wire.core.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
 
 
 def fake_for(folder, **changes) -> FakeTeacher:

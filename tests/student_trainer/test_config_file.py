@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from student_trainer.config import load_config
+from student_trainer.config.run import load_config
 from student_trainer.errors import ConfigError
 
 GOOD = "run: {output_dir: runs/x}\nmodel: {path: some/model}\ndata: {train: [rows.jsonl]}\nteacher: {address: 'a:1'}\n"

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from student_trainer import embedded
-from student_trainer.embedded import embedded_teacher, log_folder
 from student_trainer.errors import RunError
-from teacher_wire.errors import UnavailableError
+from student_trainer.teachers import embedded
+from student_trainer.teachers.embedded import embedded_teacher, log_folder
+from teacher_wire.core.errors import UnavailableError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from student_trainer import fast_lora
+from student_trainer.model.speed import lora as fast_lora
 
 
 def _model(dropout: float = 0.0) -> torch.nn.Module:

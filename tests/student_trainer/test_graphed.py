@@ -9,13 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from student_trainer import graphed
-from student_trainer import trainer as trainer_module
-from student_trainer.config import LoraSettings, ModelConfig
+from student_trainer.config.run import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
-from student_trainer.model import load_student
-from student_trainer.train import train
-from student_trainer.trainer import DistillationTrainer
+from student_trainer.model.load import load_student
+from student_trainer.model.speed import cuda_graphs
+from student_trainer.training import trainer as trainer_module
+from student_trainer.training.run import train
+from student_trainer.training.trainer import DistillationTrainer
 from tests.student_trainer.test_train import losses
 
 SHAPES = [(2, 32), (2, 32), (2, 32), (2, 48), (2, 48), (2, 32), (2, 48), (3, 64)]
@@ -64,7 +64,7 @@ class Rerunner:
     def check_room(self):
         self.rooms += 1
         if self.fault == "full" and self.rooms < 3:
-            raise graphed.NoRoomError("0.1 GiB of the GPU are free")
+            raise cuda_graphs.NoRoomError("0.1 GiB of the GPU are free")
 
     def record(self, run, gradients, ids_BL):
         if self.fault == "refuses":
@@ -96,7 +96,7 @@ def test_the_plain_gradients_over_windows_and_shapes(model_factory, lora):
     student = student_of(model_factory("qwen2"), lora)
     plain = copy.deepcopy(student)
     told = []
-    body = graphed.GraphedBody(student.states, trained(student), Rerunner(), told.append, worth=2)
+    body = cuda_graphs.GraphedBody(student.states, trained(student), Rerunner(), told.append, worth=2)
     generator = torch.Generator().manual_seed(0)
     for window in range(3):  # gradients of a window add up, and are taken away at its end
         for shape in SHAPES:
@@ -129,7 +129,7 @@ def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(mode
     plain = copy.deepcopy(student)
     told = []
     recorder = Rerunner(fault)
-    body = graphed.GraphedBody(student.states, trained(student), recorder, told.append, worth=2)
+    body = cuda_graphs.GraphedBody(student.states, trained(student), recorder, told.append, worth=2)
     for number in range(4):
         ids_BL = torch.arange(32).reshape(2, 16) + number
         for states in (body, plain.states):
@@ -142,7 +142,7 @@ def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(mode
 
 def test_what_a_user_has_to_mend_is_not_hidden(model_factory):
     student = student_of(model_factory("qwen2"), {"rank": 4})
-    body = graphed.GraphedBody(student.states, trained(student), Rerunner("refused"), pytest.fail, worth=1)
+    body = cuda_graphs.GraphedBody(student.states, trained(student), Rerunner("refused"), pytest.fail, worth=1)
     with pytest.raises(ModelError):
         body(torch.arange(32).reshape(2, 16))
 
@@ -150,7 +150,7 @@ def test_what_a_user_has_to_mend_is_not_hidden(model_factory):
 def test_what_there_is_no_room_for_is_recorded_when_there_is(model_factory):
     student = student_of(model_factory("qwen2"), {"rank": 4})
     told, recorder, ready = [], Rerunner("full"), [False]
-    body = graphed.GraphedBody(
+    body = cuda_graphs.GraphedBody(
         student.states, trained(student), recorder, told.append, is_ready=lambda: ready[0], worth=2
     )
     for number in range(1, 12):
@@ -165,7 +165,7 @@ def test_what_there_is_no_room_for_is_recorded_when_there_is(model_factory):
 def test_replays_that_round_otherwise_are_told_of_where_bits_matter(model_factory, fault, deterministic):
     student = student_of(model_factory("qwen2"), {"rank": 4})
     told = []
-    body = graphed.GraphedBody(student.states, trained(student), Rerunner(fault), told.append, worth=1)
+    body = cuda_graphs.GraphedBody(student.states, trained(student), Rerunner(fault), told.append, worth=1)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -208,8 +208,8 @@ def test_a_run_with_recorded_passes_is_the_run_without(config_of, tmp_path, monk
 
 
 def test_few_lengths():
-    lengths = {graphed.padded_length(n) for n in range(2, 4097)}
-    assert len(lengths) <= graphed.MOST_SHAPES and graphed.padded_length(2048) == 2048
+    lengths = {cuda_graphs.padded_length(n) for n in range(2, 4097)}
+    assert len(lengths) <= cuda_graphs.MOST_SHAPES and cuda_graphs.padded_length(2048) == 2048
     for n in range(2, 4097):
-        assert n <= graphed.padded_length(n) <= max(n + 4, n * 1.13)
-        assert graphed.padded_length(graphed.padded_length(n)) == graphed.padded_length(n)
+        assert n <= cuda_graphs.padded_length(n) <= max(n + 4, n * 1.13)
+        assert cuda_graphs.padded_length(cuda_graphs.padded_length(n)) == cuda_graphs.padded_length(n)

@@ -11,16 +11,16 @@ import pytest
 import yaml
 from rich.console import Console
 
-from student_trainer import cli
-from student_trainer.config import parse_config
+from student_trainer.cli import main
+from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError
-from student_trainer.labelling import label
-from student_trainer.train import train
-from student_trainer.trainer import DistillationTrainer
-from teacher_wire.errors import LabelError, ServerError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.label_store import LabelStore
-from teacher_wire.loopback import serve
+from student_trainer.training.label_ahead import label
+from student_trainer.training.run import train
+from student_trainer.training.trainer import DistillationTrainer
+from teacher_wire.core.errors import LabelError, ServerError
+from teacher_wire.labels.store import LabelStore
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 from tests.student_trainer.test_train import QUIET, adapter_hash, losses
 from tests.teacher_wire.labels_of import SPECS, entry_of, key_of
@@ -240,7 +240,7 @@ def call(capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         capsys.readouterr()
         try:
-            cli.main()
+            main.main()
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -326,7 +326,7 @@ def test_wrong_input_is_one_line(call, config_file, tmp_path, arguments, named):
 def test_the_cache_commands_load_no_torch(tmp_path):
     code = (
         "import sys; sys.argv = ['x', 'cache', 'stats', '--cache-dir', sys.argv[1]]\n"
-        "from student_trainer.cli import main\n"
+        "from student_trainer.cli.main import main\n"
         "import contextlib\n"
         "with contextlib.suppress(SystemExit):\n    main()\n"
         "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from student_trainer.config import ModelConfig
+from student_trainer.config.run import ModelConfig
 from student_trainer.errors import ModelError
-from student_trainer.model import load_outline, load_student
-from student_trainer.train import train
+from student_trainer.model.load import load_outline, load_student
+from student_trainer.training.run import train
 from tests.cases.material import case_config
 
 LORA = {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.errors import DataError, ModelError
-from student_trainer.model import Outline
-from student_trainer.model_limits import check_data, position_limit
+from student_trainer.model.limits import check_data, position_limit
+from student_trainer.model.load import Outline
 
 
 def outline(rows=300, positions=128, pad_id=0, eos_id=2, head_rows=None):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer import compiled, logit_probe
-from student_trainer.config import ModelConfig
+from student_trainer.config.run import ModelConfig
 from student_trainer.errors import ModelError
-from student_trainer.model import load_student
+from student_trainer.model import logit_probe
+from student_trainer.model.load import load_student
+from student_trainer.model.speed import compiled
 
 CHANGED = [
     "falcon_h1",

@@ -11,12 +11,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from student_trainer import precision
-from student_trainer.config import ModelConfig
+from student_trainer.config.run import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.losses.output import OutputLossSpec, output_loss
-from student_trainer.model import load_student
-from student_trainer.train import train
+from student_trainer.model import precision
+from student_trainer.model.load import load_student
+from student_trainer.training.run import train
 from tests.cases.material import MODELS, case_config
 
 QUIET = Console(file=io.StringIO(), width=200)

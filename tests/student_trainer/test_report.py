@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from student_trainer.errors import RunError
-from student_trainer.report import (
+from student_trainer.evaluation.report import (
     METRICS,
     CurvePoint,
     Results,

@@ -10,20 +10,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from student_trainer import checkpoint
+from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import build_dataset
-from student_trainer.data.sources import parse_source
+from student_trainer.data.rows.sources import parse_source
 from student_trainer.errors import ConfigError, RunError
-from student_trainer.feed.order import RunOrder
-from student_trainer.feed.packing import pack
+from student_trainer.labels.packing import pack
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.meter import TIMED
-from student_trainer.model import load_student
-from student_trainer.train import train
-from student_trainer.trainer import learning_rate_share
-from teacher_wire.errors import LabelError, MismatchError
-from teacher_wire.loopback import serve
-from teacher_wire.messages import SignalSpec
+from student_trainer.model.load import load_student
+from student_trainer.training import checkpoint
+from student_trainer.training.metrics import TIMED
+from student_trainer.training.run import train
+from student_trainer.training.trainer import learning_rate_share
+from teacher_wire.core.errors import LabelError, MismatchError
+from teacher_wire.core.messages import SignalSpec
+from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 
 QUIET = Console(file=io.StringIO())
@@ -178,7 +178,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config_of, tmp_path, fake, monke
     )
     broken = config_of(run={"output_dir": str(tmp_path / "broken"), "cache_dir": str(tmp_path / "cache")}, **sections)
     train(straight, console=QUIET)
-    from student_trainer.trainer import DistillationTrainer
+    from student_trainer.training.trainer import DistillationTrainer
 
     original = DistillationTrainer.compute_loss
 
@@ -232,7 +232,7 @@ def test_a_run_is_not_resumed_with_other_settings_or_another_teacher(config_of, 
 def test_a_run_is_not_resumed_on_other_rows_or_from_other_weights(tmp_path, model_factory, server):
     import shutil
 
-    from student_trainer.config import parse_config
+    from student_trainer.config.run import parse_config
 
     rows = tmp_path / "rows.jsonl"
     model = shutil.copytree(model_factory("qwen2"), tmp_path / "model")
@@ -255,15 +255,15 @@ def test_a_run_is_not_resumed_on_other_rows_or_from_other_weights(tmp_path, mode
 
 def test_auto_keeps_to_its_choice_over_a_resumption(config_of, monkeypatch):
     """The link is measured anew; a run must not change its labels for it."""
-    from student_trainer import meeting
-    from student_trainer.config import LabelConfig
+    from student_trainer.config.run import LabelConfig
+    from student_trainer.teachers import session
 
     config = config_of(labels={"transport": "auto"})
     chosen = LabelConfig(transport="hidden", compression="int8")
-    monkeypatch.setattr(meeting, "choose", lambda *args, **kwargs: (chosen, "slow today"))
+    monkeypatch.setattr(session, "choose", lambda *args, **kwargs: (chosen, "slow today"))
     train(config, console=QUIET)
     (config.run.output_dir / "result.json").unlink()
-    monkeypatch.setattr(meeting, "choose", lambda *args, **kwargs: pytest.fail("it has been chosen"))
+    monkeypatch.setattr(session, "choose", lambda *args, **kwargs: pytest.fail("it has been chosen"))
     train(config, resume=True, console=QUIET)
 
 
@@ -289,7 +289,7 @@ def test_a_request_that_some_step_would_be_refused_is_refused_at_once(config_of,
 
 
 def test_a_model_is_kept_even_if_its_last_evaluation_fails(config_of, fake, monkeypatch):
-    from student_trainer.trainer import DistillationTrainer
+    from student_trainer.training.trainer import DistillationTrainer
 
     def fails(self):
         raise LabelError("the teacher went mad")
@@ -381,7 +381,7 @@ def test_figures_per_byte_are_left_out_where_nothing_has_bytes(config_of, monkey
 def test_another_tokenizer_is_refused_before_anything_is_written(tmp_path, model_factory, rows_file):
     fake = fake_for(model_factory("qwen2"))
     fake.tokenizer_sha256 = "0" * 64
-    from student_trainer.config import parse_config
+    from student_trainer.config.run import parse_config
 
     with serve(fake) as server:
         config = parse_config(run_config(tmp_path, model_factory("qwen2"), rows_file, server.address), "test")
@@ -392,7 +392,7 @@ def test_another_tokenizer_is_refused_before_anything_is_written(tmp_path, model
 
 
 def test_plain_fine_tuning_needs_no_teacher(tmp_path, model_factory, rows_file):
-    from student_trainer.config import parse_config
+    from student_trainer.config.run import parse_config
 
     tree = run_config(tmp_path, model_factory("qwen2"), rows_file, loss={"output": None, "sft_weight": 1.0})
     result = train(parse_config(tree, "test"), console=QUIET)
@@ -403,7 +403,7 @@ def test_plain_fine_tuning_needs_no_teacher(tmp_path, model_factory, rows_file):
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "internlm3", "glm", "glm4"])
 def test_students_of_every_family(tmp_path, model_factory, rows_file, family):
-    from student_trainer.config import parse_config
+    from student_trainer.config.run import parse_config
 
     folder = model_factory(family)
     fake = fake_for(folder)
@@ -417,7 +417,7 @@ def test_students_of_every_family(tmp_path, model_factory, rows_file, family):
 
 
 def test_learning_rate_is_a_function_of_the_step():
-    from student_trainer.config import OptimizationConfig
+    from student_trainer.config.run import OptimizationConfig
 
     settings = OptimizationConfig(warmup_steps=4, schedule="cosine", min_lr_share=0.1)
     shares = [learning_rate_share(step, 20, settings) for step in range(21)]

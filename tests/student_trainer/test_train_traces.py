@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from student_trainer.config import parse_config
+from student_trainer.config.run import parse_config
 from student_trainer.data.dataset import build_dataset
-from student_trainer.data.sources import DataSource
-from student_trainer.model import load_student
-from student_trainer.train import train
-from teacher_wire.messages import TokenBatch
-from teacher_wire.traces import Answer, Evidence, Step, Trace, prompt_sha256, to_fields
+from student_trainer.data.rows.sources import DataSource
+from student_trainer.data.trace_schema import Answer, Evidence, Step, Trace, prompt_sha256, to_fields
+from student_trainer.model.load import load_student
+from student_trainer.training.run import train
+from teacher_wire.core.messages import TokenBatch
 from tests.student_trainer.conftest import run_config
 
 QUIET = Console(file=io.StringIO())
@@ -51,7 +51,7 @@ def config(folder, model, rows, address, **sections):
 
 def expected_first_losses(settings, fake):
     """(kd, ce) of the first step in float64: sums of w D over the sum of w, over all micro-batches of the window."""
-    from student_trainer.feed.order import RunOrder
+    from student_trainer.data.batch_plan import RunOrder
 
     student = load_student(settings.model, settings.run.seed)
     data = build_dataset([DataSource(str(settings.data.train[0].path))], student.tokenizer, max_tokens=128)

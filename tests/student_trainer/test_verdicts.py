@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer import checkpoint
 from student_trainer.errors import NonFiniteError, RunError
-from student_trainer.feed.source import LabelRequest
+from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMismatch
-from student_trainer.train import _name_bad_labels
-from student_trainer.verdicts import ON_THEIR_WAY, Verdicts
-from teacher_wire.messages import TokenBatch
+from student_trainer.training import checkpoint
+from student_trainer.training.deferred_checks import ON_THEIR_WAY, Verdicts
+from student_trainer.training.run import _name_bad_labels
+from teacher_wire.core.messages import TokenBatch
 
 
 class Late(Integrity):
@@ -106,7 +106,7 @@ def late_windows(**settings):
 
 @pytest.fixture
 def under_way(monkeypatch):
-    monkeypatch.setattr("student_trainer.verdicts._Window.is_here", False)
+    monkeypatch.setattr("student_trainer.training.deferred_checks._Window.is_here", False)
 
 
 def test_steps_after_one_that_must_not_be_taken_are_not_taken_either_though_nobody_knows_yet(under_way):

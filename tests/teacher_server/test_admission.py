@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_server.config import TenantConfig
+from teacher_server.config.server import TenantConfig
 from teacher_server.edge.admission import BURST_S, Admission
-from teacher_wire.errors import OverloadedError
+from teacher_wire.core.errors import OverloadedError
 
 
 class Clock:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_server.batcher import Batcher, Job
-from teacher_wire.errors import OverloadedError
+from teacher_server.replica.score_queue import Batcher, Job
+from teacher_wire.core.errors import OverloadedError
 
 
 def drain(batcher, now_s=0.0):

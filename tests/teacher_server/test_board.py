@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from teacher_server import reporting
-from teacher_server.board import FRESH_S, Board
-from teacher_server.config import EdgeConfig, TenantConfig
-from teacher_server.display import render
+from teacher_server.cli.status_table import render
+from teacher_server.config.server import EdgeConfig, TenantConfig
 from teacher_server.errors import TakenOverError
-from teacher_server.latency import Latencies, quantile_s
-from teacher_server.reports import EdgeReport, Held, Plan, ReplicaReport, TeacherPlan
-from teacher_server.status import as_seen_by
-from teacher_wire import status_codec
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import LatencyStatus, ServerStatus, TeacherStatus, TenantStatus
+from teacher_server.telemetry import heartbeat
+from teacher_server.telemetry.cluster_state import FRESH_S, Board
+from teacher_server.telemetry.latency import Latencies, quantile_s
+from teacher_server.telemetry.records import EdgeReport, Held, Plan, ReplicaReport, TeacherPlan
+from teacher_server.telemetry.summary import as_seen_by
+from teacher_wire.core.messages import LatencyStatus, ServerStatus, TeacherStatus, TenantStatus
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.transport import status_codec
 
 OLD, NEW = FakeTeacher(seed=0).teacher_info(), FakeTeacher(seed=1).teacher_info()
 
@@ -125,7 +125,7 @@ async def test_a_new_board_has_no_plan_until_it_is_told():
 
 
 def test_a_tenant_sees_itself_and_an_operator_everybody():
-    from teacher_wire.messages import ServerStatus
+    from teacher_wire.core.messages import ServerStatus
 
     status = ServerStatus(tenants=(TenantStatus("a"), TenantStatus("b")))
     tenants = {"a": TenantConfig(), "boss": TenantConfig(operator=True)}
@@ -215,7 +215,7 @@ def test_quantiles_lie_in_the_bucket_that_holds_them():
 
 
 async def test_one_exception_does_not_end_a_reporters_reports(monkeypatch):
-    monkeypatch.setattr(reporting, "REPORT_EVERY_S", 0.001)
+    monkeypatch.setattr(heartbeat, "REPORT_EVERY_S", 0.001)
     board, made, heard = Board(), [], []
 
     class Actor:
@@ -234,7 +234,7 @@ async def test_one_exception_does_not_end_a_reporters_reports(monkeypatch):
         if len(heard) < 3:
             raise ZeroDivisionError
 
-    reporter = reporting.Reporter("r1", make, take)
+    reporter = heartbeat.Reporter("r1", make, take)
     reporter._board = Actor()
     reporter.start()
     async with asyncio.timeout(10):

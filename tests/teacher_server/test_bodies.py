@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_server.backends import attention, bodies
-from teacher_server.backends.fused import FusedBody
-from teacher_wire.messages import SignalSpec, TokenBatch
+from teacher_server.backends.transformers import attention, decoder_runners
+from teacher_server.backends.transformers.fused import FusedBody
+from teacher_wire.core.messages import SignalSpec, TokenBatch
 from tests.teacher_server.test_transformers_backend import FAMILIES, TOLERANCE, backend, direct_logits, sequences
 
 PROMPT = sequences(seed=7, lengths=(40,))[0]
@@ -59,7 +59,7 @@ def test_norms_of_queries_and_keys_are_fused_too(tmp_path):
     rows = [np.arange(len(row)) for row in ids]
     with torch.inference_mode():
         plain = torch.cat([model.model(torch.from_numpy(row)[None]).last_hidden_state[0] for row in ids])
-        body = bodies.PackedBody("fused", FusedBody(model.model), torch.device("cpu"), 1000, 0)
+        body = decoder_runners.PackedBody("fused", FusedBody(model.model), torch.device("cpu"), 1000, 0)
         torch.testing.assert_close(body.states(ids, rows), plain, atol=1e-4, rtol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_a_way_that_finds_other_states_is_not_taken(model_factory, monkeypatch, 
 
     folder = model_factory("qwen2")
     monkeypatch.setattr(attention, "attend", leaking)
-    monkeypatch.setattr("teacher_server.backends.fused.attend", leaking)
+    monkeypatch.setattr("teacher_server.backends.transformers.fused.attend", leaking)
     with caplog.at_level(logging.INFO):
         teacher = backend(folder, layers="fused")
     assert teacher._body.name == "padded"
@@ -102,8 +102,10 @@ def test_a_way_that_finds_other_states_is_not_taken(model_factory, monkeypatch, 
 
 
 def test_prefixes_are_not_shared_if_that_changes_the_states(model_factory, monkeypatch, caplog):
-    whole = bodies.pack
-    monkeypatch.setattr(bodies, "pack", lambda ids, least: _misplaced(whole(ids, least)) if least else whole(ids, 0))
+    whole = decoder_runners.pack
+    monkeypatch.setattr(
+        decoder_runners, "pack", lambda ids, least: _misplaced(whole(ids, least)) if least else whole(ids, 0)
+    )
     with caplog.at_level(logging.INFO):
         teacher = backend(model_factory("qwen2"), prefix_min_tokens=16)
     assert "prefixes are not shared" in caplog.text

@@ -8,13 +8,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from teacher_server.config import EdgeConfig, TenantConfig
+from teacher_server.config.server import EdgeConfig, TenantConfig
 from teacher_server.edge.server import SERVICE, EdgeServer
-from teacher_wire.channel import Credentials
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import ForbiddenError, OverloadedError, RequestError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import SignalSpec, TokenBatch
+from teacher_wire.core.errors import ForbiddenError, OverloadedError, RequestError
+from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.transport.channel import Credentials
+from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import free_port
 
 SPEC = SignalSpec("top_k", 64, k=4)

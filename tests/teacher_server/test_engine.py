@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from teacher_server.backends.fake import FakeModel
-from teacher_server.config import FakeBackend, TeacherConfig
-from teacher_server.engine import TeacherEngine
-from teacher_wire.errors import DeadlineError, MismatchError, OverloadedError, ServerError, UnavailableError
-from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec
-from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_server.config.server import FakeBackend, TeacherConfig
+from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.core.errors import DeadlineError, MismatchError, OverloadedError, ServerError, UnavailableError
+from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 
 SPEC = SignalSpec("full", 64)
 POISON = 63

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from teacher_server.backends.grammar import Grammars
-from teacher_server.backends.stepper import ModelStepper, choose
-from teacher_server.backends.writing import writes_as_it_scores
-from teacher_server.config import GenerationConfig, TeacherConfig
-from teacher_server.engine import TeacherEngine
-from teacher_server.generation import SteppedGeneration
-from teacher_server.sequence_queue import Layout, Sequence, SequenceQueue
-from teacher_wire.errors import (
+from teacher_server.backends.transformers.decode_loop import ModelStepper, choose
+from teacher_server.backends.transformers.generation_probe import writes_as_it_scores
+from teacher_server.config.server import GenerationConfig, TeacherConfig
+from teacher_server.replica.decode_scheduler import SteppedGeneration
+from teacher_server.replica.engine import TeacherEngine
+from teacher_server.replica.sequence_queue import Layout, Sequence, SequenceQueue
+from teacher_wire.core.errors import (
     CapabilityError,
     LimitError,
     OverloadedError,
@@ -26,7 +26,7 @@ from teacher_wire.errors import (
     ServerError,
     UnavailableError,
 )
-from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
 
 FAMILIES = ["qwen2", "llama", "internlm3", "glm", "glm4", "gemma2", "cohere", "granite"]
 PROMPTS = [[5, 6, 7], [9] * 30, [1, 2], [5, 6, 7]]
@@ -116,7 +116,7 @@ async def test_a_sample_depends_on_prompt_seed_and_number_alone(model_factory):
 
 
 async def test_scoring_goes_on_between_tokens_and_agrees(model_factory):
-    from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
+    from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
 
     async with running(model_factory("qwen2")) as engine:
         writing = asyncio.create_task(write(engine, SamplingSpec(max_new_tokens=60, ignore_eos=True, seed=1)))

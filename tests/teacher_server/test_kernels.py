@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_server.backends import attention, attention_kernel, kernels, steps
-from teacher_server.backends.layout import pack
+from teacher_server.backends.transformers import attention, attention_kernel, kernels, layer_ops
+from teacher_server.backends.transformers.packing import pack
 from teacher_server.signals import kernels as signal_kernels
 from teacher_server.signals import output
 
@@ -59,14 +59,14 @@ def test_steps_of_a_layer(width):
     weight = torch.rand(width, device=CUDA, dtype=torch.bfloat16)
     near = {"atol": 0.02, "rtol": 0.01}
     for other in (None, residual):
-        found, expected = (module.add_rms_norm(x, other, weight, 1e-6) for module in (kernels, steps))
+        found, expected = (module.add_rms_norm(x, other, weight, 1e-6) for module in (kernels, layer_ops))
         torch.testing.assert_close(found[0], expected[0], **near)
         assert torch.equal(found[1], expected[1])
-    torch.testing.assert_close(kernels.silu_mul(x)[0], steps.silu_mul(x)[0], **near)
+    torch.testing.assert_close(kernels.silu_mul(x)[0], layer_ops.silu_mul(x)[0], **near)
     cos, sin = torch.rand(2, 50, 8, device=CUDA, dtype=torch.bfloat16)
     turned, plain = x.view(50, -1, 8).clone(), x.view(50, -1, 8).clone()
     kernels.rotate(turned[:, :5], cos, sin)
-    steps.rotate(plain[:, :5], cos, sin)
+    layer_ops.rotate(plain[:, :5], cos, sin)
     torch.testing.assert_close(turned, plain, **near)
     assert torch.equal(turned[:, 5:], x.view(50, -1, 8)[:, 5:])
 
@@ -75,6 +75,6 @@ def test_float8_rows_are_the_plain_ones():
     torch.manual_seed(0)
     x = torch.randn(50, 400, device=CUDA, dtype=torch.bfloat16)
     for make in (lambda m: m.to_float8(x), lambda m: m.silu_mul(x, float8=True)):
-        (found, scale), (expected, plain_scale) = make(kernels), make(steps)
+        (found, scale), (expected, plain_scale) = make(kernels), make(layer_ops)
         torch.testing.assert_close(scale, plain_scale)
         torch.testing.assert_close(found.float() * scale, expected.float() * plain_scale, atol=0.02, rtol=0.07)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_server.backends.layout import Layout, pack
+from teacher_server.backends.transformers.packing import Layout, pack
 
 few_ids = st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=9), min_size=1, max_size=8)
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from teacher_server.control.config_watch import ConfigFile
 from teacher_server.errors import ServerConfigError
-from teacher_server.reload import ConfigFile
 
 TEXT = "teachers: [{name: a, backend: {kind: fake, seed: %s}}]\n"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from teacher_server.config import ServerConfig, TeacherConfig
+from teacher_server.config.server import ServerConfig, TeacherConfig
+from teacher_server.control.rolling_update import Deployed, Rollout, changes
 from teacher_server.errors import ServerConfigError
-from teacher_server.rollout import Deployed, Rollout, changes
 
 
 def teacher(name="t", **changes):

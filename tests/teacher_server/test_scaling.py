@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray import cloudpickle
 
-from teacher_server.scaling import QUEUED_TOKENS, WINDOW_S, QueuedTokensPolicy
+from teacher_server.replica.autoscaling import QUEUED_TOKENS, WINDOW_S, QueuedTokensPolicy
 
 
 def context(*replicas, least=1, most=10, now=100.0):
@@ -55,13 +55,13 @@ def test_it_travels_by_value_alone():
     import subprocess
     import sys
 
-    from teacher_server import scaling
+    from teacher_server.replica import autoscaling
 
-    cloudpickle.register_pickle_by_value(scaling)
+    cloudpickle.register_pickle_by_value(autoscaling)
     try:
         shipped = cloudpickle.dumps(QueuedTokensPolicy)
     finally:
-        cloudpickle.unregister_pickle_by_value(scaling)
+        cloudpickle.unregister_pickle_by_value(autoscaling)
     code = (
         "import sys\nfrom ray import cloudpickle\n"
         "policy = cloudpickle.loads(sys.stdin.buffer.read())(target_queued_tokens=5)\n"

@@ -10,12 +10,12 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from teacher_server.edge.router import ServeTeachers
-from teacher_server.reports import News, Plan, TeacherPlan
-from teacher_wire import codec
-from teacher_wire.errors import MismatchError, NotFoundError, ServerError, UnavailableError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec, check_generate
-from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_server.telemetry.records import News, Plan, TeacherPlan
+from teacher_wire.core.errors import MismatchError, NotFoundError, ServerError, UnavailableError
+from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec, check_generate
+from teacher_wire.score import codec
+from teacher_wire.testing.fake_teacher import FakeTeacher
 
 OLD, NEW = FakeTeacher(seed=0), FakeTeacher(seed=1)
 SPEC = SignalSpec("full", 64)

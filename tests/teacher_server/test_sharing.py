@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from teacher_server.config import TenantConfig
+from teacher_server.config.server import TenantConfig
 from teacher_server.edge.admission import Admission
-from teacher_server.edge.sharing import LabelSharing
-from teacher_wire.errors import OverloadedError, ServerError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.generation import GenerateCall, PromptBatch, Sample, SamplingSpec
-from teacher_wire.label_store import LabelStore
-from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch, float32
+from teacher_server.edge.label_sharing import LabelSharing
+from teacher_wire.core.errors import OverloadedError, ServerError
+from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch, float32
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
+from teacher_wire.labels.store import LabelStore
+from teacher_wire.testing.fake_teacher import FakeTeacher
 
 SPEC = SignalSpec("top_k", 64, k=4)
 

@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from student_trainer.config import ModelConfig
-from student_trainer.feed.arrays import to_torch
-from student_trainer.model import load_student
-from student_trainer.objective import head_on
+from student_trainer.config.run import ModelConfig
+from student_trainer.labels.device_transfer import to_torch
+from student_trainer.model.load import load_student
+from student_trainer.training.objective import head_on
 from teacher_server.backends import logits
 from teacher_server.backends.model_folder import check_local
-from teacher_server.backends.transformers_backend import load
-from teacher_server.checks import check_files
-from teacher_server.config import ServerConfig, TransformersBackend
+from teacher_server.backends.transformers.backend import load
+from teacher_server.config.server import ServerConfig, TransformersBackend
+from teacher_server.control.preflight import check_files
 from teacher_server.errors import ServerConfigError
-from teacher_wire.messages import SignalSpec, TokenBatch
+from teacher_wire.core.messages import SignalSpec, TokenBatch
 
 CHANGED = [
     "falcon_h1",
@@ -80,7 +80,7 @@ def test_what_the_table_does_not_know_is_found_by_the_probe(model_factory, monke
 
 
 def test_both_houses_have_the_same_table():
-    from student_trainer import logit_probe
+    from student_trainer.model import logit_probe
 
     assert logits._SENSES == logit_probe._SENSES and logits._OTHERWISE == logit_probe._OTHERWISE
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer.feed.arrays import LabelTensors, to_torch
-from student_trainer.objective import head_on
-from teacher_server.backends.transformers_backend import load
-from teacher_server.config import TransformersBackend
+from student_trainer.labels.device_transfer import LabelTensors, to_torch
+from student_trainer.training.objective import head_on
+from teacher_server.backends.transformers.backend import load
+from teacher_server.config.server import TransformersBackend
 from teacher_server.errors import ServerConfigError
-from teacher_wire.messages import SignalSpec, TokenBatch
+from teacher_wire.core.messages import SignalSpec, TokenBatch
 
 FAMILIES = ["qwen2", "llama", "internlm3", "glm", "glm4", "gemma2", "cohere", "granite"]
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15}
@@ -234,7 +234,7 @@ def test_the_fingerprint_is_of_weights_configuration_and_dtype(model_factory, tm
 
 
 def test_a_teacher_may_keep_its_head(model_factory):
-    from teacher_wire.errors import CapabilityError
+    from teacher_wire.core.errors import CapabilityError
 
     teacher = backend(model_factory("qwen2"), serve_head=False)
     assert teacher.facts.transports == ("top_k", "full") and teacher.facts.head_sha256 == ""

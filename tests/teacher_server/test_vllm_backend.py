@@ -19,16 +19,17 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from teacher_server.backends import transformers_backend, vllm_backend
-from teacher_server.backends.vllm_writing import refuse_sampling, sample_seed
-from teacher_server.config import TeacherConfig, TransformersBackend, VllmBackend
-from teacher_server.engine import TeacherEngine
+from student_trainer.data.trace_schema import Caps, generation_schema
+from teacher_server.backends.transformers import backend
+from teacher_server.backends.vllm import backend
+from teacher_server.backends.vllm.writing import refuse_sampling, sample_seed
+from teacher_server.config.server import TeacherConfig, TransformersBackend, VllmBackend
 from teacher_server.errors import ServerConfigError
-from teacher_wire.errors import LimitError, RequestError, UnavailableError
-from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec
-from teacher_wire.loopback import serve
-from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
-from teacher_wire.traces import Caps, generation_schema
+from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.core.errors import LimitError, RequestError, UnavailableError
+from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
+from teacher_wire.testing.loopback import serve
 from tests.e2e.classroom import EngineService
 from tests.faults.test_hostile_generate import REQUESTS, attack
 
@@ -70,15 +71,13 @@ def calm(folder, tmp_path_factory):
 
 
 def reference(folder, dtype):
-    return transformers_backend.load(
-        TransformersBackend(model=str(folder), dtype=dtype, device="cpu"), deterministic=False
-    )
+    return backend.load(TransformersBackend(model=str(folder), dtype=dtype, device="cpu"), deterministic=False)
 
 
 @pytest.fixture(scope="module")
 def wide(folder):
     """Both roles, float32, with a prefix cache."""
-    model = vllm_backend.load(
+    model = backend.load(
         settings(folder, dtype="float32", roles=("score", "generate"), prefix_caching=True),
         deterministic=False,
         overrides=SMALL_BLOCKS,
@@ -90,7 +89,7 @@ def wide(folder):
 @pytest.fixture(scope="module")
 def narrow(calm):
     """Scores in bfloat16, without a prefix cache."""
-    model = vllm_backend.load(settings(calm, dtype="bfloat16", prefix_caching=False), deterministic=False)
+    model = backend.load(settings(calm, dtype="bfloat16", prefix_caching=False), deterministic=False)
     yield model
     model.close()
 
@@ -111,7 +110,7 @@ def cosine(left_ND, right_ND):
 def scoring(folder, dtype, prefix_caching):
     """An engine for one test."""
     config = settings(folder, dtype=dtype, prefix_caching=prefix_caching)
-    model = vllm_backend.load(config, deterministic=False, overrides=SMALL_BLOCKS)
+    model = backend.load(config, deterministic=False, overrides=SMALL_BLOCKS)
     try:
         yield model
     finally:
@@ -330,7 +329,7 @@ async def test_leaving_frees_vllms_sequences(wide):
 
 
 async def test_a_client_that_hangs_up_frees_vllms_sequences(wide):
-    from teacher_wire.client import TeacherClient
+    from teacher_wire.transport.client import TeacherClient
 
     service = EngineService(TeacherEngine(TeacherConfig.model_validate(
         {"name": "t", "backend": wide._config.model_dump()}), wide))  # fmt: skip
@@ -383,7 +382,7 @@ def test_an_unknown_head_and_roles_are_refused_before_anything_starts(model_fact
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"architectures": ["OddForCausalLM"]}))
     with pytest.raises(ServerConfigError, match="OddForCausalLM"):
-        vllm_backend.load(settings(strange), deterministic=False)
+        backend.load(settings(strange), deterministic=False)
     with pytest.raises(ValueError, match="once each"):
         settings(folder, roles=("score", "score"))
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from teacher_wire.label_blob import LabelEntry
-from teacher_wire.label_store import LabelStore
+from teacher_wire.labels.blob import LabelEntry
+from teacher_wire.labels.store import LabelStore
 from tests.teacher_wire.labels_of import SPECS, entry_of, key_of
 
 QUESTIONS = 40

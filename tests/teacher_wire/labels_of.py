@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from teacher_wire.label_blob import LabelEntry, label_keys
-from teacher_wire.messages import (
+from teacher_wire.core.messages import (
     DTYPES,
     SignalSpec,
     TeacherSignals,
@@ -15,6 +14,7 @@ from teacher_wire.messages import (
     outliers_of,
     token_id_dtype,
 )
+from teacher_wire.labels.blob import LabelEntry, label_keys
 
 WIDTH = 40
 SPECS = {

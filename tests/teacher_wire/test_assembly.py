@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_wire import codec
-from teacher_wire.assembly import Assembly
-from teacher_wire.errors import LabelError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import ScoreCall, TeacherSignals
+from teacher_wire.core.errors import LabelError
+from teacher_wire.core.messages import ScoreCall, TeacherSignals
+from teacher_wire.score import codec
+from teacher_wire.score.assembly import Assembly
+from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.teacher_wire.labels_of import SPECS, WIDTH, assert_same_labels, entry_of
 

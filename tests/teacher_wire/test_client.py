@@ -8,9 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from teacher_wire import codec
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import (
+from teacher_wire.core.errors import (
     CapabilityError,
     DeadlineError,
     LabelError,
@@ -22,10 +20,12 @@ from teacher_wire.errors import (
     ServerError,
     UnavailableError,
 )
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.loopback import LoopbackServer, serve
-from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
-from teacher_wire.servicer import StreamLimits
+from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.score import codec
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import LoopbackServer, serve
+from teacher_wire.transport.client import TeacherClient
+from teacher_wire.transport.servicer import StreamLimits
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 

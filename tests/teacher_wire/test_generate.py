@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_wire import generate_codec
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import (
+from student_trainer.data.trace_schema import Caps, generation_schema
+from teacher_wire.core.errors import (
     CapabilityError,
     DeadlineError,
     LabelError,
@@ -23,12 +22,13 @@ from teacher_wire.errors import (
     ServerError,
     TeacherWireError,
 )
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.fake_generation import FakeWriter
-from teacher_wire.generation import GenerateCall, PromptBatch, SamplingSpec, check_generate
-from teacher_wire.loopback import serve
-from teacher_wire.schemas import check_schema
-from teacher_wire.traces import Caps, generation_schema
+from teacher_wire.generate import codec
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec, check_generate
+from teacher_wire.generate.schemas import check_schema
+from teacher_wire.testing.fake_generation import FakeWriter
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport.client import TeacherClient
 from teacher_wire.v1 import teacher_pb2 as pb
 
 PROMPTS = PromptBatch.pack([[1, 2, 3], [4], [5, 6]])
@@ -221,9 +221,7 @@ def test_a_call_survives_the_wire(prompts, samples, temperature, top_p, seed, da
     every = [(p, s) for p in range(len(prompts)) for s in range(samples)]
     have = frozenset(data.draw(st.lists(st.sampled_from(every), max_size=len(every) - 1)))
     call = GenerateCall("t", "f", spec, PromptBatch.pack(prompts), have, 1.5, "me")
-    back = generate_codec.decode_generate(
-        pb.GenerateRequest.FromString(generate_codec.encode_generate(call).SerializeToString()), "me"
-    )
+    back = codec.decode_generate(pb.GenerateRequest.FromString(codec.encode_generate(call).SerializeToString()), "me")
     assert (back.teacher, back.fingerprint, back.spec, back.have, back.timeout_s, back.tenant) == (
         "t", "f", spec, have, 1.5, "me")  # fmt: skip
     assert [back.prompts.prompt(i).tolist() for i in range(len(prompts))] == prompts

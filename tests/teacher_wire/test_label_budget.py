@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from teacher_wire import label_budget
-from teacher_wire.label_budget import Budget, files_of
+from teacher_wire.labels import budget as label_budget
+from teacher_wire.labels.budget import Budget, files_of
 
 KIB = 1024
 

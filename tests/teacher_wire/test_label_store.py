@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_wire import label_blob
-from teacher_wire.errors import LabelError, RequestError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.label_blob import decode_labels, encode_labels
-from teacher_wire.label_store import LabelStore, label_keys
-from teacher_wire.messages import SignalSpec, TeacherSignals, TokenBatch
+from teacher_wire.core.errors import LabelError, RequestError
+from teacher_wire.core.messages import SignalSpec, TeacherSignals, TokenBatch
+from teacher_wire.labels import blob
+from teacher_wire.labels.blob import decode_labels, encode_labels
+from teacher_wire.labels.store import LabelStore, label_keys
+from teacher_wire.testing.fake_teacher import FakeTeacher
 from tests.teacher_wire.labels_of import SPECS, assert_same_labels, entry_of, key_of
 
 
@@ -470,15 +470,15 @@ def test_the_same_labels_are_the_same_file(tmp_path):
     """In other processes too: whoever computes a digest over a folder must not see what is not there."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from teacher_wire.fake import FakeTeacher\n"
-        "from teacher_wire.label_blob import LabelEntry, encode_labels, label_keys\n"
-        "from teacher_wire.messages import SignalSpec, TokenBatch\n"
+        "from teacher_wire.testing.fake_teacher import FakeTeacher\n"
+        "from teacher_wire.labels.blob import LabelEntry, encode_labels, label_keys\n"
+        "from teacher_wire.core.messages import SignalSpec, TokenBatch\n"
         "import hashlib\n"
         "spec, batch = SignalSpec('top_k', 64, k=3), TokenBatch.pack([[1, 2, 3]])\n"
         "entry = LabelEntry('f', spec, batch, FakeTeacher().signals(spec, batch))\n"
         "print(hashlib.sha256(encode_labels(label_keys('f', spec, batch)[0], entry)).hexdigest())\n"
     )
-    proto = str(Path(label_blob.__file__).parents[1])
+    proto = str(Path(blob.__file__).parents[1])
     digests = {
         subprocess.run([sys.executable, "-c", code, proto], capture_output=True, text=True, check=True).stdout
         for _ in range(6)

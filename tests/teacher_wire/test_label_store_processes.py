@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from teacher_wire.label_store import LabelStore
+from teacher_wire.labels.store import LabelStore
 from tests.teacher_wire.label_writers import QUESTIONS, answer
 from tests.teacher_wire.labels_of import SPECS, assert_same_labels, entry_of, key_of
 

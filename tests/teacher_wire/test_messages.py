@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_wire.errors import LabelError, RequestError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import SignalSpec, TeacherSignals, TokenBatch, token_id_dtype
+from teacher_wire.core.errors import LabelError, RequestError
+from teacher_wire.core.messages import SignalSpec, TeacherSignals, TokenBatch, token_id_dtype
+from teacher_wire.testing.fake_teacher import FakeTeacher
 
 
 def test_row_t_describes_token_t_plus_1():

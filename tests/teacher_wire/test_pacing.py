@@ -2,7 +2,7 @@
 
 import math
 
-from teacher_wire.pacing import Pace
+from teacher_wire.transport.pacing import Pace
 
 
 def test_nothing_holds_back_a_student_that_was_never_refused():

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from teacher_wire import tensors
-from teacher_wire.errors import TensorError
-from teacher_wire.messages import DTYPES, Tensor
+from teacher_wire.core import tensors
+from teacher_wire.core.errors import TensorError
+from teacher_wire.core.messages import DTYPES, Tensor
 from teacher_wire.v1 import teacher_pb2 as pb
 
 WIRE_MAX = {"uint24": (1 << 24) - 1}

@@ -8,11 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_wire.trace_answers import majority_answer, normalize_answer
-from teacher_wire.trace_arithmetic import false_equation
-from teacher_wire.trace_spans import find_span
-from teacher_wire.trace_verify import verify
-from teacher_wire.traces import (
+from student_trainer.data.trace_schema import (
     DRAFT_SCHEMA,
     KINDS,
     REASONS,
@@ -31,6 +27,10 @@ from teacher_wire.traces import (
     prompt_sha256,
     to_fields,
 )
+from student_trainer.data.trace_spans import find_span
+from student_trainer.traces.answers import majority_answer, normalize_answer
+from student_trainer.traces.arithmetic import false_equation
+from student_trainer.traces.verify import verify
 
 PROMPT = "Fünf Äpfel 🍎 und\r\n七個梨: 5 + 7 = ? Fünf!"
 # Anything a prompt may hold: CJK, emoji with joiners, combining marks, Hangul jamo, line ends.

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from teacher_wire import uint24
+from teacher_wire.core import uint24
 
 ARRAYS = hnp.arrays(
     np.uint32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9), elements=st.integers(0, (1 << 24) - 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from student_trainer.data.dataset import IndexedExample, build_dataset, collate
-from student_trainer.data.sources import DataSource
+from student_trainer.data.rows.sources import DataSource
 from student_trainer.errors import DataError
 from tests.student_trainer.data.tiny_tokenizers import tokenizer
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from student_trainer.data.formats import FORMATS, Row, Turn, detect, parse_rows
+from student_trainer.data.rows.formats import FORMATS, Row, Turn, detect, parse_rows
 from student_trainer.errors import DataError
 
 

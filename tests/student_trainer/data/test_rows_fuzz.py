@@ -7,12 +7,12 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.data import json_text
-from student_trainer.data.formats import Row, parse_rows
-from student_trainer.data.intake import Intake
-from student_trainer.data.messages import KNOWN_FIELDS
-from student_trainer.data.row_files import READERS
-from student_trainer.data.sources import known_fields
+from student_trainer.data.rows import json_text
+from student_trainer.data.rows.files import READERS
+from student_trainer.data.rows.formats import Row, parse_rows
+from student_trainer.data.rows.intake import Intake
+from student_trainer.data.rows.messages import KNOWN_FIELDS
+from student_trainer.data.rows.sources import known_fields
 from student_trainer.errors import DataError
 
 WORDS = st.sampled_from([

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from student_trainer.data.sources import DataSource, parse_source, read_source
+from student_trainer.data.rows.sources import DataSource, parse_source, read_source
 from student_trainer.errors import DataError
 
 

@@ -7,9 +7,9 @@ from datetime import date
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from student_trainer.data.encoding import Encoder, TokenSequence
-from student_trainer.data.formats import Conversation, Turn
-from student_trainer.data.templates import ChatTemplate, Clock, PlainTemplate, choose
+from student_trainer.data.rows.formats import Conversation, Turn
+from student_trainer.data.text.encoding import Encoder, TokenSequence
+from student_trainer.data.text.templates import ChatTemplate, Clock, PlainTemplate, choose
 from student_trainer.errors import DataError
 from tests.student_trainer.data.tiny_tokenizers import SCHEMES, metaspace, tokenizer
 

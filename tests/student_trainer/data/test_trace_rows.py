@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from student_trainer.data.dataset import build_dataset
-from student_trainer.data.encoding import token_weights
-from student_trainer.data.sources import DataSource
+from student_trainer.data.rows.sources import DataSource
+from student_trainer.data.text.encoding import token_weights
 from student_trainer.data.trace_rows import TraceTasks
+from student_trainer.data.trace_schema import Answer, Evidence, Step, Trace, prompt_sha256, to_fields
 from student_trainer.errors import DataError
-from teacher_wire.traces import Answer, Evidence, Step, Trace, prompt_sha256, to_fields
 from tests.student_trainer.data.tiny_tokenizers import tokenizer
 
 PROMPT = "苹果 5 🍎 and 7 pears?"

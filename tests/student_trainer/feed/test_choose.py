@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from student_trainer.errors import ConfigError
-from student_trainer.feed.choose import Probe, choose
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import Limits
+from student_trainer.teachers.choose import Probe, choose
+from teacher_wire.core.messages import Limits
+from teacher_wire.testing.fake_teacher import FakeTeacher
 
 GIB = 2**30
 BIG = replace(  # Qwen2.5-7B

@@ -2,7 +2,7 @@
 
 import pytest
 
-from student_trainer.feed.depth import FIRST, RESERVE, Depth
+from student_trainer.labels.depth import FIRST, RESERVE, Depth
 
 
 def settled(latency_s, interval_s, most=64):

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from student_trainer.config import LabelConfig
+from student_trainer.config.run import LabelConfig
 from student_trainer.errors import ConfigError
-from student_trainer.feed.handshake import StudentFacts, agree
-from teacher_wire.errors import CapabilityError, LimitError, MismatchError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.messages import SignalSpec
+from student_trainer.teachers.handshake import StudentFacts, agree
+from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
+from teacher_wire.core.messages import SignalSpec
+from teacher_wire.testing.fake_teacher import FakeTeacher
 
 INFO = FakeTeacher(tokenizer_sha256="t" * 64, chat_template_sha256="c" * 64).teacher_info()
 STUDENT = StudentFacts(

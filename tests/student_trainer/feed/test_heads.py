@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from student_trainer.feed.heads import fetch_head
-from teacher_wire.client import TeacherClient
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.loopback import serve
+from student_trainer.teachers.head_cache import fetch_head
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport.client import TeacherClient
 
 
 class Counting(FakeTeacher):

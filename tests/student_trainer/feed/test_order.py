@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.feed.order import OrderedDataset, RunOrder
+from student_trainer.data.batch_plan import OrderedDataset, RunOrder
 
 
 def order(n, batch_size=2, accumulation=2, epochs=1.0, max_steps=None, seed=0):

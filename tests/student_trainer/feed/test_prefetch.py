@@ -6,15 +6,15 @@ import time
 import numpy as np
 import pytest
 
-from student_trainer.feed.arrays import LabelTensors
-from student_trainer.feed.desk import LabelDesk
-from student_trainer.feed.prefetch import LabelFeed
-from student_trainer.feed.source import LabelRequest
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import CancelledRequestError, LabelError, UnavailableError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.loopback import LoopbackServer, serve
-from teacher_wire.messages import SignalSpec, TokenBatch
+from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.labels.prefetch import LabelFeed
+from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.source import LabelRequest
+from teacher_wire.core.errors import CancelledRequestError, LabelError, UnavailableError
+from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import LoopbackServer, serve
+from teacher_wire.transport.client import TeacherClient
 
 SPEC = SignalSpec("full", 64)
 

@@ -6,17 +6,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from student_trainer.feed import background
-from student_trainer.feed.desk import LabelDesk
-from student_trainer.feed.prefetch import LabelFeed
-from student_trainer.feed.source import LabelRequest, LabelUsage
-from teacher_wire.client import TeacherClient
-from teacher_wire.errors import LabelError, ServerError
-from teacher_wire.fake import FakeTeacher
-from teacher_wire.label_budget import files_of
-from teacher_wire.label_store import LabelStore, label_keys
-from teacher_wire.loopback import serve
-from teacher_wire.messages import SignalSpec, TokenBatch
+from student_trainer.labels import event_loop
+from student_trainer.labels.prefetch import LabelFeed
+from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.source import LabelRequest, LabelUsage
+from teacher_wire.core.errors import LabelError, ServerError
+from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.labels.budget import files_of
+from teacher_wire.labels.store import LabelStore, label_keys
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
+from teacher_wire.transport.client import TeacherClient
 from tests.teacher_wire.labels_of import assert_same_labels
 
 SPECS = [
@@ -77,7 +77,7 @@ def labels_of(address, fake, store, requests, spec=SPECS[0]):
         async with desk.source(fake.teacher_info(), spec) as source:
             return await asyncio.gather(*(source.labels(r) for r in requests), return_exceptions=True)
 
-    return background.run(ask()), desk.usage
+    return event_loop.run(ask()), desk.usage
 
 
 def nobody():
@@ -145,7 +145,7 @@ def test_a_fickle_teacher_is_believed_once(store):
             async with source[0], source[1]:
                 return await asyncio.gather(*(s.labels(request(0, 1)) for s in source))
 
-        first, second = background.run(together())
+        first, second = event_loop.run(together())
         assert len(fake.asked) == 4, "both asked"
         assert_same_labels(second.signals, first.signals)
         (later,), _ = labels_of(server.address, fake, store, [request(0, 1)])
@@ -216,7 +216,7 @@ def test_a_failed_request_is_not_remembered(store):
                 fake.mistake = ""
                 return await source.labels(request(0))
 
-        assert background.run(twice()).signals.rows == 19
+        assert event_loop.run(twice()).signals.rows == 19
 
 
 def test_who_gives_up_does_not_take_the_labels_from_others(store):
@@ -234,7 +234,7 @@ def test_who_gives_up_does_not_take_the_labels_from_others(store):
                     await waiter
                 return await owner
 
-        assert background.run(one_of_two()).signals.rows == 19
+        assert event_loop.run(one_of_two()).signals.rows == 19
 
 
 def test_labels_come_though_they_cannot_be_kept(tmp_path):

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from student_trainer.feed.verify import check_signals
-from teacher_wire.errors import LabelError
-from teacher_wire.fake import FakeTeacher, _spoil
-from teacher_wire.messages import SignalSpec, TokenBatch, float32
+from student_trainer.labels.verify import check_signals
+from teacher_wire.core.errors import LabelError
+from teacher_wire.core.messages import SignalSpec, TokenBatch, float32
+from teacher_wire.testing.fake_teacher import FakeTeacher, _spoil
 
 SPECS = {
     "top_k": SignalSpec("top_k", 64, k=6),

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from student_trainer.feed import verify
-from student_trainer.feed.verify import LOGP_TOLERANCE, MASS_TOLERANCE, check_signals
-from teacher_wire.errors import LabelError
-from teacher_wire.messages import SignalSpec, TeacherSignals, Tensor, TokenBatch, float32, token_id_dtype
+from student_trainer.labels import verify
+from student_trainer.labels.verify import LOGP_TOLERANCE, MASS_TOLERANCE, check_signals
+from teacher_wire.core.errors import LabelError
+from teacher_wire.core.messages import SignalSpec, TeacherSignals, Tensor, TokenBatch, float32, token_id_dtype
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from student_trainer.config_file import parse_as
+from student_trainer.config.files import parse_as
+from student_trainer.config.traces import TracesConfig
+from student_trainer.data.trace_schema import parse
 from student_trainer.errors import ConfigError, DataError, RunError
-from student_trainer.traces.config import TracesConfig
-from student_trainer.traces.places import mean_probability, token_spans, value_spans
 from student_trainer.traces.run import _groups, make_traces
-from teacher_wire.errors import CapabilityError, LimitError, MismatchError, ServerError
-from teacher_wire.fake_generation import FakeWriter
-from teacher_wire.generation import SamplingSpec
-from teacher_wire.loopback import serve
-from teacher_wire.traces import parse
+from student_trainer.traces.token_spans import mean_probability, token_spans, value_spans
+from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError, ServerError
+from teacher_wire.generate.messages import SamplingSpec
+from teacher_wire.testing.fake_generation import FakeWriter
+from teacher_wire.testing.loopback import serve
 from tests.e2e.conftest import call_cli
 from tests.student_trainer.conftest import fake_for
 

@@ -1,0 +1,1 @@
+"""Samples of a teacher: messages, bytes, client and servicer."""

@@ -1,0 +1,1 @@
+"""Labels on disk, for both houses: one file per sequence, named by content."""

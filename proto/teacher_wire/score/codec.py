@@ -1,0 +1,478 @@
+"""The only mapper between the house's messages and the generated protocol classes.
+
+Encoding trusts its own side; decoding checks everything that the other machine could have got
+wrong and raises a RequestError (towards a server) or a LabelError (towards a student).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as AnyMessage
+
+from teacher_wire import PROTOCOL
+from teacher_wire.core import tensors
+from teacher_wire.core.errors import CapabilityError, LabelError, LimitError, MismatchError, RequestError, TensorError
+from teacher_wire.core.identity import head_sha256
+from teacher_wire.core.messages import (
+    FLOATS,
+    Compression,
+    HeadHeader,
+    Limits,
+    ScoreCall,
+    SignalSpec,
+    TeacherHead,
+    TeacherInfo,
+    TeacherSignals,
+    Tensor,
+    Timing,
+    TokenBatch,
+    Transport,
+)
+from teacher_wire.score.assembly import Assembly
+from teacher_wire.v1 import teacher_pb2 as pb
+
+CHUNK_BYTES = 1 << 20
+PART_BYTES = 1 << 20  # of a request that is sent in parts
+MAX_ID_CHARS = 64
+
+Message = TypeVar("Message", bound=AnyMessage)
+
+_TRANSPORT_CODE: dict[Transport, pb.Transport] = {"top_k": pb.TOP_K, "hidden": pb.HIDDEN, "full": pb.FULL}
+_TRANSPORT_NAME = {code: name for name, code in _TRANSPORT_CODE.items()}
+_COMPRESSION_CODE: dict[Compression, pb.Compression] = {"none": pb.NONE, "int8": pb.INT8_BLOCKS}
+_COMPRESSION_NAME = {code: name for name, code in _COMPRESSION_CODE.items()}
+# attribute of TeacherSignals -> field of ScoreChunk
+_WIRE_FIELD = {
+    "lse_N": "lse",
+    "label_logp_N": "label_logp",
+    "topk_ids_NK": "topk_ids",
+    "topk_logits_NK": "topk_logits",
+    "tail_logp_N": "tail_logp",
+    "hidden_ND": "hidden",
+    "logits_NV": "logits",
+    "state_int8_ND": "state_int8",
+    "state_scales_NG": "state_scales",
+    "outlier_ids_NO": "outlier_ids",
+    "outlier_values_NO": "outlier_values",
+}
+
+
+# ------------------------------------------------------------------ describe
+
+
+def encode_description(teachers: list[TeacherInfo], server_version: str) -> pb.DescribeReply:
+    """What Describe answers."""
+    return pb.DescribeReply(
+        protocol=PROTOCOL, server_version=server_version, teachers=[_encode_info(info) for info in teachers]
+    )
+
+
+def decode_description(reply: pb.DescribeReply) -> list[TeacherInfo]:
+    """The teachers behind an address.
+
+    Raises:
+        CapabilityError: the server speaks another version of the contract.
+    """
+    if reply.protocol != PROTOCOL:
+        raise CapabilityError(
+            "the server speaks another protocol version", field="protocol", value=reply.protocol, limit=PROTOCOL
+        )
+    return [_decode_info(info) for info in reply.teachers]
+
+
+def _encode_info(info: TeacherInfo) -> pb.TeacherInfo:
+    values = {name: getattr(info, name) for name in _INFO_FIELDS}
+    return pb.TeacherInfo(**values, limits=pb.Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
+
+
+def _decode_info(info: pb.TeacherInfo) -> TeacherInfo:
+    if info.dtype not in FLOATS:
+        raise LabelError("unknown dtype of a teacher", field="dtype", value=info.dtype, limit="|".join(FLOATS))
+    values = {name: getattr(info, name) for name in _INFO_FIELDS}
+    values |= {name: tuple(values[name]) for name in ("transports", "generates")}
+    return TeacherInfo(**values, limits=Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
+
+
+_INFO_FIELDS = [f.name for f in pb.TeacherInfo.DESCRIPTOR.fields if f.name != "limits"]
+_LIMIT_FIELDS = [f.name for f in pb.Limits.DESCRIPTOR.fields]
+
+
+# ------------------------------------------------------------------- request
+
+
+def check_request_id(text: str) -> None:
+    """Refuses what is no id of a request. The refusal does not repeat it whole."""
+    if not text:
+        raise RequestError("missing", field="request_id")
+    _check_name("request_id", text)
+
+
+def check_names(request: Any, *names: str) -> None:
+    """Refuses a request in which a field of these is longer than a name may be, or not printable."""
+    for field in names:
+        _check_name(field, getattr(request, field))
+
+
+def _check_name(field: str, text: str) -> None:
+    if len(text) > MAX_ID_CHARS or not text.isprintable():
+        raise RequestError(
+            "not a printable name", field=field, value=ascii(text[:MAX_ID_CHARS]), limit=f"{MAX_ID_CHARS} characters"
+        )
+
+
+def parse(kind: type[Message], data: bytes | bytearray) -> Message:
+    """The message of that kind in `data`.
+
+    Raises:
+        RequestError: there is none.
+    """
+    message = kind()
+    try:
+        message.ParseFromString(data)  # takes any bytes
+    except DecodeError:
+        raise RequestError(
+            "not a message of this protocol", field=kind.DESCRIPTOR.name, value=f"{len(data)} bytes"
+        ) from None
+    return message
+
+
+def request_messages(request: pb.ScoreRequest) -> Iterator[pb.ScoreUp]:
+    """A request on its way up: one message, or parts if it is long."""
+    if request.ByteSize() <= PART_BYTES:
+        yield pb.ScoreUp(request=request)
+        return
+    data = request.SerializeToString()
+    for offset in range(0, len(data), PART_BYTES):
+        part = pb.RequestPart(request_id=request.request_id, total_bytes=len(data), offset=offset)
+        part.data = data[offset : offset + PART_BYTES]
+        yield pb.ScoreUp(part=part)
+
+
+def encode_call(call: ScoreCall) -> pb.ScoreRequest:
+    """A request on its way up."""
+    batch = call.batch
+    return pb.ScoreRequest(
+        request_id=call.request_id,
+        teacher=call.teacher,
+        fingerprint=call.fingerprint,
+        spec=pb.SignalSpec(
+            transport=_TRANSPORT_CODE[call.spec.transport],
+            k=call.spec.k,
+            vocab_rows=call.spec.vocab_rows,
+            extra=call.spec.extra,
+            compression=_COMPRESSION_CODE[call.spec.compression],
+        ),
+        token_ids=tensors.encode(Tensor("int32", batch.token_ids_T)),
+        cu_lengths=tensors.encode(Tensor("int32", batch.cu_lengths_B1)),
+        wanted=tensors.encode(Tensor("uint8", batch.wanted_T.view(np.uint8))),
+        timeout_ms=round(call.timeout_s * 1000),
+        extra_ids=None if batch.extra_ids_NM is None else tensors.encode(Tensor("int32", batch.extra_ids_NM)),
+    )
+
+
+def decode_call(request: pb.ScoreRequest, tenant: str) -> ScoreCall:
+    """A request that arrived, checked for form (not against a teacher: see `check_call`).
+
+    Raises:
+        RequestError: naming the field.
+    """
+    check_request_id(request.request_id)
+    check_names(request, "teacher", "fingerprint")
+    if request.spec.transport not in _TRANSPORT_NAME:
+        raise RequestError("unknown transport", field="spec.transport", value=request.spec.transport)
+    if request.spec.compression not in _COMPRESSION_NAME:
+        raise RequestError("unknown compression", field="spec.compression", value=request.spec.compression)
+    spec = SignalSpec(
+        _TRANSPORT_NAME[request.spec.transport],
+        vocab_rows=request.spec.vocab_rows,
+        k=request.spec.k,
+        extra=request.spec.extra,
+        compression=_COMPRESSION_NAME[request.spec.compression],
+    )
+    wanted = _decode_as(request.wanted, "wanted", "uint8")
+    if wanted.size and wanted.max() > 1:
+        raise RequestError("flags are 0 or 1", field="wanted", value=int(wanted.max()), limit=1)
+    batch = TokenBatch(
+        token_ids_T=_decode_as(request.token_ids, "token_ids", "int32"),
+        cu_lengths_B1=_decode_as(request.cu_lengths, "cu_lengths", "int32"),
+        wanted_T=wanted.view(np.bool_),
+        extra_ids_NM=_decode_as(request.extra_ids, "extra_ids", "int32") if request.HasField("extra_ids") else None,
+    )
+    return ScoreCall(
+        request_id=request.request_id,
+        teacher=request.teacher,
+        fingerprint=request.fingerprint,
+        spec=spec,
+        batch=batch,
+        timeout_s=request.timeout_ms / 1000,
+        tenant=tenant,
+    )
+
+
+def _decode_as(message: pb.Tensor, field: str, dtype: str) -> np.ndarray:
+    tensor = tensors.decode(message, field)
+    if tensor.dtype != dtype:
+        raise TensorError("wrong dtype", field=field, value=tensor.dtype, limit=dtype)
+    return tensor.array
+
+
+def reply_bytes(call: ScoreCall, info: TeacherInfo) -> int:
+    """Payload bytes that the answer to `call` takes on the wire."""
+    return call.batch.rows * call.spec.row_bytes(info.hidden_size, info.value_bytes)
+
+
+def check_call(call: ScoreCall, info: TeacherInfo) -> None:
+    """Refuses a request that this teacher cannot answer, before any work is done for it.
+
+    Raises:
+        MismatchError: another teacher was meant.
+        CapabilityError: the transport is not offered.
+        RequestError, LimitError: naming field, value and limit.
+    """
+    batch, spec, limits = call.batch, call.spec, info.limits
+    if call.fingerprint and call.fingerprint != info.fingerprint:
+        raise MismatchError(
+            f"teacher {info.name!r} has other weights than the request expects",
+            field="fingerprint", value=info.fingerprint, limit=call.fingerprint,
+        )  # fmt: skip
+    if spec.transport not in info.transports:
+        raise CapabilityError(
+            f"teacher {info.name!r} does not offer this transport",
+            field="transport", value=spec.transport, limit="|".join(info.transports),
+        )  # fmt: skip
+    if spec.vocab_rows > info.vocab_rows:
+        raise RequestError(
+            "above the teacher's vocabulary", field="vocab_rows", value=spec.vocab_rows, limit=info.vocab_rows
+        )
+    longest = int(np.argmax(batch.lengths_B))
+    for field, value, limit in (
+        (f"sequence {longest} tokens", int(batch.lengths_B[longest]), limits.max_sequence_tokens),
+        ("request tokens", batch.tokens, limits.max_request_tokens),
+        ("request sequences", batch.sequences, limits.max_request_sequences),
+        ("k", spec.kept, limits.max_k),
+        ("reply bytes", reply_bytes(call, info), limits.max_reply_bytes),
+    ):
+        if value > limit:
+            raise LimitError(f"above the limit of teacher {info.name!r}", field=field, value=value, limit=limit)
+    top = int(np.argmax(batch.token_ids_T))
+    if batch.token_ids_T[top] >= info.vocab_rows:
+        raise RequestError(
+            "token id outside the teacher's vocabulary",
+            field=f"token_ids[{top}]",
+            value=int(batch.token_ids_T[top]),
+            limit=info.vocab_rows - 1,
+        )
+    named = 0 if batch.extra_ids_NM is None else batch.extra_ids_NM.shape[1]
+    if named != spec.extra:
+        raise RequestError("extra_ids do not fit the spec", field="extra_ids", value=named, limit=spec.extra)
+    if batch.extra_ids_NM is not None and batch.extra_ids_NM.max() >= spec.vocab_rows:
+        raise RequestError(
+            "id outside vocab_rows", field="extra_ids", value=int(batch.extra_ids_NM.max()), limit=spec.vocab_rows - 1
+        )
+    labels = batch.labels_N()
+    worst = int(np.argmax(labels))
+    if labels[worst] >= spec.vocab_rows:
+        raise RequestError(
+            "label outside vocab_rows",
+            field=f"label of row {worst}",
+            value=int(labels[worst]),
+            limit=spec.vocab_rows - 1,
+        )
+
+
+# --------------------------------------------------------------------- reply
+
+
+def encode_chunks(
+    request_id: str, reply_id: int, signals: TeacherSignals, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[pb.ScoreDown]:
+    """The answer as chunks of whole rows, about `chunk_bytes` of payload each, in the envelopes in which they travel.
+
+    They are built in place: a message handed to the constructor of another one is copied.
+    """
+    row_bytes = max(1, signals.payload_bytes // max(1, signals.rows))
+    step = max(1, chunk_bytes // row_bytes)
+    parts = signals.tensors()
+    for index, start in enumerate(range(0, signals.rows, step)):
+        stop = min(start + step, signals.rows)
+        down = pb.ScoreDown()
+        chunk = down.chunk
+        chunk.request_id, chunk.reply_id, chunk.index = request_id, reply_id, index
+        chunk.first_row, chunk.rows = start, stop - start
+        for name, tensor in parts.items():
+            tensors.fill(getattr(chunk, _WIRE_FIELD[name]), tensor.rows(start, stop))
+        yield down
+
+
+def payload_bytes(chunk: pb.ScoreChunk) -> int:
+    """Payload of a chunk, the unit of credits, whatever it holds; copies it once."""
+    return sum(len(getattr(chunk, field).data) for field in _WIRE_FIELD.values() if chunk.HasField(field))
+
+
+def decode_chunk(chunk: pb.ScoreChunk, answer: Assembly) -> int:
+    """Writes a chunk into the answer that it continues; its payload bytes. Dtypes and widths must be what was asked.
+
+    Raises:
+        LabelError: something is missing, superfluous, of another type or width, out of order or more than was asked.
+            The answer is then good for nothing.
+    """
+    if chunk.index != answer.chunks or chunk.first_row != answer.rows:
+        raise LabelError("chunks out of order", field="chunk.index", value=chunk.index, limit=answer.chunks)
+    found = {name for name, field in _WIRE_FIELD.items() if chunk.HasField(field)}
+    if found != answer.names:
+        raise LabelError(
+            "the answer holds other tensors than asked",
+            field="chunk",
+            value=sorted(found),
+            limit=sorted(answer.names),
+        )
+    payload = 0
+    for name, room in answer.room(chunk.rows).items():
+        field = _WIRE_FIELD[name]
+        try:
+            payload += tensors.decode_into(getattr(chunk, field), field, room)
+        except TensorError as error:
+            raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
+    answer.took(chunk.rows)
+    return payload
+
+
+def encode_timing(timing: Timing) -> pb.Timing:
+    """Server-side times of one request."""
+    return pb.Timing(
+        queue_us=timing.queue_us,
+        forward_us=timing.forward_us,
+        reduce_us=timing.reduce_us,
+        batch_tokens=timing.batch_tokens,
+    )
+
+
+def finish_reply(answer: Assembly, done: pb.ScoreDone, call: ScoreCall) -> TeacherSignals:
+    """The whole answer, whose chunks have come.
+
+    Raises:
+        LabelError: rows are missing, or another teacher answered.
+    """
+    rows = answer.rows
+    if rows != done.rows or rows != call.batch.rows or answer.chunks != done.chunks:
+        raise LabelError("the answer is incomplete", field="rows", value=rows, limit=call.batch.rows)
+    if call.fingerprint and done.fingerprint != call.fingerprint:
+        raise LabelError(
+            "another teacher answered", field="fingerprint", value=done.fingerprint, limit=call.fingerprint
+        )
+    timing = Timing(done.timing.queue_us, done.timing.forward_us, done.timing.reduce_us, done.timing.batch_tokens)
+    return TeacherSignals.of(answer.whole(), done.fingerprint, timing)
+
+
+# ---------------------------------------------------------------------- head
+
+
+def encode_head_header(header: HeadHeader) -> pb.HeadChunk:
+    """The first chunk of a head."""
+    message = pb.HeadHeader(
+        dtype=tensors.dtype_code(header.dtype),
+        rows=header.rows,
+        columns=header.columns,
+        logit_scale=header.logit_scale,
+        final_softcap=header.final_softcap,
+        sha256=header.sha256,
+    )
+    if header.bias_V is not None:
+        message.bias.CopyFrom(tensors.encode(header.bias_V))
+    return pb.HeadChunk(header=message)
+
+
+def decode_head_header(message: pb.HeadHeader) -> HeadHeader:
+    """The header of a streamed head.
+
+    Raises:
+        LabelError: unknown dtype or a broken bias.
+    """
+    try:
+        dtype = tensors.dtype_name(message.dtype, "head")
+        bias = tensors.decode(message.bias, "head.bias") if message.HasField("bias") else None
+    except TensorError as error:
+        raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
+    return HeadHeader(
+        dtype, int(message.rows), int(message.columns), bias, message.logit_scale, message.final_softcap, message.sha256
+    )
+
+
+class HeadAssembly:
+    """An output head while its chunks come, each written to its place; kept over broken calls.
+
+    Attributes:
+        received_bytes: of the weight; the offset at which a broken call is taken up.
+        header: once it has come.
+    """
+
+    def __init__(self, info: TeacherInfo) -> None:
+        self._info = info
+        self._weight: np.ndarray | None = None
+        self.received_bytes = 0
+        self.header: HeadHeader | None = None
+
+    def take(self, chunk: pb.HeadChunk) -> None:
+        """A chunk of the call that began at `received_bytes`; the first one has the header.
+
+        Raises:
+            LabelError: not the head that was described, chunks out of order, or more than there is.
+        """
+        if chunk.HasField("header"):
+            self._take_header(decode_head_header(chunk.header))
+            return
+        if self._weight is None or chunk.offset != self.received_bytes:
+            raise LabelError(
+                "head chunks out of order", field="head.offset", value=chunk.offset, limit=self.received_bytes
+            )
+        data = chunk.data
+        stop = self.received_bytes + len(data)
+        if stop > self._weight.size:
+            raise LabelError("more bytes than the head has", field="head.data", value=stop, limit=self._weight.size)
+        self._weight[self.received_bytes : stop] = np.frombuffer(data, np.uint8)
+        self.received_bytes = stop
+
+    def _take_header(self, header: HeadHeader) -> None:
+        info = self._info
+        if header.sha256 != info.head_sha256:
+            raise LabelError(
+                "not the head that was described", field="head.sha256", value=header.sha256, limit=info.head_sha256
+            )
+        if header.dtype not in FLOATS:
+            raise LabelError("unknown dtype of a head", field="head.dtype", value=header.dtype, limit="|".join(FLOATS))
+        if header.rows > info.vocab_rows or header.columns != info.hidden_size:
+            shape = f"{info.vocab_rows} x {info.hidden_size}"
+            raise LabelError(
+                "not of the described shape", field="head", value=f"{header.rows} x {header.columns}", limit=shape
+            )
+        if self._weight is None:
+            self._weight = np.empty(header.weight_bytes, np.uint8)
+        self.header = header
+
+    def whole(self) -> TeacherHead:
+        """The head, its digest checked.
+
+        Raises:
+            LabelError: truncated, or its digest is not the announced one.
+        """
+        header = self.header
+        if header is None or self._weight is None:
+            raise LabelError("no header", field="head.header")
+        if self.received_bytes != header.weight_bytes:
+            raise LabelError(
+                "the head is incomplete", field="head.data", value=self.received_bytes, limit=header.weight_bytes
+            )
+        weight_VD = tensors.of_bytes(header.dtype, (header.rows, header.columns), self._weight)
+        digest = head_sha256(weight_VD, header.bias_V, header.logit_scale, header.final_softcap)
+        if digest != header.sha256:
+            raise LabelError(
+                "the head's digest differs from the announced one",
+                field="head.sha256",
+                value=digest,
+                limit=header.sha256,
+            )
+        return TeacherHead(header, weight_VD)

@@ -1,0 +1,491 @@
+"""One student's Score stream: a reader, a task per request, and what waits to be sent.
+
+In: serialised ScoreUp messages; out: serialised ScoreDown messages. It computes no label; a request is handed to the
+service only when its whole reply fits the student's window and what the tenant may hold. Whatever it holds is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from teacher_wire import PROTOCOL
+from teacher_wire.core.errors import (
+    CapabilityError,
+    DeadlineError,
+    LimitError,
+    OverloadedError,
+    RequestError,
+    ServerError,
+    TeacherWireError,
+    UnavailableError,
+)
+from teacher_wire.core.messages import ScoreCall, TeacherSignals
+from teacher_wire.score import codec
+from teacher_wire.score.kept_replies import KeptReplies, Reply
+from teacher_wire.score.window import Window
+from teacher_wire.transport import status_table
+from teacher_wire.transport.accounts import Account, Accounts
+from teacher_wire.transport.caller import Caller, bare, cancelled_from_outside, known
+from teacher_wire.transport.offload import Offload
+from teacher_wire.transport.service import TeacherService
+from teacher_wire.transport.stream_limits import StreamLimits
+from teacher_wire.v1 import teacher_pb2 as pb
+
+_CONTROL_BYTES = 256  # credits, acknowledgements, cancellations: never held up by other streams' requests
+_ENCODING_IS_FASTER = 32  # than decoding and checking: up to 2 MiB a thread would cost more than it spares the loop
+_REQUEST_BYTES = 2 << 10  # what an open request takes beside its own bytes: task, arrays' headers
+
+
+@dataclass
+class Desk:
+    """What all streams of one server share.
+
+    Attributes:
+        open_streams, open_requests: now, of all tenants.
+    """
+
+    service: TeacherService
+    limits: StreamLimits
+    accounts: Accounts
+    kept: KeptReplies
+    offload: Offload
+    open_streams: int = 0
+    open_requests: int = 0
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request as it was understood; `problem` if it is none."""
+
+    request_id: str
+    call: ScoreCall | None
+    key: str
+    reply_id: int
+    next_chunk: int
+    problem: TeacherWireError | None
+
+
+@dataclass
+class _Parts:
+    """A request of which parts have come; `size` in all are announced and counted."""
+
+    size: int
+    data: bytearray
+    timer: asyncio.TimerHandle
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A message that waits to be sent.
+
+    Attributes:
+        reply_bytes: of payload; the tenant holds them until they are taken.
+        refusal: nobody's window counts it.
+    """
+
+    data: bytes
+    reply_bytes: int = 0
+    refusal: bool = False
+
+
+class ScoreStream:
+    """One stream of one tenant, from its first message to its end."""
+
+    def __init__(self, desk: Desk, account: Account, caller: Caller) -> None:
+        self._desk = desk
+        self._account = account
+        self._caller = caller
+        self._limits = desk.limits
+        self._out: asyncio.Queue[_Item | None] = asyncio.Queue()
+        self._unread_refusals = 0
+        self._refusals_read = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._parts: dict[str, _Parts] = {}
+        self._keys: OrderedDict[str, str] = OrderedDict()  # of replies sent whole and not acknowledged
+        self._window: Window | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._draining = False
+
+    async def run(self) -> None:
+        """Reads and answers until the student has closed its side and all is answered, or the server drains.
+
+        Raises:
+            TeacherWireError: the stream is broken off: a message that is none, a peer that takes nothing, a drain.
+        """
+        self._reader = asyncio.create_task(self._read())
+        self._desk.open_streams += 1
+        item: _Item | None = None
+        try:
+            while (item := await self._out.get()) is not None:
+                await self._caller.send(item.data)
+                self._sent(item)
+            if self._draining:
+                raise UnavailableError("the server is going down")
+            await self._reader
+        finally:
+            self._desk.open_streams -= 1
+            self._close(item)
+
+    def drain(self) -> None:
+        """Ends the stream as soon as everything it has taken is answered and sent."""
+        self._draining = True
+        self._end_if_drained()
+
+    def _end_if_drained(self) -> None:
+        if self._draining and not self._tasks and not self._parts:
+            self._out.put_nowait(None)
+
+    def _close(self, unsent: _Item | None) -> None:
+        """Stops all work of this stream and counts out what it holds."""
+        for task in (self._reader, *self._tasks.values()):
+            if task is not None:
+                task.cancel()
+        for request_id in list(self._parts):
+            self._drop_parts(request_id)
+        while unsent is not None or not self._out.empty():
+            if unsent is not None and unsent.reply_bytes:
+                self._desk.accounts.drop_reply(self._account, unsent.reply_bytes)
+            unsent = self._out.get_nowait() if not self._out.empty() else None
+
+    def _sent(self, item: _Item) -> None:
+        if item.reply_bytes:
+            self._desk.accounts.reply_taken(self._account, item.reply_bytes)
+        if item.refusal:
+            self._unread_refusals -= 1
+            self._refusals_read.set()
+
+    # ---------------------------------------------------------------- reading
+
+    async def _read(self) -> None:
+        try:
+            while (data := await self._caller.read()) is not None:
+                if len(data) <= _CONTROL_BYTES:
+                    await self._take(data)
+                else:
+                    # A tenant's streams take turns, a turn of the loop each: however many of them send how fast, what
+                    # they make the loop do between two steps for another tenant is one request.
+                    async with self._account.reading:
+                        await self._take(data)
+                        await asyncio.sleep(0)
+                while self._unread_refusals >= self._limits.max_unread_refusals:  # who reads nothing is not read
+                    self._refusals_read.clear()
+                    await self._refusals_read.wait()
+            for request_id in list(self._parts):
+                self._drop_parts(request_id)
+                self._fail(request_id, RequestError("the stream ended amid this request", field="part"))
+            if self._tasks:
+                await asyncio.wait(list(self._tasks.values()))
+        finally:
+            self._out.put_nowait(None)
+
+    async def _take(self, data: bytes) -> None:
+        up, asked = await self._desk.offload.run(
+            self._account.tenant, len(data), _understand, data, self._account.tenant
+        )
+        kind = up.WhichOneof("message") if asked is None else "request"
+        if self._window is None:
+            self._window = self._open(up, kind)
+        elif asked is not None:
+            self._start(asked, len(data), counted=False)
+        elif kind == "part":
+            await self._take_part(up.part)
+        elif kind == "credit":
+            self._window.give_back(up.credit.bytes)
+        elif kind == "ack":
+            self._desk.kept.forget(self._keys.pop(up.ack.request_id, ""))
+        elif kind == "cancel":
+            self._drop_parts(up.cancel.request_id)
+            task = self._tasks.get(up.cancel.request_id)
+            if task is not None:
+                task.cancel()
+        else:
+            raise RequestError("unexpected message on an open stream", field="message", value=kind or "empty")
+
+    def _open(self, up: pb.ScoreUp, kind: str | None) -> Window:
+        if kind != "open":
+            raise RequestError("the first message must be Open", field="message", value=kind or "empty", limit="open")
+        if up.open.protocol != PROTOCOL:
+            raise CapabilityError(
+                "the student speaks another protocol version",
+                field="protocol",
+                value=up.open.protocol,
+                limit=PROTOCOL,
+            )
+        if not 1 <= up.open.window_bytes <= self._limits.max_window_bytes:
+            raise LimitError(
+                "window", field="window_bytes", value=up.open.window_bytes, limit=f"1..{self._limits.max_window_bytes}"
+            )
+        return Window(up.open.window_bytes)
+
+    async def _take_part(self, part: pb.RequestPart) -> None:
+        """Collects a request that comes in parts; what was refused or taken back is ignored."""
+        request_id = part.request_id
+        if part.offset == 0:
+            if not self._begin_parts(request_id, part.total_bytes):
+                return
+        elif request_id not in self._parts:
+            return
+        parts, data = self._parts[request_id], part.data
+        stop = len(parts.data) + len(data)
+        if not data or part.offset != len(parts.data) or part.total_bytes != parts.size or stop > parts.size:
+            self._drop_parts(request_id)
+            shown = f"{len(data)} bytes at {part.offset} of {part.total_bytes}"
+            limit = f"at {stop - len(data)} of {parts.size}"
+            self._fail(
+                request_id, RequestError("not the next part of this request", field="part", value=shown, limit=limit)
+            )
+            return
+        parts.data += data
+        parts.timer.cancel()
+        if stop < parts.size:
+            parts.timer = self._timer(request_id)
+            return
+        del self._parts[request_id]
+        try:
+            asked = await self._desk.offload.run(
+                self._account.tenant, parts.size, _understand_request, parts.data, self._account.tenant, request_id
+            )
+        except BaseException:
+            self._desk.accounts.close_request(self._account, parts.size)
+            raise
+        self._start(asked, parts.size, counted=True)
+
+    def _begin_parts(self, request_id: str, size: int) -> bool:
+        try:
+            codec.check_request_id(request_id)
+            limit = self._limits.max_request_bytes
+            if not 1 <= size <= limit:
+                raise LimitError("a request this long", field="part.total_bytes", value=size, limit=f"1..{limit}")
+            self._check_new(request_id)
+            self._desk.accounts.open_request(self._account, size)
+        except TeacherWireError as error:
+            self._drop_parts(request_id)
+            self._fail(request_id, error)
+            return False
+        self._parts[request_id] = _Parts(size, bytearray(), self._timer(request_id))
+        return True
+
+    def _timer(self, request_id: str) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self._limits.stall_s, self._give_up, request_id)
+
+    def _give_up(self, request_id: str) -> None:
+        """A request whose next part did not come."""
+        self._drop_parts(request_id)
+        self._fail(
+            request_id, DeadlineError("the next part did not come in time", field="stall_s", limit=self._limits.stall_s)
+        )
+
+    def _drop_parts(self, request_id: str) -> None:
+        parts = self._parts.pop(request_id, None)
+        if parts is not None:
+            parts.timer.cancel()
+            self._desk.accounts.close_request(self._account, parts.size)
+            self._end_if_drained()
+
+    # -------------------------------------------------------------- answering
+
+    def _check_new(self, request_id: str) -> None:
+        if request_id in self._tasks or request_id in self._parts:
+            raise RequestError("a request of this id is still open", field="request_id", value=request_id)
+        if self._draining:
+            raise UnavailableError("the server is going down")
+        count, limit = len(self._tasks) + len(self._parts), self._limits.max_open_requests
+        if count >= limit:
+            raise OverloadedError(
+                "too many open requests on this stream",
+                field="open_requests", value=count, limit=limit, retry_after_s=1.0,
+            )  # fmt: skip
+
+    def _start(self, asked: _Asked, size: int, *, counted: bool) -> None:
+        """Answers a request; `counted` if its bytes are with the account already."""
+        accounts, account = self._desk.accounts, self._account
+        held = size if counted else size + _REQUEST_BYTES
+        try:
+            if asked.problem is not None:
+                raise asked.problem
+            self._check_new(asked.request_id)
+            if not counted:
+                accounts.open_request(account, held)
+        except TeacherWireError as error:
+            if counted:
+                accounts.close_request(account, held)
+            self._fail(asked.request_id, error)
+            self._end_if_drained()
+            return
+        task = asyncio.create_task(self._answer(asked))
+        self._tasks[asked.request_id] = task
+        self._desk.open_requests += 1
+        task.add_done_callback(lambda _: self._ended(asked.request_id, held))
+
+    def _ended(self, request_id: str, held: int) -> None:
+        self._desk.open_requests -= 1
+        self._desk.accounts.close_request(self._account, held)
+        del self._tasks[request_id]
+        self._end_if_drained()
+
+    def _fail(self, request_id: str, error: TeacherWireError) -> None:
+        try:
+            codec.check_request_id(request_id)
+        except RequestError:
+            request_id = ""  # an id that is none is not sent back
+        failed = pb.ScoreFailed(request_id=request_id, error=status_table.to_detail(bare(error)))
+        self._unread_refusals += 1
+        self._out.put_nowait(_Item(pb.ScoreDown(failed=failed).SerializeToString(), refusal=True))
+
+    async def _answer(self, asked: _Asked) -> None:
+        assert asked.call is not None
+        try:
+            reply = self._desk.kept.find(asked.key)
+            if reply is None:
+                reply = await self._compute(asked.call)
+                self._desk.kept.keep(asked.key, reply)
+            else:
+                await self._hold(reply.payload_bytes)
+            self._remember(asked.request_id, asked.key)
+            skipped = asked.next_chunk if asked.reply_id == reply.reply_id else 0
+            assert self._window is not None
+            for _, size in reply.chunks[:skipped]:  # the student has these already
+                self._window.give_back(size)
+                self._desk.accounts.drop_reply(self._account, size)
+            for data, size in reply.chunks[skipped:]:
+                self._out.put_nowait(_Item(data, size))
+            self._out.put_nowait(_Item(reply.done))
+        except asyncio.CancelledError as error:
+            if cancelled_from_outside():
+                raise
+            self._fail(asked.request_id, known(error))  # the student must not wait for ever
+        except Exception as error:
+            self._fail(asked.request_id, known(error))
+
+    def _remember(self, request_id: str, key: str) -> None:
+        """Until the student acknowledges it; one that never does is forgotten with what is kept."""
+        self._keys[request_id] = key
+        while len(self._keys) > 2 * self._limits.max_open_requests:
+            self._keys.popitem(last=False)
+
+    async def _hold(self, size: int) -> None:
+        """Takes `size` reply bytes from the student's window and from what the tenant may hold."""
+        assert self._window is not None
+        await self._window.take(size)
+        try:
+            await self._desk.accounts.hold_reply(self._account, size)
+        except BaseException:
+            self._window.give_back(size)
+            raise
+
+    async def _compute(self, call: ScoreCall) -> Reply:
+        info = await self._desk.service.info(call.teacher, call.fingerprint)
+        await self._desk.offload.run(call.tenant, _size_of(call), codec.check_call, call, info)
+        needed = codec.reply_bytes(call, info)
+        started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(call.timeout_s or None):
+                await self._hold(needed)
+                try:
+                    reply = await self._reply(call)
+                    self._settle(needed, reply.payload_bytes)
+                except BaseException:
+                    assert self._window is not None
+                    self._window.give_back(needed)
+                    self._desk.accounts.drop_reply(self._account, needed)
+                    raise
+        except TimeoutError as error:
+            raise DeadlineError(
+                "not answered in time",
+                field="timeout_s",
+                value=f"{time.monotonic() - started_s:.3f}",
+                limit=call.timeout_s,
+            ) from error
+        return reply
+
+    async def _reply(self, call: ScoreCall) -> Reply:
+        signals = await self._desk.service.score(call)
+        return await self._desk.offload.run(
+            call.tenant, signals.payload_bytes // _ENCODING_IS_FASTER, _encode, call, signals
+        )
+
+    def _settle(self, held: int, size: int) -> None:
+        """An answer of another size than was asked for is refused by the student; until then it is counted as it is."""
+        if held < size:
+            raise ServerError(
+                "the answer is larger than what was asked for", field="reply bytes", value=size, limit=held
+            )
+        if held > size:
+            assert self._window is not None
+            self._window.give_back(held - size)
+            self._desk.accounts.drop_reply(self._account, held - size)
+
+
+def _size_of(call: ScoreCall) -> int:
+    """Bytes that checking a call walks, or so."""
+    batch = call.batch
+    return batch.token_ids_T.nbytes + (0 if batch.extra_ids_NM is None else batch.extra_ids_NM.nbytes)
+
+
+def _understand(data: bytes, tenant: str) -> tuple[pb.ScoreUp, _Asked | None]:
+    """A message up, and if it is a request the call that it is."""
+    up = codec.parse(pb.ScoreUp, data)
+    if up.WhichOneof("message") != "request":
+        return up, None
+    return pb.ScoreUp(), _decoded(up.request, tenant)
+
+
+def _understand_request(data: bytearray, tenant: str, request_id: str) -> _Asked:
+    """A request that came in parts under this id."""
+    try:
+        request = codec.parse(pb.ScoreRequest, data)
+        if request.request_id != request_id:
+            raise RequestError("the parts were of another id", field="request_id", value=request_id)
+    except RequestError as error:
+        return _Asked(request_id, None, "", 0, 0, error)
+    return _decoded(request, tenant)
+
+
+def _decoded(request: pb.ScoreRequest, tenant: str) -> _Asked:
+    resume = request.resume
+    try:
+        call = codec.decode_call(request, tenant)
+    except TeacherWireError as error:
+        return _Asked(request.request_id, None, "", 0, 0, error)
+    reply_id = resume.reply_id if request.HasField("resume") else 0
+    return _Asked(call.request_id, call, _content_key(call), reply_id, resume.next_chunk, None)
+
+
+def _content_key(call: ScoreCall) -> str:
+    """Names a reply by who asked and everything that was asked: no id can be guessed to get another's labels."""
+    digest = hashlib.sha256()
+    batch = call.batch
+    for text in (call.tenant, call.request_id, call.teacher, call.fingerprint, repr(call.spec)):
+        digest.update(len(text.encode()).to_bytes(8, "little"))
+        digest.update(text.encode())
+    for array in (batch.token_ids_T, batch.cu_lengths_B1, batch.wanted_T, batch.extra_ids_NM):
+        digest.update((-1 if array is None else array.nbytes).to_bytes(8, "little", signed=True))
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _encode(call: ScoreCall, signals: TeacherSignals) -> Reply:
+    """An answer as the messages in which it travels."""
+    reply_id = secrets.randbits(63) + 1  # 0 is no reply
+    row_bytes = signals.payload_bytes // max(1, signals.rows)
+    chunks = [
+        (down.SerializeToString(), down.chunk.rows * row_bytes)
+        for down in codec.encode_chunks(call.request_id, reply_id, signals)
+    ]
+    done = pb.ScoreDone(
+        request_id=call.request_id,
+        reply_id=reply_id,
+        chunks=len(chunks),
+        rows=signals.rows,
+        fingerprint=signals.fingerprint,
+        timing=codec.encode_timing(signals.timing),
+    )
+    return Reply(reply_id, chunks, pb.ScoreDown(done=done).SerializeToString(), signals.payload_bytes, call.tenant)

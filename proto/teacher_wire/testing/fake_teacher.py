@@ -1,0 +1,226 @@
+"""A teacher in forty lines of numpy that speaks the real wire: for tests, examples and first steps without a GPU.
+
+Deterministic and causal: the state at token t depends on tokens 0..t and the seed, and on no other sequence of a request. `mistake` makes it
+answer wrongly in one named way, so that a student's refusals can be tested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from teacher_wire.core.errors import NotFoundError, ServerError
+from teacher_wire.core.identity import head_sha256
+from teacher_wire.core.messages import (
+    BLOCK_CHANNELS,
+    HeadHeader,
+    Limits,
+    ScoreCall,
+    SignalSpec,
+    TeacherInfo,
+    TeacherSignals,
+    Tensor,
+    TokenBatch,
+    float32,
+    outliers_of,
+    token_id_dtype,
+)
+from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.testing.fake_generation import FakeWriter
+
+MISTAKES = ("", "shifted", "truncated", "nan", "foreign", "unsorted", "duplicate", "mass", "state", "crash")
+
+
+@dataclass
+class FakeTeacher:
+    """A `TeacherService` with one teacher.
+
+    Attributes:
+        vocab_rows, hidden_size, seed: its shape and weights.
+        delay_s: pause before each answer.
+        mistake: one of MISTAKES.
+        writer: answers Generate.
+        calls, tokens: what it has been asked so far.
+    """
+
+    name: str = "fake"
+    vocab_rows: int = 64
+    hidden_size: int = 16
+    seed: int = 0
+    delay_s: float = 0.0
+    mistake: str = ""
+    tokenizer_sha256: str = ""
+    chat_template_sha256: str = ""
+    base_tokenizer_sha256: str = ""
+    added_tokens: str = ""
+    max_reply_bytes: int = 32 << 20
+    writer: FakeWriter = field(default_factory=FakeWriter)
+    calls: int = field(default=0, init=False)
+    tokens: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.mistake not in MISTAKES:
+            raise ValueError(f"mistake must be one of {'|'.join(MISTAKES)}, not {self.mistake!r}")
+        rng = np.random.default_rng(self.seed)
+        self.embedding_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
+        self.weight_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
+
+    def teacher_info(self) -> TeacherInfo:
+        weight = float32(self.weight_VD)
+        return TeacherInfo(
+            name=self.name,
+            model="fake",
+            fingerprint=hashlib.sha256(self.embedding_VD.tobytes() + self.weight_VD.tobytes()).hexdigest(),
+            architecture="FakeTeacher",
+            dtype="float32",
+            vocab_rows=self.vocab_rows,
+            tokenizer_size=self.vocab_rows,
+            tokenizer_sha256=self.tokenizer_sha256,
+            chat_template_sha256=self.chat_template_sha256,
+            hidden_size=self.hidden_size,
+            layers=1,
+            head_sha256=head_sha256(weight, None, 1.0, 0.0),
+            transports=("top_k", "hidden", "full"),
+            deterministic=True,
+            limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes, **self.writer.limits),
+            generates=self.writer.generates,
+            base_tokenizer_sha256=self.base_tokenizer_sha256,
+            added_tokens=self.added_tokens,
+        )
+
+    async def describe(self) -> list[TeacherInfo]:
+        return [self.teacher_info()]
+
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
+        if teacher not in ("", self.name):
+            raise NotFoundError("no such teacher", field="teacher", value=teacher, limit=self.name)
+        return self.teacher_info()
+
+    async def score(self, call: ScoreCall) -> TeacherSignals:
+        self.calls += 1
+        self.tokens += call.batch.tokens
+        await asyncio.sleep(self.delay_s)
+        if self.mistake == "crash":
+            raise ServerError("the fake was told to crash")
+        signals = self.signals(call.spec, call.batch)
+        return _spoil(replace(signals, fingerprint=self.teacher_info().fingerprint), self.mistake)
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        return self.writer.samples(call, self.vocab_rows)
+
+    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
+        info = await self.info(teacher)
+        return HeadHeader("float32", self.vocab_rows, self.hidden_size, None, 1.0, 0.0, info.head_sha256)
+
+    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
+        return self.weight_VD.tobytes()[offset : offset + size]
+
+    def states(self, batch: TokenBatch) -> np.ndarray:
+        """float32 [T, D]: a small recurrence over each sequence."""
+        states_TD = np.empty((batch.tokens, self.hidden_size), np.float32)
+        for start, stop in zip(batch.cu_lengths_B1[:-1], batch.cu_lengths_B1[1:], strict=True):
+            state_D = np.zeros(self.hidden_size, np.float32)
+            for t in range(start, stop):
+                state_D = np.tanh(self.embedding_VD[batch.token_ids_T[t]] + 0.5 * np.roll(state_D, 1))
+                states_TD[t] = state_D
+        return states_TD
+
+    def signals(self, spec: SignalSpec, batch: TokenBatch) -> TeacherSignals:
+        """The right answer, in float32."""
+        rows_N = batch.rows_of()
+        hidden_ND = self.states(batch)[rows_N]
+        if spec.compression == "int8":
+            packed, hidden_ND = _pack_state(hidden_ND)
+        # A product may round by how many rows it has: each sequence's by itself, so that company changes nothing.
+        parts = np.split(hidden_ND, np.searchsorted(rows_N, batch.cu_lengths_B1[1:-1]))
+        logits_NV = np.concatenate([part_ND @ self.weight_VD[: spec.vocab_rows].T for part_ND in parts])
+        lse_N = _lse(logits_NV)
+        rows = np.arange(batch.rows)
+        tensors = {"lse_N": float32(lse_N), "label_logp_N": float32(logits_NV[rows, batch.labels_N()] - lse_N)}
+        if spec.compression == "int8":
+            tensors |= packed
+        elif spec.transport == "hidden":
+            tensors["hidden_ND"] = float32(hidden_ND)
+        elif spec.transport == "full":
+            tensors["logits_NV"] = float32(logits_NV)
+        else:
+            tensors |= _top_k(logits_NV, lse_N, spec, batch.extra_ids_NM)
+        return TeacherSignals.of(tensors)
+
+
+def _pack_state(state_ND: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
+    """States compressed (proto: Compression), and what a student makes of them again."""
+    rows, width = state_ND.shape
+    ids_NO = np.sort(np.argsort(-np.abs(state_ND), axis=-1)[:, : outliers_of(width)], axis=-1)
+    bits_NO = (np.take_along_axis(state_ND, ids_NO, -1).view(np.uint32) >> 16).astype(np.uint16)
+    values_NO = Tensor("bfloat16", bits_NO)
+    bulk_ND = state_ND.copy()
+    np.put_along_axis(bulk_ND, ids_NO, 0, -1)
+    bulk_NGS = np.pad(bulk_ND, ((0, 0), (0, -width % BLOCK_CHANNELS))).reshape(rows, -1, BLOCK_CHANNELS)
+    scales_NG = np.maximum(np.abs(bulk_NGS).max(-1) / 127, 2.0**-24).astype(np.float16)
+    steps_NGS = np.clip(np.rint(bulk_NGS / scales_NG.astype(np.float32)[..., None]), -127, 127).astype(np.int8)
+    seen_ND = (steps_NGS * scales_NG.astype(np.float32)[..., None]).reshape(rows, -1)[:, :width]
+    np.put_along_axis(seen_ND, ids_NO, values_NO.as_float32(), -1)
+    tensors = {
+        "state_int8_ND": Tensor("int8", np.ascontiguousarray(steps_NGS.reshape(rows, -1)[:, :width])),
+        "state_scales_NG": Tensor("float16", scales_NG),
+        "outlier_ids_NO": Tensor("uint16", ids_NO.astype(np.uint16)),
+        "outlier_values_NO": values_NO,
+    }
+    return tensors, seen_ND
+
+
+def _top_k(
+    logits_NV: np.ndarray, lse_N: np.ndarray, spec: SignalSpec, extra_NM: np.ndarray | None
+) -> dict[str, Tensor]:
+    """The kept entries and their tail: the named ids first of all, then the likeliest of the others."""
+    first_NV = -logits_NV.astype(np.float64)
+    if extra_NM is not None:
+        np.put_along_axis(first_NV, extra_NM.astype(np.int64), -np.inf, -1)
+    kept_NK = np.argsort(first_NV, axis=-1, kind="stable")[:, : spec.kept]
+    rest_NV = logits_NV.copy()
+    np.put_along_axis(rest_NV, kept_NK, -np.inf, -1)
+    kept_NK = np.sort(kept_NK, axis=-1)  # equal logits: rising id
+    kept_logits_NK = np.take_along_axis(logits_NV, kept_NK, -1)
+    order_NK = np.argsort(-kept_logits_NK, axis=-1, kind="stable")
+    kept_NK, kept_logits_NK = (np.take_along_axis(array, order_NK, -1) for array in (kept_NK, kept_logits_NK))
+    everything = spec.kept == logits_NV.shape[-1]
+    tail_N = np.full(len(lse_N), -np.inf) if everything else _lse(rest_NV) - lse_N
+    ids = token_id_dtype(spec.vocab_rows)
+    return {
+        "topk_ids_NK": Tensor(ids, kept_NK.astype(np.uint16 if ids == "uint16" else np.uint32)),
+        "topk_logits_NK": float32(kept_logits_NK),
+        "tail_logp_N": float32(tail_N),
+    }
+
+
+def _lse(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(-1)
+    return top + np.log(np.exp(logits - top[..., None]).sum(-1))
+
+
+def _spoil(signals: TeacherSignals, mistake: str) -> TeacherSignals:
+    """`signals` with one fault that a student must notice."""
+    arrays = {name: tensor.array.copy() for name, tensor in signals.tensors().items()}
+    if mistake == "shifted":
+        arrays = {name: np.roll(array, 1, axis=0) for name, array in arrays.items()}
+    elif mistake == "truncated":
+        arrays = {name: array[:-1] for name, array in arrays.items()}
+    elif mistake == "nan":
+        arrays["label_logp_N"][-1] = np.nan
+    elif mistake == "unsorted" and "topk_ids_NK" in arrays:
+        for name in ("topk_ids_NK", "topk_logits_NK"):
+            arrays[name] = arrays[name][:, ::-1].copy()
+    elif mistake == "duplicate" and "topk_ids_NK" in arrays:
+        arrays["topk_ids_NK"][:, 1] = arrays["topk_ids_NK"][:, 0]
+    elif mistake == "mass" and "tail_logp_N" in arrays:
+        arrays["tail_logp_N"][:] = -0.01
+    elif mistake == "state" and "hidden_ND" in arrays:
+        arrays["hidden_ND"] *= 1.5  # as if it were taken before the final norm
+    tensors = {name: Tensor(signals.tensors()[name].dtype, array) for name, array in arrays.items()}
+    fingerprint = "0" * 64 if mistake == "foreign" else signals.fingerprint
+    return TeacherSignals.of(tensors, fingerprint, signals.timing)

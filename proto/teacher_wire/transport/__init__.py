@@ -1,0 +1,1 @@
+"""Connections: channel, client, servicer, and what bounds them."""

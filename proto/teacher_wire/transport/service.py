@@ -1,0 +1,35 @@
+"""What answers behind the contract, as the server half sees it: a seam between the wire and the teachers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.generate.messages import GenerateCall, Sample
+
+
+class TeacherService(Protocol):
+    """What stands behind the contract: Serve handles in production, a fake in tests."""
+
+    async def describe(self) -> list[TeacherInfo]:
+        """Every teacher of this deployment."""
+
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
+        """One teacher; the empty name means the only one. Raises NotFoundError.
+
+        While its weights are being changed there are two descriptions: the one with `fingerprint` is given if it is
+        (still) there, else the newest.
+        """
+
+    async def score(self, call: ScoreCall) -> TeacherSignals:
+        """The labels. Must stop the work it can stop when cancelled."""
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
+        """Samples as they finish; closing the iterator stops the work."""
+
+    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
+        """Shape, scale and digest of the output head. Raises CapabilityError."""
+
+    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
+        """A slice of the weight's bytes."""

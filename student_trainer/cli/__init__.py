@@ -1,0 +1,1 @@
+"""The `student-trainer` command; loads neither torch nor ray for its help."""

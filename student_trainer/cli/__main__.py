@@ -1,0 +1,5 @@
+"""`python -m student_trainer.cli` is `student-trainer`."""
+
+from student_trainer.cli.main import main
+
+main()

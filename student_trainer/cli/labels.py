@@ -1,0 +1,220 @@
+"""`student-trainer cache`: what labels and output heads there are on this machine, whether they are whole, and what may go.
+
+Loads no torch, but to verify output heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from student_trainer.config.run import cache_folder, labels_folder
+from student_trainer.errors import ConfigError
+from student_trainer.teachers.head_files import head_files, heads_folder
+from teacher_wire.labels.store import Amount, LabelStore, StoreStats
+
+app = typer.Typer(help="Look after the labels on this machine's disk.", no_args_is_help=True)
+
+_DAY_S = 86_400.0
+CacheDir = Annotated[Path, typer.Option("--cache-dir", help="run.cache_dir of the runs that share it")]
+Teacher = Annotated[str, typer.Option(help="only labels of the teacher whose fingerprint begins so")]
+_DEFAULT = Path("~/.cache/lyceum")
+
+
+@app.command()
+def stats(cache_dir: CacheDir = _DEFAULT) -> None:
+    """List the labels by teacher and transport, and the teachers' output heads."""
+    with _named(cache_dir) as store:
+        shelves, unreadable = store.scan()
+        heads = head_files(_heads(cache_dir))
+    console = Console(highlight=False, soft_wrap=True)
+    if heads:
+        newest = datetime.fromtimestamp(heads[-1].used_s).strftime("%Y-%m-%d %H:%M")
+        console.print(
+            f"{len(heads):,} output heads in {_heads(cache_dir)}: {_mb(sum(file.size for file in heads))} MB, last used {newest}",
+            markup=False,
+        )
+    if not shelves and not unreadable:
+        console.print(f"no labels in {store.folder}", markup=False)
+        return
+    table = Table(title=f"labels in {store.folder}", title_justify="left")
+    table.add_column("teacher", no_wrap=True)
+    table.add_column("transport")
+    for name in ("sequences", "tokens", "rows", "MB", "last used"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for shelf in shelves:
+        used = datetime.fromtimestamp(shelf.newest_use_s).strftime("%Y-%m-%d %H:%M")
+        counts = (f"{count:,}" for count in (shelf.sequences, shelf.tokens, shelf.rows))
+        table.add_row(shelf.fingerprint[:16], shelf.transport, *counts, _mb(shelf.bytes), used)
+    sums = [sum(getattr(shelf, name) for shelf in shelves) for name in ("sequences", "tokens", "rows")]
+    table.add_section()
+    table.add_row("all", "", *(f"{count:,}" for count in sums), _mb(sum(shelf.bytes for shelf in shelves)), "")
+    console.print(table)
+    if unreadable:
+        console.print(
+            f"{unreadable:,} files are damaged or cannot be read; `student-trainer cache verify` says which, and deletes the damaged"
+        )
+
+
+@app.command()
+def verify(cache_dir: CacheDir = _DEFAULT) -> None:
+    """Read everything; delete what is damaged. Exit code 1 if something was, or could not be read."""
+    with _named(cache_dir) as store, _bar("verifying") as progress:
+        whole, damaged = store.verify(progress)
+        whole_heads, damaged_heads = _verify_heads(cache_dir, store)
+    print(f"{_amount(whole)} are whole; {_damage(damaged, store.stats)}")
+    if whole_heads or damaged_heads:
+        print(f"{whole_heads:,} output heads are whole; {damaged_heads:,} were damaged")
+    _complain(store.stats)
+    if damaged.sequences or damaged_heads or store.stats.unreadable:
+        raise typer.Exit(1)
+
+
+def _verify_heads(cache_dir: Path, store: LabelStore) -> tuple[int, int]:
+    """How many heads are whole, and how many were damaged; what cannot be deleted or read is counted with the labels."""
+    whole = damaged = 0
+    for file in head_files(_heads(cache_dir)):
+        from student_trainer.teachers.head_cache import read_head
+
+        if not os.access(file.path, os.R_OK):
+            store.passed_over(file.path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+            continue
+        head = read_head(Path(file.path))
+        if head is not None and head.header.sha256 == file.key:
+            whole += 1
+            continue
+        damaged += 1
+        store.drop_damaged(Path(file.path))
+    return whole, damaged
+
+
+@app.command()
+def prune(
+    cache_dir: CacheDir = _DEFAULT,
+    max_gb: Annotated[float | None, typer.Option(min=0, help="delete the longest unused until so much is left")] = None,
+    teacher: Teacher = "",
+    older_than_days: Annotated[float | None, typer.Option(min=0, help="only labels not used for so long")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+) -> None:
+    """Delete labels and output heads; those that fit every option given. Heads belong to no one teacher: --teacher spares them."""
+    for name, value in (("--max-gb", max_gb), ("--older-than-days", older_than_days)):
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"cache prune: {name} {value}: must be a number")
+    if max_gb is None and not teacher and older_than_days is None:
+        raise ConfigError("cache prune: say what may go with --max-gb, --teacher or --older-than-days")
+    with _named(cache_dir) as store:
+        _check_teacher(store, teacher)
+        heads = head_files(_heads(cache_dir))
+        freed = store.prune(
+            max_bytes=None if max_gb is None else round(max_gb * 2**30),
+            teacher=teacher,
+            unused_for_s=(older_than_days or 0.0) * _DAY_S,
+            dry_run=dry_run,
+            beside=heads,
+        )
+        left = {file.path for file in head_files(_heads(cache_dir))}
+    gone = sum(file.path not in left for file in heads)
+    told = f", {gone:,} of them output heads" if gone else ""
+    print(f"{'would free' if dry_run else 'freed'} {_mb(freed.bytes)} MB: {freed.sequences:,} sequences{told}")
+
+
+@app.command()
+def export(
+    to: Annotated[Path, typer.Argument(help="folder that can be --cache-dir or run.cache_dir on another machine")],
+    cache_dir: CacheDir = _DEFAULT,
+    teacher: Teacher = "",
+) -> None:
+    """Copy labels, each verified, into another cache folder; what is there already stays."""
+    if labels_folder(to).absolute() == labels_folder(cache_dir).absolute():
+        raise ConfigError(f"cache export: {to} is the cache itself")
+    with _named(cache_dir) as store:
+        _check_teacher(store, teacher)
+        try:
+            with _bar("copying") as progress:
+                copied, damaged = store.export(LabelStore(labels_folder(to)), teacher=teacher, progress=progress)
+        except OSError as error:  # what cannot be read here has been passed over
+            raise ConfigError(
+                f"cache export: {error.filename or to}: cannot be written: {error.strerror or error}"
+            ) from error
+    print(f"copied {_amount(copied)} to {labels_folder(to)}")
+    if damaged.sequences:
+        print(_damage(damaged, store.stats))
+    _complain(store.stats)
+    if damaged.sequences or store.stats.unreadable:
+        raise typer.Exit(1)
+
+
+def _damage(damaged: Amount, stats: StoreStats) -> str:
+    if not damaged.sequences:
+        return f"{_amount(damaged)} were damaged"
+    if not stats.undeletable:
+        return f"{_amount(damaged)} were damaged and are deleted"
+    return f"{_amount(damaged)} were damaged, of which {stats.undeletable:,} could not be deleted"
+
+
+def _complain(stats: StoreStats) -> None:
+    """Names the first file that could not be read or deleted."""
+    if stats.unreadable:
+        print(f"{stats.unreadable:,} files could not be read and were passed over")
+    if stats.trouble:
+        print(f"the first of them: {stats.trouble}")
+
+
+def _heads(cache_dir: Path) -> Path:
+    return heads_folder(cache_folder(cache_dir))
+
+
+@contextlib.contextmanager
+def _named(cache_dir: Path) -> Iterator[LabelStore]:
+    """The store of a cache folder; what the disk refuses becomes one line that names it."""
+    folder = labels_folder(cache_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--cache-dir {cache_dir}: {folder} is not a folder")
+    try:
+        yield LabelStore(folder)
+    except OSError as error:
+        raise ConfigError(f"--cache-dir {cache_dir}: {error.filename or folder}: {error.strerror or error}") from error
+
+
+def _check_teacher(store: LabelStore, teacher: str) -> None:
+    """Refuses a fingerprint that no label has: a slip of the hand must not look like success."""
+    if not teacher:
+        return
+    known = {shelf.fingerprint for shelf in store.scan()[0]}
+    if not any(fingerprint.startswith(teacher) for fingerprint in known):
+        told = ", ".join(sorted(fingerprint[:16] for fingerprint in known)) or "none"
+        raise ConfigError(f"--teacher {teacher}: no labels of such a teacher in {store.folder}; there are: {told}")
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over bytes on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _amount(amount: Amount) -> str:
+    return f"{amount.sequences:,} sequences ({_mb(amount.bytes)} MB)"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 2**20:,.1f}"

@@ -1,0 +1,1 @@
+"""Rows as people bring them: files, formats, conversations."""

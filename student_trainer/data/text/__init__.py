@@ -1,0 +1,1 @@
+"""Conversations as token ids: chat templates, their layout, control tokens, loss masks."""

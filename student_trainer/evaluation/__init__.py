@@ -1,0 +1,1 @@
+"""Held-out figures, comparisons with intervals, plots and reports."""

@@ -1,0 +1,111 @@
+"""How good a student is on held-out data: NLL per byte, KL to the teacher, acc1, acc3.
+
+In: a student, rows, and the teacher's labels if there is a teacher; out: figures. No gradients, no sampling. Labels are held
+against the teacher's head as in training, before anything is said that rests on them.
+Axes: N supervised rows of a batch, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from student_trainer.data.dataset import TokenizedDataset, collate
+from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.labels.packing import pack
+from student_trainer.losses.align import row_index
+from student_trainer.losses.head import Head
+from student_trainer.losses.integrity import Tally, TeacherHeadMismatch
+from student_trainer.losses.measure import measure as measure_rows
+from student_trainer.model.load import Student
+from student_trainer.training.objective import rows_on
+
+
+def batches(data: TokenizedDataset, batch_size: int) -> list[list[int]]:
+    """Indices in order of length, so that little is padded."""
+    order = sorted(range(len(data)), key=lambda index: (data[index].example.token_ids.size, index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def measure(
+    student: Student,
+    data: TokenizedDataset,
+    batch_size: int,
+    vocab_rows: int,
+    *,
+    labels: Callable[[int], LabelTensors] | None = None,
+    teacher_head: Head | None = None,
+    chunk_bytes: int = 256 << 20,
+) -> dict[str, float]:
+    """Figures over all of `data`.
+
+    Args:
+        student: in evaluation mode.
+        data: held-out rows.
+        batch_size: sequences a forward pass.
+        vocab_rows: V, ids that student and teacher share.
+        labels: number of a batch of `batches(data, batch_size)` -> the teacher's answer; None without a teacher.
+        teacher_head: for `hidden` labels.
+        chunk_bytes: bound on logits held at a time.
+
+    Returns:
+        `nll_per_byte` (nats per UTF-8 byte of the supervised text; not if that is empty), `nll_per_token`, `acc1`, `acc3` (share of rows whose
+        token is the first, among the first three) and, with a teacher, `kl_to_teacher` (nats a row, KL(teacher || student); not from `top_k` labels, which
+        only bound it), `teacher_nll_per_byte`, `teacher_acc1` and `teacher_acc3`.
+
+    Raises:
+        TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
+    """
+    tally = Tally()
+    sums: dict[str, float] = {}
+    pad_id = student.tokenizer.pad_token_id
+    pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
+    head = student.head(vocab_rows)
+    device = head.weight_VD.device
+    for number, indices in enumerate(batches(data, batch_size)):
+        rows = [data[index] for index in indices]
+        padded = collate(rows, pad_id)
+        packed = pack([row.example for row in rows]).batch
+        index_N = torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded["input_ids"].shape[1])).to(
+            device
+        )
+        state_BLD = student.states(padded["input_ids"].to(device))
+        state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[index_N]
+        labels_N = torch.from_numpy(packed.labels_N()).long().to(device)
+        teacher = None if labels is None else rows_on(labels(number), teacher_head, device)
+        found = measure_rows(state_ND, head, teacher, labels_N, chunk_rows=max(16, chunk_bytes // (16 * vocab_rows)))
+        if found.integrity is not None:
+            try:
+                found.integrity.check(tally)
+            except TeacherHeadMismatch as error:
+                error.add_note(f"held-out sample {rows[packed.sequence_of_row(error.row)].example.key}")
+                raise
+        for name in (
+            "nll_sum",
+            "kl_sum",
+            "acc1_hits",
+            "acc3_hits",
+            "teacher_nll_sum",
+            "teacher_acc1_hits",
+            "teacher_acc3_hits",
+            "rows",
+        ):
+            value = getattr(found, name)
+            if value is not None:
+                sums[name] = sums.get(name, 0.0) + float(value)
+    rows_seen = sums["rows"]
+    figures = {"nll_per_byte": sums["nll_sum"] / data.target_bytes} if data.target_bytes else {}
+    figures |= {
+        "nll_per_token": sums["nll_sum"] / rows_seen,
+        "acc1": sums["acc1_hits"] / rows_seen,
+        "acc3": sums["acc3_hits"] / rows_seen,
+    }
+    if "teacher_nll_sum" in sums and data.target_bytes:
+        figures["teacher_nll_per_byte"] = sums["teacher_nll_sum"] / data.target_bytes
+    if "kl_sum" in sums:
+        figures["kl_to_teacher"] = sums["kl_sum"] / rows_seen
+        figures["teacher_acc1"] = sums["teacher_acc1_hits"] / rows_seen
+        figures["teacher_acc3"] = sums["teacher_acc3_hits"] / rows_seen
+    return figures

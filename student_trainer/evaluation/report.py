@@ -1,0 +1,287 @@
+"""Comparison of training arms at equal steps: statistics, report.json, report.md, plots, a console table.
+
+In: `Results` (a value per seed) and the points of the curves. Out: files in one folder, each replaced whole.
+Must never pick seeds, hide one, or claim a difference whose interval holds 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+from student_trainer.errors import RunError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Attributes:
+        label: for tables and axes.
+        unit: "" for a share.
+        lower_is_better: the direction of better.
+    """
+
+    label: str
+    unit: str
+    lower_is_better: bool
+
+
+METRICS: dict[str, Metric] = {
+    "nll_per_byte": Metric("held-out NLL", "nats/byte", lower_is_better=True),
+    "kl_to_teacher": Metric("KL to teacher", "nats/token", lower_is_better=True),
+    "acc1": Metric("top-1 accuracy", "", lower_is_better=False),
+    "acc3": Metric("top-3 accuracy", "", lower_is_better=False),
+}
+
+
+class Interval(TypedDict):
+    """A paired difference and its 95 % t interval; low and high are None with a single seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One logged value: `loss` (training) or a key of `METRICS` (held-out) at an optimizer step."""
+
+    arm: str
+    seed: int
+    step: int
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the arms reached.
+
+    Attributes:
+        arms: arm -> metric -> one value per seed, in the order of `seeds`.
+        teacher: the teacher's own value of each metric that has one.
+        steps: optimizer steps of every arm.
+        seeds: the seeds, equal for every arm, so that differences are paired.
+        seconds: wall time of the whole comparison.
+        base: the arm that the others are compared with.
+    """
+
+    arms: Mapping[str, Mapping[str, Sequence[float]]]
+    teacher: Mapping[str, float]
+    steps: int
+    seeds: Sequence[int]
+    seconds: float
+    base: str = "sft"
+
+    def __post_init__(self) -> None:
+        if self.base not in self.arms:
+            raise RunError(f"the base arm {self.base!r} is not among the arms: {', '.join(self.arms)}")
+        expected = sorted(self.arms[self.base])
+        for arm, metrics in self.arms.items():
+            if sorted(metrics) != expected:
+                raise RunError(f"arm {arm} has the metrics {sorted(metrics)}, {self.base} has {expected}")
+            for name, values in metrics.items():
+                if name not in METRICS:
+                    raise RunError(f"unknown metric {name!r} of arm {arm}; known: {', '.join(METRICS)}")
+                if len(values) != len(self.seeds) or not all(math.isfinite(v) for v in values):
+                    raise RunError(f"{arm}.{name} must be a finite value for each of seeds {self.seeds}: {values}")
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics at hand, in the order of `METRICS`."""
+        return [name for name in METRICS if name in self.arms[self.base]]
+
+    def paired(self) -> dict[str, dict[str, Interval]]:
+        """arm -> metric -> arm minus base, for every arm but the base."""
+        base = self.arms[self.base]
+        others = {arm: metrics for arm, metrics in self.arms.items() if arm != self.base}
+        return {arm: {m: paired(values[m], base[m]) for m in self.metrics} for arm, values in others.items()}
+
+
+def paired(arm_values: Sequence[float], base_values: Sequence[float]) -> Interval:
+    """Mean of the paired differences arm - base and its two-sided 95 % t interval with n - 1 degrees of freedom.
+
+    Args:
+        arm_values, base_values: a value per seed, the same seeds in the same order.
+    Raises:
+        RunError: no values, or not as many on both sides.
+    """
+    if not arm_values or len(arm_values) != len(base_values):
+        raise RunError(f"paired values must be as many on both sides: {len(arm_values)} and {len(base_values)}")
+    differences = [a - b for a, b in zip(arm_values, base_values, strict=True)]
+    mean, count = statistics.fmean(differences), len(differences)
+    if count == 1:
+        return {"mean": mean, "low": None, "high": None}
+    half = t_quantile(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """The quantile of Student's t with `freedom` degrees of freedom, for probabilities in [0.5, 1), to 1e-9."""
+    low, high = 0.0, 1.0
+    while t_cdf(high, freedom) < probability:
+        high *= 2
+    while high - low > 1e-10 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, freedom) < probability else (low, middle)
+    return high
+
+
+def t_cdf(t: float, freedom: int) -> float:
+    """P(T <= t) for t >= 0: the finite series of Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even)."""
+    theta = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(theta) if odd else 1.0
+    total = 0.0
+    for j in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= math.cos(theta) ** 2 * (j - 1) / j
+    central = 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+    return 0.5 + central / 2
+
+
+def as_json(results: Results) -> dict[str, object]:
+    """The object that report.json holds."""
+    return {
+        "arms": {arm: {m: list(values[m]) for m in results.metrics} for arm, values in results.arms.items()},
+        "paired": results.paired(),
+        "teacher": dict(results.teacher),
+        "steps": results.steps,
+        "seeds": list(results.seeds),
+        "seconds": results.seconds,
+    }
+
+
+def write_report(folder: Path, results: Results, curves: Sequence[CurvePoint] = ()) -> None:
+    """Write the plots, report.md and, last, report.json into `folder`, which is made if missing."""
+    from student_trainer.evaluation.plots import write_plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = write_plots(folder, results, curves)
+    _write(folder / "report.md", as_markdown(results, plots))
+    _write(folder / "report.json", json.dumps(as_json(results), indent=2, allow_nan=False) + "\n")
+
+
+def as_markdown(results: Results, plots: Sequence[str] = ()) -> str:
+    """report.md: the reading, the table, the paired differences, all seeds, the plots."""
+    seeds = ", ".join(map(str, results.seeds))
+    lines = ["# Comparison at equal steps", "", reading(results), ""]
+    lines += [f"{results.steps} steps an arm, seeds {seeds}, {results.seconds:.0f} s in all.", ""]
+    lines += _table(["arm", *(_title(m) for m in results.metrics)], _mean_rows(results))
+    lines += ["", f"Mean ± standard deviation over {len(results.seeds)} seeds.", ""]
+    lines += [f"## Paired difference to {results.base}, 95 % interval", ""]
+    differences = results.paired().items()
+    rows = [[arm, *(_interval(intervals[m]) for m in results.metrics)] for arm, intervals in differences]
+    lines += _table(["arm", *(_title(m) for m in results.metrics)], rows)
+    lines += ["", "## Every seed", ""]
+    each = [
+        [arm, str(seed), *(_number(values[m][i]) for m in results.metrics)]
+        for arm, values in results.arms.items()
+        for i, seed in enumerate(results.seeds)
+    ]
+    lines += _table(["arm", "seed", *(_title(m) for m in results.metrics)], each)
+    lines += [text for plot in plots for text in ("", f"![{Path(plot).stem}]({plot})")]
+    return "\n".join(lines) + "\n"
+
+
+def reading(results: Results) -> str:
+    """What the figures say of the first metric, in words a newcomer understands; one sentence per arm."""
+    name = results.metrics[0]
+    metric, base = METRICS[name], statistics.fmean(results.arms[results.base][name])
+    sentences = []
+    for arm, intervals in results.paired().items():
+        difference = intervals[name]
+        mean, low, high = difference["mean"], difference["low"], difference["high"]
+        where = f"{results.base} in {metric.label}"
+        size = f"{abs(mean):.3f} {metric.unit}".rstrip() + (f", {abs(mean / base):.1%}" if base else "")
+        if low is None or high is None:
+            what = f"differs from {where} by {mean:+.3f}, but one seed says nothing about chance"
+        elif low <= 0 <= high:
+            what = f"shows no certain difference to {where} (95 % interval {low:+.3f} to {high:+.3f})"
+        else:
+            word = "better" if (mean < 0) == metric.lower_is_better else "worse"
+            what = f"is {word} than {where} by {size} (95 % interval {low:+.3f} to {high:+.3f})"
+        sentences.append(f"**{arm}** {what}{_kl_ratio(results, arm)}.")
+    return " ".join(sentences) or f"Only {results.base} was run: there is nothing to compare."
+
+
+def print_table(results: Results, console: Console) -> None:
+    """The table of report.md on a console: mean ± sd, and below it the paired difference with its interval."""
+    from rich.table import Table
+
+    table = Table(title=f"{results.steps} steps, seeds {', '.join(map(str, results.seeds))}", title_justify="left")
+    table.add_column("arm", no_wrap=True)
+    for name in results.metrics:
+        metric = METRICS[name]
+        arrow = "↓" if metric.lower_is_better else "↑"
+        table.add_column(f"{metric.label} {arrow}" + f"\n{metric.unit}" * bool(metric.unit), justify="right")
+    differences = results.paired()
+    for arm, *cells in _mean_rows(results):
+        table.add_row(arm, *cells, style="bold" if arm in differences else None)
+        if arm in differences:
+            shown = (_coloured(differences[arm][m], METRICS[m]) for m in results.metrics)
+            table.add_row(f"  minus {results.base}", *shown)
+    console.print(table)
+
+
+def _mean_rows(results: Results) -> list[list[str]]:
+    rows = [[arm, *(_mean_sd(values[m]) for m in results.metrics)] for arm, values in results.arms.items()]
+    teacher = [_number(results.teacher[m]) if m in results.teacher else "n/a" for m in results.metrics]
+    return [*rows, ["teacher", *teacher]] if results.teacher else rows
+
+
+def _kl_ratio(results: Results, arm: str) -> str:
+    if "kl_to_teacher" not in results.metrics:
+        return ""
+    base = statistics.fmean(results.arms[results.base]["kl_to_teacher"])
+    own = statistics.fmean(results.arms[arm]["kl_to_teacher"])
+    return f"; its KL to the teacher is {own / base:.2f} of {results.base}'s" if base > 0 else ""
+
+
+def _title(name: str) -> str:
+    metric = METRICS[name]
+    return metric.label + f" ({metric.unit})" * bool(metric.unit)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _mean_sd(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return _number(statistics.fmean(values)) + spread
+
+
+def _interval(difference: Interval) -> str:
+    low, high = difference["low"], difference["high"]
+    span = "one seed" if low is None or high is None else f"{low:+.4f}, {high:+.4f}"
+    return f"{difference['mean']:+.4f} [{span}]"
+
+
+def _coloured(difference: Interval, metric: Metric) -> str:
+    low, high = difference["low"], difference["high"]
+    text = _interval(difference).replace("[", r"\[").replace(" ", "\n", 1)
+    if low is None or high is None or low <= 0 <= high:
+        return text
+    return f"[{'green' if (high < 0) == metric.lower_is_better else 'red'}]{text}[/]"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,25 @@
+"""Examples as the wire wants them: packed tokens, and the rows that describe supervised tokens.
+
+In: tokenised examples; out: a LabelRequest. The shift itself lives in losses/align.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from student_trainer.data.dataset import Example
+from student_trainer.labels.source import LabelRequest
+from student_trainer.losses.align import wanted_rows
+from teacher_wire.core.messages import TokenBatch
+
+
+def pack(examples: Sequence[Example]) -> LabelRequest:
+    """What to ask a teacher about these examples, in this order."""
+    cu_B1 = np.zeros(len(examples) + 1, np.int32)
+    cu_B1[1:] = np.cumsum([example.token_ids.size for example in examples])
+    ids_T = np.concatenate([example.token_ids for example in examples]).astype(np.int32)
+    mask_T = np.concatenate([example.loss_mask for example in examples])
+    batch = TokenBatch(ids_T, cu_B1, wanted_rows(mask_T, cu_B1))
+    return LabelRequest(batch, tuple(example.key for example in examples))

@@ -1,0 +1,59 @@
+"""What all sources of labels of a run share: the way to the teacher, the folder of labels, and the count of what they used.
+
+In: a client and a store; out: a `LabelSource` for each signal, whose answers are checked before they are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from student_trainer.labels.source import LabelRequest, LabelSource, LabelUsage
+from student_trainer.labels.verify import check_signals
+from teacher_wire.core.messages import SignalSpec, TeacherInfo, TeacherSignals
+from teacher_wire.labels.store import LabelStore
+from teacher_wire.transport.client import TeacherClient
+
+
+@dataclass(frozen=True)
+class LabelDesk:
+    """What every source of labels of a run shares.
+
+    Attributes:
+        connect: makes a client of the teacher's server.
+        store: labels on disk; None if the run keeps none.
+        usage: what all sources together have used.
+        opened_s: when, in seconds since 1970.
+    """
+
+    connect: Callable[[], TeacherClient]
+    store: LabelStore | None
+    usage: LabelUsage = field(default_factory=LabelUsage)
+    opened_s: float = field(default_factory=time.time)
+
+    def source(
+        self, info: TeacherInfo, spec: SignalSpec, connect: Callable[[], TeacherClient] | None = None
+    ) -> LabelSource:
+        """Labels by one signal, every answer checked; `connect` for one that does not make its own client.
+
+        Labels by ids that the student names are not kept: no other student, and no later step of this one, names the same.
+        """
+
+        def check(signals: TeacherSignals, asked: LabelRequest) -> None:
+            check_signals(signals, spec, asked.batch, asked.names)
+
+        return LabelSource(connect or self.connect, info, spec, check, None if spec.extra else self.store, self.usage)
+
+    def forget(self, info: TeacherInfo) -> str:
+        """Deletes the labels of a teacher that were used since the run began: some are wrong, and all came the same way.
+
+        Returns:
+            A sentence about it, empty without a store.
+        """
+        if self.store is None:
+            return ""
+        gone = self.store.prune(teacher=info.fingerprint, used_since_s=self.opened_s - 1)  # clocks of disks are coarse
+        return (
+            f"the labels of {gone.sequences:,} sequences that this run has used were deleted from {self.store.folder}"
+        )

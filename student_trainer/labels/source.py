@@ -1,0 +1,218 @@
+"""Where labels come from: the disk if they are there, else the teacher; what came is checked and on disk before anyone sees it.
+
+In: requests of one signal; out: their labels in order, and how many of them cost the teacher nothing. The labels used are the
+stored ones: of two processes that ask at the same time both train on the bytes of the first. Runs on the background loop;
+disks are read and written in its threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+
+from teacher_wire.core.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, Timing, TokenBatch
+from teacher_wire.labels.store import LabelStore, label_keys
+from teacher_wire.score import codec
+from teacher_wire.transport.client import TeacherClient
+
+
+@dataclass(frozen=True)
+class LabelRequest:
+    """One micro-batch to be labelled.
+
+    Attributes:
+        batch: its tokens and wanted rows.
+        names: of its sequences, for errors.
+    """
+
+    batch: TokenBatch
+    names: tuple[str, ...]
+
+    def select(self, sequences: list[int]) -> LabelRequest:
+        """These sequences alone."""
+        return LabelRequest(self.batch.select(sequences), tuple(self.names[b] for b in sequences))
+
+
+@dataclass
+class LabelUsage:
+    """Sequences and tokens whose labels were there already, and those that the teacher was asked for."""
+
+    disk_sequences: int = 0
+    disk_tokens: int = 0
+    teacher_sequences: int = 0
+    teacher_tokens: int = 0
+
+    def add(self, other: LabelUsage) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def sequences(self) -> int:
+        return self.disk_sequences + self.teacher_sequences
+
+    @property
+    def tokens(self) -> int:
+        return self.disk_tokens + self.teacher_tokens
+
+    @property
+    def disk_share(self) -> float:
+        """Of the sequences; 0 if there were none."""
+        return self.disk_sequences / max(1, self.sequences)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The answer to a request, and what it took."""
+
+    signals: TeacherSignals
+    usage: LabelUsage
+
+
+class LabelSource:
+    """Labels by one signal of one teacher.
+
+    Args:
+        connect: makes the client; called on the loop, when something must be asked for the first time.
+        info: the teacher.
+        spec: which signal.
+        check: raises LabelError for an answer that must not be learned from; what is on disk has passed it.
+        store: labels on disk; None asks the teacher for everything.
+        usage: a sum over several sources to count into.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], TeacherClient],
+        info: TeacherInfo,
+        spec: SignalSpec,
+        check: Callable[[TeacherSignals, LabelRequest], None],
+        store: LabelStore | None = None,
+        usage: LabelUsage | None = None,
+    ) -> None:
+        self._connect = connect
+        self._info = info
+        self._spec = spec
+        self._check = check
+        self._store = store
+        self._usage = usage or LabelUsage()
+        self._client: TeacherClient | None = None
+        self._flights: dict[
+            str, asyncio.Future[TeacherSignals]
+        ] = {}  # asked for, or being looked up, and not yet on disk
+
+    async def __aenter__(self) -> LabelSource:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    def reply_bytes(self, request: LabelRequest) -> int:
+        """Payload bytes of the answer to `request`, wherever it comes from."""
+        return codec.reply_bytes(ScoreCall("", "", "", self._spec, request.batch), self._info)
+
+    def peak_bytes(self, request: LabelRequest) -> int:
+        """Host memory that the answer to `request` takes at most on its way: as it travels, joined from the parts that were kept, and as
+        tensors that a device can copy from, where ids of two and three bytes become four.
+        """
+        wire = self.reply_bytes(request)
+        prepared = wire + (request.batch.rows * self._spec.kept * 2 if self._spec.transport == "top_k" else 0)
+        return wire * (1 if self._store is None else 2) + prepared
+
+    async def labels(self, request: LabelRequest) -> Labels:
+        """The labels of `request`. Requests that began earlier ask for what both need, so every run asks the same.
+
+        Raises:
+            LabelError, TeacherWireError: as `TeacherClient.score` and the check raise them.
+        """
+        if self._store is None:
+            signals = await self._ask(request.batch)
+            await asyncio.to_thread(self._check, signals, request)
+            found = Labels(signals, LabelUsage(0, 0, request.batch.sequences, request.batch.tokens))
+        else:
+            found = await self._from_store(self._store, request)
+        self._usage.add(found.usage)
+        return found
+
+    async def keep(self, request: LabelRequest, answer: TeacherSignals) -> None:
+        """Checks and keeps the labels of `request` that somebody else has asked for, and counts them as asked."""
+        if self._store is None:
+            await asyncio.to_thread(self._check, answer, request)
+        else:
+            keys = label_keys(self._info.fingerprint, self._spec, request.batch)
+            await asyncio.to_thread(self._keep, self._store, keys, request, answer)
+        self._usage.add(LabelUsage(0, 0, request.batch.sequences, request.batch.tokens))
+
+    async def _from_store(self, store: LabelStore, request: LabelRequest) -> Labels:
+        batch = request.batch
+        keys = label_keys(self._info.fingerprint, self._spec, batch)
+        bounds = batch.row_bounds_B1.tolist()
+        labelled = [b for b in range(batch.sequences) if bounds[b + 1] > bounds[b]]  # others have no labels
+        own: dict[str, int] = {}
+        for b in labelled:
+            if keys[b] not in self._flights:
+                own.setdefault(keys[b], b)
+        of_others = {keys[b]: self._flights[keys[b]] for b in labelled if keys[b] not in own}
+        timing, asked = Timing(), LabelUsage()
+        async with self._claimed(own) as flights:
+            found = await asyncio.to_thread(lambda: {key: store.get(key) for key in own})
+            for key, signals in found.items():
+                if signals is not None:
+                    flights[key].set_result(signals)
+            missing = {key: b for key, b in own.items() if found[key] is None}
+            if missing:
+                part = request.select(list(missing.values()))
+                answer = await self._ask(part.batch)
+                kept = await asyncio.to_thread(self._keep, store, list(missing), part, answer)
+                for key, signals in kept.items():
+                    flights[key].set_result(signals)
+                timing = answer.timing
+                asked = LabelUsage(teacher_sequences=len(missing), teacher_tokens=part.batch.tokens)
+            ready = {key: flight.result() for key, flight in flights.items()}
+        for key, flight in of_others.items():
+            ready[key] = await asyncio.shield(flight)  # ours may be cancelled, theirs must not
+        signals = TeacherSignals.join([ready[keys[b]] for b in labelled])
+        lengths = batch.lengths_B
+        asked.disk_sequences = len(labelled) - asked.teacher_sequences
+        asked.disk_tokens = int(lengths[labelled].sum()) - asked.teacher_tokens
+        return Labels(replace(signals, fingerprint=self._info.fingerprint, timing=timing), asked)
+
+    @contextlib.asynccontextmanager
+    async def _claimed(self, keys: dict[str, int]) -> AsyncIterator[dict[str, asyncio.Future[TeacherSignals]]]:
+        """Promises of the labels under `keys`, for whoever needs them too while the block runs."""
+        loop = asyncio.get_running_loop()
+        flights: dict[str, asyncio.Future[TeacherSignals]] = {key: loop.create_future() for key in keys}
+        self._flights.update(flights)
+        try:
+            yield flights
+        except BaseException as error:
+            for flight in flights.values():
+                if not flight.done():
+                    flight.set_exception(error) if isinstance(error, Exception) else flight.cancel()
+                if not flight.cancelled():
+                    flight.exception()  # nobody else may have needed it
+            raise
+        finally:
+            for key in flights:
+                del self._flights[key]
+
+    async def _ask(self, batch: TokenBatch) -> TeacherSignals:
+        if self._client is None:
+            self._client = self._connect()
+        return await self._client.score(self._info, self._spec, batch)
+
+    def _keep(
+        self, store: LabelStore, keys: list[str], asked: LabelRequest, answer: TeacherSignals
+    ) -> dict[str, TeacherSignals]:
+        """Checks an answer and keeps each of its sequences; what is on disk now, maybe another process's."""
+        self._check(answer, asked)
+        fingerprint, spec = self._info.fingerprint, self._spec
+        kept = {}
+        bounds = asked.batch.row_bounds_B1.tolist()
+        for b, key in enumerate(keys):
+            if bounds[b + 1] > bounds[b]:
+                part = answer.slice(bounds[b], bounds[b + 1])
+                kept[key] = store.keep(key, fingerprint, spec, asked.batch.select([b]), part)
+        return kept

@@ -1,0 +1,1 @@
+"""The student: loading, adapters, precision, the probe of its logits."""

@@ -1,0 +1,1 @@
+"""Who teaches: connection, identity, limits, output head."""

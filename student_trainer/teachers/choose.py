@@ -1,0 +1,84 @@
+"""`labels.transport: auto`: the exact labels that fit the card and the link, and why.
+
+In: what the teacher offers, free memory, a measured probe; out: a LabelConfig and one sentence. Policy over numbers: it asks nobody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from student_trainer.config.run import LabelConfig
+from student_trainer.errors import ConfigError
+from teacher_wire.core.messages import SignalSpec, TeacherInfo
+
+HEAD_SHARE = 0.25  # of the free memory: the rest is the student's activations and optimizer
+TOP_K = 128
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One request for hidden states, measured.
+
+    Attributes:
+        transfer_s: seconds it took beyond the server's own work.
+        forward_s: seconds of the teacher's forward pass.
+    """
+
+    transfer_s: float
+    forward_s: float
+
+
+def choose(
+    info: TeacherInfo, vocab_rows: int, free_bytes: int, probe: Probe | None, *, softened: bool
+) -> tuple[LabelConfig, str]:
+    """The labels to ask for.
+
+    Args:
+        info: the teacher.
+        vocab_rows: V, the shared vocabulary.
+        free_bytes: memory free on the student's device, the student loaded.
+        probe: of the link; None if the teacher offers no hidden states, or had them already.
+        softened: whether the loss has a temperature other than 1, which only exact labels can serve.
+
+    Raises:
+        ConfigError: nothing this teacher offers can serve the loss on this card.
+    """
+    offered = info.transports
+    full_row = SignalSpec("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    hidden_row = SignalSpec("hidden", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    if "full" in offered and full_row <= hidden_row:
+        return LabelConfig(
+            transport="full"
+        ), f"every logit takes {full_row:,} bytes a token, no more than the state's {hidden_row:,}"
+    head_bytes = vocab_rows * info.hidden_size * info.value_bytes
+    fits = head_bytes <= HEAD_SHARE * free_bytes
+    if "hidden" in offered and fits:
+        why = f"the teacher's head takes {_mib(head_bytes)} of {_mib(free_bytes)} free"
+        if probe is not None and probe.transfer_s > max(probe.forward_s, 1e-9):
+            ratio = probe.transfer_s / max(probe.forward_s, 1e-9)
+            return (
+                LabelConfig(transport="hidden", compression="int8"),
+                f"{why}; int8, since the link is {ratio:.1f} times slower than the teacher",
+            )
+        return LabelConfig(transport="hidden"), f"{why}; exact, {hidden_row:,} bytes a token"
+    missing = (
+        "the teacher does not offer hidden states"
+        if "hidden" not in offered
+        else f"its head ({_mib(head_bytes)}) is more than a quarter of the {_mib(free_bytes)} free"
+    )
+    if "full" in offered and softened:
+        return LabelConfig(
+            transport="full"
+        ), f"{missing}, and the temperature needs exact labels: every logit, {full_row:,} bytes a token"
+    if softened or "top_k" not in offered:
+        raise ConfigError(
+            f"labels.transport=auto: {missing}, and nothing else that teacher {info.name!r} offers serves this loss"
+        )
+    k = min(TOP_K, vocab_rows, info.limits.max_k)
+    return LabelConfig(
+        transport="top_k", k=k
+    ), f"{missing}: top {k} with the exact tail mass, which is not exact but close at temperature 1"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

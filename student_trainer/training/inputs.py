@@ -1,0 +1,159 @@
+"""What a run reads: its rows, tokenised, and which of them when.
+
+In: a config and a tokenizer; out: datasets and a RunOrder, the same for every command that gets the same config.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from student_trainer.config.run import DataConfig, SourceConfig, TrainConfig
+from student_trainer.data.batch_plan import RunOrder
+from student_trainer.data.dataset import TokenizedDataset, build_dataset
+from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, write_bad_rows
+from student_trainer.data.rows.sources import DataSource, parse_source
+from student_trainer.data.text.templates import Clock
+from student_trainer.data.trace_rows import TraceTasks
+from student_trainer.errors import ConfigError
+from teacher_wire.core.messages import SignalSpec, TeacherInfo
+
+# Of a file of labels beside its rows: id and flag of a token; header, and half a block that the file system cannot use.
+_TOKEN_BYTES, _FILE_BYTES = 5, 3_500
+
+
+def load_data(
+    config: DataConfig, tokenizer: Any, console: Console, pinned: datetime.date | None = None
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """The rows to learn from and those to measure with; says what each source holds, and how many rows there are.
+
+    Args:
+        config: what and how.
+        tokenizer: the student's.
+        console: told what was read.
+        pinned: the day on which the run began, for templates that print one; None for a new run.
+
+    Raises:
+        DataError, ConfigError: naming file and line, or the setting.
+    """
+
+    clock = Clock(config.date or pinned, explicit=config.date is not None)
+    intakes = {"train": Intake(config.bad_rows), "eval": Intake(config.bad_rows)}
+
+    def build(sources: Any, intake: Intake) -> TokenizedDataset:
+        return build_dataset(
+            [source_of(source) for source in sources],
+            tokenizer,
+            template=config.template,
+            system_prompt=config.system_prompt or "",
+            max_tokens=config.max_tokens,
+            overlong=config.overlong,
+            traces=TraceTasks(**config.traces.model_dump()),
+            intake=intake,
+            turns=config.turns,
+            template_kwargs=config.template_kwargs,
+            clock=clock,
+        )
+
+    with console.status("reading and tokenising the data"):
+        data = build(config.train, intakes["train"])
+        held_out = build(config.eval, intakes["eval"]) if config.eval else None
+    for name, intake in intakes.items():
+        for number, facts in enumerate(intake.sources):
+            console.print(f"{escape(f'data.{name}[{number}]')} {escape(facts.told)}", soft_wrap=True)
+        if intake.bad:
+            first = intake.bad[0]
+            told = f"{len(intake.bad):,} bad rows skipped, the first {first.file}:{first.line}: {first.reason}"
+            console.print(f"[yellow]note:[/] data.{name}: {escape(told)}", soft_wrap=True)
+    for name, rows in (("train", data), ("eval", held_out)):
+        if rows is not None:
+            dropped = f", {len(rows.dropped)} dropped as longer than {config.max_tokens}" if rows.dropped else ""
+            console.print(
+                f"{name}: {_counted(rows)}, {rows.tokens:,} tokens, {rows.target_tokens:,} of them supervised{dropped}"
+            )
+            _tell_rendering(name, rows, console)
+    if config.date is not None and not clock.asked:
+        raise ConfigError(f"data.date={config.date}: the chat template prints no date")
+    if clock.asked and config.date is None:
+        console.print(
+            f"[yellow]note:[/] the chat template prints the date: {clock.day} for the whole of this run; other runs get the same "
+            f"prompts, and find its kept labels, with data.date={clock.day}"
+        )
+    return data, held_out
+
+
+def keep_bad_rows(folder: Path, data: TokenizedDataset, held_out: TokenizedDataset | None, console: Console) -> None:
+    """Writes the rows that were skipped into the run folder, if any were, and says so."""
+    bad = [*data.bad_rows, *(held_out.bad_rows if held_out else ())]
+    write_bad_rows(folder, bad)
+    if bad:
+        console.print(f"the {len(bad):,} bad rows are in {escape(str(folder / BAD_ROWS_NAME))}", soft_wrap=True)
+
+
+def _counted(rows: TokenizedDataset) -> str:
+    made = rows.rendering
+    if made is None or made.rows == len(rows):
+        return f"{len(rows):,} rows"
+    return f"{made.rows:,} rows, {len(rows):,} examples"
+
+
+def _tell_rendering(name: str, rows: TokenizedDataset, console: Console) -> None:
+    """Says what of the rows became something else than one would think."""
+    made = rows.rendering
+    if made is None:
+        return
+    told = []
+    if made.parted:
+        told.append(
+            f"{made.parted:,} conversations became one example for each answer: with template {made.template} their earlier turns "
+            "read otherwise once another follows (data.turns=last learns the last answers alone)"
+        )
+    if made.weightless:
+        told.append(f"{made.weightless:,} rows have the weight 0 and teach nothing")
+    if made.literal:
+        told.append(f"{made.literal:,} rows quote control tokens of the tokenizer; they are kept as text")
+    for one in told:
+        console.print(f"[yellow]note:[/] {name}: {escape(one)}")
+
+
+def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
+    """Which rows each micro-batch of the run holds."""
+    settings = config.train
+    return RunOrder(
+        len(data),
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=config.run.seed,
+    )
+
+
+def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset, indices: Iterable[int]) -> int:
+    """About what the labels of these rows take in the cache."""
+    examples = [data[index].example for index in indices]
+    rows = sum(int(example.loss_mask.sum()) for example in examples)
+    tokens = sum(example.token_ids.size for example in examples)
+    return (
+        rows * spec.row_bytes(info.hidden_size, info.value_bytes) + tokens * _TOKEN_BYTES + len(examples) * _FILE_BYTES
+    )
+
+
+def source_of(config: SourceConfig) -> DataSource:
+    """Where the rows of a configured source come from.
+
+    Raises:
+        ConfigError: the number of rows is given twice.
+        DataError: the path cannot be read as one.
+    """
+    source = parse_source(config.path, config.format)
+    if config.sample is not None and source.sample is not None:
+        raise ConfigError(f"data: {config.path} and sample={config.sample}: give the number of rows once")
+    sample = source.sample or config.sample
+    return replace(source, sample=sample, split=config.split, columns=config.columns, subset=config.subset)

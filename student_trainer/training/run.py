@@ -1,0 +1,269 @@
+"""A run from its config to its end: the door of the student's house.
+
+Everything that can be wrong is found before the run folder exists, or before the first step, and then the folder goes again; after it
+the folder, which one process has at a time, holds the resolved config, the log, the checkpoints and, at the end, the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers import TrainerCallback
+
+from student_trainer.config.run import TrainConfig
+from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.errors import RunError
+from student_trainer.evaluation import heldout
+from student_trainer.files import FolderLock, disk_trouble_named
+from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.labels.late_requests import ProvidedRequests
+from student_trainer.labels.packing import pack
+from student_trainer.labels.source import LabelRequest
+from student_trainer.losses.integrity import TeacherHeadMismatch
+from student_trainer.model.limits import check_data
+from student_trainer.model.load import Student, load_student
+from student_trainer.model.precision import check_trained_in
+from student_trainer.model.saving import saved_bytes, state_bytes
+from student_trainer.teachers.session import (
+    Teacher,
+    check_sizes,
+    meet_teacher,
+    open_any_feed,
+    open_training_feed,
+    teacher_address,
+)
+from student_trainer.training.inputs import bytes_on_disk, keep_bad_rows, load_data, order_of
+from student_trainer.training.objective import Objective, check_loss
+from student_trainer.training.out_of_memory import is_out_of_memory, what_to_lower
+from student_trainer.training.progress import ConsoleProgress
+from student_trainer.training.run_folder import (
+    FINAL_NAME,
+    IDENTITY_NAME,
+    AlreadyFinished,
+    RunResult,
+    check_folder,
+    check_room,
+    finish,
+    leave_no_trace,
+    open_folder,
+    pinned_date,
+    result_of,
+    settled_labels,
+)
+from student_trainer.training.trackers import make_trackers
+from student_trainer.training.trainer import DistillationTrainer, check_single_process, training_arguments
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
+    """Trains a student as `config` says.
+
+    Args:
+        config: the run.
+        resume: go on from the newest complete checkpoint in `run.output_dir`, if there is one.
+        console: where progress is shown.
+
+    Raises:
+        StudentError, TeacherWireError: something a user can mend; nothing is left half-written.
+    """
+    console = console or Console(stderr=True)
+    torch.set_num_threads(config.model.threads)
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over logits for nobody
+    check_trained_in(config.model)
+    if config.labels.transport != "auto":
+        check_loss(config.loss, config.labels)
+    check_single_process()
+    note = partial(_note, console)
+    trackers = make_trackers(config.train.report_to, note)
+    folder = config.run.output_dir
+    with FolderLock(folder, note) as lock:
+        check_folder(config, resume)
+        if folder.is_dir():
+            lock.acquire()
+        with teacher_address(config.teacher, console) as address:
+            student = load_student(config.model, config.run.seed)
+            for told in student.notes:
+                note(told)
+            data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config) if resume else None)
+            check_data(student.outline, config.model.path, data, held_out)
+            teacher = meet_teacher(
+                config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
+            )
+            try:
+                return _run(config, student, data, held_out, teacher, resume, console, lock, trackers)
+            except AlreadyFinished:
+                console.print("the run is finished: nothing to resume")
+                return result_of(folder)
+
+
+def _note(console: Console, told: str) -> None:
+    console.print(f"[yellow]note:[/] {escape(told)}")
+
+
+def _run(
+    config: TrainConfig,
+    student: Student,
+    data: TokenizedDataset,
+    held_out: TokenizedDataset | None,
+    teacher: Teacher | None,
+    resume: bool,
+    console: Console,
+    lock: FolderLock,
+    trackers: list[TrainerCallback],
+) -> RunResult:
+    order = order_of(config, data)
+    if teacher is not None:
+        check_sizes(config, teacher, data, held_out, order)
+        _advise_budget(config, teacher, data, console)
+    objective = Objective(config.loss, teacher.spec.vocab_rows if teacher else _own_rows(student))
+    arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
+    folder, settings = config.run.output_dir, config.train
+    check_room(
+        folder,
+        state_bytes(student.model) if settings.save_steps else 0,
+        saved_bytes(student.model),
+        settings.keep_checkpoints,
+    )
+    learned_from = {
+        "teacher": teacher.info.fingerprint if teacher else "",
+        "data": data.sha256,
+        "held_out": held_out.sha256 if held_out else "",
+        "student": student.sha256,
+        "labels": (teacher.labels if teacher else config.labels).model_dump_json(),
+        "computed": student.computed_by,
+        "date": data.rendering.day if data.rendering else "",
+        "rendering": data.rendering.sha256 if data.rendering else "",
+    }
+    with disk_trouble_named(f"run.output_dir {folder}"):
+        lock.acquire()
+    check_folder(config, resume)  # another run may have been here since
+    is_new = not (folder / IDENTITY_NAME).is_file()
+    trainer = None
+    progress = ConsoleProgress(console, folder.name)
+    try:
+        start = open_folder(config, learned_from, resume, console, order.steps)
+        keep_bad_rows(folder, data, held_out, console)
+        distils = teacher is not None and config.loss.output is not None
+        provided = ProvidedRequests() if distils and config.labels.extra_ids else None
+        feed = partial(open_training_feed, config, teacher, data, order, provided) if teacher and distils else None
+        trainer = DistillationTrainer(
+            config,
+            student,
+            data,
+            order,
+            objective,
+            arguments=arguments,
+            open_feed=feed,
+            ask=provided.put if provided else None,
+            teacher_head=teacher.head if teacher else None,
+            measure=_measure(config, student, held_out, teacher, objective) if held_out else None,
+            callbacks=[progress, *trackers],
+            on_trouble=partial(_note, console),
+        )
+        trainer.try_saving()
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        trainer.save_final(folder / FINAL_NAME)  # before anything else can go wrong
+        metrics = trainer.last_metrics() if held_out else {}
+    except BaseException as error:
+        if trainer is not None:
+            _name_bad_labels(error, trainer, teacher)
+        if is_out_of_memory(error):
+            raise RunError(_told_of_memory(config, error, trainer)) from error
+        raise
+    finally:
+        progress.close()
+        if trainer is not None:
+            trainer.close()
+        if is_new and (trainer is None or not trainer.state.global_step):
+            leave_no_trace(folder)  # of a run that has learned nothing
+    result = finish(folder, trainer.state.global_step, metrics)
+    return replace(result, usage=teacher.desk.usage) if teacher else result
+
+
+def _told_of_memory(config: TrainConfig, error: BaseException, trainer: DistillationTrainer | None) -> str:
+    step = trainer.state.global_step + 1 if trainer else 1
+    shape = f" ({trainer.batch_shape})" if trainer and trainer.batch_shape else ""
+    return f"out of memory in step {step}{shape}: {' '.join(str(error).split())[:200]}; {what_to_lower(config, 'training')}"
+
+
+def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, teacher: Teacher | None) -> None:
+    """Deletes labels that are not the teacher's. What else ended the run may have come before the verdict on them was read.
+
+    Raises:
+        TeacherHeadMismatch: there were such, and `error` is another.
+    """
+    trainer.close()  # nothing more is kept
+    mismatch = error if isinstance(error, TeacherHeadMismatch) else None
+    try:
+        trainer.settle()
+    except TeacherHeadMismatch as found:
+        mismatch = mismatch or found
+    except Exception:  # the device itself is gone
+        log.debug("no verdict", exc_info=True)
+    if mismatch is None:
+        return
+    if teacher is not None and (told := teacher.desk.forget(teacher.info)):
+        mismatch.add_note(told)
+    if mismatch is not error:
+        raise mismatch from error
+
+
+def _measure(
+    config: TrainConfig, student: Student, held_out: TokenizedDataset, teacher: Teacher | None, objective: Objective
+) -> Callable[[], dict[str, float]]:
+    """A function that measures the held-out data; the teacher's labels of them are kept if they fit feed.max_mb."""
+    size = config.train.eval_batch_size
+    groups = heldout.batches(held_out, size)
+    kept: dict[int, LabelTensors] = {}
+    measured = partial(
+        heldout.measure, student, held_out, size, objective.vocab_rows, chunk_bytes=config.loss.chunk_mb << 20
+    )
+
+    def request(number: int) -> LabelRequest:
+        return pack([held_out[index].example for index in groups[number]])
+
+    def run() -> dict[str, float]:
+        if teacher is None or teacher.measuring is None:
+            return measured()
+        if len(kept) == len(groups):
+            return measured(labels=kept.__getitem__, teacher_head=teacher.head)
+        kept.clear()
+        feed = open_any_feed(config, teacher, teacher.measuring, request, 0, len(groups), prepare=LabelTensors.of)
+
+        def take(number: int) -> LabelTensors:
+            labels: LabelTensors = feed.take(number).ready
+            if sum(other.nbytes for other in kept.values()) + labels.nbytes <= config.feed.max_mb << 20:
+                kept[number] = labels
+            return labels
+
+        try:
+            return measured(labels=take, teacher_head=teacher.head)
+        finally:
+            feed.close()
+
+    return run
+
+
+def _advise_budget(config: TrainConfig, teacher: Teacher, data: TokenizedDataset, console: Console) -> None:
+    """Says so if the labels of one epoch do not fit into the cache, which then helps no later epoch."""
+    if teacher.desk.store is None or config.loss.output is None or config.labels.extra_ids:
+        return
+    needed_gb = bytes_on_disk(teacher.info, teacher.spec, data, range(len(data))) / 2**30
+    if needed_gb > config.cache.max_gb:
+        console.print(
+            f"[yellow]note:[/] the labels of one epoch take about {needed_gb:,.1f} GB, above cache.max_gb="
+            f"{config.cache.max_gb:g}: later epochs and runs will ask the teacher again"
+        )
+
+
+def _own_rows(student: Student) -> int:
+    return min(student.vocab_rows, len(student.tokenizer))

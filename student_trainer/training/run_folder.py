@@ -1,0 +1,383 @@
+"""The folder of a run: resolved config, identity, log, result; made late, taken up again only by the same run.
+
+In: a config and what it is to learn from; out: the checkpoint to start at. Everything is written whole or not at all, by one process
+at a time (`files.FolderLock`). Digests decide what may be taken up, not paths. What we have not written we neither read nor delete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from student_trainer.config.run import LabelConfig, TrainConfig, dump_config
+from student_trainer.errors import ConfigError, RunError
+from student_trainer.files import LOCK_NAME, disk_trouble_named, free_bytes, read_object, write_whole
+from student_trainer.labels.source import LabelUsage
+from student_trainer.training import checkpoint
+
+LOG_NAME = "train_log.jsonl"
+CONFIG_NAME = "config.yaml"
+IDENTITY_NAME = "run.json"
+RESULT_NAME = "result.json"
+FINAL_NAME = "final"
+# Settings that may change between a run and its resumption: they decide where and how fast, not what; or, as the rows and the weights
+# that a run begins with, what they decide is in the identity as a digest.
+_FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "data", "model.path", "model.revision", "model.threads",
+         "model.compiled", "model.graphs", "train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints",
+         "train.eval_batch_size", "train.nonfinite", "train.max_skipped")  # fmt: skip
+# Digests of an identity, what they are of, and the section of the settings that decides them.
+_DIGESTS = (
+    ("data", "the training rows", "data"),
+    ("held_out", "the held-out rows", "data"),
+    ("student", "the student's weights", "model"),
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Attributes:
+        output_dir: its folder; the model is in `final/`.
+        steps: optimizer steps made in all.
+        metrics: the last held-out figures, empty without held-out data; NaN where one was no number.
+        curve: log entries, in order; NaN where the file has null.
+        usage: where the labels came from; None without a teacher.
+    """
+
+    output_dir: Path
+    steps: int
+    metrics: dict[str, float]
+    curve: list[dict[str, float]]
+    usage: LabelUsage | None = None
+
+
+class AlreadyFinished(Exception):  # noqa: N818
+    """The run that is to be resumed has come to its end already."""
+
+
+def check_folder(config: TrainConfig, resume: bool) -> None:
+    """Refuses a folder that cannot hold this run, without making it.
+
+    Raises:
+        ConfigError: it is a file, cannot be written, or holds another run; or there can be no cache folder.
+    """
+    folder = config.run.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.output_dir {folder}: is a file")
+    _check_writable("run.output_dir", folder)
+    check_cache(config)
+    held = _held(folder)
+    if resume and IDENTITY_NAME in held:
+        _identity(folder / IDENTITY_NAME)
+    if not resume and IDENTITY_NAME in held:
+        raise ConfigError(
+            f"run.output_dir {folder}: holds a run already; go on with --resume auto, or choose another folder"
+        )
+    if not resume and held:
+        raise ConfigError(f"run.output_dir {folder}: is not empty (it holds {sorted(held)[0]}); choose another folder")
+    if resume and IDENTITY_NAME not in held and (lost := held & {LOG_NAME, RESULT_NAME, FINAL_NAME, CONFIG_NAME}):
+        raise RunError(
+            f"{folder}: holds {sorted(lost)[0]} and no {IDENTITY_NAME}, so which run this was cannot be told; choose another folder"
+        )
+
+
+def _held(folder: Path) -> set[str]:
+    """Names in a folder, without those of no importance."""
+    return {path.name for path in folder.iterdir()} - {LOCK_NAME} if folder.is_dir() else set()
+
+
+def check_room(folder: Path, checkpoint_bytes: int, final_bytes: int, keep: int) -> None:
+    """Refuses a disk that has no room for the checkpoints that are there at one time, and the model.
+
+    Args:
+        folder: of the run.
+        checkpoint_bytes: of one checkpoint; 0 if there will be none.
+        final_bytes: of the model alone.
+        keep: checkpoints kept; while one is written there is one more.
+
+    Raises:
+        ConfigError: naming what is needed and what is free.
+    """
+    there = len(list(folder.glob(f"checkpoint-*/{checkpoint.MARKER}"))) if folder.is_dir() else 0
+    needed = max(0, keep + 1 - there) * checkpoint_bytes + final_bytes
+    with contextlib.suppress(OSError):
+        free = free_bytes(folder)
+        if needed > free:
+            raise ConfigError(
+                f"run.output_dir {folder}: {_amount(free)} are free, and {keep + 1 if checkpoint_bytes else 0} checkpoints at a "
+                f"time with the model take about {_amount(needed)}; make room, lower train.keep_checkpoints={keep}, or choose "
+                "another disk"
+            )
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def check_cache(config: TrainConfig) -> None:
+    """Refuses a cache folder that cannot be made; one that is there and read-only is read.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    folder = config.run.cache_dir
+    if not folder.is_dir():
+        _check_writable("run.cache_dir", folder)
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Refuses a folder that cannot be made or written to, without making it."""
+    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{name} {folder}: cannot be written ({nearest} is {'read-only' if nearest.is_dir() else 'a file'})"
+        )
+
+
+def settled_labels(config: TrainConfig) -> LabelConfig | None:
+    """What `labels.transport: auto` chose when this run was started: a link that is slower today must not change it."""
+    file = config.run.output_dir / IDENTITY_NAME
+    if config.labels.transport != "auto" or not file.is_file():
+        return None
+    return LabelConfig.model_validate_json(_identity(file)["labels"])
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    """What run.json says.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        found = read_object(file)
+        if not isinstance(found["settings"], dict) or not all(isinstance(found[n], str) for n in ("teacher", "labels")):
+            raise ValueError("its entries are not those of a run")
+    except (OSError, ValueError, KeyError) as error:
+        missing = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
+        raise RunError(
+            f"{file} is damaged: {missing}; without it the run cannot be taken up: put it back, or start another run in "
+            "another folder"
+        ) from error
+    return found
+
+
+def pinned_date(config: TrainConfig) -> datetime.date | None:
+    """The day that this run's chat template printed when it was started; a resumed run goes on with it.
+
+    Raises:
+        RunError: run.json cannot be read.
+    """
+    file = config.run.output_dir / IDENTITY_NAME
+    if not file.is_file():
+        return None
+    day = _identity(file).get("date", "")
+    try:
+        return datetime.date.fromisoformat(day) if day else None
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{file} is damaged: its date {day!r} is none") from error
+
+
+def open_folder(
+    config: TrainConfig, learned_from: dict[str, str], resume: bool, console: Console, steps: int
+) -> Path | None:
+    """Makes the run folder, or takes up the one that is there, which must be locked; the checkpoint to start from.
+
+    Args:
+        config: the run.
+        learned_from: digests under `teacher`, `data`, `held_out` and `student`, which must not change over a run; the `labels` it was
+            started with; and how it is `computed`, which may change and is told of, since other kernels round otherwise.
+        resume: whether a run that is there may be taken up.
+        console: told what was found.
+        steps: of the whole run.
+
+    Raises:
+        RunError: it was started with other settings, rows, weights or another teacher; its files are damaged; or somebody else's
+            folder has the name of a checkpoint to come.
+        AlreadyFinished: there is nothing left to do.
+    """
+    folder = config.run.output_dir
+    identity = {"settings": _decisive(config), **learned_from}
+    identity_file = folder / IDENTITY_NAME
+    start = None
+
+    def note(said: str) -> None:
+        console.print(f"[yellow]note:[/] {escape(said)}")
+
+    if resume and identity_file.is_file():
+        before = _identity(identity_file)
+        _compare(before, identity, config)
+        if is_finished(folder, note):
+            raise AlreadyFinished
+        checkpoint.discard_unfinished(folder)
+        start = checkpoint.newest_whole(folder, note)
+        _cut_log(folder / LOG_NAME, checkpoint.step_of(start) if start else 0, note)
+        console.print(
+            f"resuming at step {checkpoint.step_of(start)}" if start else "no complete checkpoint: starting at step 0"
+        )
+        computed = learned_from["computed"]
+        if before.get("computed", computed) != computed:
+            console.print(
+                f"[yellow]note:[/] computed until here by {escape(before['computed'])}, from here by "
+                f"{escape(computed)}: the same but for rounding"
+            )
+    every, begun = config.train.save_steps, checkpoint.step_of(start) if start else 0
+    foreign = checkpoint.in_the_way(
+        folder, lambda step: bool(every) and begun < step <= steps and (step % every == 0 or step == steps)
+    )
+    if foreign is not None:
+        raise RunError(
+            f"{foreign}: has the name of a checkpoint to come and was not written by this run; move it or rename it"
+        )
+    with disk_trouble_named(f"run.output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(identity_file, json.dumps(identity, indent=1))  # first: without it a folder is nobody's
+        write_whole(folder / CONFIG_NAME, dump_config(config))
+    return start
+
+
+def leave_no_trace(folder: Path) -> None:
+    """Takes away what `open_folder` has made, for a run that has come to nothing: the same folder may be tried again."""
+    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME):
+        (folder / name).unlink(missing_ok=True)
+    checkpoint.discard_unfinished(folder)
+    with contextlib.suppress(OSError):  # others' files stay, and with them the folder
+        folder.rmdir()
+
+
+def is_finished(folder: Path, note: Callable[[str], None] = lambda _: None) -> bool:
+    """Whether a run in a folder has come to its end; a result that cannot be read is told of, and made again."""
+    file = folder / RESULT_NAME
+    if not file.is_file():
+        return False
+    try:
+        found = read_object(file)
+        return isinstance(found["steps"], int) and isinstance(found["metrics"], dict)
+    except (OSError, ValueError, KeyError) as error:
+        note(f"{RESULT_NAME} is damaged ({error}): the end of the run is made again")
+        return False
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes, by dotted name."""
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, name: str) -> None:
+        if _is_free(name):
+            return
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{name}.{key}" if name else key)
+        else:
+            flat[name] = node
+
+    walk(config.model_dump(mode="json"), "")
+    return flat
+
+
+def _is_free(name: str) -> bool:
+    return name in _FREE or name.split(".")[0] in _FREE
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> None:
+    """Refuses to go on with other settings, rows, weights or another teacher."""
+    keys = [
+        key for key in sorted(before["settings"].keys() | now["settings"].keys()) if not _is_free(key)
+    ]  # some became so
+    changed = [key for key in keys if before["settings"].get(key) != now["settings"].get(key)]
+    if changed:
+        told = ", ".join(
+            f"{key}: {before['settings'].get(key)!r} -> {now['settings'].get(key)!r}" for key in changed[:4]
+        )
+        raise RunError(
+            f"the run was started with other settings ({told}); resume with the old ones, or start another run"
+        )
+    for part, what, section in _DIGESTS:
+        if part in before and before[part] != now[part]:  # not in one of an earlier version
+            raise RunError(
+                f"{what} have changed since the run was started{_told_changes(section, config)}; start another run"
+            )
+    if before["teacher"] != now["teacher"]:
+        raise RunError(
+            f"the run was started with another teacher (fingerprint {before['teacher'][:16]}, now {now['teacher'][:16]}); "
+            "labels of two teachers are not mixed"
+        )
+
+
+def _told_changes(section: str, config: TrainConfig) -> str:
+    """Settings of a section that are others than in the folder's config.yaml, in brackets; empty if none can be told."""
+    try:
+        before = yaml.safe_load((config.run.output_dir / CONFIG_NAME).read_text())[section]
+        now = config.model_dump(mode="json")[section]
+        changed = [
+            f"{section}.{key}: {before.get(key)!r} -> {now[key]!r}"[:200] for key in now if before.get(key) != now[key]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return ""
+    return f" ({', '.join(changed[:4])})" if changed else ""
+
+
+def _cut_log(path: Path, step: int, note: Callable[[str], None]) -> None:
+    """Drops log entries after `step`: they will be made again."""
+    if not path.is_file():
+        return
+    kept, damaged = [], 0
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode())
+        except (ValueError, KeyError, TypeError):
+            damaged += bool(line.strip(b"\0 ")) and number < len(lines) - 1  # the last may have been cut by a kill
+    if damaged:
+        note(f"{path.name}: {damaged} entries cannot be read and are left out")
+    with disk_trouble_named(str(path)):
+        write_whole(path, "".join(line + "\n" for line in kept))
+
+
+def log_line(entry: dict[str, Any]) -> str:
+    """A log entry as one line of JSON, which knows no NaN and no infinity: they become null."""
+    return json.dumps(finite_or_none(entry), allow_nan=False) + "\n"
+
+
+def finite_or_none(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same entry with null for what is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in entry.items()}
+
+
+def finish(folder: Path, steps: int, metrics: dict[str, float]) -> RunResult:
+    """Writes the result, which marks the run as finished; everything else must be on disk.
+
+    Raises:
+        RunError: the disk does not take it.
+    """
+    named = finite_or_none({name.removeprefix("eval_"): value for name, value in metrics.items()})
+    with disk_trouble_named(str(folder / RESULT_NAME), lambda: "make room on the disk, then --resume auto"):
+        write_whole(folder / RESULT_NAME, json.dumps({"steps": steps, "metrics": named}, indent=1, allow_nan=False))
+    return result_of(folder)
+
+
+def result_of(folder: Path) -> RunResult:
+    """What a finished run left."""
+    result = read_object(folder / RESULT_NAME)
+    curve = []
+    if (folder / LOG_NAME).is_file():
+        for line in (folder / LOG_NAME).read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a damaged line: the curve has a gap
+                curve.append(_numbers(json.loads(line)))
+    return RunResult(folder, result["steps"], _numbers(result["metrics"]), curve)

@@ -1,0 +1,1 @@
+"""Teachers computed by transformers' models."""

@@ -1,0 +1,381 @@
+"""Any causal language model that transformers loads, as a teacher.
+
+In: packed tokens of several requests; out: reduced signals on the host. The states of all wanted rows come from a
+`bodies.Body`, the signals of all requests that ask for the same from one `reduce`, and one wait a batch is enough.
+With `deterministic`, every sequence is forwarded and reduced by itself: its labels are a function of the weights, the
+spec and its own tokens, whatever else is in the batch and whichever of its rows are wanted.
+Axes: N wanted rows, L tokens of a sequence, M named ids, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor as Torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from teacher_server.backends import grammar, logits, lora
+from teacher_server.backends.base import ModelFacts
+from teacher_server.backends.model_folder import find, fingerprint
+from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
+from teacher_server.backends.transformers import decoder_runners, internlm, quantized
+from teacher_server.backends.transformers.decode_loop import ModelStepper
+from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
+from teacher_server.config.server import GenerationConfig
+from teacher_server.config.server import TransformersBackend as Config
+from teacher_server.errors import ServerConfigError
+from teacher_server.replica.decode_scheduler import OnThread, SteppedGeneration
+from teacher_server.signals.reduce import OutputHead, reduce
+from teacher_server.signals.transfer import HostRows, to_device, to_wire
+from teacher_wire.core.errors import CapabilityError
+from teacher_wire.core.identity import head_sha256
+from teacher_wire.core.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
+
+log = logging.getLogger(__name__)
+
+Job = tuple[TokenBatch, SignalSpec]
+
+_PREFILL_TOKENS = {"cuda": 65_536, "cpu": 16_384}  # padded tokens of one forward pass over new prompts
+
+
+def load(config: Config, *, deterministic: bool) -> TransformersModel:
+    """Loads model and tokenizer.
+
+    Raises:
+        ServerConfigError: missing folder, unknown architecture, remote code needed, no tokenizer, no such device.
+    """
+    files = find(config.model, config.revision)
+    device = _device(config.device)
+    torch.set_num_threads(config.threads)
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module property
+        torch.backends.cudnn.benchmark = False
+    dtype = getattr(torch, config.dtype)
+    internlm.register()
+    try:
+        model_config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = load_tokenizer(files.tokenizer)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ServerConfigError(
+            f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:400]}"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ServerConfigError(
+            f"model {config.model!r} has no fast tokenizer (tokenizer.json), which the handshake needs"
+        )
+    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if absent:  # transformers would start these at random and only warn
+        raise ServerConfigError(f"model {config.model!r} lacks {len(absent)} weights, {absent[0]} first")
+    if files.adapter is not None:
+        lora.merge(model, files.adapter)
+        log.info("model %s is an adapter of %s, merged into it", config.model, files.folder)
+    model = model.to(device).eval().requires_grad_(False)
+    arithmetic = config.dtype if config.quantization == "none" else f"{config.dtype}+{config.quantization}"
+    digest = fingerprint(files.folder, arithmetic, files.adapter)
+    return TransformersModel(config, model, model_config, tokenizer, digest, deterministic=deterministic)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ServerConfigError(f"device {name} is not there: torch sees no CUDA")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ServerConfigError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+
+
+class TransformersModel:
+    """A loaded model; see `backends.base.Backend`.
+
+    Attributes:
+        label_error: of a quantized model's labels, else None.
+    """
+
+    def __init__(
+        self, config: Config, model: Any, model_config: Any, tokenizer: Any, digest: str, *, deterministic: bool
+    ) -> None:
+        self._config = config
+        self._device = next(model.parameters()).device
+        self._deterministic = deterministic
+        self._chunk_bytes = (config.reduce_mb or (1280 if self._device.type == "cuda" else 64)) << 20
+        projection = model.get_output_embeddings()
+        if projection is None:
+            raise ServerConfigError(f"model {config.model!r} has no output head")
+        text, transform = model_config.get_text_config(), logits.transform_of(model_config)
+        self._head = OutputHead(projection.weight, getattr(projection, "bias", None), transform.scale, transform.cap)
+        self._probe(model)
+        alone = {"prefix_min_tokens": 0} if deterministic else {}
+        with torch.inference_mode():
+            self._body = decoder_runners.choose(model, config.model_copy(update=alone))
+            self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
+        log.info("model %s is run %s", config.model, self._body.name)
+        self._decoder = logits.body_of(model)
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids(model, tokenizer)
+        rows, columns = projection.weight.shape
+        served_head = self.head() if config.serve_head else None
+        self._facts = ModelFacts(
+            model=config.model,
+            fingerprint=digest,
+            architecture=type(model).__name__,
+            dtype=config.dtype,
+            vocab_rows=rows,
+            tokenizer_size=len(tokenizer),
+            **tokenizer_identity(tokenizer),
+            hidden_size=columns,
+            layers=text.num_hidden_layers,
+            head_sha256=served_head.header.sha256 if served_head else "",
+            transports=("top_k", "hidden", "full") if served_head else ("top_k", "full"),
+            max_sequence_tokens=logits.position_limit(model_config),
+            generates=self._generates(min(rows, len(tokenizer))),
+        )
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self._facts
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the layers so far; less than was asked where prefixes are shared."""
+        return self._body.computed_tokens
+
+    def _generates(self, vocab_rows: int) -> tuple[str, ...]:
+        """What Generate can offer: nothing if the model does not write step by step what it scores at once."""
+        if self._config.quantization == "fp8":  # the layers that write keep their own weights
+            return ()
+        if not writes_as_it_scores(self._stepper(vocab_rows, None), self._decoder, self._device, vocab_rows):
+            return ()
+        return ("tokens", "json_schema") if grammar.available() else ("tokens",)
+
+    def _stepper(self, vocab_rows: int, grammars: grammar.Grammars | None) -> ModelStepper:
+        return ModelStepper(
+            self._decoder, lambda state_bD: self._head.logits(state_bD, vocab_rows), self._device,
+            vocab_rows=vocab_rows, end_ids=self._end_ids, grammars=grammars,
+            prefill_tokens=_PREFILL_TOKENS[self._device.type], logit_bytes=self._chunk_bytes,
+        )  # fmt: skip
+
+    def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> SteppedGeneration:
+        vocab_rows = min(self._facts.vocab_rows, self._facts.tokenizer_size)
+        grammars = None
+        if "json_schema" in self._facts.generates:
+            grammars = grammar.Grammars(self._tokenizer, vocab_rows, self._end_ids)
+        return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
+
+    def head(self) -> TeacherHead:
+        if not self._config.serve_head:
+            raise CapabilityError("this teacher does not serve its output head", field="head", value=self._config.model)
+        weight = to_wire(self._head.weight_VD.detach().cpu().contiguous())
+        bias = None if self._head.bias_V is None else to_wire(self._head.bias_V.detach().cpu())
+        scale, softcap = self._head.logit_scale, self._head.final_softcap
+        digest = head_sha256(weight, bias, scale, softcap)
+        rows, columns = weight.shape
+        return TeacherHead(HeadHeader(weight.dtype, rows, columns, bias, scale, softcap, digest), weight)
+
+    def score(self, jobs: list[Job]) -> list[TeacherSignals]:
+        return self.begin(jobs)()
+
+    @torch.inference_mode()
+    def begin(self, jobs: list[Job]) -> Callable[[], list[TeacherSignals]]:
+        """Puts a batch to the device and returns at once there; what it returns waits for the answers.
+
+        The next batch may begin before the last one is waited for, from the same thread; the wait may be in another.
+        """
+        watch = _Stopwatch(self._device)
+        groups: dict[SignalSpec, list[int]] = {}
+        for index, (_, spec) in enumerate(jobs):
+            groups.setdefault(spec, []).append(index)
+        compute = self._apart if self._deterministic else self._together
+        copies = compute(jobs, groups, watch)
+        return lambda: self._answers(jobs, copies, watch)
+
+    def _together(
+        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: _Stopwatch
+    ) -> list[tuple[list[int], HostRows]]:
+        """The signals of each group of jobs, from as few passes as fit."""
+        order = [index for members in groups.values() for index in members]
+        sequences = [ids for index in order for ids in _sequences(jobs[index][0])]
+        rows = [np.flatnonzero(wanted) for index in order for wanted in _wanted(jobs[index][0])]
+        hidden_ND = self._body.states(sequences, rows)
+        watch.mark("forward")
+        found, start = [], 0
+        for spec, members in groups.items():
+            batches = [jobs[index][0] for index in members]
+            stop = start + sum(batch.rows for batch in batches)
+            labels_N = np.concatenate([batch.labels_N() for batch in batches])
+            extra = [batch.extra_ids_NM for batch in batches if batch.extra_ids_NM is not None]
+            rows_of = HostRows(stop - start, self._chunk_bytes)
+            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec)
+            found.append((members, rows_of.end()))
+            start = stop
+        watch.mark("reduce")
+        return found
+
+    def _apart(
+        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: _Stopwatch
+    ) -> list[tuple[list[int], HostRows]]:
+        """The same, each sequence by itself; all its rows are reduced in chunks from its first, wanted or not."""
+        found = []
+        for spec, members in groups.items():
+            rows_of = HostRows(sum(jobs[index][0].rows for index in members), self._chunk_bytes)
+            for batch in (jobs[index][0] for index in members):
+                named_at = 0
+                for ids_L, wanted_L in zip(_sequences(batch), _wanted(batch), strict=True):
+                    kept_R = wanted_L[:-1]
+                    if not kept_R.any():
+                        continue
+                    hidden_RD = self._body.states([ids_L], [np.arange(len(kept_R))])
+                    watch.mark("forward")
+                    extra = []
+                    if batch.extra_ids_NM is not None:
+                        named_RM = np.zeros((len(kept_R), batch.extra_ids_NM.shape[1]), np.int32)
+                        named_RM[kept_R] = batch.extra_ids_NM[named_at : named_at + int(kept_R.sum())]
+                        named_at += int(kept_R.sum())
+                        extra = [named_RM]
+                    labels_R = np.where(kept_R, ids_L[1:], 0)  # others' may lie outside the spec's vocabulary
+                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, kept_R)
+                    watch.mark("reduce")
+            found.append((members, rows_of.end()))
+        return found
+
+    def _reduce(
+        self,
+        into: HostRows,
+        hidden_RD: Torch,
+        labels_R: np.ndarray,
+        extra: list[np.ndarray],
+        spec: SignalSpec,
+        kept_R: np.ndarray | None = None,
+    ) -> None:
+        labels = to_device(labels_R, self._device).long()
+        named = to_device(np.concatenate(extra), self._device).long() if extra else None
+        reduce(self._head, hidden_RD, labels, named, spec, self._chunk_bytes, kept_R, into)
+
+    def _answers(
+        self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: _Stopwatch
+    ) -> list[TeacherSignals]:
+        answers: dict[int, TeacherSignals] = {}
+        for members, copy in copies:
+            spec = jobs[members[0]][1]
+            tensors = {name: to_wire(host, _ids_below(name, spec)) for name, host in copy.wait().items()}
+            together = TeacherSignals.of(tensors, self._facts.fingerprint)
+            start = 0
+            for index in members:
+                stop = start + jobs[index][0].rows
+                answers[index] = together.slice(start, stop)
+                start = stop
+        spent = watch.us()
+        timing = Timing(
+            forward_us=spent.get("forward", 0),
+            reduce_us=spent.get("reduce", 0),
+            batch_tokens=sum(batch.tokens for batch, _ in jobs),
+        )
+        return [replace(answers[index], timing=timing) for index in range(len(jobs))]
+
+    def _quantize(self, tokenizer: Any) -> quantized.LabelError:
+        """Turns the layers' products to float8 and measures what that does to the labels.
+
+        Raises:
+            ServerConfigError: not a model or a device that can.
+        """
+        why = ""
+        if self._device.type != "cuda" or torch.cuda.get_device_capability(self._device) < (8, 9):
+            why = f"device {self._device} multiplies no float8"
+        elif self._config.dtype != "bfloat16":
+            why = f"dtype {self._config.dtype} must be bfloat16"
+        elif not isinstance(self._body, decoder_runners.PackedBody) or self._body.fused is None:
+            why = f"the model is run {self._body.name}, not fused"
+        if why:
+            raise ServerConfigError(f"model {self._config.model!r}: quantization fp8 is not possible: {why}")
+        assert isinstance(self._body, decoder_runners.PackedBody) and self._body.fused is not None
+        sequences = quantized.probe_text(tokenizer, self._head.weight_VD.shape[0])
+        rows = [np.arange(len(ids)) for ids in sequences]
+        before_ND = self._body.states(sequences, rows)
+        self._body.fused.quantize()
+        error = quantized.label_error(self._head, before_ND, self._body.states(sequences, rows))
+        log.warning("model %s in float8 against bfloat16: %s", self._config.model, error)
+        return error
+
+    @torch.inference_mode()
+    def _probe(self, model: Any) -> None:
+        """Refuses a model whose logits are not head(state): labels by `hidden` would be wrong.
+
+        Raises:
+            ServerConfigError: with the difference found.
+        """
+        rows = self._head.weight_VD.shape[0]
+        kind = f"model {self._config.model!r} ({type(model).__name__})"
+        embedded = getattr(model.get_input_embeddings(), "weight", self._head.weight_VD).shape[0]
+        ids_BL = logits.probe_ids(min(rows, embedded)).to(self._device)
+        try:
+            own_BLV = model(input_ids=ids_BL, use_cache=False).logits
+            state_BLD = logits.body_of(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
+            ours_BLV = self._head.logits(state_BLD, rows)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model's own code, which raises what it likes
+            raise ServerConfigError(
+                f"{kind} cannot be asked for logits and states by token ids alone: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}; this architecture is not supported"
+            ) from error
+        said = logits.disagreement(own_BLV, ours_BLV, state_BLD, self._config.dtype)
+        if said:
+            raise ServerConfigError(f"{kind}: {said}; this architecture is not supported, its labels would be wrong")
+
+
+def _ids_below(name: str, spec: SignalSpec) -> int:
+    """The bound of an id tensor: channels of a state, or tokens."""
+    return 1 << 16 if name == "outlier_ids_NO" else spec.vocab_rows
+
+
+def _sequences(batch: TokenBatch) -> list[np.ndarray]:
+    """The ids of each sequence."""
+    return np.split(batch.token_ids_T, batch.cu_lengths_B1[1:-1])
+
+
+def _wanted(batch: TokenBatch) -> list[np.ndarray]:
+    """The flags of each sequence."""
+    return np.split(batch.wanted_T, batch.cu_lengths_B1[1:-1])
+
+
+class _Stopwatch:
+    """Time between marks, on the device's own clock where it has one: reading it waits for nothing but the last mark."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self.mark("")
+
+    def mark(self, name: str) -> None:
+        """The time since the last mark was spent on `name`."""
+        now: Any = time.perf_counter()
+        if self._cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._marks.append((name, now))
+
+    def us(self) -> dict[str, int]:
+        """Microseconds by name."""
+        spent: dict[str, float] = {}
+        for (_, start), (name, end) in pairwise(self._marks):
+            took_us = start.elapsed_time(end) * 1e3 if self._cuda else (end - start) * 1e6
+            spent[name] = spent.get(name, 0.0) + took_us
+        return {name: round(took_us) for name, took_us in spent.items()}

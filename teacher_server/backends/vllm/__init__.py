@@ -1,0 +1,1 @@
+"""Teachers computed by vLLM's engine; the only room that imports vllm."""

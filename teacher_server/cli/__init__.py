@@ -1,0 +1,1 @@
+"""The `teacher-server` command; loads neither torch nor ray for its help."""

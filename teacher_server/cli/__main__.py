@@ -1,0 +1,5 @@
+"""`python -m teacher_server.cli` is `teacher-server`."""
+
+from teacher_server.cli.main import main
+
+main()

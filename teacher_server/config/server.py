@@ -1,0 +1,417 @@
+"""The server's configuration: frozen, strict, parsed before torch or ray is imported.
+
+In: a YAML file and `section.field=value` overrides; out: `ServerConfig`. An unknown key is an error
+that names the key; nothing here builds anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from teacher_server.config.files import Settings, parse_as, read_tree
+from teacher_wire.transport.channel import is_loopback
+
+EDGE_NAME = "edge"  # of the endpoint among the application's deployments
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class _Strict(Settings):
+    """A section; see `Settings`."""
+
+
+class TlsConfig(_Strict):
+    """Certificates of the edge, followed while it runs.
+
+    Attributes:
+        cert_file, key_file: PEM, the key without a passphrase.
+        client_ca_file: with it every student must show a certificate signed by this authority.
+        tenant: what of a student's certificate names its tenant where there are no tokens: `dns` is its first DNS name, `uri` the
+            last part of its first URI (SPIFFE), `common_name` the subject's.
+    """
+
+    cert_file: Path
+    key_file: Path
+    client_ca_file: Path | None = None
+    tenant: Literal["dns", "uri", "common_name"] = "dns"
+
+
+class StoreConfig(_Strict):
+    """Labels that are computed once for everybody.
+
+    Attributes:
+        memory_mb: newest labels kept in the edge's memory; 0 for none.
+        folder: where labels are kept on disk, shared by all edges that see it; None for nowhere.
+        disk_gb: budget of the folder; the least recently used go first.
+    """
+
+    memory_mb: Annotated[int, Field(ge=0)] = 256
+    folder: Path | None = None
+    disk_gb: Annotated[float, Field(gt=0, le=1_000_000)] = 50.0
+
+
+class EdgeLimitsConfig(_Strict):
+    """What one edge holds for its peers at most (docs/operating.md). Beyond it a request is refused as overloaded or waits.
+
+    Attributes:
+        calls, tenant_calls: open Score streams, Generate and Head calls, of all and of one tenant.
+        heads, tenant_heads: of these, Head calls.
+        tenant_requests: unanswered requests of one tenant.
+        request_mb: longest Score request.
+        requests_held_mb, tenant_requests_held_mb: bytes of unanswered requests.
+        replies_held_mb, tenant_replies_held_mb: label bytes being computed, or computed and not taken.
+        unproven_replies_held_mb: of these, what a tenant may hold that has taken nothing lately; what it took in the
+            last seconds is added.
+        kept_replies_mb: sent replies that a broken stream may go on with.
+        stall_s: a peer that takes nothing for this long is dropped.
+    """
+
+    calls: Annotated[int, Field(ge=1)] = 4096
+    tenant_calls: Annotated[int, Field(ge=1)] = 512
+    heads: Annotated[int, Field(ge=1)] = 8
+    tenant_heads: Annotated[int, Field(ge=1)] = 4
+    tenant_requests: Annotated[int, Field(ge=1)] = 4096
+    request_mb: Annotated[int, Field(ge=1, le=1024)] = 64
+    requests_held_mb: Annotated[int, Field(ge=1)] = 256
+    tenant_requests_held_mb: Annotated[int, Field(ge=1)] = 32
+    replies_held_mb: Annotated[int, Field(ge=1)] = 2048
+    tenant_replies_held_mb: Annotated[int, Field(ge=1)] = 1024
+    unproven_replies_held_mb: Annotated[int, Field(ge=1)] = 64
+    kept_replies_mb: Annotated[int, Field(ge=0)] = 64
+    stall_s: Annotated[float, Field(gt=0)] = 120.0
+
+
+class EdgeConfig(_Strict):
+    """Where students connect.
+
+    Attributes:
+        host, port: loopback unless TLS and tokens are set.
+        tls: certificates, or plain text.
+        tokens_file: lines of `TENANT TOKEN`; with it, every call needs a token.
+        drain_s: how long in-flight requests may finish when the server goes down.
+        window_mb: largest reply window a student may open.
+        reflection: serve grpc reflection, for grpcurl.
+        keepalive_s: a student that says nothing is asked after this time, and dropped if it does not answer within
+            `keepalive_timeout_s`.
+        count: edges, at most one a node; each listens on the same port of its node.
+        store: labels kept by the edge.
+        limits: what is held for students at most.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 50051
+    tls: TlsConfig | None = None
+    tokens_file: Path | None = None
+    drain_s: Annotated[float, Field(ge=0, le=600)] = 20.0
+    window_mb: Annotated[int, Field(ge=1, le=4096)] = 256
+    reflection: bool = False
+    keepalive_s: Annotated[float, Field(ge=1, le=86_400)] = 30.0
+    keepalive_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 10.0
+    count: Annotated[int, Field(ge=1)] = 1
+    store: StoreConfig = StoreConfig()
+    limits: EdgeLimitsConfig = EdgeLimitsConfig()
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _safe(self) -> EdgeConfig:
+        if not is_loopback(self.address) and (
+            self.tls is None or (self.tokens_file is None and self.tls.client_ca_file is None)
+        ):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines: set tls, and tokens_file or tls.client_ca_file"
+            )
+        if self.reflection and self.tokens_file is not None:
+            raise ValueError("reflection answers without a token: switch it off, or remove tokens_file")
+        return self
+
+
+class RayConfig(_Strict):
+    """The Ray cluster: our own on this machine, or a running one.
+
+    Attributes:
+        address: HOST:PORT of a running cluster's head, or `auto` for the one that runs on this machine; without it, or with
+            `local`, a cluster of our own, whatever RAY_ADDRESS says.
+        listen: where the processes of our own cluster listen, Prometheus metrics included: `loopback` is reached from this
+            machine only, `all` is every interface.
+        metrics_port: of our own cluster; Ray chooses one if not given.
+        num_cpus, object_store_mb: of our own cluster.
+    """
+
+    address: Annotated[str, Field(pattern=r"^(auto|local|\S+:\d{1,5})$")] | None = None
+    listen: Literal["loopback", "all"] = "loopback"
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    num_cpus: Annotated[int, Field(ge=1)] | None = None
+    object_store_mb: Annotated[int, Field(ge=80)] = 512
+
+    @property
+    def own(self) -> bool:
+        """Whether the cluster is started and ended by us."""
+        return self.address in (None, "local")
+
+    @model_validator(mode="after")
+    def _no_client(self) -> RayConfig:
+        if self.address is not None and "://" in self.address:
+            raise ValueError(
+                f"address {self.address}: give HOST:PORT of the cluster's head, not an address of Ray Client"
+            )
+        return self
+
+
+class TransformersBackend(_Strict):
+    """A causal language model that transformers loads, with every signal.
+
+    Attributes:
+        model: hub id or local folder.
+        revision: of a hub id.
+        dtype: of weights and arithmetic.
+        device: `auto` is cuda when there is one.
+        threads: torch threads of a replica on CPU.
+        attention: transformers' attn_implementation.
+        serve_head: students may fetch the output head (needed for `hidden`).
+        reduce_mb: bound on logits held at a time while reducing; without it 1280 on CUDA, 64 elsewhere.
+        packing: `auto` runs sequences one behind the other without padding where a probe finds the same states.
+        layers: `fused` are our own for Llama-shaped models, `transformers` are theirs; `auto` is fused on CUDA.
+        prefix_min_tokens: a prefix of that many tokens that sequences of a batch share is computed once (packed and
+            not deterministic); 0 never shares.
+        quantization: `fp8` multiplies the layers' matrices as float8 rows, on Hopper or newer, with fused layers; the error of
+            the labels is measured at loading.
+    """
+
+    kind: Literal["transformers"] = "transformers"
+    model: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=1)] = 1
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    serve_head: bool = True
+    reduce_mb: Annotated[int, Field(ge=1)] | None = None
+    packing: Literal["auto", "off"] = "auto"
+    layers: Literal["auto", "transformers", "fused"] = "auto"
+    prefix_min_tokens: Annotated[int, Field(ge=0)] = 64
+    quantization: Literal["none", "fp8"] = "none"
+
+
+class VllmBackend(_Strict):
+    """A causal language model that vLLM runs: labels from its final states, and writing in running batches.
+
+    Every role is an engine of its own, with its own copy of the weights: one replica with both needs twice the weights,
+    two deployments of one role each need the same in two places. JSON schemas need both roles in one replica, since the
+    log-probabilities of a sample before its schema come from the engine that scores. A replica also holds the output head
+    (vocabulary x width x bytes of the dtype, 1.1 GB for Qwen2.5-7B) and `reduce_mb`.
+
+    Attributes:
+        model: hub id or local folder.
+        revision: of a hub id.
+        dtype: of weights and arithmetic.
+        roles: `score`, `generate` or both.
+        max_model_len: longest sequence; the model's own limit if not given. The key-value cache must hold one.
+        gpu_memory_utilization: part of a GPU that all engines of the replica take together, in equal parts: weights,
+            activations and what is left as key-value cache. Not used where `kv_cache_gb` is given.
+        kv_cache_gb: key-value cache of each engine; on a CPU 1 if not given.
+        tensor_parallel_size: GPUs (or processes on a CPU) that each engine is spread over; `num_gpus` must give as many.
+        prefix_caching: reuse of cached prompts by `generate`. Labels need every token's state, so `score` never reads it.
+        max_batch_tokens: tokens of one forward pass of an engine. `batch.max_tokens` should be no less: two such batches are
+            under way at a time, so that the engine computes the next labels while the last travel and are reduced.
+        max_sequences: that an engine runs at once.
+        enforce_eager: no compilation and no CUDA graphs: starts in seconds, writes slower.
+        threads: of each engine on a CPU, and of the reductions.
+        serve_head: students may fetch the output head (needed for `hidden`).
+        reduce_mb: bound on logits held at a time while reducing; without it 640 on CUDA, 64 elsewhere.
+        answer_mb: largest answer to one request; `full` takes rows x vocabulary x bytes of the dtype.
+    """
+
+    kind: Literal["vllm"] = "vllm"
+    model: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    roles: Annotated[tuple[Literal["score", "generate"], ...], Field(min_length=1)] = ("score",)
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    prefix_caching: bool = True
+    max_batch_tokens: Annotated[int, Field(ge=16)] = 16_384
+    max_sequences: Annotated[int, Field(ge=1)] = 256
+    enforce_eager: bool = False
+    threads: Annotated[int, Field(ge=1)] = 1
+    serve_head: bool = True
+    reduce_mb: Annotated[int, Field(ge=1)] | None = None
+    answer_mb: Annotated[int, Field(ge=1)] = 1_024
+
+    @model_validator(mode="after")
+    def _distinct_roles(self) -> VllmBackend:
+        if len(set(self.roles)) != len(self.roles):
+            raise ValueError(f"roles are named once each, got {', '.join(self.roles)}")
+        return self
+
+
+class FakeBackend(_Strict):
+    """The deterministic fake of `teacher_wire.testing.fake_teacher`, for trying things out without a model.
+
+    Attributes:
+        delay_s: of every forward pass.
+        tokens_per_s: as fast as it pretends to be; null for as fast as it is.
+        breaks_after: forward passes after which every one raises a CUDA error, as a lost context does; 0 for never.
+    """
+
+    kind: Literal["fake"] = "fake"
+    vocab_rows: Annotated[int, Field(ge=2)] = 64
+    hidden_size: Annotated[int, Field(ge=1)] = 16
+    seed: int = 0
+    delay_s: Annotated[float, Field(ge=0)] = 0.0
+    tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
+    breaks_after: Annotated[int, Field(ge=0)] = 0
+
+
+class BatchConfig(_Strict):
+    """How requests share forward passes.
+
+    Attributes:
+        max_tokens: token budget of one forward pass; a larger request has one of its own.
+        max_queue_tokens: of a replica; a tenant that would hold more than its share of it is refused as overloaded.
+    """
+
+    max_tokens: Annotated[int, Field(ge=1)] = 16_384
+    max_queue_tokens: Annotated[int, Field(ge=1)] = 1_048_576
+
+
+class LimitsConfig(_Strict):
+    """What one request may ask for. `max_sequence_tokens` defaults to the model's own limit."""
+
+    max_sequence_tokens: Annotated[int, Field(ge=2)] | None = None
+    max_request_tokens: Annotated[int, Field(ge=2)] = 65_536
+    max_request_sequences: Annotated[int, Field(ge=1)] = 1_024
+    max_k: Annotated[int, Field(ge=1)] = 4_096
+    max_reply_mb: Annotated[int, Field(ge=1)] = 64
+
+
+class GenerationConfig(_Strict):
+    """How much may be written at a time, and what one call may ask for.
+
+    Attributes:
+        max_running: sequences that are written at once.
+        max_cache_tokens: slots of KV cache of all running sequences, each counted when it starts at prompt and
+            max_new_tokens; where rows are padded (transformers), at the longest of those it shares a cache with.
+        max_queue_tokens: the same of all that wait; beyond it a call is refused as overloaded.
+        max_new_tokens: of one sample.
+        max_samples: of one prompt.
+        max_call_tokens: prompt and new tokens of all samples of a call.
+        max_schema_bytes: of a JSON schema.
+    """
+
+    max_running: Annotated[int, Field(ge=1)] = 64
+    max_cache_tokens: Annotated[int, Field(ge=2)] = 131_072
+    max_queue_tokens: Annotated[int, Field(ge=2)] = 8_388_608
+    max_new_tokens: Annotated[int, Field(ge=1)] = 4_096
+    max_samples: Annotated[int, Field(ge=1)] = 64
+    max_call_tokens: Annotated[int, Field(ge=2)] = 1_048_576
+    max_schema_bytes: Annotated[int, Field(ge=2)] = 65_536
+
+
+class AutoscalingConfig(_Strict):
+    """Ray Serve's autoscaling of one teacher, on the tokens that wait in a replica's queue.
+
+    Attributes:
+        target_queued_tokens: waiting tokens a replica that are worth no further one.
+    """
+
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+    target_queued_tokens: Annotated[int, Field(ge=1)] = 65_536
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 60.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        return self
+
+
+class TeacherConfig(_Strict):
+    """One teacher: its own Serve deployment.
+
+    Attributes:
+        name: what students call it.
+        deterministic: every sequence is computed by itself, so that its labels are always the same bits, whatever
+            else is asked at the time; slower, since forward passes are not shared.
+        num_cpus, num_gpus: Ray's share of a replica.
+        max_ongoing_requests: requests a replica holds; beyond, they wait at the edge, first come first served for all tenants.
+    """
+
+    name: Name
+    backend: Annotated[TransformersBackend | VllmBackend | FakeBackend, Field(discriminator="kind")]
+    deterministic: bool = False
+    batch: BatchConfig = BatchConfig()
+    limits: LimitsConfig = LimitsConfig()
+    generation: GenerationConfig = GenerationConfig()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    max_ongoing_requests: Annotated[int, Field(ge=1)] = 100_000
+
+    @model_validator(mode="after")
+    def _gpus_are_used(self) -> TeacherConfig:
+        if isinstance(self.backend, VllmBackend) and self.num_gpus:
+            spread = self.backend.tensor_parallel_size
+            if (spread > 1 and self.num_gpus != spread) or self.num_gpus > spread:
+                raise ValueError(
+                    f"num_gpus {self.num_gpus:g} of teacher {self.name}: backend.tensor_parallel_size {spread} takes exactly {spread}"
+                    + (", or a part of one" if spread == 1 else "")
+                )
+        return self
+
+
+class TenantConfig(_Strict):
+    """What one tenant may take. Its name is the first word of its line in `edge.tokens_file`.
+
+    Attributes:
+        weight: its share under contention, relative to the others'.
+        tokens_per_s: tokens computed for it; stored labels cost nothing.
+        inflight_tokens: tokens waiting or being computed for it.
+        bytes_per_s: of labels sent to it.
+        operator: may see the other tenants in `teacher-server status`.
+    """
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
+    inflight_tokens: Annotated[int, Field(ge=1)] | None = None
+    bytes_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
+    operator: bool = False
+
+
+DEFAULT_TENANT = "default"  # of whoever has no entry of its own, each on its own account
+Tenants = Annotated[dict[Name, TenantConfig], Field(default_factory=dict)]
+
+
+class ServerConfig(_Strict):
+    """Everything `teacher-server up` needs. `tenants` and `teachers` may change while it runs."""
+
+    edge: EdgeConfig = EdgeConfig()
+    ray: RayConfig = RayConfig()
+    teachers: Annotated[tuple[TeacherConfig, ...], Field(min_length=1)]
+    tenants: Tenants
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ServerConfig:
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"teachers need distinct names, got {', '.join(names)}")
+        if EDGE_NAME in names:
+            raise ValueError(f"the name {EDGE_NAME!r} is the endpoint's own: call the teacher otherwise")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> ServerConfig:
+    """Reads a config file and applies `section.field=value` overrides.
+
+    Raises:
+        ServerConfigError: one line that names file and key.
+    """
+    return parse_as(ServerConfig, read_tree(path, overrides), str(path))

@@ -1,0 +1,1 @@
+"""What `up` does: starts Ray, deploys teachers and edges, rolls updates, follows the config file."""

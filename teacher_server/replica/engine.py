@@ -1,0 +1,440 @@
+"""One backend and its queue, as an asyncio object: requests of many students in, shared forward passes, answers out.
+
+The batcher decides, the backend computes in a thread of its own; this room only carries between them.
+No Ray here: `teacher.py` puts an engine into a Serve deployment, benches use it bare.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+
+from teacher_server.backends import Backend, build_backend
+from teacher_server.backends.base import OutsideBackend, WritingBackend
+from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
+from teacher_server.replica import faults
+from teacher_server.replica.decode_scheduler import Result
+from teacher_server.replica.score_queue import Batcher, Job
+from teacher_server.telemetry.latency import Latencies
+from teacher_wire.core.errors import CapabilityError, DeadlineError, OverloadedError, TeacherWireError, UnavailableError
+from teacher_wire.core.identity import text_sha256
+from teacher_wire.core.messages import (
+    HeadHeader,
+    Limits,
+    ScoreCall,
+    SignalSpec,
+    TeacherHead,
+    TeacherInfo,
+    TeacherSignals,
+    TokenBatch,
+)
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
+from teacher_wire.score import codec
+
+log = logging.getLogger(__name__)
+
+_BATCHES = 2  # under way at once: one on the device, one behind it
+_RATE_MEMORY = 0.8  # of the measured tokens/s, a forward pass: about the last five count
+_ANSWER_BYTES = 1 << 30  # of labels that one batch may make, if no single reply is allowed more
+_PROBE_TENANT = "(probe)"
+
+
+@dataclass
+class _Waiting:
+    """A request in the queue or in a forward pass."""
+
+    call: ScoreCall
+    future: asyncio.Future[TeacherSignals]
+    queued_s: float
+
+
+class TeacherEngine:
+    """Serves one teacher; `run()` must be running for answers to come.
+
+    Args:
+        config: of this teacher.
+        backend: a loaded model; loaded from `config` if not given.
+        on_observe: told every latency, stage and seconds; see `latency`.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        backend: Backend | None = None,
+        on_observe: Callable[[str, float], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._backend = backend or build_backend(config.backend, deterministic=config.deterministic)
+        answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
+        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=answer_bytes)
+        self._health = faults.Health()
+        self._probing: asyncio.Task[None] | None = None
+        self._latencies = Latencies(on_observe)
+        self._ids = itertools.count()
+        self._waiting: dict[int, _Waiting] = {}
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self._waiter = ThreadPoolExecutor(max_workers=_BATCHES, thread_name_prefix="answers")
+        self._room = asyncio.Semaphore(_BATCHES)
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._last_end_s = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self._head: TeacherHead | None = None
+        self._head_once = asyncio.Lock()
+        self.info = self._describe()
+        self._generation = None
+        if self.info.generates:
+            writer = cast(WritingBackend, self._backend)
+            self._generation = writer.generation(config.generation, self._on_thread, deterministic=config.deterministic)
+        self.forward_tokens = 0
+        self.forwards = 0
+        self._ended: Counter[str] = Counter()  # requests by how they ended
+        self._served: Counter[str] = Counter()  # tokens by tenant
+        self._refused: Counter[str] = Counter()  # requests that met a full queue, by tenant
+
+    def _describe(self) -> TeacherInfo:
+        facts, limits = self._backend.facts, self._config.limits
+        sequence = min(limits.max_sequence_tokens or facts.max_sequence_tokens, facts.max_sequence_tokens)
+        if limits.max_sequence_tokens and limits.max_sequence_tokens > sequence:
+            log.warning(
+                "teacher %s: limits.max_sequence_tokens=%d is above what the model has positions for: %d is the limit",
+                self._config.name, limits.max_sequence_tokens, sequence,
+            )  # fmt: skip
+        shared = {name: getattr(facts, name) for name in facts.__dataclass_fields__ if name != "max_sequence_tokens"}
+        if self._config.deterministic:  # the same weights and other bits: labels of the two are not each other's
+            shared["fingerprint"] = text_sha256(f"{facts.fingerprint} deterministic")
+        return TeacherInfo(
+            name=self._config.name,
+            deterministic=self._config.deterministic,
+            limits=Limits(
+                max_sequence_tokens=sequence,
+                max_request_tokens=limits.max_request_tokens,
+                max_request_sequences=limits.max_request_sequences,
+                max_k=min(limits.max_k, facts.vocab_rows),
+                max_reply_bytes=limits.max_reply_mb << 20,
+                **self._generation_limits(sequence),
+            ),
+            **shared,
+        )
+
+    def _generation_limits(self, max_sequence_tokens: int) -> dict[str, int]:
+        settings = self._config.generation
+        if not self._backend.facts.generates:
+            return {}
+        return {
+            "max_new_tokens": min(settings.max_new_tokens, max_sequence_tokens - 1),
+            "max_samples": settings.max_samples,
+            "max_generate_tokens": settings.max_call_tokens,
+            "max_schema_bytes": settings.max_schema_bytes,
+        }
+
+    def start(self) -> None:
+        """Begins taking batches, in the running event loop."""
+        self._task = asyncio.create_task(self._run())
+        if self._generation is not None:
+            self._generation.start()
+
+    async def stop(self) -> None:
+        """Ends; what still waits fails as unavailable."""
+        for task in (self._task, self._probing, *self._under_way):
+            if task is not None:
+                task.cancel()
+        if self._generation is not None:
+            self._generation.stop()
+        for waiting in self._waiting.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(UnavailableError(f"teacher {self._config.name!r} is going away"))
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._waiter.shutdown(wait=False, cancel_futures=True)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Shares of tenants from the next forward pass on; one that is not listed has that of DEFAULT_TENANT, or 1."""
+        self._batcher.weights = dict(weights)
+        self._batcher.default_weight = weights.get(DEFAULT_TENANT, 1.0)
+        if self._generation is not None:
+            self._generation.set_weights(weights)
+
+    async def score(self, call: ScoreCall) -> TeacherSignals:
+        """The labels of one request.
+
+        Raises:
+            TeacherWireError: refused, overloaded, or failed; see `teacher_wire.core.errors`.
+        """
+        codec.check_call(call, self.info)
+        self._health.refuse()
+        now = time.monotonic()
+        job_id = next(self._ids)
+        deadline = now + call.timeout_s if call.timeout_s else math.inf
+        try:
+            self._batcher.add(Job(job_id, call.tenant, call.batch.tokens, deadline, codec.reply_bytes(call, self.info)))
+        except OverloadedError:
+            self._ended["refused"] += 1
+            self._refused[call.tenant] += 1
+            raise
+        waiting = _Waiting(call, asyncio.get_running_loop().create_future(), now)
+        self._waiting[job_id] = waiting
+        self._wake.set()
+        try:
+            answer = await waiting.future
+            self._ended["answered"] += 1
+            return answer
+        except asyncio.CancelledError:
+            self._ended["cancelled"] += 1
+            raise
+        except TeacherWireError as error:
+            self._ended["expired" if isinstance(error, DeadlineError) else "failed"] += 1
+            raise
+        finally:
+            self._waiting.pop(job_id, None)
+            self._batcher.cancel(job_id)  # no effect once it is in a batch
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sample, None]:
+        """Samples as they finish; closing the generator stops the work at the next token.
+
+        Raises:
+            TeacherWireError: refused, overloaded, or failed; see `teacher_wire.core.errors`.
+        """
+        check_generate(call, self.info)
+        self._health.refuse()
+        assert self._generation is not None, "checked with the capabilities"
+        outcome = "cancelled"  # unless it comes to an end here
+        samples = self._generation.generate(call)
+        try:
+            async for sample in samples:
+                yield sample
+            outcome = "answered"
+        except TeacherWireError as error:
+            outcome = "refused" if isinstance(error, OverloadedError) else "failed"
+            raise
+        finally:
+            self._ended[outcome] += 1
+            await samples.aclose()
+
+    async def _on_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """A call of the generation, where nothing else of the model runs."""
+        return await self._counted("write", self._thread, work, *arguments)
+
+    async def _counted(
+        self, kind: faults.Work, executor: ThreadPoolExecutor, work: Callable[..., Result], *arguments: object
+    ) -> Result:
+        """Runs work of the backend; what comes of it decides over the replica's health."""
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
+        except Exception as error:
+            self._failed(error, kind)
+            raise
+        self._health.succeeded(kind)
+        return result
+
+    def _failed(self, error: Exception, kind: faults.Work) -> None:
+        self._health.failure(error, kind)
+        if self._health.reason:
+            self._give_up()
+        elif self._health.needs_probe and (self._probing is None or self._probing.done()):
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Computes one token known to be good: if even that fails, it is not the requests that are to blame."""
+        failed: Exception | None = None
+        try:
+            if "top_k" in self.info.transports:  # as every backend that scores has it
+                job = (TokenBatch.pack([[0, 0]]), SignalSpec("top_k", self.info.vocab_rows, k=1))
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, [job])
+            if self._generation is not None:
+                one = SamplingSpec(temperature=0.0, max_new_tokens=1, ignore_eos=True)
+                prompt = PromptBatch(np.zeros(1, np.int32), np.array([0, 1], np.int32))
+                call = GenerateCall(self.info.name, "", one, prompt, tenant=_PROBE_TENANT)
+                async for _ in self._generation.generate(call):
+                    pass
+        except (OverloadedError, UnavailableError):
+            return  # says nothing; the next failure probes again
+        except Exception as error:
+            log.error("the probe after %d failed forward passes failed too", self._health.failed, exc_info=error)
+            failed = error
+        self._health.probed(failed)
+        if self._health.reason:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """This replica is lost: whoever waits here asks another one."""
+        log.error("this replica of teacher %r is given up: %s", self._config.name, self._health.reason)
+        lost = UnavailableError(faults.LOST)
+        for job_id in list(self._waiting):
+            self._fail(job_id, lost)
+        if self._generation is not None:
+            self._generation.fail(lost)
+
+    async def head_header(self, fingerprint: str) -> HeadHeader:
+        """All of the output head but the weight. Raises CapabilityError."""
+        return (await self._loaded_head(fingerprint)).header
+
+    async def head_bytes(self, fingerprint: str, offset: int, size: int) -> bytes:
+        """A slice of the head's weight bytes."""
+        weight = (await self._loaded_head(fingerprint)).weight_VD.array
+        return bytes(weight.data.cast("B")[offset : offset + size])
+
+    async def _loaded_head(self, fingerprint: str) -> TeacherHead:
+        if fingerprint and fingerprint != self.info.fingerprint:
+            raise CapabilityError(
+                "no head of that teacher here", field="fingerprint", value=self.info.fingerprint, limit=fingerprint
+            )
+        async with self._head_once:
+            if self._head is None:  # copied and hashed once, beside the forward passes and not between them
+                self._head = await asyncio.to_thread(self._backend.head)
+        return self._head
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._batcher.queued_jobs:
+                await self._room.acquire()  # and only then choose: the later, the fuller and fairer
+                jobs, expired = self._batcher.next_batch(time.monotonic())
+                for job in expired:
+                    self._fail(
+                        job.job_id,
+                        DeadlineError(
+                            "dropped from the queue unscored", field="timeout_s", value=self._waited(job.job_id)
+                        ),
+                    )
+                batch = [self._waiting[job.job_id] for job in jobs if job.job_id in self._waiting]
+                if batch:
+                    begun = asyncio.Event()
+                    task = asyncio.create_task(self._score_batch(batch, begun))
+                    self._under_way.add(task)
+                    task.add_done_callback(self._batch_ended)
+                    await begun.wait()
+                else:
+                    self._room.release()
+
+    def _waited(self, job_id: int) -> str:
+        return f"{time.monotonic() - self._waiting[job_id].queued_s:.3f}" if job_id in self._waiting else ""
+
+    def _batch_ended(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._room.release()
+
+    async def _score_batch(self, batch: list[_Waiting], begun: asyncio.Event) -> None:
+        """Answers a batch; `begun` is set once the backend can take the next one, so that the device never waits."""
+        started = time.monotonic()
+        jobs = [(waiting.call.batch, waiting.call.spec) for waiting in batch]
+        tokens = sum(asked.tokens for asked, _ in jobs)
+        self.forwards += 1
+        self.forward_tokens += tokens
+        failed: Exception | None = None
+        try:
+            loop = asyncio.get_running_loop()
+            finish = await loop.run_in_executor(self._thread, self._backend.begin, jobs)
+            begun.set()
+            answers = await loop.run_in_executor(self._waiter, finish)
+            answered = list(zip(batch, answers, strict=True))
+        except Exception as error:
+            failed = error
+        if failed is not None:  # handled out here: inside `except` the traceback would keep the tensors of the batch
+            await self._divide(batch, failed, begun)
+            return
+        self._health.succeeded("score")
+        now = time.monotonic()
+        self._measure(tokens, now - max(started, self._last_end_s))
+        self._last_end_s = now
+        timing = answers[0].timing
+        self._latencies.observe("forward", timing.forward_us / 1e6 or now - started)
+        self._latencies.observe("reduce", timing.reduce_us / 1e6)
+        for waiting, signals in answered:
+            self._served[waiting.call.tenant] += waiting.call.batch.tokens
+            queued_s = started - waiting.queued_s
+            self._latencies.observe("queue", queued_s)
+            if not waiting.future.done():
+                waiting.future.set_result(
+                    replace(
+                        signals,
+                        timing=replace(signals.timing, queue_us=round(queued_s * 1e6)),
+                        fingerprint=self.info.fingerprint,
+                    )
+                )
+
+    async def _divide(self, batch: list[_Waiting], error: Exception, begun: asyncio.Event) -> None:
+        """After a failed batch: both halves by themselves, so that in the end only the request that cannot be answered pays.
+
+        A lost device fails all as unavailable; memory that does not suffice for one request is told as overloaded.
+        """
+        log.error("forward pass of %d requests failed", len(batch), exc_info=error)
+        told = faults.as_wire_error(error, alone=f"a request of {batch[0].call.batch.tokens} tokens")
+        self._failed(error, "score")
+        faults.release(error)
+        if len(batch) > 1 and not self._health.reason:
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                wanted = [waiting for waiting in half if not waiting.future.done()]
+                if wanted:
+                    await self._score_batch(wanted, begun)
+        else:
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(told)
+        begun.set()
+
+    def _measure(self, tokens: int, took_s: float) -> None:
+        rate, before = tokens / max(took_s, 1e-6), self._batcher.tokens_per_s
+        self._batcher.tokens_per_s = _RATE_MEMORY * before + (1 - _RATE_MEMORY) * rate if before else rate
+
+    def _fail(self, job_id: int, error: TeacherWireError) -> None:
+        waiting = self._waiting.get(job_id)
+        if waiting is not None and not waiting.future.done():
+            waiting.future.set_exception(error)
+
+    def check_health(self) -> None:
+        """Raises RuntimeError if no answer can ever come again: a loop has ended, or the forward passes fail."""
+        if self._task is None or self._task.done():
+            raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
+        self._health.check()
+        if self._generation is not None:
+            self._generation.check_health()
+        if isinstance(self._backend, OutsideBackend):
+            self._backend.check_health()
+
+    def counters(self) -> dict[str, Any]:
+        """What this replica has done and holds, for status displays and tests."""
+        writing = self._generation.counters() if self._generation is not None else {}
+        tenants: dict[str, dict[str, int]] = {}
+        queued, written = self._batcher.queued_tokens_of(), writing.pop("tenants", {})
+        for name in {*queued, *self._served, *self._refused, *written}:
+            of_writing = written.get(name, {})
+            tenants[name] = {
+                "queued_tokens": queued.get(name, 0) + of_writing.get("queued_tokens", 0),
+                "served_tokens": self._served[name] + of_writing.get("served_tokens", 0),
+                "refused": self._refused[name] + of_writing.get("refused", 0),
+            }
+        return {
+            "queued_tokens": self._batcher.queued_tokens,
+            "queued_jobs": self._batcher.queued_jobs,
+            "waiting": len(self._waiting),
+            "forwards": self.forwards,
+            "forward_tokens": self.forward_tokens,
+            "failed_forwards": self._health.failed,
+            "given_up": int(bool(self.trouble)),
+            "max_batch_tokens": self._config.batch.max_tokens,
+            **{name: self._ended[name] for name in ("answered", "failed", "expired", "cancelled", "refused")},
+            "latency": self._latencies.counters(),
+            "tenants": tenants,
+            **writing,
+        }
+
+    @property
+    def trouble(self) -> str:
+        """Why this replica can answer nothing any more, or ""."""
+        try:
+            self.check_health()
+        except RuntimeError as error:
+            return str(error)
+        return ""
