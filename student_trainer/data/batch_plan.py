@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.schedules import permutation
 
 
@@ -80,3 +81,9 @@ class OrderedDataset(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         return self._dataset[self._order[position]]
+
+
+def by_length(data: TokenizedDataset, batch_size: int) -> list[list[int]]:
+    """Batches of indices in order of length, so that little is padded; for measuring, never for training."""
+    order = sorted(range(len(data)), key=lambda index: (data[index].example.token_ids.size, index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -11,21 +11,16 @@ from collections.abc import Callable
 
 import torch
 
+from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset, collate
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.packing import pack
+from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Tally, TeacherHeadMismatch
 from student_trainer.losses.measure import measure as measure_rows
 from student_trainer.model.load import Student
-from student_trainer.training.objective import rows_on
-
-
-def batches(data: TokenizedDataset, batch_size: int) -> list[list[int]]:
-    """Indices in order of length, so that little is padded."""
-    order = sorted(range(len(data)), key=lambda index: (data[index].example.token_ids.size, index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @torch.no_grad()
@@ -46,7 +41,7 @@ def measure(
         data: held-out rows.
         batch_size: sequences a forward pass.
         vocab_rows: V, ids that student and teacher share.
-        labels: number of a batch of `batches(data, batch_size)` -> the teacher's answer; None without a teacher.
+        labels: number of a batch of `by_length(data, batch_size)` -> the teacher's answer; None without a teacher.
         teacher_head: for `hidden` labels.
         chunk_bytes: bound on logits held at a time.
 
@@ -64,7 +59,7 @@ def measure(
     pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
     head = student.head(vocab_rows)
     device = head.weight_VD.device
-    for number, indices in enumerate(batches(data, batch_size)):
+    for number, indices in enumerate(by_length(data, batch_size)):
         rows = [data[index] for index in indices]
         padded = collate(rows, pad_id)
         packed = pack([row.example for row in rows]).batch

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
 from teacher_wire.core.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, Timing, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore, label_keys
 from teacher_wire.score import codec
-from teacher_wire.transport.client import TeacherClient
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from functools import partial
 
 from student_trainer.config.run import TeacherConfig
 from teacher_wire.core.errors import TeacherWireError
+from teacher_wire.endpoint.client import DEFAULT_WINDOW_BYTES, TeacherClient
 from teacher_wire.transport.channel import Credentials, check_connection
-from teacher_wire.transport.client import DEFAULT_WINDOW_BYTES, TeacherClient
 
 
 def credentials_of(teacher: TeacherConfig) -> Credentials:

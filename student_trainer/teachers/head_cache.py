@@ -23,8 +23,8 @@ from student_trainer.labels.device_transfer import to_torch
 from student_trainer.teachers.head_files import heads_folder, make_room
 from teacher_wire.core.identity import head_sha256
 from teacher_wire.core.messages import HeadHeader, TeacherHead, TeacherInfo, Tensor
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.budget import PARTIAL
-from teacher_wire.transport.client import TeacherClient
 
 log = logging.getLogger(__name__)
 

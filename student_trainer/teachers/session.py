@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from student_trainer.config.run import LabelConfig, TeacherConfig, TrainConfig, labels_folder
-from student_trainer.data.batch_plan import RunOrder
+from student_trainer.data.batch_plan import RunOrder, by_length
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.errors import ConfigError
-from student_trainer.evaluation import heldout
 from student_trainer.labels import event_loop
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.packing import pack
 from student_trainer.labels.prefetch import LabelFeed
+from student_trainer.labels.rows_on_device import head_on
 from student_trainer.labels.service import LabelDesk
 from student_trainer.labels.source import LabelRequest, LabelSource
 from student_trainer.losses.head import Head
@@ -38,11 +38,11 @@ from student_trainer.teachers.connect import check_way, connector
 from student_trainer.teachers.embedded import embedded_teacher
 from student_trainer.teachers.handshake import StudentFacts, agree, shared_rows
 from student_trainer.teachers.head_cache import fetch_head
-from student_trainer.training.objective import check_loss, head_on, is_softened
+from student_trainer.teachers.loss_checks import check_loss, is_softened
 from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.core.messages import SignalSpec, TeacherInfo, TeacherSignals
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
-from teacher_wire.transport.client import TeacherClient
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def check_sizes(
         groups = [order.batch(number) for number in range(order.batches)]
         _check_groups(config, teacher, teacher.spec, data, groups, "train.batch_size")
     if held_out is not None and teacher.measuring is not None:
-        groups = heldout.batches(held_out, config.train.eval_batch_size)
+        groups = by_length(held_out, config.train.eval_batch_size)
         _check_groups(config, teacher, teacher.measuring, held_out, groups, "train.eval_batch_size")
 
 
@@ -281,7 +281,7 @@ def _measured_by(
     if labels.transport == "hidden" and "hidden" in info.transports:
         return LabelConfig(transport="hidden")
     rows = [int(row.example.loss_mask.sum()) for row in held_out]
-    most = max(sum(rows[i] for i in group) for group in heldout.batches(held_out, config.train.eval_batch_size))
+    most = max(sum(rows[i] for i in group) for group in by_length(held_out, config.train.eval_batch_size))
     needed = most * SignalSpec("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     fits = needed <= min(info.limits.max_reply_bytes, config.feed.window_mb << 20)
     if "full" in info.transports and (fits or labels.transport == "full"):

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from student_trainer.config.run import SourceConfig
 from student_trainer.config.traces import QuestionConfig
+from student_trainer.data.inputs import source_of
 from student_trainer.data.rows.formats import ANSWERS, Conversation, Row, Turn, parse_rows
 from student_trainer.data.rows.sources import read_source
 from student_trainer.data.text.encoding import Encoder
 from student_trainer.data.text.templates import choose
 from student_trainer.errors import DataError
-from student_trainer.training.inputs import source_of
 
 QUESTION_FORMAT = "question"
 

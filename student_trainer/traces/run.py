@@ -32,8 +32,8 @@ from student_trainer.traces.selection import judge
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
 from teacher_wire.core.identity import template_sha256, tokenizer_sha256
 from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
-from teacher_wire.transport.client import TeacherClient
 
 _SHOWN_EVERY_S = 10.0  # where there is no terminal
 

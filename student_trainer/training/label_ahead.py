@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from student_trainer.config.run import TrainConfig
+from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.data.inputs import bytes_on_disk, load_data, order_of
 from student_trainer.errors import ConfigError, RunError
-from student_trainer.evaluation import heldout
 from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from student_trainer.model.limits import check_data
 from student_trainer.model.load import load_outline
+from student_trainer.teachers.loss_checks import check_loss
 from student_trainer.teachers.session import Teacher, check_sizes, meet_teacher, open_any_feed, teacher_address
-from student_trainer.training.inputs import bytes_on_disk, load_data, order_of
-from student_trainer.training.objective import check_loss
 from student_trainer.training.run_folder import check_cache, pinned_date, settled_labels
 from teacher_wire.core.messages import SignalSpec
 from teacher_wire.labels.store import LabelStore, label_keys
@@ -120,7 +120,7 @@ def _jobs(
         jobs.append(_Job("train", teacher.spec, data, _distinct(teacher, teacher.spec, data, batches, seen)))
     if held_out is not None and teacher.measuring is not None:
         size = config.train.eval_batch_size
-        groups = _distinct(teacher, teacher.measuring, held_out, heldout.batches(held_out, size), seen)
+        groups = _distinct(teacher, teacher.measuring, held_out, by_length(held_out, size), seen)
         jobs.append(_Job("eval", teacher.measuring, held_out, groups))
     return jobs
 

@@ -17,7 +17,9 @@ from rich.markup import escape
 from transformers import TrainerCallback
 
 from student_trainer.config.run import TrainConfig
+from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.data.inputs import bytes_on_disk, keep_bad_rows, load_data, order_of
 from student_trainer.errors import RunError
 from student_trainer.evaluation import heldout
 from student_trainer.files import FolderLock, disk_trouble_named
@@ -30,6 +32,7 @@ from student_trainer.model.limits import check_data
 from student_trainer.model.load import Student, load_student
 from student_trainer.model.precision import check_trained_in
 from student_trainer.model.saving import saved_bytes, state_bytes
+from student_trainer.teachers.loss_checks import check_loss
 from student_trainer.teachers.session import (
     Teacher,
     check_sizes,
@@ -38,8 +41,7 @@ from student_trainer.teachers.session import (
     open_training_feed,
     teacher_address,
 )
-from student_trainer.training.inputs import bytes_on_disk, keep_bad_rows, load_data, order_of
-from student_trainer.training.objective import Objective, check_loss
+from student_trainer.training.objective import Objective
 from student_trainer.training.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.progress import ConsoleProgress
 from student_trainer.training.run_folder import (
@@ -222,7 +224,7 @@ def _measure(
 ) -> Callable[[], dict[str, float]]:
     """A function that measures the held-out data; the teacher's labels of them are kept if they fit feed.max_mb."""
     size = config.train.eval_batch_size
-    groups = heldout.batches(held_out, size)
+    groups = by_length(held_out, size)
     kept: dict[int, LabelTensors] = {}
     measured = partial(
         heldout.measure, student, held_out, size, objective.vocab_rows, chunk_bytes=config.loss.chunk_mb << 20

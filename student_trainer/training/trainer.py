@@ -29,6 +29,7 @@ from student_trainer.files import disk_trouble_named
 from student_trainer.labels.device_transfer import LabelTensors, ahead
 from student_trainer.labels.packing import pack
 from student_trainer.labels.prefetch import LabelFeed
+from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
@@ -40,7 +41,7 @@ from student_trainer.model.speed.cuda_recorder import CudaRecorder
 from student_trainer.training.checkpoint_rotation import KeepingTrainer
 from student_trainer.training.deferred_checks import Verdicts
 from student_trainer.training.metrics import Meter
-from student_trainer.training.objective import Objective, rows_on
+from student_trainer.training.objective import Objective
 from student_trainer.training.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.run_folder import LOG_NAME, finite_or_none, log_line
 from teacher_wire.core.messages import TokenBatch

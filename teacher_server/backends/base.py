@@ -13,7 +13,7 @@ from teacher_wire.core.messages import SignalSpec, TeacherHead, TeacherSignals, 
 
 if TYPE_CHECKING:
     from teacher_server.config.server import GenerationConfig
-    from teacher_server.replica.decode_scheduler import Generation, OnThread
+    from teacher_server.decoding.scheduler import Generation, OnThread
 
 
 @dataclass(frozen=True)

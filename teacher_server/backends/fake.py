@@ -9,7 +9,7 @@ from typing import Any
 
 from teacher_server.backends.base import ModelFacts
 from teacher_server.config.server import FakeBackend, GenerationConfig
-from teacher_server.replica.decode_scheduler import WRITING_COUNTERS, OnThread
+from teacher_server.decoding.scheduler import WRITING_COUNTERS, OnThread
 from teacher_wire.core.errors import TeacherWireError, UnavailableError
 from teacher_wire.core.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, TokenBatch, float32
 from teacher_wire.generate.messages import GenerateCall, Sample

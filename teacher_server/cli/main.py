@@ -28,7 +28,7 @@ from teacher_wire.core.errors import TeacherWireError, UnavailableError
 
 if TYPE_CHECKING:
     from teacher_server.control.supervisor import Server
-    from teacher_wire.transport.client import TeacherClient
+    from teacher_wire.endpoint.client import TeacherClient
 
 app = typer.Typer(
     help="Serve teacher models to students over gRPC.",
@@ -227,8 +227,8 @@ def _explained(ca_file: Path | None, cert_file: Path | None) -> Iterator[None]:
 def _client(
     address: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, token_env: str, proxy: str
 ) -> TeacherClient:
+    from teacher_wire.endpoint.client import TeacherClient
     from teacher_wire.transport.channel import Credentials
-    from teacher_wire.transport.client import TeacherClient
 
     token = os.environ.get(token_env, "")
     return TeacherClient(address, credentials=Credentials(ca_file, cert_file, key_file, token, proxy=proxy))

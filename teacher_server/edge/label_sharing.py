@@ -20,11 +20,11 @@ import numpy as np
 from teacher_server.edge.admission import Admission
 from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals, Tensor, Timing, TokenBatch
+from teacher_wire.endpoint.servicer import TeacherService
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.labels.store import LabelStore, label_keys
 from teacher_wire.score import codec
 from teacher_wire.transport.offload import Offload
-from teacher_wire.transport.servicer import TeacherService
 
 _PAIR_BYTES = 100  # walking a pair of `have` takes as long as so many bytes of an array
 _WRITERS = 16  # files of labels written at a time: an answer waits for its slowest file, not for all of them in turn

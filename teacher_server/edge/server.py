@@ -24,11 +24,11 @@ from teacher_server.edge.tls import server_credentials
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.errors import UnavailableError
 from teacher_wire.core.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
+from teacher_wire.endpoint.servicer import SERVICE, TeacherService, TeacherServicer
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.transport.channel import server_options
 from teacher_wire.transport.offload import Offload
-from teacher_wire.transport.servicer import SERVICE, TeacherService, TeacherServicer
 from teacher_wire.transport.stream_limits import StreamLimits, with_message_limit
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

@@ -19,11 +19,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from teacher_server import faults
 from teacher_server.backends import Backend, build_backend
 from teacher_server.backends.base import OutsideBackend, WritingBackend
 from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
-from teacher_server.replica import faults
-from teacher_server.replica.decode_scheduler import Result
+from teacher_server.decoding.scheduler import Result
 from teacher_server.replica.score_queue import Batcher, Job
 from teacher_server.telemetry.latency import Latencies
 from teacher_wire.core.errors import CapabilityError, DeadlineError, OverloadedError, TeacherWireError, UnavailableError

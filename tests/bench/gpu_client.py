@@ -22,8 +22,8 @@ import numpy as np
 
 from student_trainer.labels.verify import check_signals
 from teacher_wire.core.messages import SignalSpec, TeacherInfo, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
-from teacher_wire.transport.client import TeacherClient
 
 MIXED = (6.0, 0.9, 64, 2048)  # of the logarithm: mean and deviation; shortest and longest sequence
 UNIFORM = 2048

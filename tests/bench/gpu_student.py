@@ -39,14 +39,15 @@ from student_trainer.labels import event_loop
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.packing import pack
 from student_trainer.labels.prefetch import FeedStats, LabelFeed, Taken
+from student_trainer.labels.rows_on_device import head_on
 from student_trainer.labels.service import LabelDesk
 from student_trainer.losses.head import Head
 from student_trainer.model.load import quicken
 from student_trainer.model.speed import compiled
-from student_trainer.training.objective import Objective, head_on
+from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import DistillationTrainer
 from teacher_wire.core.messages import SignalSpec, TeacherHead, TeacherInfo
-from teacher_wire.transport.client import TeacherClient
+from teacher_wire.endpoint.client import TeacherClient
 from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
 from tests.bench.table import show
 from tests.tiny import make_tokenizer

@@ -29,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from student_trainer.config.run import LoraSettings
 from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses import fused
 from student_trainer.losses.align import row_index
 from student_trainer.losses.divergence import Divergence
@@ -36,7 +37,6 @@ from student_trainer.losses.head import Head
 from student_trainer.losses.output import OutputLoss, OutputLossSpec, output_loss
 from student_trainer.model.load import Student, _with_adapters
 from student_trainer.model.speed import lora
-from student_trainer.training.objective import rows_on
 from teacher_wire.core.messages import TeacherSignals, TokenBatch, float32
 from teacher_wire.core.messages import Tensor as WireTensor
 from tests.bench.table import arguments, show

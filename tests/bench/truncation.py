@@ -203,8 +203,8 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
     from student_trainer.data.rows.sources import parse_source
     from student_trainer.labels.device_transfer import LabelTensors
     from student_trainer.labels.packing import pack
+    from student_trainer.labels.rows_on_device import rows_on
     from student_trainer.model.load import load_student
-    from student_trainer.training.objective import rows_on
     from tests.e2e.classroom import classroom
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

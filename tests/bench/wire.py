@@ -14,11 +14,11 @@ import numpy as np
 
 from student_trainer.labels.verify import check_signals
 from teacher_wire.core.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, Tensor, TokenBatch, float32
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
 from teacher_wire.score.assembly import Assembly
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.transport.client import TeacherClient
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.bench.table import arguments, cpu_seconds, show
 

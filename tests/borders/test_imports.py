@@ -20,12 +20,12 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
     ("code", "never"),
     [
         (
-            "import teacher_wire.transport.client, teacher_wire.transport.servicer, teacher_wire.testing.loopback, teacher_wire.testing.fake_teacher",
+            "import teacher_wire.endpoint.client, teacher_wire.endpoint.servicer, teacher_wire.testing.loopback, teacher_wire.testing.fake_teacher",
             HEAVY | {"pydantic", "rich", "typer"},
         ),
         ("import teacher_server.cli.main, teacher_server.config.server", HEAVY | {"student_trainer"}),
         ("import student_trainer.cli.main, student_trainer.config.run", HEAVY | {"teacher_server"}),
-        ("import teacher_server.replica.score_queue", HEAVY),
+        ("import teacher_server.replica.score_queue, teacher_server.decoding.scheduler", HEAVY),
         (
             "import teacher_server.control.launch, teacher_server.edge.server, teacher_server.replica.engine",
             {"student_trainer", "torch"},
@@ -56,7 +56,7 @@ def test_importing_a_room_loads_only_what_it_may(code, never):
 def test_help_is_light(house, arguments):
     code = (
         f"import sys; sys.argv = ['x', *{arguments!r}]\n"
-        f"from {house}.cli import main\n"
+        f"from {house}.cli.main import main\n"
         "import contextlib, io\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):\n"
         "    main()"

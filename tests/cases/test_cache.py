@@ -13,10 +13,10 @@ from student_trainer.config.run import labels_folder
 from student_trainer.errors import ConfigError
 from student_trainer.teachers.head_cache import fetch_head
 from student_trainer.teachers.head_files import head_files, heads_folder, make_room
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.transport.client import TeacherClient
 from tests.teacher_wire.label_writers import SPECS, entry_of, key_of
 
 

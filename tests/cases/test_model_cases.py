@@ -33,7 +33,7 @@ def test_05_the_first_loss_is_the_models_own(tmp_path, name):
         patch.setattr(student_model.Student, "states", watched)
         first = train(config, console=QUIET).curve[0]["sft_loss"]
     assert seen
-    from student_trainer.training.inputs import load_data, order_of
+    from student_trainer.data.inputs import load_data, order_of
 
     tokenizer = student_model.load_student(config.model, 0).tokenizer
     data, _ = load_data(config.data, tokenizer, QUIET)

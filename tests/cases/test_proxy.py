@@ -18,10 +18,10 @@ from student_trainer.errors import ConfigError
 from student_trainer.training.label_ahead import label
 from student_trainer.training.run import train
 from teacher_wire.core.errors import RequestError, UnavailableError
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.loopback import serve
 from teacher_wire.transport import proxy
 from teacher_wire.transport.channel import TENANT_KEY, Credentials, call_metadata, check_connection
-from teacher_wire.transport.client import TeacherClient
 from teacher_wire.transport.proxy import route_to
 from tests.cases.material import command
 from tests.student_trainer.conftest import fake_for, run_config

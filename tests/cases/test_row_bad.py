@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from student_trainer.data.dataset import build_dataset
+from student_trainer.data.inputs import load_data
 from student_trainer.data.rows.intake import Intake
 from student_trainer.data.rows.sources import DataSource
 from student_trainer.errors import DataError
-from student_trainer.training.inputs import load_data
 from student_trainer.training.run import train
 from tests.cases.material import INPUTS, case_config
 from tests.student_trainer.data.tiny_tokenizers import tokenizer

@@ -14,11 +14,11 @@ import pytest
 from student_trainer.config.files import read_tree
 from student_trainer.config.run import parse_config
 from student_trainer.config.traces import load_traces_config
+from student_trainer.data.inputs import source_of
 from student_trainer.data.rows.formats import parse_rows
 from student_trainer.data.rows.intake import Intake
 from student_trainer.data.rows.sources import DataSource, parse_source, read_source
 from student_trainer.errors import ConfigError, DataError
-from student_trainer.training.inputs import source_of
 from tests.cases.material import INPUTS, base_file, case_config
 
 ROW = {"instruction": "Name a pet.", "output": "a cat"}

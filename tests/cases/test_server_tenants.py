@@ -11,9 +11,9 @@ from teacher_server.edge.auth import TokenFile, tenant_of
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.errors import AuthenticationError, ForbiddenError
 from teacher_wire.core.messages import SignalSpec
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials
-from teacher_wire.transport.client import TeacherClient
 from tests.cases.certificates import Authority
 from tests.teacher_server.test_edge import batch, client_of, edge
 

@@ -11,8 +11,8 @@ import yaml
 from teacher_server.config.server import TlsConfig
 from teacher_server.edge.tls import Rotation, check_tls
 from teacher_server.errors import ServerConfigError
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport.channel import Credentials
-from teacher_wire.transport.client import TeacherClient
 from tests.cases.certificates import Authority, openssl
 from tests.cases.material import command
 from tests.e2e.conftest import free_port

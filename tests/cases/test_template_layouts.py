@@ -10,12 +10,12 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
+from student_trainer.data.inputs import load_data
 from student_trainer.data.rows.formats import Conversation, Turn
 from student_trainer.data.rows.sources import DataSource
 from student_trainer.data.text.encoding import Encoder
 from student_trainer.data.text.templates import choose
 from student_trainer.errors import ConfigError, DataError
-from student_trainer.training.inputs import load_data
 from tests.cases.material import INPUTS, MODELS, case_config
 
 # Templates of more families, as relatives of those under models/.

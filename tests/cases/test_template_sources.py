@@ -12,9 +12,9 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from student_trainer.config.run import TrainConfig
+from student_trainer.data.inputs import load_data
 from student_trainer.data.text import templates
 from student_trainer.errors import ConfigError, DataError
-from student_trainer.training.inputs import load_data
 from student_trainer.training.run import train
 from teacher_wire.core.errors import MismatchError
 from teacher_wire.core.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256

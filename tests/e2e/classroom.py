@@ -31,6 +31,7 @@ from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.packing import pack
+from student_trainer.labels.rows_on_device import head_on, rows_on
 from student_trainer.labels.verify import check_signals
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
@@ -38,14 +39,13 @@ from student_trainer.losses.output import OutputLossSpec, output_loss
 from student_trainer.losses.rows import TeacherRows, TopKRows
 from student_trainer.model.load import Student
 from student_trainer.teachers.head_cache import fetch_head
-from student_trainer.training.objective import head_on, rows_on
 from student_trainer.training.trainer import learning_rate_share
 from teacher_server.config.server import TeacherConfig, TransformersBackend
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.messages import HeadHeader, ScoreCall, SignalSpec, TeacherInfo, TeacherSignals
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.testing.loopback import serve
-from teacher_wire.transport.client import TeacherClient
 
 CACHE = Path(__file__).parents[2] / ".cache" / "classroom"
 ASKED_AT_ONCE = 64  # sequences of one request

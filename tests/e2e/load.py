@@ -12,8 +12,8 @@ import numpy as np
 
 from teacher_wire.core.errors import MismatchError, TeacherWireError
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
-from teacher_wire.transport.client import TeacherClient
 
 SPEC = SignalSpec("hidden", 64)
 

@@ -14,8 +14,8 @@ import yaml
 
 from teacher_wire.core.errors import NotFoundError, OverloadedError
 from teacher_wire.core.messages import TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
-from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import run_cli, server_config, serving
 from tests.e2e.load import SPEC, Crowd, until
 

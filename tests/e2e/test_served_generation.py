@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from teacher_wire.core.errors import LimitError, RequestError
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import PromptBatch, SamplingSpec
-from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import server_config, serving, transformers_teacher
 
 pytestmark = pytest.mark.ray

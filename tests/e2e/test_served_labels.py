@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from student_trainer.labels.device_transfer import to_torch
+from student_trainer.labels.rows_on_device import head_on
 from student_trainer.teachers.head_cache import fetch_head
-from student_trainer.training.objective import head_on
 from teacher_wire.core.errors import CapabilityError, NotFoundError
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport import status_table
-from teacher_wire.transport.client import TeacherClient
 
 pytestmark = pytest.mark.ray
 TOLERANCE = 2e-4  # float32 logits of magnitude ~10

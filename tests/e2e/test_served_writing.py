@@ -17,11 +17,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from teacher_server.edge.server import SERVICE
 from teacher_wire.core.errors import MismatchError, TeacherWireError
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.testing.fake_generation import FakeWriter
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials
-from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import server_config, serving, transformers_teacher
 from tests.e2e.load import until
 

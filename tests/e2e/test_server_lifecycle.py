@@ -12,8 +12,8 @@ import yaml
 
 from teacher_wire.core.errors import AuthenticationError, UnavailableError
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport.channel import Credentials
-from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import Server, run_cli, server_config, serving, transformers_teacher
 
 pytestmark = pytest.mark.ray

@@ -22,6 +22,8 @@ from teacher_wire.core.errors import (
     TeacherWireError,
 )
 from teacher_wire.core.messages import Limits, ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.endpoint.servicer import TeacherServicer
 from teacher_wire.generate import codec as generate_codec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.score import codec
@@ -31,8 +33,6 @@ from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from teacher_wire.transport import status_table
 from teacher_wire.transport.channel import CLIENT_OPTIONS, TENANT_KEY
-from teacher_wire.transport.client import TeacherClient
-from teacher_wire.transport.servicer import TeacherServicer
 from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.e2e.conftest import free_port

@@ -12,11 +12,11 @@ from teacher_server.config.server import EdgeConfig, TeacherConfig, TenantConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.errors import DeadlineError, LabelError, OverloadedError, UnavailableError
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from teacher_wire.transport.channel import CLIENT_OPTIONS, Credentials
-from teacher_wire.transport.client import TeacherClient
 from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.e2e.conftest import free_port

@@ -22,12 +22,12 @@ from teacher_server.replica.engine import TeacherEngine
 from teacher_wire import PROTOCOL
 from teacher_wire.core import tensors
 from teacher_wire.core.messages import ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from teacher_wire.transport import status_table
 from teacher_wire.transport.channel import CLIENT_OPTIONS
-from teacher_wire.transport.client import TeacherClient
 from teacher_wire.v1 import teacher_pb2 as pb
 from tests.e2e.classroom import EngineService
 

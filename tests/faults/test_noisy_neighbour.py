@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport.channel import Credentials
-from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import free_port
 from tests.e2e.test_server_lifecycle import make_certificates
 from tests.faults.noisy_abuses import ABUSES

@@ -17,10 +17,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer.labels.device_transfer import to_torch
+from student_trainer.labels.rows_on_device import head_on
 from student_trainer.teachers.head_cache import fetch_head
-from student_trainer.training.objective import head_on
 from teacher_wire.core.messages import SignalSpec, TokenBatch
-from teacher_wire.transport.client import TeacherClient
+from teacher_wire.endpoint.client import TeacherClient
 from tests.e2e.conftest import run_cli, server_config, serving, transformers_teacher
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]

@@ -16,8 +16,8 @@ import numpy as np
 
 from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.core.messages import SignalSpec, TeacherInfo, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport.channel import Credentials
-from teacher_wire.transport.client import TeacherClient
 
 _FOREVER_S = 1e6
 

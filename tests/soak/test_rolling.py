@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from teacher_wire.transport.client import TeacherClient
+from teacher_wire.endpoint.client import TeacherClient
 from tests.e2e.conftest import Server, server_config, serving
 from tests.e2e.load import Crowd, until
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from teacher_wire.core.messages import SignalSpec, TokenBatch
-from teacher_wire.transport.client import TeacherClient
+from teacher_wire.endpoint.client import TeacherClient
 from tests.e2e.conftest import run_cli, server_config, serving
 
 pytestmark = [

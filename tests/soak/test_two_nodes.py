@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport.channel import Credentials
-from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import transformers_teacher
 from tests.e2e.test_server_lifecycle import make_certificates
 from tests.soak.hosts import Host, hosts

@@ -17,8 +17,8 @@ from teacher_server.telemetry.latency import Latencies, quantile_s
 from teacher_server.telemetry.records import EdgeReport, Held, Plan, ReplicaReport, TeacherPlan
 from teacher_server.telemetry.summary import as_seen_by
 from teacher_wire.core.messages import LatencyStatus, ServerStatus, TeacherStatus, TenantStatus
+from teacher_wire.endpoint import status_codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
-from teacher_wire.transport import status_codec
 
 OLD, NEW = FakeTeacher(seed=0).teacher_info(), FakeTeacher(seed=1).teacher_info()
 

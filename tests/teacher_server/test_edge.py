@@ -12,9 +12,9 @@ from teacher_server.config.server import EdgeConfig, TenantConfig
 from teacher_server.edge.server import SERVICE, EdgeServer
 from teacher_wire.core.errors import ForbiddenError, OverloadedError, RequestError
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials
-from teacher_wire.transport.client import TeacherClient
 from tests.e2e.conftest import free_port
 
 SPEC = SignalSpec("top_k", 64, k=4)

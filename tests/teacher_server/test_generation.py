@@ -15,9 +15,9 @@ from teacher_server.backends.grammar import Grammars
 from teacher_server.backends.transformers.decode_loop import ModelStepper, choose
 from teacher_server.backends.transformers.generation_probe import writes_as_it_scores
 from teacher_server.config.server import GenerationConfig, TeacherConfig
-from teacher_server.replica.decode_scheduler import SteppedGeneration
+from teacher_server.decoding.scheduler import SteppedGeneration
+from teacher_server.decoding.sequence_queue import Layout, Sequence, SequenceQueue
 from teacher_server.replica.engine import TeacherEngine
-from teacher_server.replica.sequence_queue import Layout, Sequence, SequenceQueue
 from teacher_wire.core.errors import (
     CapabilityError,
     LimitError,

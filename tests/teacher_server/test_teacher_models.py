@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from student_trainer.config.run import ModelConfig
 from student_trainer.labels.device_transfer import to_torch
+from student_trainer.labels.rows_on_device import head_on
 from student_trainer.model.load import load_student
-from student_trainer.training.objective import head_on
 from teacher_server.backends import logits
 from teacher_server.backends.model_folder import check_local
 from teacher_server.backends.transformers.backend import load

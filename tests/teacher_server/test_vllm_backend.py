@@ -20,8 +20,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer.data.trace_schema import Caps, generation_schema
-from teacher_server.backends.transformers import backend
-from teacher_server.backends.vllm import backend
+from teacher_server.backends.transformers import backend as transformers_backend
+from teacher_server.backends.vllm import backend as vllm_backend
 from teacher_server.backends.vllm.writing import refuse_sampling, sample_seed
 from teacher_server.config.server import TeacherConfig, TransformersBackend, VllmBackend
 from teacher_server.errors import ServerConfigError
@@ -71,13 +71,15 @@ def calm(folder, tmp_path_factory):
 
 
 def reference(folder, dtype):
-    return backend.load(TransformersBackend(model=str(folder), dtype=dtype, device="cpu"), deterministic=False)
+    return transformers_backend.load(
+        TransformersBackend(model=str(folder), dtype=dtype, device="cpu"), deterministic=False
+    )
 
 
 @pytest.fixture(scope="module")
 def wide(folder):
     """Both roles, float32, with a prefix cache."""
-    model = backend.load(
+    model = vllm_backend.load(
         settings(folder, dtype="float32", roles=("score", "generate"), prefix_caching=True),
         deterministic=False,
         overrides=SMALL_BLOCKS,
@@ -89,7 +91,7 @@ def wide(folder):
 @pytest.fixture(scope="module")
 def narrow(calm):
     """Scores in bfloat16, without a prefix cache."""
-    model = backend.load(settings(calm, dtype="bfloat16", prefix_caching=False), deterministic=False)
+    model = vllm_backend.load(settings(calm, dtype="bfloat16", prefix_caching=False), deterministic=False)
     yield model
     model.close()
 
@@ -110,7 +112,7 @@ def cosine(left_ND, right_ND):
 def scoring(folder, dtype, prefix_caching):
     """An engine for one test."""
     config = settings(folder, dtype=dtype, prefix_caching=prefix_caching)
-    model = backend.load(config, deterministic=False, overrides=SMALL_BLOCKS)
+    model = vllm_backend.load(config, deterministic=False, overrides=SMALL_BLOCKS)
     try:
         yield model
     finally:
@@ -329,7 +331,7 @@ async def test_leaving_frees_vllms_sequences(wide):
 
 
 async def test_a_client_that_hangs_up_frees_vllms_sequences(wide):
-    from teacher_wire.transport.client import TeacherClient
+    from teacher_wire.endpoint.client import TeacherClient
 
     service = EngineService(TeacherEngine(TeacherConfig.model_validate(
         {"name": "t", "backend": wide._config.model_dump()}), wide))  # fmt: skip
@@ -382,7 +384,7 @@ def test_an_unknown_head_and_roles_are_refused_before_anything_starts(model_fact
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"architectures": ["OddForCausalLM"]}))
     with pytest.raises(ServerConfigError, match="OddForCausalLM"):
-        backend.load(settings(strange), deterministic=False)
+        vllm_backend.load(settings(strange), deterministic=False)
     with pytest.raises(ValueError, match="once each"):
         settings(folder, roles=("score", "score"))
 

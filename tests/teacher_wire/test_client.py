@@ -21,11 +21,11 @@ from teacher_wire.core.errors import (
     UnavailableError,
 )
 from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.endpoint.servicer import StreamLimits
 from teacher_wire.score import codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import LoopbackServer, serve
-from teacher_wire.transport.client import TeacherClient
-from teacher_wire.transport.servicer import StreamLimits
 from teacher_wire.v1 import teacher_pb2 as pb
 from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
 

@@ -22,13 +22,13 @@ from teacher_wire.core.errors import (
     ServerError,
     TeacherWireError,
 )
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate import codec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec, check_generate
 from teacher_wire.generate.schemas import check_schema
 from teacher_wire.testing.fake_generation import FakeWriter
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.transport.client import TeacherClient
 from teacher_wire.v1 import teacher_pb2 as pb
 
 PROMPTS = PromptBatch.pack([[1, 2, 3], [4], [5, 6]])

@@ -9,11 +9,11 @@ from student_trainer.config.run import TeacherConfig
 from student_trainer.teachers.connect import connector
 from teacher_wire.core.errors import DeadlineError, LimitError, UnavailableError
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import PromptBatch, SamplingSpec
 from teacher_wire.score import codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.transport.client import TeacherClient
 
 QUICK = (0.01, 0.02)
 SPEC = SignalSpec("full", 64)

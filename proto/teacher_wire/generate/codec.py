@@ -12,8 +12,8 @@ import numpy as np
 from teacher_wire.core import tensors
 from teacher_wire.core.errors import LabelError, LimitError, RequestError, TensorError
 from teacher_wire.core.messages import Limits, TeacherInfo, Tensor
+from teacher_wire.core.parsing import check_names
 from teacher_wire.generate.messages import MAX_STOP_IDS, Finish, GenerateCall, PromptBatch, Sample, SamplingSpec
-from teacher_wire.score.codec import check_names
 from teacher_wire.v1 import teacher_pb2 as pb
 
 MAX_HAVE = 1 << 16  # pairs, where no limits of a teacher are known

@@ -13,9 +13,9 @@ from typing import Protocol
 
 from teacher_wire.core.errors import DeadlineError, UnavailableError
 from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.core.parsing import check_names, parse
 from teacher_wire.generate import codec as generate_codec
 from teacher_wire.generate.messages import GenerateCall, Sample, check_generate
-from teacher_wire.score import codec
 from teacher_wire.transport.offload import Offload
 from teacher_wire.v1 import teacher_pb2 as pb
 
@@ -70,8 +70,8 @@ async def answers(service: Writes, data: bytes, tenant: str, offload: Offload) -
 
 
 def _parsed(data: bytes) -> pb.GenerateRequest:
-    request = codec.parse(pb.GenerateRequest, data)
-    codec.check_names(request, "teacher", "fingerprint")
+    request = parse(pb.GenerateRequest, data)
+    check_names(request, "teacher", "fingerprint")
     return request
 
 

@@ -7,11 +7,8 @@ wrong and raises a RequestError (towards a server) or a LabelError (towards a st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
 
 import numpy as np
-from google.protobuf.message import DecodeError
-from google.protobuf.message import Message as AnyMessage
 
 from teacher_wire import PROTOCOL
 from teacher_wire.core import tensors
@@ -32,14 +29,12 @@ from teacher_wire.core.messages import (
     TokenBatch,
     Transport,
 )
+from teacher_wire.core.parsing import check_names, check_request_id
 from teacher_wire.score.assembly import Assembly
 from teacher_wire.v1 import teacher_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
 PART_BYTES = 1 << 20  # of a request that is sent in parts
-MAX_ID_CHARS = 64
-
-Message = TypeVar("Message", bound=AnyMessage)
 
 _TRANSPORT_CODE: dict[Transport, pb.Transport] = {"top_k": pb.TOP_K, "hidden": pb.HIDDEN, "full": pb.FULL}
 _TRANSPORT_NAME = {code: name for name, code in _TRANSPORT_CODE.items()}
@@ -102,42 +97,6 @@ _LIMIT_FIELDS = [f.name for f in pb.Limits.DESCRIPTOR.fields]
 
 
 # ------------------------------------------------------------------- request
-
-
-def check_request_id(text: str) -> None:
-    """Refuses what is no id of a request. The refusal does not repeat it whole."""
-    if not text:
-        raise RequestError("missing", field="request_id")
-    _check_name("request_id", text)
-
-
-def check_names(request: Any, *names: str) -> None:
-    """Refuses a request in which a field of these is longer than a name may be, or not printable."""
-    for field in names:
-        _check_name(field, getattr(request, field))
-
-
-def _check_name(field: str, text: str) -> None:
-    if len(text) > MAX_ID_CHARS or not text.isprintable():
-        raise RequestError(
-            "not a printable name", field=field, value=ascii(text[:MAX_ID_CHARS]), limit=f"{MAX_ID_CHARS} characters"
-        )
-
-
-def parse(kind: type[Message], data: bytes | bytearray) -> Message:
-    """The message of that kind in `data`.
-
-    Raises:
-        RequestError: there is none.
-    """
-    message = kind()
-    try:
-        message.ParseFromString(data)  # takes any bytes
-    except DecodeError:
-        raise RequestError(
-            "not a message of this protocol", field=kind.DESCRIPTOR.name, value=f"{len(data)} bytes"
-        ) from None
-    return message
 
 
 def request_messages(request: pb.ScoreRequest) -> Iterator[pb.ScoreUp]:

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -26,7 +27,8 @@ from teacher_wire.core.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.core.messages import ScoreCall, TeacherSignals
+from teacher_wire.core.messages import ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.core.parsing import check_request_id, parse
 from teacher_wire.score import codec
 from teacher_wire.score.kept_replies import KeptReplies, Reply
 from teacher_wire.score.window import Window
@@ -34,13 +36,22 @@ from teacher_wire.transport import status_table
 from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, bare, cancelled_from_outside, known
 from teacher_wire.transport.offload import Offload
-from teacher_wire.transport.service import TeacherService
 from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v1 import teacher_pb2 as pb
 
 _CONTROL_BYTES = 256  # credits, acknowledgements, cancellations: never held up by other streams' requests
 _ENCODING_IS_FASTER = 32  # than decoding and checking: up to 2 MiB a thread would cost more than it spares the loop
 _REQUEST_BYTES = 2 << 10  # what an open request takes beside its own bytes: task, arrays' headers
+
+
+class ScoreService(Protocol):
+    """What a stream asks: a part of `endpoint.service.TeacherService`."""
+
+    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
+        """See TeacherService."""
+
+    async def score(self, call: ScoreCall) -> TeacherSignals:
+        """See TeacherService."""
 
 
 @dataclass
@@ -51,7 +62,7 @@ class Desk:
         open_streams, open_requests: now, of all tenants.
     """
 
-    service: TeacherService
+    service: ScoreService
     limits: StreamLimits
     accounts: Accounts
     kept: KeptReplies
@@ -259,7 +270,7 @@ class ScoreStream:
 
     def _begin_parts(self, request_id: str, size: int) -> bool:
         try:
-            codec.check_request_id(request_id)
+            check_request_id(request_id)
             limit = self._limits.max_request_bytes
             if not 1 <= size <= limit:
                 raise LimitError("a request this long", field="part.total_bytes", value=size, limit=f"1..{limit}")
@@ -332,7 +343,7 @@ class ScoreStream:
 
     def _fail(self, request_id: str, error: TeacherWireError) -> None:
         try:
-            codec.check_request_id(request_id)
+            check_request_id(request_id)
         except RequestError:
             request_id = ""  # an id that is none is not sent back
         failed = pb.ScoreFailed(request_id=request_id, error=status_table.to_detail(bare(error)))
@@ -431,7 +442,7 @@ def _size_of(call: ScoreCall) -> int:
 
 def _understand(data: bytes, tenant: str) -> tuple[pb.ScoreUp, _Asked | None]:
     """A message up, and if it is a request the call that it is."""
-    up = codec.parse(pb.ScoreUp, data)
+    up = parse(pb.ScoreUp, data)
     if up.WhichOneof("message") != "request":
         return up, None
     return pb.ScoreUp(), _decoded(up.request, tenant)
@@ -440,7 +451,7 @@ def _understand(data: bytes, tenant: str) -> tuple[pb.ScoreUp, _Asked | None]:
 def _understand_request(data: bytearray, tenant: str, request_id: str) -> _Asked:
     """A request that came in parts under this id."""
     try:
-        request = codec.parse(pb.ScoreRequest, data)
+        request = parse(pb.ScoreRequest, data)
         if request.request_id != request_id:
             raise RequestError("the parts were of another id", field="request_id", value=request_id)
     except RequestError as error:

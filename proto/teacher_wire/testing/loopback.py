@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import grpc
 
 from teacher_wire.core.errors import UnavailableError
+from teacher_wire.endpoint.servicer import TeacherService, TeacherServicer
 from teacher_wire.transport.channel import server_options
-from teacher_wire.transport.servicer import TeacherService, TeacherServicer
 from teacher_wire.transport.stream_limits import StreamLimits, with_message_limit
 
 

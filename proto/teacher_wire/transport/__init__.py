@@ -1,1 +1,1 @@
-"""Connections: channel, client, servicer, and what bounds them."""
+"""What every connection stands on: channel, proxies, accounts of what is held, work off the event loop."""

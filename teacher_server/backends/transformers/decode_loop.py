@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from teacher_server.backends.grammar import Follower, Grammars, unpack
-from teacher_server.replica.sequence_queue import Sequence
+from teacher_server.decoding.sequence_queue import Sequence
 from teacher_wire.core.errors import CapabilityError, RequestError, TeacherWireError
 from teacher_wire.generate.messages import Sample, SamplingSpec
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from teacher_server.backends.transformers.decode_loop import ModelStepper
-from teacher_server.replica.sequence_queue import Sequence
+from teacher_server.decoding.sequence_queue import Sequence
 from teacher_wire.generate.messages import Sample, SamplingSpec
 
 log = logging.getLogger(__name__)

@@ -31,9 +31,9 @@ from teacher_server.backends.vllm.states import StatesUnderWay
 from teacher_server.backends.vllm.writing import EngineGeneration, Writer, refuse_sampling, sample_seed
 from teacher_server.config.server import GenerationConfig
 from teacher_server.config.server import VllmBackend as Config
+from teacher_server.decoding.scheduler import OnThread
+from teacher_server.decoding.sequence_queue import Sequence
 from teacher_server.errors import ServerConfigError
-from teacher_server.replica.decode_scheduler import OnThread
-from teacher_server.replica.sequence_queue import Sequence
 from teacher_wire.core.errors import CapabilityError, LimitError, RequestError, TeacherWireError
 from teacher_wire.core.messages import DTYPES, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
 from teacher_wire.generate.messages import Sample, SamplingSpec

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from teacher_server import faults
 from teacher_server.config.server import GenerationConfig
-from teacher_server.replica import faults
-from teacher_server.replica.decode_scheduler import QueuedGeneration
-from teacher_server.replica.sequence_queue import Sequence, SequenceQueue
+from teacher_server.decoding.scheduler import QueuedGeneration
+from teacher_server.decoding.sequence_queue import Sequence, SequenceQueue
 from teacher_wire.core.errors import RequestError, TeacherWireError
 from teacher_wire.generate.messages import Sample, SamplingSpec
 

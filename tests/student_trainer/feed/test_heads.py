@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from student_trainer.teachers.head_cache import fetch_head
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.transport.client import TeacherClient
 
 
 class Counting(FakeTeacher):

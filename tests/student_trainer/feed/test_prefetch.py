@@ -12,9 +12,9 @@ from student_trainer.labels.service import LabelDesk
 from student_trainer.labels.source import LabelRequest
 from teacher_wire.core.errors import CancelledRequestError, LabelError, UnavailableError
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import LoopbackServer, serve
-from teacher_wire.transport.client import TeacherClient
 
 SPEC = SignalSpec("full", 64)
 

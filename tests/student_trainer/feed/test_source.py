@@ -12,11 +12,11 @@ from student_trainer.labels.service import LabelDesk
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from teacher_wire.core.errors import LabelError, ServerError
 from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.budget import files_of
 from teacher_wire.labels.store import LabelStore, label_keys
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.transport.client import TeacherClient
 from tests.teacher_wire.labels_of import assert_same_labels
 
 SPECS = [

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from teacher_server import faults
 from teacher_server.config.server import DEFAULT_TENANT, GenerationConfig
-from teacher_server.replica import faults
-from teacher_server.replica.sequence_queue import Sequence, SequenceQueue
+from teacher_server.decoding.sequence_queue import Sequence, SequenceQueue
 from teacher_wire.core.errors import OverloadedError, TeacherWireError, UnavailableError
 from teacher_wire.generate.messages import GenerateCall, Sample, SamplingSpec
 

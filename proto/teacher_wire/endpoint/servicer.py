@@ -15,15 +15,16 @@ import grpc
 
 from teacher_wire.core.errors import CapabilityError, UnavailableError
 from teacher_wire.core.messages import ServerStatus
+from teacher_wire.core.parsing import parse
+from teacher_wire.endpoint import head_servicer, status_codec
+from teacher_wire.endpoint.service import TeacherService
 from teacher_wire.generate import servicer
 from teacher_wire.score import codec
 from teacher_wire.score.kept_replies import KeptReplies
 from teacher_wire.score.stream import Desk, ScoreStream
-from teacher_wire.transport import head_servicer, status_codec
 from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, Context, abort, cancelled_from_outside
 from teacher_wire.transport.offload import Offload
-from teacher_wire.transport.service import TeacherService
 from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v1 import teacher_pb2 as pb
 
@@ -127,13 +128,13 @@ class TeacherServicer:
 
     async def _describe(self, data: bytes, context: Context) -> bytes:
         async with _ended_with_status(context):
-            codec.parse(pb.DescribeRequest, data)
+            parse(pb.DescribeRequest, data)
             return codec.encode_description(await self._service.describe(), self._version).SerializeToString()
         return b""  # to a peer that is gone
 
     async def _status(self, data: bytes, context: Context) -> bytes:
         async with _ended_with_status(context):
-            codec.parse(pb.StatusRequest, data)
+            parse(pb.StatusRequest, data)
             if self._status_for is None:
                 raise CapabilityError("this server keeps no status", field="Status")
             return status_codec.encode_status(await self._status_for(self._tenant_of(context))).SerializeToString()

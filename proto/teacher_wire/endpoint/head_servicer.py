@@ -10,8 +10,9 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from teacher_wire.core.errors import DeadlineError, RequestError
+from teacher_wire.core.parsing import check_names, parse
+from teacher_wire.endpoint.service import TeacherService
 from teacher_wire.score import codec
-from teacher_wire.transport.service import TeacherService
 from teacher_wire.v1 import teacher_pb2 as pb
 
 
@@ -26,8 +27,8 @@ async def chunks(service: TeacherService, data: bytes, charge: Callable[[int], N
     Raises:
         TeacherWireError: refused, over a quota, late or failed.
     """
-    request = codec.parse(pb.HeadRequest, data)
-    codec.check_names(request, "teacher", "fingerprint")
+    request = parse(pb.HeadRequest, data)
+    check_names(request, "teacher", "fingerprint")
     timeout_s, started_s = request.timeout_ms / 1000, time.monotonic()
     # Slices may come from several replicas: they must be of the same weights.
     fingerprint = request.fingerprint or (await service.info(request.teacher)).fingerprint

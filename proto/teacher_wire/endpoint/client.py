@@ -42,11 +42,12 @@ from teacher_wire.core.messages import (
     TeacherSignals,
     TokenBatch,
 )
+from teacher_wire.endpoint import status_codec
 from teacher_wire.generate import client
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.score import codec
 from teacher_wire.score.assembly import Assembly
-from teacher_wire.transport import status_codec, status_table
+from teacher_wire.transport import status_table
 from teacher_wire.transport.channel import Credentials, addresses_of, call_metadata, open_channel
 from teacher_wire.transport.pacing import Pace
 from teacher_wire.transport.proxy import AUTO, route_to

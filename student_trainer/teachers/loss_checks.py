@@ -1,0 +1,60 @@
+"""Which losses the labels of a run can give: refusals and advice about a config, before a teacher is asked.
+
+In: the loss and label sections of a config; out: the divergence and schedules they mean, or a ConfigError.
+"""
+
+from __future__ import annotations
+
+from student_trainer.config.run import LabelConfig, LossConfig, OutputLossConfig, ScheduleConfig
+from student_trainer.errors import ConfigError
+from student_trainer.losses.divergence import Divergence, advice
+from student_trainer.losses.truncated import check_temperature
+from student_trainer.schedules import Schedule
+
+
+def check_loss(loss: LossConfig, labels: LabelConfig) -> str | None:
+    """Refuses a loss that these labels cannot give; returns advice for one that is legal but rarely meant.
+
+    Raises:
+        ConfigError: naming the setting and the choices.
+    """
+    output = loss.output
+    if output is None:
+        return None
+    try:
+        divergence = divergence_of(output)
+        schedule = temperature_of(output)
+        for temperature in (schedule.start, schedule.end):
+            check_temperature(labels.transport, temperature, output.tempered_head)
+    except ValueError as error:
+        raise ConfigError(f"loss.output: {error}") from error
+    return advice(divergence)
+
+
+def is_softened(loss: LossConfig) -> bool:
+    """Whether the output loss ever has a temperature other than 1."""
+    if loss.output is None:
+        return False
+    schedule = temperature_of(loss.output)
+    return (schedule.start, schedule.end) != (1.0, 1.0)
+
+
+def divergence_of(output: OutputLossConfig) -> Divergence:
+    """The divergence that a config names, with the default of its parameters."""
+    alpha = output.alpha if output.alpha is not None else (0.5 if output.divergence == "adaptive_kl" else 0.1)
+    return Divergence(output.divergence, output.beta, alpha, output.normalization)
+
+
+def temperature_of(output: OutputLossConfig) -> Schedule:
+    """The temperature as a function of the step."""
+    temperature = output.temperature
+    if isinstance(temperature, ScheduleConfig):
+        return Schedule(temperature.kind, temperature.start, temperature.end, temperature.steps)
+    return Schedule("constant", temperature, temperature, 1)
+
+
+def has_tau_squared(output: OutputLossConfig) -> bool:
+    """Without it a temperature schedule would be a learning-rate schedule (algorithms.md 1.4)."""
+    if output.tau_squared is not None:
+        return output.tau_squared
+    return isinstance(output.temperature, ScheduleConfig) and output.temperature.kind != "constant"
