@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PROTO_TOOLS := .tools/proto
-STUBS := proto/teacher_wire/v1/teacher.proto
+STUBS := proto/teacher_wire/v2/teacher.proto
 
 REAL ?= $(HOME)/.cache/lyceum-real
 REAL_TESTS ?= tests/real

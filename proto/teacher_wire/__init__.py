@@ -1,3 +1,3 @@
 """The language both houses speak: contract, codec, client. Never loads torch or ray."""
 
-PROTOCOL = 1
+PROTOCOL = 2

@@ -22,7 +22,8 @@ from student_trainer.data.rows.sources import DataSource, parse_source
 from student_trainer.data.text.templates import Clock
 from student_trainer.data.trace_rows import TraceTasks
 from student_trainer.errors import ConfigError
-from teacher_wire.core.messages import SignalSpec, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec
 
 # Of a file of labels beside its rows: id and flag of a token; header, and half a block that the file system cannot use.
 _TOKEN_BYTES, _FILE_BYTES = 5, 3_500

@@ -13,7 +13,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from teacher_wire.core.messages import BLOCK_CHANNELS, TeacherSignals, Tensor
+from teacher_wire.core.signals import BLOCK_CHANNELS, TeacherSignals
+from teacher_wire.core.tensor import Tensor
 
 _IDS = ("uint8", "uint16", "uint24", "int32")
 

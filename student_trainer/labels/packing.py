@@ -12,7 +12,7 @@ import numpy as np
 from student_trainer.data.dataset import Example
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.align import wanted_rows
-from teacher_wire.core.messages import TokenBatch
+from teacher_wire.core.batch import TokenBatch
 
 
 def pack(examples: Sequence[Example]) -> LabelRequest:

@@ -20,7 +20,7 @@ from student_trainer.labels import event_loop
 from student_trainer.labels.depth import Depth
 from student_trainer.labels.source import LabelRequest, Labels, LabelSource, LabelUsage
 from teacher_wire.core.errors import CancelledRequestError, LimitError, TeacherWireError
-from teacher_wire.core.messages import TeacherSignals, Timing
+from teacher_wire.core.signals import TeacherSignals, Timing
 
 
 @dataclass

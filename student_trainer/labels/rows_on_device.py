@@ -11,7 +11,7 @@ from student_trainer.labels.device_transfer import LabelTensors, to_torch
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import BFLOAT16, FLOAT32, Tolerance
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
-from teacher_wire.core.messages import TeacherHead
+from teacher_wire.core.info import TeacherHead
 
 
 def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:

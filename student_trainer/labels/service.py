@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from student_trainer.labels.source import LabelRequest, LabelSource, LabelUsage
 from student_trainer.labels.verify import check_signals
-from teacher_wire.core.messages import SignalSpec, TeacherInfo, TeacherSignals
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
 

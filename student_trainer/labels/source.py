@@ -12,7 +12,10 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, Timing, TokenBatch
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore, label_keys
 from teacher_wire.score import codec

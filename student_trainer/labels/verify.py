@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.messages import SignalSpec, TeacherSignals, Tensor, TokenBatch
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.tensor import Tensor
 
 # Probabilities that must sum to 1, and figures computed twice: float32 log-sums over bf16 logits (algorithms.md 3.6).
 MASS_TOLERANCE = 1e-3

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from student_trainer.config.run import LabelConfig
 from student_trainer.errors import ConfigError
-from teacher_wire.core.messages import SignalSpec, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec
 
 HEAD_SHARE = 0.25  # of the free memory: the rest is the student's activations and optimizer
 TOP_K = 128

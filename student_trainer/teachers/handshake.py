@@ -22,7 +22,8 @@ from teacher_wire.core.identity import (
     template_sha256,
     tokenizer_sha256,
 )
-from teacher_wire.core.messages import SignalSpec, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec
 
 
 @dataclass(frozen=True)

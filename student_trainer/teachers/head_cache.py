@@ -22,7 +22,8 @@ from student_trainer.config.run import cache_folder
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.teachers.head_files import heads_folder, make_room
 from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.messages import HeadHeader, TeacherHead, TeacherInfo, Tensor
+from teacher_wire.core.info import HeadHeader, TeacherHead, TeacherInfo
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.budget import PARTIAL
 

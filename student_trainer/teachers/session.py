@@ -40,7 +40,8 @@ from student_trainer.teachers.handshake import StudentFacts, agree, shared_rows
 from student_trainer.teachers.head_cache import fetch_head
 from student_trainer.teachers.loss_checks import check_loss, is_softened
 from teacher_wire.core.errors import TeacherWireError
-from teacher_wire.core.messages import SignalSpec, TeacherInfo, TeacherSignals
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
 

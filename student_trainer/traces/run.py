@@ -31,7 +31,7 @@ from student_trainer.traces.questions import Question, digest, encode_questions,
 from student_trainer.traces.selection import judge
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
 from teacher_wire.core.identity import template_sha256, tokenizer_sha256
-from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
 

@@ -15,7 +15,7 @@ from student_trainer.traces.answers import majority_answer, normalize_answer, sa
 from student_trainer.traces.questions import Question
 from student_trainer.traces.token_spans import mean_probability, token_spans, value_spans
 from student_trainer.traces.verify import Verdict, verify
-from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.generate.messages import Sample, SamplingSpec
 
 AGREEMENT_FROM = 4  # samples; below, the probability of the answer's own tokens says more

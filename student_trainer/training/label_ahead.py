@@ -25,7 +25,7 @@ from student_trainer.model.load import load_outline
 from student_trainer.teachers.loss_checks import check_loss
 from student_trainer.teachers.session import Teacher, check_sizes, meet_teacher, open_any_feed, teacher_address
 from student_trainer.training.run_folder import check_cache, pinned_date, settled_labels
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.labels.store import LabelStore, label_keys
 
 _LINES = 10  # progress lines where there is no live display

@@ -44,7 +44,7 @@ from student_trainer.training.metrics import Meter
 from student_trainer.training.objective import Objective
 from student_trainer.training.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.run_folder import LOG_NAME, finite_or_none, log_line
-from teacher_wire.core.messages import TokenBatch
+from teacher_wire.core.batch import TokenBatch
 
 # What accelerate asks for the number of processes.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

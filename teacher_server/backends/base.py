@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from teacher_wire.core.messages import SignalSpec, TeacherHead, TeacherSignals, TokenBatch
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.info import TeacherHead
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 
 if TYPE_CHECKING:
     from teacher_server.config.server import GenerationConfig

@@ -10,8 +10,11 @@ from typing import Any
 from teacher_server.backends.base import ModelFacts
 from teacher_server.config.server import FakeBackend, GenerationConfig
 from teacher_server.decoding.scheduler import WRITING_COUNTERS, OnThread
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import TeacherWireError, UnavailableError
-from teacher_wire.core.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, TokenBatch, float32
+from teacher_wire.core.info import HeadHeader, TeacherHead
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.tensor import float32
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.testing.fake_generation import FakeWriter
 from teacher_wire.testing.fake_teacher import FakeTeacher

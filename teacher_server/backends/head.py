@@ -22,8 +22,10 @@ from teacher_server.signals import output
 from teacher_server.signals.reduce import OutputHead
 from teacher_server.signals.reduce import reduce as reduce_rows
 from teacher_server.signals.transfer import ToHost, to_device, to_wire
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, TokenBatch
+from teacher_wire.core.info import HeadHeader, TeacherHead
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 
 _HEAD_NAMES = ("lm_head.weight",)
 _TIED_NAMES = ("model.embed_tokens.weight", "lm_head.weight")

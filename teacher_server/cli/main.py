@@ -192,7 +192,7 @@ def status(
     from rich.live import Live
 
     from teacher_server.cli.status_table import render
-    from teacher_wire.core.messages import ServerStatus
+    from teacher_wire.core.status import ServerStatus
 
     async def show(tell: Callable[[ServerStatus], None]) -> None:
         async with _client(address, ca_file, cert_file, key_file, token_env, proxy) as client:

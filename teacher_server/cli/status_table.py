@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from teacher_wire.core.messages import ServerStatus, StoreStatus, TeacherStatus
+from teacher_wire.core.status import ServerStatus, StoreStatus, TeacherStatus
 
 _STATE_STYLES = {"running": "green", "rolling": "yellow", "starting": "yellow", "failed": "bold red"}
 _FINGERPRINT_CHARS = 8

@@ -17,7 +17,7 @@ from teacher_server.telemetry.heartbeat import Reporter, node_address
 from teacher_server.telemetry.prometheus import Exported
 from teacher_server.telemetry.records import EdgeReport, News, Plan
 from teacher_server.telemetry.summary import as_seen_by
-from teacher_wire.core.messages import ServerStatus
+from teacher_wire.core.status import ServerStatus
 
 
 def _find_handle(name: str) -> DeploymentHandle:

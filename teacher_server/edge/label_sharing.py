@@ -18,8 +18,12 @@ from typing import Any
 import numpy as np
 
 from teacher_server.edge.admission import Admission
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import TeacherWireError
-from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals, Tensor, Timing, TokenBatch
+from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.signals import TeacherSignals, Timing
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.servicer import TeacherService
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.labels.store import LabelStore, label_keys

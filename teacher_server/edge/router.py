@@ -23,6 +23,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from teacher_server.telemetry.latency import Latencies
 from teacher_server.telemetry.records import News
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
     CapabilityError,
     MismatchError,
@@ -32,7 +33,8 @@ from teacher_wire.core.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,11 @@ from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
 from teacher_server.edge.label_sharing import LabelSharing
 from teacher_server.edge.tls import server_credentials
 from teacher_server.errors import ServerConfigError
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import UnavailableError
-from teacher_wire.core.messages import HeadHeader, ScoreCall, ServerStatus, TeacherInfo, TeacherSignals
+from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint.servicer import SERVICE, TeacherService, TeacherServicer
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.labels.store import LabelStore

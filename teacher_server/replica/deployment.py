@@ -18,7 +18,9 @@ from teacher_server.replica.engine import TeacherEngine
 from teacher_server.telemetry.heartbeat import Reporter
 from teacher_server.telemetry.prometheus import Exported
 from teacher_server.telemetry.records import News, ReplicaReport
-from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
 
 _DRAIN_S = 300.0  # what a full queue may take; requests of a replica that needs longer go to another one

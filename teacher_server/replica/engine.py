@@ -26,18 +26,12 @@ from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
 from teacher_server.decoding.scheduler import Result
 from teacher_server.replica.score_queue import Batcher, Job
 from teacher_server.telemetry.latency import Latencies
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import CapabilityError, DeadlineError, OverloadedError, TeacherWireError, UnavailableError
 from teacher_wire.core.identity import text_sha256
-from teacher_wire.core.messages import (
-    HeadHeader,
-    Limits,
-    ScoreCall,
-    SignalSpec,
-    TeacherHead,
-    TeacherInfo,
-    TeacherSignals,
-    TokenBatch,
-)
+from teacher_wire.core.info import HeadHeader, Limits, TeacherHead, TeacherInfo
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
 from teacher_wire.score import codec
 

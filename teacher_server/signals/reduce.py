@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from teacher_server.signals import output, state
 from teacher_server.signals.transfer import HostRows, to_device
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor as Torch
 
-from teacher_wire.core.messages import Tensor, token_id_dtype
+from teacher_wire.core.tensor import Tensor, token_id_dtype
 
 _copiers: dict[torch.device, torch.cuda.Stream] = {}
 

@@ -15,7 +15,8 @@ from typing import Any
 from teacher_server.errors import TakenOverError
 from teacher_server.telemetry.records import EdgeReport, Held, News, Plan, ReplicaReport, Source
 from teacher_server.telemetry.summary import add_up, summarise
-from teacher_wire.core.messages import ServerStatus, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.status import ServerStatus
 
 FRESH_S = 5.0  # a report older than this is of somebody who is gone
 HISTORY_S = 60.0

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from teacher_server.telemetry.cluster_state import Board
 from teacher_server.telemetry.records import EdgeReport, Held, News, ReplicaReport
 from teacher_wire.core.errors import UnavailableError
-from teacher_wire.core.messages import ServerStatus
+from teacher_wire.core.status import ServerStatus
 
 log = logging.getLogger(__name__)
 

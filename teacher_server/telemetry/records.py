@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from teacher_server.config.server import EdgeConfig, TeacherConfig, TenantConfig
-from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from teacher_server import __version__
 from teacher_server.config.server import DEFAULT_TENANT, TenantConfig
 from teacher_server.telemetry.latency import STAGES, quantile_s
 from teacher_server.telemetry.records import EdgeReport, News, Plan, ReplicaReport, Source, TeacherPlan
-from teacher_wire.core.messages import EdgeStatus, LatencyStatus, ServerStatus, StoreStatus, TeacherStatus, TenantStatus
+from teacher_wire.core.status import EdgeStatus, LatencyStatus, ServerStatus, StoreStatus, TeacherStatus, TenantStatus
 
 RATE_S = 10.0  # rates are over this time
 SHARE_S = 60.0  # shares of tenants are over this time

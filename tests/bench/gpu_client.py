@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from student_trainer.labels.verify import check_signals
-from teacher_wire.core.messages import SignalSpec, TeacherInfo, TokenBatch
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
 

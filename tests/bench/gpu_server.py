@@ -31,7 +31,9 @@ from teacher_server.backends.transformers.backend import Job, TransformersModel
 from teacher_server.config.server import EdgeConfig, FakeBackend, LimitsConfig, StoreConfig, TeacherConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_server.replica.engine import TeacherEngine
-from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherHead, TeacherInfo, TeacherSignals
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.info import HeadHeader, TeacherHead, TeacherInfo
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
 from tests.bench import gpu_ray, gpu_teacher
 from tests.bench.gpu_client import (

@@ -46,7 +46,8 @@ from student_trainer.model.load import quicken
 from student_trainer.model.speed import compiled
 from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import DistillationTrainer
-from teacher_wire.core.messages import SignalSpec, TeacherHead, TeacherInfo
+from teacher_wire.core.info import TeacherHead, TeacherInfo
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
 from tests.bench.table import show

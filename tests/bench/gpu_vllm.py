@@ -196,7 +196,9 @@ class Bench:
         return TeacherEngine(config, model), model
 
     def our_labels(self, note: str = "", decoding: str = "eager", **overrides: Any) -> None:
-        from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+        from teacher_wire.core.batch import TokenBatch
+        from teacher_wire.core.calls import ScoreCall
+        from teacher_wire.core.signals import SignalSpec
 
         o = self.options
         engine, model = self.engine("score", decoding, **overrides)

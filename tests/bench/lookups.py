@@ -27,7 +27,10 @@ import numpy as np
 
 from teacher_server.edge.admission import Admission
 from teacher_server.edge.label_sharing import LabelSharing
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TeacherSignals, Tensor, TokenBatch, float32
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.tensor import Tensor, float32
 from teacher_wire.labels.blob import LabelEntry, encode_labels, label_keys
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.testing.fake_teacher import FakeTeacher

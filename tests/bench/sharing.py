@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 from tests.bench.table import arguments, show
 from tests.e2e.conftest import Server, server_config, serving
 from tests.soak.load import fresh_batch

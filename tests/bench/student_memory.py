@@ -37,8 +37,10 @@ from student_trainer.losses.head import Head
 from student_trainer.losses.output import OutputLoss, OutputLossSpec, output_loss
 from student_trainer.model.load import Student, _with_adapters
 from student_trainer.model.speed import lora
-from teacher_wire.core.messages import TeacherSignals, TokenBatch, float32
-from teacher_wire.core.messages import Tensor as WireTensor
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.core.tensor import Tensor as WireTensor
+from teacher_wire.core.tensor import float32
 from tests.bench.table import arguments, show
 
 V, K, SEQUENCES, LENGTH, TEACHER_WIDTH = 151_936, 64, 2, 2048, 3584

@@ -25,7 +25,7 @@ from student_trainer.losses.divergence import Divergence, divergence_and_grad
 from student_trainer.losses.head import Head
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
 from student_trainer.losses.truncated import bucket_and_grad
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 from tests.bench.table import show
 
 DIVERGENCES = {"FKL": Divergence(), "JSD": Divergence("jsd", 0.5), "RKL": Divergence("reverse_kl")}

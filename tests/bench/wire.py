@@ -13,13 +13,17 @@ from collections.abc import Callable
 import numpy as np
 
 from student_trainer.labels.verify import check_signals
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TeacherInfo, TeacherSignals, Tensor, TokenBatch, float32
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.tensor import Tensor, float32
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
 from teacher_wire.score.assembly import Assembly
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 from tests.bench.table import arguments, cpu_seconds, show
 
 TOKENS, WIDTH, VOCAB, KEPT = 2048, 3584, 152_064, 64  # sequences of a 7B teacher, two of them a request

@@ -10,7 +10,7 @@ from teacher_server.edge import auth
 from teacher_server.edge.auth import TokenFile, tenant_of
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.errors import AuthenticationError, ForbiddenError
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials

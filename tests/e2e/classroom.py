@@ -42,7 +42,9 @@ from student_trainer.teachers.head_cache import fetch_head
 from student_trainer.training.trainer import learning_rate_share
 from teacher_server.config.server import TeacherConfig, TransformersBackend
 from teacher_server.replica.engine import TeacherEngine
-from teacher_wire.core.messages import HeadHeader, ScoreCall, SignalSpec, TeacherInfo, TeacherSignals
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.testing.loopback import serve

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import MismatchError, TeacherWireError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 

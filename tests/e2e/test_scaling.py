@@ -12,8 +12,8 @@ import urllib.request
 import pytest
 import yaml
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import NotFoundError, OverloadedError
-from teacher_wire.core.messages import TokenBatch
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from tests.e2e.conftest import run_cli, server_config, serving

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.labels.rows_on_device import head_on
 from student_trainer.teachers.head_cache import fetch_head
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, NotFoundError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport import status_table
 
@@ -81,10 +82,10 @@ async def test_errors_cross_ray_and_grpc_with_their_names(teachers):
     """Raised in a replica, through Ray, the edge and gRPC, to a client that checks nothing itself."""
     import grpc
 
-    from teacher_wire.core.messages import ScoreCall
+    from teacher_wire.core.calls import ScoreCall
     from teacher_wire.score import codec
-    from teacher_wire.v1 import teacher_pb2 as pb
-    from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+    from teacher_wire.v2 import teacher_pb2 as pb
+    from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
 
     async with grpc.aio.insecure_channel(teachers.address) as channel:
         stub = pb_grpc.TeacherStub(channel)
@@ -113,7 +114,7 @@ def test_health_and_describe(teachers):
 
     with grpc.insecure_channel(teachers.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "teacher_wire.v1.Teacher"):
+        for service in ("", "teacher_wire.v2.Teacher"):
             assert (
                 stub.Check(health_pb2.HealthCheckRequest(service=service)).status
                 == health_pb2.HealthCheckResponse.SERVING

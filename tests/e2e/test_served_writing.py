@@ -15,8 +15,9 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from teacher_server.edge.server import SERVICE
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import MismatchError, TeacherWireError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.testing.fake_generation import FakeWriter

@@ -10,8 +10,9 @@ import psutil
 import pytest
 import yaml
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import AuthenticationError, UnavailableError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport.channel import Credentials
 from tests.e2e.conftest import Server, run_cli, server_config, serving, transformers_teacher

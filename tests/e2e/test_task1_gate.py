@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 from tests.e2e import task1
 from tests.e2e.classroom import Arm, classroom, paired, renormalised_top_k, table, teacher_folder, train_student
 

@@ -23,17 +23,20 @@ import grpc
 import numpy as np
 
 from teacher_wire import PROTOCOL
-from teacher_wire.core import tensors
-from teacher_wire.core.messages import ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire.core import tensor_codec
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.generate import codec as generate_codec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.score import codec
 from teacher_wire.transport.channel import Credentials, call_metadata, open_channel
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 from tests.faults.noisy_server import VOCAB
 
 WINDOW = 256 << 20
-_SERVICE = "/teacher_wire.v1.Teacher/"
+_SERVICE = "/teacher_wire.v2.Teacher/"
 
 
 @dataclass(frozen=True)
@@ -162,9 +165,9 @@ async def have_lists(target: Target) -> None:
     """Generate with as many pairs in `have` as a message holds."""
     request = generate_request(SamplingSpec(samples=64, max_new_tokens=1), prompts=1024)
     pairs = np.stack(np.divmod(np.arange(600_000, dtype=np.int32) % 65_000, 64), 1).astype(np.int32)
-    request.have.CopyFrom(tensors.encode(Tensor("int32", pairs)))
+    request.have.CopyFrom(tensor_codec.encode(Tensor("int32", pairs)))
     few = generate_request(SamplingSpec(samples=64, max_new_tokens=1), prompts=1024)
-    few.have.CopyFrom(tensors.encode(Tensor("int32", pairs[:65_000])))
+    few.have.CopyFrom(tensor_codec.encode(Tensor("int32", pairs[:65_000])))
     turns = itertools.cycle([request.SerializeToString(), few.SerializeToString()])
     await call_for_ever(target, lambda: next(turns), 8)
 

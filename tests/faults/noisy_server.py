@@ -15,7 +15,10 @@ import numpy as np
 
 from teacher_server.config.server import EdgeConfig, StoreConfig, TlsConfig
 from teacher_server.edge.server import EdgeServer
-from teacher_wire.core.messages import DTYPES, Limits, ScoreCall, TeacherInfo, TeacherSignals, Tensor
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.info import Limits, TeacherInfo
+from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.core.tensor import DTYPES, Tensor
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.score.assembly import row_types
 from teacher_wire.testing.fake_teacher import FakeTeacher

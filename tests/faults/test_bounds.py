@@ -12,7 +12,9 @@ import pytest
 from teacher_server.config.server import EdgeConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_wire import PROTOCOL
-from teacher_wire.core import tensors
+from teacher_wire.core import tensor_codec
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
     DeadlineError,
     LimitError,
@@ -21,7 +23,9 @@ from teacher_wire.core.errors import (
     ServerError,
     TeacherWireError,
 )
-from teacher_wire.core.messages import Limits, ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire.core.info import Limits
+from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.endpoint.servicer import TeacherServicer
 from teacher_wire.generate import codec as generate_codec
@@ -34,12 +38,12 @@ from teacher_wire.testing.loopback import serve
 from teacher_wire.transport import status_table
 from teacher_wire.transport.channel import CLIENT_OPTIONS, TENANT_KEY
 from teacher_wire.transport.stream_limits import StreamLimits
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 from tests.e2e.conftest import free_port
 
 SPEC = SignalSpec("top_k", 64, k=4)
 LIMITS = Limits(4096, 65_536, 1024, 4096, 64 << 20, 4096, 64, 1 << 20, 65_536)
-SERVICE = "/teacher_wire.v1.Teacher/"
+SERVICE = "/teacher_wire.v2.Teacher/"
 
 
 class Stream:
@@ -116,9 +120,9 @@ def request_with(**fields):
 
 PAIRS = np.stack(np.divmod(np.arange(1_900_000, dtype=np.int32) % 65_536, 64), 1).astype(np.int32)
 TOO_MANY = {
-    "have of 15 MB": {"have": tensors.encode(Tensor("int32", PAIRS))},
-    "have of negative pairs": {"have": tensors.encode(Tensor("int32", -PAIRS[:65_000] - 1))},
-    "a pair twice": {"have": tensors.encode(Tensor("int32", np.repeat(PAIRS[:32_000], 2, axis=0)))},
+    "have of 15 MB": {"have": tensor_codec.encode(Tensor("int32", PAIRS))},
+    "have of negative pairs": {"have": tensor_codec.encode(Tensor("int32", -PAIRS[:65_000] - 1))},
+    "a pair twice": {"have": tensor_codec.encode(Tensor("int32", np.repeat(PAIRS[:32_000], 2, axis=0)))},
     "a million stop ids": {"stop_ids": [1] * 1_000_000},
     "a million axes": {"token_ids": pb.Tensor(dtype=pb.INT32, shape=[1] * 1_000_000)},
     "axes of have": {"have": pb.Tensor(dtype=pb.INT32, shape=[1] * 1_000_000)},
@@ -142,7 +146,7 @@ def test_a_list_is_refused_before_it_is_walked(name):
 
 def test_as_many_pairs_as_a_call_has_samples_are_taken():
     pairs = PAIRS[:65_535]
-    request = request_with(have=tensors.encode(Tensor("int32", pairs)))
+    request = request_with(have=tensor_codec.encode(Tensor("int32", pairs)))
     call = generate_codec.decode_generate(request, "", LIMITS)
     assert call.samples == 1 and list(call.wanted()) == [(1023, 63)]
     assert call.tokens == 2

@@ -11,16 +11,18 @@ import pytest
 from teacher_server.config.server import EdgeConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_wire import PROTOCOL
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import UnavailableError
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.codec import encode_generate
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.score import codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import CLIENT_OPTIONS
-from teacher_wire.v1 import teacher_pb2 as pb
-from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+from teacher_wire.v2 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
 from tests.e2e.conftest import free_port
 
 FULL = SignalSpec("full", 1500)

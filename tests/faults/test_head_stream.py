@@ -18,7 +18,7 @@ from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from teacher_wire.transport.channel import CLIENT_OPTIONS, Credentials
 from teacher_wire.transport.stream_limits import StreamLimits
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 from tests.e2e.conftest import free_port
 
 ROWS = 150_000  # of 32 bytes: five chunks
@@ -45,7 +45,7 @@ def leaky():
 
 async def head_codes(server, *requests):
     async with grpc.aio.insecure_channel(server.address, options=CLIENT_OPTIONS) as channel:
-        start = channel.unary_stream("/teacher_wire.v1.Teacher/Head")
+        start = channel.unary_stream("/teacher_wire.v2.Teacher/Head")
         calls = [start(request.SerializeToString()) for request in requests]
         for call in calls:
             with contextlib.suppress(grpc.aio.AioRpcError):

@@ -15,13 +15,13 @@ import pytest
 
 from teacher_server.config.server import TeacherConfig
 from teacher_server.replica.engine import TeacherEngine
-from teacher_wire.core import tensors
-from teacher_wire.core.messages import Tensor
+from teacher_wire.core import tensor_codec
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import PromptBatch, SamplingSpec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 from tests.e2e.classroom import EngineService
 from tests.teacher_wire.test_generate import BAD_SCHEMAS
 
@@ -31,7 +31,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def int32(*values, shape=None):
-    return tensors.encode(Tensor("int32", np.array(values, np.int32).reshape(shape or -1)))
+    return tensor_codec.encode(Tensor("int32", np.array(values, np.int32).reshape(shape or -1)))
 
 
 def ordinary():

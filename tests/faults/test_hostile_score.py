@@ -20,15 +20,18 @@ from hypothesis import strategies as st
 from teacher_server.config.server import TeacherConfig
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire import PROTOCOL
-from teacher_wire.core import tensors
-from teacher_wire.core.messages import ScoreCall, SignalSpec, Tensor, TokenBatch
+from teacher_wire.core import tensor_codec
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from teacher_wire.transport import status_table
 from teacher_wire.transport.channel import CLIENT_OPTIONS
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 from tests.e2e.classroom import EngineService
 
 REQUESTS, AT_ONCE, VOCAB = 2000, 100, 64
@@ -63,9 +66,9 @@ def tensor(draw):
 
 
 INTS = st.one_of(st.integers(-2, 8), st.sampled_from([VOCAB - 1, VOCAB, 255, 2**31 - 1, -(2**31)]))
-INT32 = st.lists(INTS, max_size=12).map(lambda values: tensors.encode(Tensor("int32", np.array(values, np.int32))))
+INT32 = st.lists(INTS, max_size=12).map(lambda values: tensor_codec.encode(Tensor("int32", np.array(values, np.int32))))
 FLAGS = st.lists(st.integers(0, 2), max_size=12).map(
-    lambda values: tensors.encode(Tensor("uint8", np.array(values, np.uint8)))
+    lambda values: tensor_codec.encode(Tensor("uint8", np.array(values, np.uint8)))
 )
 NAMES = st.one_of(
     st.sampled_from(["", "fake", "t", "x" * 65, "x" * 200_000, "\0", "a\nb", "\u202e", "ä" * 64, "../../etc"]),
@@ -134,7 +137,7 @@ async def attack(address, requests, codes):
     """Answers by code. What is no message at all ends its stream; what is one is answered on it."""
     rng = random.Random(0)
     async with grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS) as channel:
-        start = channel.stream_stream("/teacher_wire.v1.Teacher/Score")
+        start = channel.stream_stream("/teacher_wire.v2.Teacher/Score")
         for first in range(0, len(requests), AT_ONCE):
             call, sent = start(), 0
             await call.write(pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=WINDOW)).SerializeToString())

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport.channel import Credentials
 from tests.e2e.conftest import free_port

@@ -8,7 +8,7 @@ import torch
 
 from teacher_server.signals.reduce import OutputHead, reduce
 from teacher_server.signals.transfer import HostRows, ToHost
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROWS, WIDTH, VOCAB, CHUNK_BYTES = 8192, 256, 100_000, 128 << 20

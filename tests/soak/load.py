@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import TeacherWireError
-from teacher_wire.core.messages import SignalSpec, TeacherInfo, TokenBatch
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.transport.channel import Credentials
 

@@ -92,7 +92,8 @@ async def test_torn_weights_leave_the_old_ones_serving(model_factory, tmp_path):
     """A real model: the file is there and passes the checks, and cannot be loaded."""
     import shutil
 
-    from teacher_wire.core.messages import SignalSpec, TokenBatch
+    from teacher_wire.core.batch import TokenBatch
+    from teacher_wire.core.signals import SignalSpec
     from tests.e2e.conftest import transformers_teacher
 
     good = model_factory("qwen2", seed=5)

@@ -18,7 +18,8 @@ import time
 import pytest
 import yaml
 
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from tests.e2e.conftest import run_cli, server_config, serving
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 from tests.e2e.classroom import Arm, classroom, paired, table, teacher_folder, train_student
 from tests.soak import task2
 

@@ -22,7 +22,7 @@ from student_trainer.training.metrics import TIMED
 from student_trainer.training.run import train
 from student_trainer.training.trainer import learning_rate_share
 from teacher_wire.core.errors import LabelError, MismatchError
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 

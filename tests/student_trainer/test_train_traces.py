@@ -16,7 +16,7 @@ from student_trainer.data.rows.sources import DataSource
 from student_trainer.data.trace_schema import Answer, Evidence, Step, Trace, prompt_sha256, to_fields
 from student_trainer.model.load import load_student
 from student_trainer.training.run import train
-from teacher_wire.core.messages import TokenBatch
+from teacher_wire.core.batch import TokenBatch
 from tests.student_trainer.conftest import run_config
 
 QUIET = Console(file=io.StringIO())

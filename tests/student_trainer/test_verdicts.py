@@ -12,7 +12,7 @@ from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMis
 from student_trainer.training import checkpoint
 from student_trainer.training.deferred_checks import ON_THEIR_WAY, Verdicts
 from student_trainer.training.run import _name_bad_labels
-from teacher_wire.core.messages import TokenBatch
+from teacher_wire.core.batch import TokenBatch
 
 
 class Late(Integrity):

@@ -16,7 +16,7 @@ from teacher_server.telemetry.cluster_state import FRESH_S, Board
 from teacher_server.telemetry.latency import Latencies, quantile_s
 from teacher_server.telemetry.records import EdgeReport, Held, Plan, ReplicaReport, TeacherPlan
 from teacher_server.telemetry.summary import as_seen_by
-from teacher_wire.core.messages import LatencyStatus, ServerStatus, TeacherStatus, TenantStatus
+from teacher_wire.core.status import LatencyStatus, ServerStatus, TeacherStatus, TenantStatus
 from teacher_wire.endpoint import status_codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
@@ -125,7 +125,7 @@ async def test_a_new_board_has_no_plan_until_it_is_told():
 
 
 def test_a_tenant_sees_itself_and_an_operator_everybody():
-    from teacher_wire.core.messages import ServerStatus
+    from teacher_wire.core.status import ServerStatus
 
     status = ServerStatus(tenants=(TenantStatus("a"), TenantStatus("b")))
     tenants = {"a": TenantConfig(), "boss": TenantConfig(operator=True)}

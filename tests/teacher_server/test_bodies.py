@@ -11,7 +11,8 @@ import torch
 
 from teacher_server.backends.transformers import attention, decoder_runners
 from teacher_server.backends.transformers.fused import FusedBody
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from tests.teacher_server.test_transformers_backend import FAMILIES, TOLERANCE, backend, direct_logits, sequences
 
 PROMPT = sequences(seed=7, lengths=(40,))[0]

@@ -10,8 +10,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from teacher_server.config.server import EdgeConfig, TenantConfig
 from teacher_server.edge.server import SERVICE, EdgeServer
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import ForbiddenError, OverloadedError, RequestError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials

@@ -11,8 +11,10 @@ import pytest
 from teacher_server.backends.fake import FakeModel
 from teacher_server.config.server import FakeBackend, TeacherConfig
 from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import DeadlineError, MismatchError, OverloadedError, ServerError, UnavailableError
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 
 SPEC = SignalSpec("full", 64)

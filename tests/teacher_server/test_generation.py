@@ -116,7 +116,9 @@ async def test_a_sample_depends_on_prompt_seed_and_number_alone(model_factory):
 
 
 async def test_scoring_goes_on_between_tokens_and_agrees(model_factory):
-    from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+    from teacher_wire.core.batch import TokenBatch
+    from teacher_wire.core.calls import ScoreCall
+    from teacher_wire.core.signals import SignalSpec
 
     async with running(model_factory("qwen2")) as engine:
         writing = asyncio.create_task(write(engine, SamplingSpec(max_new_tokens=60, ignore_eos=True, seed=1)))

@@ -11,8 +11,10 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from teacher_server.edge.router import ServeTeachers
 from teacher_server.telemetry.records import News, Plan, TeacherPlan
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import MismatchError, NotFoundError, ServerError, UnavailableError
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec, check_generate
 from teacher_wire.score import codec
 from teacher_wire.testing.fake_teacher import FakeTeacher

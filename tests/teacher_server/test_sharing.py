@@ -10,8 +10,11 @@ import pytest
 from teacher_server.config.server import TenantConfig
 from teacher_server.edge.admission import Admission
 from teacher_server.edge.label_sharing import LabelSharing
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import OverloadedError, ServerError
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch, float32
+from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.tensor import float32
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.testing.fake_teacher import FakeTeacher

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from teacher_server.signals import output, state
 from teacher_server.signals.reduce import OutputHead, reduce
 from teacher_server.signals.transfer import HostRows, ToHost
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,8 @@ from teacher_server.backends.transformers.backend import load
 from teacher_server.config.server import ServerConfig, TransformersBackend
 from teacher_server.control.preflight import check_files
 from teacher_server.errors import ServerConfigError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.signals import SignalSpec
 
 CHANGED = [
     "falcon_h1",

@@ -17,7 +17,8 @@ from student_trainer.labels.rows_on_device import head_on
 from teacher_server.backends.transformers.backend import load
 from teacher_server.config.server import TransformersBackend
 from teacher_server.errors import ServerConfigError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.signals import SignalSpec
 
 FAMILIES = ["qwen2", "llama", "internlm3", "glm", "glm4", "gemma2", "cohere", "granite"]
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15}

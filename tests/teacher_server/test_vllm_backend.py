@@ -26,8 +26,10 @@ from teacher_server.backends.vllm.writing import refuse_sampling, sample_seed
 from teacher_server.config.server import TeacherConfig, TransformersBackend, VllmBackend
 from teacher_server.errors import ServerConfigError
 from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import LimitError, RequestError, UnavailableError
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.testing.loopback import serve
 from tests.e2e.classroom import EngineService

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from teacher_wire.core.messages import (
-    DTYPES,
-    SignalSpec,
-    TeacherSignals,
-    Tensor,
-    TokenBatch,
-    blocks_of,
-    outliers_of,
-    token_id_dtype,
-)
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.signals import SignalSpec, TeacherSignals, blocks_of, outliers_of
+from teacher_wire.core.tensor import DTYPES, Tensor, token_id_dtype
 from teacher_wire.labels.blob import LabelEntry, label_keys
 
 WIDTH = 40

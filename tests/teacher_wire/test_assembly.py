@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.messages import ScoreCall, TeacherSignals
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
 from teacher_wire.score.assembly import Assembly
 from teacher_wire.testing.fake_teacher import FakeTeacher
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 from tests.teacher_wire.labels_of import SPECS, WIDTH, assert_same_labels, entry_of
 
 

@@ -8,6 +8,8 @@ import grpc
 import numpy as np
 import pytest
 
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
     CapabilityError,
     DeadlineError,
@@ -20,14 +22,14 @@ from teacher_wire.core.errors import (
     ServerError,
     UnavailableError,
 )
-from teacher_wire.core.messages import ScoreCall, SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.endpoint.servicer import StreamLimits
 from teacher_wire.score import codec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import LoopbackServer, serve
-from teacher_wire.v1 import teacher_pb2 as pb
-from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+from teacher_wire.v2 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
 
 QUICK = (0.02, 0.05)
 BATCH = TokenBatch.pack([[1, 2, 3], [4, 5, 6, 7, 8]])

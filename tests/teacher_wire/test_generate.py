@@ -29,7 +29,7 @@ from teacher_wire.generate.schemas import check_schema
 from teacher_wire.testing.fake_generation import FakeWriter
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 PROMPTS = PromptBatch.pack([[1, 2, 3], [4], [5, 6]])
 SPEC = SamplingSpec(samples=3, max_new_tokens=8)

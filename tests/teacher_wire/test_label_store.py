@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError, RequestError
-from teacher_wire.core.messages import SignalSpec, TeacherSignals, TokenBatch
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.labels import blob
 from teacher_wire.labels.blob import decode_labels, encode_labels
 from teacher_wire.labels.store import LabelStore, label_keys
@@ -472,7 +473,8 @@ def test_the_same_labels_are_the_same_file(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from teacher_wire.testing.fake_teacher import FakeTeacher\n"
         "from teacher_wire.labels.blob import LabelEntry, encode_labels, label_keys\n"
-        "from teacher_wire.core.messages import SignalSpec, TokenBatch\n"
+        "from teacher_wire.core.batch import TokenBatch\n"
+        "from teacher_wire.core.signals import SignalSpec\n"
         "import hashlib\n"
         "spec, batch = SignalSpec('top_k', 64, k=3), TokenBatch.pack([[1, 2, 3]])\n"
         "entry = LabelEntry('f', spec, batch, FakeTeacher().signals(spec, batch))\n"

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError, RequestError
-from teacher_wire.core.messages import SignalSpec, TeacherSignals, TokenBatch, token_id_dtype
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.tensor import token_id_dtype
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from student_trainer.config.run import TeacherConfig
 from student_trainer.teachers.connect import connector
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import DeadlineError, LimitError, UnavailableError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import PromptBatch, SamplingSpec
 from teacher_wire.score import codec

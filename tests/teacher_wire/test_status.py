@@ -8,7 +8,7 @@ import pytest
 from teacher_wire.core import errors
 from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.transport import status_table
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 BROKEN_OR_BUSY = {grpc.StatusCode[name] for name in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "UNKNOWN")}
 EVERY = [

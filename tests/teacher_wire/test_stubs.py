@@ -20,10 +20,10 @@ def test_stubs_are_up_to_date(tmp_path):
         "grpc_tools.protoc",
         f"-I{ROOT / 'proto'}",
         *outputs,
-        str(ROOT / "proto/teacher_wire/v1/teacher.proto"),
+        str(ROOT / "proto/teacher_wire/v2/teacher.proto"),
     ]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(TOOLS)})
     for name in ("teacher_pb2.py", "teacher_pb2.pyi", "teacher_pb2_grpc.py"):
-        assert (tmp_path / "teacher_wire/v1" / name).read_text() == (
-            ROOT / "proto/teacher_wire/v1" / name
+        assert (tmp_path / "teacher_wire/v2" / name).read_text() == (
+            ROOT / "proto/teacher_wire/v2" / name
         ).read_text(), name

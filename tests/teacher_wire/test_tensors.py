@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from teacher_wire.core import tensors
+from teacher_wire.core import tensor_codec
 from teacher_wire.core.errors import TensorError
-from teacher_wire.core.messages import DTYPES, Tensor
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.core.tensor import DTYPES, Tensor
+from teacher_wire.v2 import teacher_pb2 as pb
 
 WIRE_MAX = {"uint24": (1 << 24) - 1}
 
@@ -19,8 +19,8 @@ def test_round_trip(data, name):
     dtype = np.dtype(DTYPES[name][0])
     elements = {"elements": st.integers(0, WIRE_MAX[name])} if name in WIRE_MAX else {}
     array = data.draw(hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5), **elements))
-    message = pb.Tensor.FromString(tensors.encode(Tensor(name, array)).SerializeToString())
-    back = tensors.decode(message, "x")
+    message = pb.Tensor.FromString(tensor_codec.encode(Tensor(name, array)).SerializeToString())
+    back = tensor_codec.decode(message, "x")
     assert back.dtype == name and back.array.dtype == dtype
     np.testing.assert_array_equal(back.array, array)
     assert len(message.data) == Tensor(name, array).payload_bytes
@@ -28,7 +28,7 @@ def test_round_trip(data, name):
 
 def test_non_contiguous_arrays_are_encoded_in_c_order():
     array = np.arange(12, dtype=np.float32).reshape(3, 4).T[::2]
-    np.testing.assert_array_equal(tensors.decode(tensors.encode(Tensor("float32", array)), "x").array, array)
+    np.testing.assert_array_equal(tensor_codec.decode(tensor_codec.encode(Tensor("float32", array)), "x").array, array)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_non_contiguous_arrays_are_encoded_in_c_order():
 )
 def test_broken_tensors_are_refused_by_field(message, field):
     with pytest.raises(TensorError) as caught:
-        tensors.decode(message, "ids")
+        tensor_codec.decode(message, "ids")
     assert caught.value.field == field
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from teacher_wire.core.messages import Tensor
+from teacher_wire.core.tensor import Tensor
 
 # The parts of a fast tokenizer's JSON that decide which text becomes which ids.
 _TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")

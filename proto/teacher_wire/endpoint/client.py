@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import grpc
 
 from teacher_wire import PROTOCOL
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
     CancelledRequestError,
     DeadlineError,
@@ -33,15 +35,9 @@ from teacher_wire.core.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.core.messages import (
-    ScoreCall,
-    ServerStatus,
-    SignalSpec,
-    TeacherHead,
-    TeacherInfo,
-    TeacherSignals,
-    TokenBatch,
-)
+from teacher_wire.core.info import TeacherHead, TeacherInfo
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint import status_codec
 from teacher_wire.generate import client
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
@@ -51,8 +47,8 @@ from teacher_wire.transport import status_table
 from teacher_wire.transport.channel import Credentials, addresses_of, call_metadata, open_channel
 from teacher_wire.transport.pacing import Pace
 from teacher_wire.transport.proxy import AUTO, route_to
-from teacher_wire.v1 import teacher_pb2 as pb
-from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+from teacher_wire.v2 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
 

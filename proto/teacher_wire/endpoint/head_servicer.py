@@ -13,7 +13,7 @@ from teacher_wire.core.errors import DeadlineError, RequestError
 from teacher_wire.core.parsing import check_names, parse
 from teacher_wire.endpoint.service import TeacherService
 from teacher_wire.score import codec
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 
 async def chunks(service: TeacherService, data: bytes, charge: Callable[[int], None]) -> AsyncGenerator[bytes, None]:

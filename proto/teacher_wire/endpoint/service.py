@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from teacher_wire.core.messages import HeadHeader, ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
 
 

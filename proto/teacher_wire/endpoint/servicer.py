@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 
 from teacher_wire.core.errors import CapabilityError, UnavailableError
-from teacher_wire.core.messages import ServerStatus
 from teacher_wire.core.parsing import parse
+from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint import head_servicer, status_codec
 from teacher_wire.endpoint.service import TeacherService
 from teacher_wire.generate import servicer
@@ -26,7 +26,7 @@ from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, Context, abort, cancelled_from_outside
 from teacher_wire.transport.offload import Offload
 from teacher_wire.transport.stream_limits import StreamLimits
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 __all__ = ["StreamLimits", "TeacherService", "TeacherServicer", "anonymous"]
 

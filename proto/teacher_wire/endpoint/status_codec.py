@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from teacher_wire.core.messages import EdgeStatus, LatencyStatus, ServerStatus, StoreStatus, TeacherStatus, TenantStatus
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.core.status import EdgeStatus, LatencyStatus, ServerStatus, StoreStatus, TeacherStatus, TenantStatus
+from teacher_wire.v2 import teacher_pb2 as pb
 
 
 def encode_status(status: ServerStatus) -> pb.StatusReply:

@@ -16,11 +16,11 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from teacher_wire.core.errors import TeacherWireError, UnavailableError
-from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.generate import codec
 from teacher_wire.generate.messages import GenerateCall, Sample, check_generate
 from teacher_wire.transport import status_table
-from teacher_wire.v1 import teacher_pb2_grpc as pb_grpc
+from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
 
 Message = TypeVar("Message")
 

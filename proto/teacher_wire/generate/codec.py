@@ -9,12 +9,13 @@ from collections.abc import Container
 
 import numpy as np
 
-from teacher_wire.core import tensors
+from teacher_wire.core import tensor_codec
 from teacher_wire.core.errors import LabelError, LimitError, RequestError, TensorError
-from teacher_wire.core.messages import Limits, TeacherInfo, Tensor
+from teacher_wire.core.info import Limits, TeacherInfo
 from teacher_wire.core.parsing import check_names
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.generate.messages import MAX_STOP_IDS, Finish, GenerateCall, PromptBatch, Sample, SamplingSpec
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 MAX_HAVE = 1 << 16  # pairs, where no limits of a teacher are known
 
@@ -29,8 +30,8 @@ def encode_generate(call: GenerateCall) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         teacher=call.teacher,
         fingerprint=call.fingerprint,
-        token_ids=tensors.encode(Tensor("int32", call.prompts.token_ids_T)),
-        cu_lengths=tensors.encode(Tensor("int32", call.prompts.cu_lengths_B1)),
+        token_ids=tensor_codec.encode(Tensor("int32", call.prompts.token_ids_T)),
+        cu_lengths=tensor_codec.encode(Tensor("int32", call.prompts.cu_lengths_B1)),
         sampling=pb.SamplingSpec(
             samples=spec.samples,
             temperature=spec.temperature,
@@ -41,7 +42,7 @@ def encode_generate(call: GenerateCall) -> pb.GenerateRequest:
             ignore_eos=spec.ignore_eos,
             json_schema=spec.json_schema.encode(),
         ),
-        have=tensors.encode(Tensor("int32", have)) if len(have) else None,
+        have=tensor_codec.encode(Tensor("int32", have)) if len(have) else None,
         timeout_ms=round(call.timeout_s * 1000),
     )
 
@@ -109,7 +110,7 @@ def _decode_have(
 
 
 def _int32(message: pb.Tensor, field: str) -> np.ndarray:
-    tensor = tensors.decode(message, field)
+    tensor = tensor_codec.decode(message, field)
     if tensor.dtype != "int32":
         raise TensorError("wrong dtype", field=field, value=tensor.dtype, limit="int32")
     return tensor.array
@@ -120,8 +121,8 @@ def encode_sample(sample: Sample) -> pb.GenerateDown:
     message = pb.Sample(
         prompt=sample.prompt,
         index=sample.index,
-        token_ids=tensors.encode(Tensor("int32", sample.token_ids_n)),
-        token_logp=tensors.encode(Tensor("float32", sample.token_logp_n)),
+        token_ids=tensor_codec.encode(Tensor("int32", sample.token_ids_n)),
+        token_logp=tensor_codec.encode(Tensor("float32", sample.token_logp_n)),
         finish=_FINISH_CODE[sample.finish],
     )
     return pb.GenerateDown(sample=message)
@@ -149,7 +150,10 @@ def decode_sample(
     if message.finish not in _FINISH_NAME:
         raise LabelError("unknown finish", field=f"finish of {where}", value=message.finish)
     try:
-        ids, logp = tensors.decode(message.token_ids, "token_ids"), tensors.decode(message.token_logp, "token_logp")
+        ids, logp = (
+            tensor_codec.decode(message.token_ids, "token_ids"),
+            tensor_codec.decode(message.token_logp, "token_logp"),
+        )
     except TensorError as error:
         raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
     count = ids.array.size

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError, RequestError
-from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.generate.schemas import check_schema
 
 Finish = Literal["stop", "length"]

@@ -12,12 +12,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Protocol
 
 from teacher_wire.core.errors import DeadlineError, UnavailableError
-from teacher_wire.core.messages import TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.parsing import check_names, parse
 from teacher_wire.generate import codec as generate_codec
 from teacher_wire.generate.messages import GenerateCall, Sample, check_generate
 from teacher_wire.transport.offload import Offload
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 _SCHEMA_COST = 16  # checking a byte of a schema takes as long as checking so many bytes of ids
 

@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from teacher_wire.core import uint24
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.messages import DTYPES, SignalSpec, TeacherSignals, Tensor, TokenBatch
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.tensor import DTYPES, Tensor
 
 FORMAT = "lyceum-label/1"
 _ENTRY = "label"  # of the file's metadata

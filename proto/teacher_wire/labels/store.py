@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.messages import SignalSpec, TeacherSignals, TokenBatch
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.labels.blob import LabelEntry, LabelSummary, decode_labels, encode_labels, label_keys, read_summary
 from teacher_wire.labels.budget import PARTIAL, SUFFIX, Budget, File, files_of, unlink
 

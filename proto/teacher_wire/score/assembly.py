@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.messages import (
-    DTYPES,
-    ScoreCall,
-    SignalSpec,
-    TeacherInfo,
-    Tensor,
-    blocks_of,
-    outliers_of,
-    token_id_dtype,
-)
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec, blocks_of, outliers_of
+from teacher_wire.core.tensor import DTYPES, Tensor, token_id_dtype
 
 _ALWAYS = frozenset({"lse_N", "label_logp_N"})
 _EXPECTED = {

@@ -11,27 +11,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from teacher_wire import PROTOCOL
-from teacher_wire.core import tensors
+from teacher_wire.core import tensor_codec
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import CapabilityError, LabelError, LimitError, MismatchError, RequestError, TensorError
 from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.messages import (
-    FLOATS,
-    Compression,
-    HeadHeader,
-    Limits,
-    ScoreCall,
-    SignalSpec,
-    TeacherHead,
-    TeacherInfo,
-    TeacherSignals,
-    Tensor,
-    Timing,
-    TokenBatch,
-    Transport,
-)
+from teacher_wire.core.info import HeadHeader, Limits, TeacherHead, TeacherInfo
 from teacher_wire.core.parsing import check_names, check_request_id
+from teacher_wire.core.signals import Compression, SignalSpec, TeacherSignals, Timing, Transport
+from teacher_wire.core.tensor import FLOATS, Tensor
 from teacher_wire.score.assembly import Assembly
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
 PART_BYTES = 1 << 20  # of a request that is sent in parts
@@ -125,11 +115,11 @@ def encode_call(call: ScoreCall) -> pb.ScoreRequest:
             extra=call.spec.extra,
             compression=_COMPRESSION_CODE[call.spec.compression],
         ),
-        token_ids=tensors.encode(Tensor("int32", batch.token_ids_T)),
-        cu_lengths=tensors.encode(Tensor("int32", batch.cu_lengths_B1)),
-        wanted=tensors.encode(Tensor("uint8", batch.wanted_T.view(np.uint8))),
+        token_ids=tensor_codec.encode(Tensor("int32", batch.token_ids_T)),
+        cu_lengths=tensor_codec.encode(Tensor("int32", batch.cu_lengths_B1)),
+        wanted=tensor_codec.encode(Tensor("uint8", batch.wanted_T.view(np.uint8))),
         timeout_ms=round(call.timeout_s * 1000),
-        extra_ids=None if batch.extra_ids_NM is None else tensors.encode(Tensor("int32", batch.extra_ids_NM)),
+        extra_ids=None if batch.extra_ids_NM is None else tensor_codec.encode(Tensor("int32", batch.extra_ids_NM)),
     )
 
 
@@ -173,7 +163,7 @@ def decode_call(request: pb.ScoreRequest, tenant: str) -> ScoreCall:
 
 
 def _decode_as(message: pb.Tensor, field: str, dtype: str) -> np.ndarray:
-    tensor = tensors.decode(message, field)
+    tensor = tensor_codec.decode(message, field)
     if tensor.dtype != dtype:
         raise TensorError("wrong dtype", field=field, value=tensor.dtype, limit=dtype)
     return tensor.array
@@ -263,7 +253,7 @@ def encode_chunks(
         chunk.request_id, chunk.reply_id, chunk.index = request_id, reply_id, index
         chunk.first_row, chunk.rows = start, stop - start
         for name, tensor in parts.items():
-            tensors.fill(getattr(chunk, _WIRE_FIELD[name]), tensor.rows(start, stop))
+            tensor_codec.fill(getattr(chunk, _WIRE_FIELD[name]), tensor.rows(start, stop))
         yield down
 
 
@@ -293,7 +283,7 @@ def decode_chunk(chunk: pb.ScoreChunk, answer: Assembly) -> int:
     for name, room in answer.room(chunk.rows).items():
         field = _WIRE_FIELD[name]
         try:
-            payload += tensors.decode_into(getattr(chunk, field), field, room)
+            payload += tensor_codec.decode_into(getattr(chunk, field), field, room)
         except TensorError as error:
             raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
     answer.took(chunk.rows)
@@ -333,7 +323,7 @@ def finish_reply(answer: Assembly, done: pb.ScoreDone, call: ScoreCall) -> Teach
 def encode_head_header(header: HeadHeader) -> pb.HeadChunk:
     """The first chunk of a head."""
     message = pb.HeadHeader(
-        dtype=tensors.dtype_code(header.dtype),
+        dtype=tensor_codec.dtype_code(header.dtype),
         rows=header.rows,
         columns=header.columns,
         logit_scale=header.logit_scale,
@@ -341,7 +331,7 @@ def encode_head_header(header: HeadHeader) -> pb.HeadChunk:
         sha256=header.sha256,
     )
     if header.bias_V is not None:
-        message.bias.CopyFrom(tensors.encode(header.bias_V))
+        message.bias.CopyFrom(tensor_codec.encode(header.bias_V))
     return pb.HeadChunk(header=message)
 
 
@@ -352,8 +342,8 @@ def decode_head_header(message: pb.HeadHeader) -> HeadHeader:
         LabelError: unknown dtype or a broken bias.
     """
     try:
-        dtype = tensors.dtype_name(message.dtype, "head")
-        bias = tensors.decode(message.bias, "head.bias") if message.HasField("bias") else None
+        dtype = tensor_codec.dtype_name(message.dtype, "head")
+        bias = tensor_codec.decode(message.bias, "head.bias") if message.HasField("bias") else None
     except TensorError as error:
         raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
     return HeadHeader(
@@ -425,7 +415,7 @@ class HeadAssembly:
             raise LabelError(
                 "the head is incomplete", field="head.data", value=self.received_bytes, limit=header.weight_bytes
             )
-        weight_VD = tensors.of_bytes(header.dtype, (header.rows, header.columns), self._weight)
+        weight_VD = tensor_codec.of_bytes(header.dtype, (header.rows, header.columns), self._weight)
         digest = head_sha256(weight_VD, header.bias_V, header.logit_scale, header.final_softcap)
         if digest != header.sha256:
             raise LabelError(

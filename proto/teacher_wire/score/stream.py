@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from teacher_wire import PROTOCOL
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
     CapabilityError,
     DeadlineError,
@@ -27,8 +28,9 @@ from teacher_wire.core.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.core.messages import ScoreCall, TeacherInfo, TeacherSignals
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.parsing import check_request_id, parse
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
 from teacher_wire.score.kept_replies import KeptReplies, Reply
 from teacher_wire.score.window import Window
@@ -37,7 +39,7 @@ from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, bare, cancelled_from_outside, known
 from teacher_wire.transport.offload import Offload
 from teacher_wire.transport.stream_limits import StreamLimits
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 _CONTROL_BYTES = 256  # credits, acknowledgements, cancellations: never held up by other streams' requests
 _ENCODING_IS_FASTER = 32  # than decoding and checking: up to 2 MiB a thread would cost more than it spares the loop

@@ -13,22 +13,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import NotFoundError, ServerError
 from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.messages import (
-    BLOCK_CHANNELS,
-    HeadHeader,
-    Limits,
-    ScoreCall,
-    SignalSpec,
-    TeacherInfo,
-    TeacherSignals,
-    Tensor,
-    TokenBatch,
-    float32,
-    outliers_of,
-    token_id_dtype,
-)
+from teacher_wire.core.info import HeadHeader, Limits, TeacherInfo
+from teacher_wire.core.signals import BLOCK_CHANNELS, SignalSpec, TeacherSignals, outliers_of
+from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.testing.fake_generation import FakeWriter
 

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from teacher_wire.core import errors
 from teacher_wire.core.errors import TeacherWireError
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.v2 import teacher_pb2 as pb
 
 DETAIL_KEY = "lyceum-error-bin"
 MAX_DETAIL_CHARS = 1000

@@ -35,9 +35,11 @@ from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.reduce import OutputHead, reduce
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError
 from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.messages import HeadHeader, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
+from teacher_wire.core.info import HeadHeader, TeacherHead
+from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
 
 log = logging.getLogger(__name__)
 

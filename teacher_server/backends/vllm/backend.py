@@ -34,8 +34,11 @@ from teacher_server.config.server import VllmBackend as Config
 from teacher_server.decoding.scheduler import OnThread
 from teacher_server.decoding.sequence_queue import Sequence
 from teacher_server.errors import ServerConfigError
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, LimitError, RequestError, TeacherWireError
-from teacher_wire.core.messages import DTYPES, SignalSpec, TeacherHead, TeacherSignals, Timing, TokenBatch
+from teacher_wire.core.info import TeacherHead
+from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
+from teacher_wire.core.tensor import DTYPES
 from teacher_wire.generate.messages import Sample, SamplingSpec
 
 if TYPE_CHECKING:

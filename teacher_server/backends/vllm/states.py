@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor as Torch
 
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import TeacherWireError
-from teacher_wire.core.messages import TokenBatch
 
 if TYPE_CHECKING:
     from teacher_server.backends.vllm.engine import Engine

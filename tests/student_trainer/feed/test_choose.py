@@ -6,7 +6,7 @@ import pytest
 
 from student_trainer.errors import ConfigError
 from student_trainer.teachers.choose import Probe, choose
-from teacher_wire.core.messages import Limits
+from teacher_wire.core.info import Limits
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
 GIB = 2**30

@@ -8,7 +8,7 @@ from student_trainer.config.run import LabelConfig
 from student_trainer.errors import ConfigError
 from student_trainer.teachers.handshake import StudentFacts, agree
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
-from teacher_wire.core.messages import SignalSpec
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
 INFO = FakeTeacher(tokenizer_sha256="t" * 64, chat_template_sha256="c" * 64).teacher_info()

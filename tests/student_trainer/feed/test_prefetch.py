@@ -10,8 +10,9 @@ from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.prefetch import LabelFeed
 from student_trainer.labels.service import LabelDesk
 from student_trainer.labels.source import LabelRequest
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CancelledRequestError, LabelError, UnavailableError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import LoopbackServer, serve

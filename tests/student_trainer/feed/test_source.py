@@ -10,8 +10,9 @@ from student_trainer.labels import event_loop
 from student_trainer.labels.prefetch import LabelFeed
 from student_trainer.labels.service import LabelDesk
 from student_trainer.labels.source import LabelRequest, LabelUsage
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError, ServerError
-from teacher_wire.core.messages import SignalSpec, TokenBatch
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.budget import files_of
 from teacher_wire.labels.store import LabelStore, label_keys

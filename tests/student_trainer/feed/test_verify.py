@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from student_trainer.labels.verify import check_signals
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.messages import SignalSpec, TokenBatch, float32
+from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.tensor import float32
 from teacher_wire.testing.fake_teacher import FakeTeacher, _spoil
 
 SPECS = {

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from student_trainer.labels import verify
 from student_trainer.labels.verify import LOGP_TOLERANCE, MASS_TOLERANCE, check_signals
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.messages import SignalSpec, TeacherSignals, Tensor, TokenBatch, float32, token_id_dtype
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
 
 DTYPES = ("bfloat16", "float16", "float32")
 

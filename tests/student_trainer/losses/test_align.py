@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from student_trainer.errors import DataError
 from student_trainer.losses.align import row_index, wanted_rows
-from teacher_wire.core.messages import TokenBatch
+from teacher_wire.core.batch import TokenBatch
 
 
 def cu(*lengths: int) -> np.ndarray:

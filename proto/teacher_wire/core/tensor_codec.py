@@ -12,8 +12,8 @@ import numpy as np
 
 from teacher_wire.core import uint24
 from teacher_wire.core.errors import TensorError
-from teacher_wire.core.messages import DTYPES, Tensor
-from teacher_wire.v1 import teacher_pb2 as pb
+from teacher_wire.core.tensor import DTYPES, Tensor
+from teacher_wire.v2 import teacher_pb2 as pb
 
 MAX_AXES = 4
 

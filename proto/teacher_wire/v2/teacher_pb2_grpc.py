@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from teacher_wire.v1 import teacher_pb2 as teacher__wire_dot_v1_dot_teacher__pb2
+from teacher_wire.v2 import teacher_pb2 as teacher__wire_dot_v2_dot_teacher__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + f' but the generated code in teacher_wire/v1/teacher_pb2_grpc.py depends on'
+        + f' but the generated code in teacher_wire/v2/teacher_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -35,29 +35,29 @@ class TeacherStub(object):
             channel: A grpc.Channel.
         """
         self.Describe = channel.unary_unary(
-                '/teacher_wire.v1.Teacher/Describe',
-                request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.DescribeReply.FromString,
+                '/teacher_wire.v2.Teacher/Describe',
+                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.DescribeReply.FromString,
                 _registered_method=True)
         self.Score = channel.stream_stream(
-                '/teacher_wire.v1.Teacher/Score',
-                request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.ScoreUp.SerializeToString,
-                response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.ScoreDown.FromString,
+                '/teacher_wire.v2.Teacher/Score',
+                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.ScoreUp.SerializeToString,
+                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.ScoreDown.FromString,
                 _registered_method=True)
         self.Generate = channel.unary_stream(
-                '/teacher_wire.v1.Teacher/Generate',
-                request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.GenerateDown.FromString,
+                '/teacher_wire.v2.Teacher/Generate',
+                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.GenerateDown.FromString,
                 _registered_method=True)
         self.Head = channel.unary_stream(
-                '/teacher_wire.v1.Teacher/Head',
-                request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadRequest.SerializeToString,
-                response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadChunk.FromString,
+                '/teacher_wire.v2.Teacher/Head',
+                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.HeadRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.HeadChunk.FromString,
                 _registered_method=True)
         self.Status = channel.unary_unary(
-                '/teacher_wire.v1.Teacher/Status',
-                request_serializer=teacher__wire_dot_v1_dot_teacher__pb2.StatusRequest.SerializeToString,
-                response_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.StatusReply.FromString,
+                '/teacher_wire.v2.Teacher/Status',
+                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.StatusRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.StatusReply.FromString,
                 _registered_method=True)
 
 
@@ -107,34 +107,34 @@ def add_TeacherServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
-                    request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.DescribeRequest.FromString,
-                    response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.DescribeReply.SerializeToString,
+                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.DescribeRequest.FromString,
+                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.DescribeReply.SerializeToString,
             ),
             'Score': grpc.stream_stream_rpc_method_handler(
                     servicer.Score,
-                    request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.ScoreUp.FromString,
-                    response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.ScoreDown.SerializeToString,
+                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.ScoreUp.FromString,
+                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.ScoreDown.SerializeToString,
             ),
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.GenerateRequest.FromString,
-                    response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.GenerateDown.SerializeToString,
+                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.GenerateRequest.FromString,
+                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.GenerateDown.SerializeToString,
             ),
             'Head': grpc.unary_stream_rpc_method_handler(
                     servicer.Head,
-                    request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadRequest.FromString,
-                    response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.HeadChunk.SerializeToString,
+                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.HeadRequest.FromString,
+                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.HeadChunk.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
-                    request_deserializer=teacher__wire_dot_v1_dot_teacher__pb2.StatusRequest.FromString,
-                    response_serializer=teacher__wire_dot_v1_dot_teacher__pb2.StatusReply.SerializeToString,
+                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.StatusRequest.FromString,
+                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.StatusReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'teacher_wire.v1.Teacher', rpc_method_handlers)
+            'teacher_wire.v2.Teacher', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('teacher_wire.v1.Teacher', rpc_method_handlers)
+    server.add_registered_method_handlers('teacher_wire.v2.Teacher', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -155,9 +155,9 @@ class Teacher(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/teacher_wire.v1.Teacher/Describe',
-            teacher__wire_dot_v1_dot_teacher__pb2.DescribeRequest.SerializeToString,
-            teacher__wire_dot_v1_dot_teacher__pb2.DescribeReply.FromString,
+            '/teacher_wire.v2.Teacher/Describe',
+            teacher__wire_dot_v2_dot_teacher__pb2.DescribeRequest.SerializeToString,
+            teacher__wire_dot_v2_dot_teacher__pb2.DescribeReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -182,9 +182,9 @@ class Teacher(object):
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/teacher_wire.v1.Teacher/Score',
-            teacher__wire_dot_v1_dot_teacher__pb2.ScoreUp.SerializeToString,
-            teacher__wire_dot_v1_dot_teacher__pb2.ScoreDown.FromString,
+            '/teacher_wire.v2.Teacher/Score',
+            teacher__wire_dot_v2_dot_teacher__pb2.ScoreUp.SerializeToString,
+            teacher__wire_dot_v2_dot_teacher__pb2.ScoreDown.FromString,
             options,
             channel_credentials,
             insecure,
@@ -209,9 +209,9 @@ class Teacher(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/teacher_wire.v1.Teacher/Generate',
-            teacher__wire_dot_v1_dot_teacher__pb2.GenerateRequest.SerializeToString,
-            teacher__wire_dot_v1_dot_teacher__pb2.GenerateDown.FromString,
+            '/teacher_wire.v2.Teacher/Generate',
+            teacher__wire_dot_v2_dot_teacher__pb2.GenerateRequest.SerializeToString,
+            teacher__wire_dot_v2_dot_teacher__pb2.GenerateDown.FromString,
             options,
             channel_credentials,
             insecure,
@@ -236,9 +236,9 @@ class Teacher(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/teacher_wire.v1.Teacher/Head',
-            teacher__wire_dot_v1_dot_teacher__pb2.HeadRequest.SerializeToString,
-            teacher__wire_dot_v1_dot_teacher__pb2.HeadChunk.FromString,
+            '/teacher_wire.v2.Teacher/Head',
+            teacher__wire_dot_v2_dot_teacher__pb2.HeadRequest.SerializeToString,
+            teacher__wire_dot_v2_dot_teacher__pb2.HeadChunk.FromString,
             options,
             channel_credentials,
             insecure,
@@ -263,9 +263,9 @@ class Teacher(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/teacher_wire.v1.Teacher/Status',
-            teacher__wire_dot_v1_dot_teacher__pb2.StatusRequest.SerializeToString,
-            teacher__wire_dot_v1_dot_teacher__pb2.StatusReply.FromString,
+            '/teacher_wire.v2.Teacher/Status',
+            teacher__wire_dot_v2_dot_teacher__pb2.StatusRequest.SerializeToString,
+            teacher__wire_dot_v2_dot_teacher__pb2.StatusReply.FromString,
             options,
             channel_credentials,
             insecure,
