@@ -17,7 +17,7 @@ from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from tests.teacher_wire.label_writers import SPECS, entry_of, key_of
+from tests.teacher_wire.labels.label_writers import SPECS, entry_of, key_of
 
 
 @pytest.fixture

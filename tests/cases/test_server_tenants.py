@@ -15,7 +15,7 @@ from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials
 from tests.cases.certificates import Authority
-from tests.teacher_server.test_edge import batch, client_of, edge
+from tests.teacher_server.edge.test_server import batch, client_of, edge
 
 A, B = "a" * 20, "b" * 20
 

@@ -16,7 +16,7 @@ from teacher_wire.transport.channel import Credentials
 from tests.cases.certificates import Authority, openssl
 from tests.cases.material import command
 from tests.e2e.conftest import free_port
-from tests.teacher_server.test_edge import edge
+from tests.teacher_server.edge.test_server import edge
 
 
 @pytest.fixture(scope="module")

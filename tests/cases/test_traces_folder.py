@@ -15,7 +15,7 @@ from student_trainer.traces.questions import Question
 from student_trainer.traces.selection import Judgement
 from tests.cases.material import command
 from tests.student_trainer.traces.test_traces_run import QUESTIONS, run, world  # noqa: F401
-from tests.teacher_wire.test_label_store_processes import small_disk
+from tests.teacher_wire.labels.test_store_processes import small_disk
 
 IDENTITY = {"teacher": "a" * 64, "sampling": {"samples": 1}}
 

@@ -23,7 +23,7 @@ from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from teacher_wire.v2 import teacher_pb2 as pb
 from tests.e2e.classroom import EngineService
-from tests.teacher_wire.test_generate import BAD_SCHEMAS
+from tests.teacher_wire.generate.test_generate import BAD_SCHEMAS
 
 REQUESTS, AT_ONCE = 2000, 16
 ALLOWED = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED}

@@ -23,7 +23,7 @@ from teacher_wire.labels import blob
 from teacher_wire.labels.blob import decode_labels, encode_labels
 from teacher_wire.labels.store import LabelStore, label_keys
 from teacher_wire.testing.fake_teacher import FakeTeacher
-from tests.teacher_wire.labels_of import SPECS, assert_same_labels, entry_of, key_of
+from tests.teacher_wire.labels.labels_of import SPECS, assert_same_labels, entry_of, key_of
 
 
 @pytest.fixture

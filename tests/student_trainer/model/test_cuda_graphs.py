@@ -16,7 +16,7 @@ from student_trainer.model.speed import cuda_graphs
 from student_trainer.training import trainer as trainer_module
 from student_trainer.training.run import train
 from student_trainer.training.trainer import DistillationTrainer
-from tests.student_trainer.test_train import losses
+from tests.student_trainer.training.test_train import losses
 
 SHAPES = [(2, 32), (2, 32), (2, 32), (2, 48), (2, 48), (2, 32), (2, 48), (3, 64)]
 

@@ -18,7 +18,7 @@ from teacher_wire.labels.budget import files_of
 from teacher_wire.labels.store import LabelStore, label_keys
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
-from tests.teacher_wire.labels_of import assert_same_labels
+from tests.teacher_wire.labels.labels_of import assert_same_labels
 
 SPECS = [
     SignalSpec("hidden", 64),

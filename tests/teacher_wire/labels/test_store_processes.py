@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from teacher_wire.labels.store import LabelStore
-from tests.teacher_wire.label_writers import QUESTIONS, answer
-from tests.teacher_wire.labels_of import SPECS, assert_same_labels, entry_of, key_of
+from tests.teacher_wire.labels.label_writers import QUESTIONS, answer
+from tests.teacher_wire.labels.labels_of import SPECS, assert_same_labels, entry_of, key_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run_writers(*arguments):
-    command = [sys.executable, "-m", "tests.teacher_wire.label_writers", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.teacher_wire.labels.label_writers", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -19,7 +19,7 @@ import numpy as np
 
 from teacher_wire.labels.blob import LabelEntry
 from teacher_wire.labels.store import LabelStore
-from tests.teacher_wire.labels_of import SPECS, entry_of, key_of
+from tests.teacher_wire.labels.labels_of import SPECS, entry_of, key_of
 
 QUESTIONS = 40
 

@@ -13,7 +13,7 @@ from teacher_server.backends.transformers import attention, decoder_runners
 from teacher_server.backends.transformers.fused import FusedBody
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec
-from tests.teacher_server.test_transformers_backend import FAMILIES, TOLERANCE, backend, direct_logits, sequences
+from tests.teacher_server.backends.test_transformers import FAMILIES, TOLERANCE, backend, direct_logits, sequences
 
 PROMPT = sequences(seed=7, lengths=(40,))[0]
 MIXED = [*sequences(lengths=(3, 40, 2, 17)), *(PROMPT + tail for tail in sequences(seed=8, lengths=(2, 5, 30, 5)))]

@@ -22,9 +22,9 @@ from teacher_wire.labels.store import LabelStore
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
-from tests.student_trainer.test_train import QUIET, adapter_hash, losses
-from tests.teacher_wire.labels_of import SPECS, entry_of, key_of
-from tests.teacher_wire.test_label_store_processes import small_disk
+from tests.student_trainer.training.test_train import QUIET, adapter_hash, losses
+from tests.teacher_wire.labels.labels_of import SPECS, entry_of, key_of
+from tests.teacher_wire.labels.test_store_processes import small_disk
 
 
 class FickleTeacher(FakeTeacher):

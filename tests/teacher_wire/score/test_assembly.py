@@ -14,7 +14,7 @@ from teacher_wire.score import codec
 from teacher_wire.score.assembly import Assembly
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.v2 import teacher_pb2 as pb
-from tests.teacher_wire.labels_of import SPECS, WIDTH, assert_same_labels, entry_of
+from tests.teacher_wire.labels.labels_of import SPECS, WIDTH, assert_same_labels, entry_of
 
 
 def asked(name, seed=0, tokens=30, dtype="bfloat16"):
