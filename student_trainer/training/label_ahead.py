@@ -73,7 +73,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
     _check(config, settled is not None)
     with teacher_address(config.teacher, console) as address:
         student = load_outline(config.model)
-        data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config))
+        data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config), config.run.cache_dir)
         check_data(student, config.model.path, data, held_out)
         teacher = meet_teacher(config, address, student, data, held_out, console, settled, only_stores=True)
         if teacher is None:

@@ -95,7 +95,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
-            data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config) if resume else None)
+            data, held_out = load_data(
+                config.data, student.tokenizer, console, pinned_date(config) if resume else None, config.run.cache_dir
+            )
             check_data(student.outline, config.model.path, data, held_out)
             teacher = meet_teacher(
                 config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
