@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from teacher_server.backends.base import ModelFacts
-from teacher_server.config.server import FakeBackend, GenerationConfig
+from teacher_server.config.backends import FakeBackend
+from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import WRITING_COUNTERS, OnThread
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import TeacherWireError, UnavailableError
@@ -60,6 +61,12 @@ class FakeModel:
 
     def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> FakeGeneration:
         return FakeGeneration(self._teacher)
+
+
+def load(config: FakeBackend, *, deterministic: bool) -> FakeModel:
+    """The fake; it always gives the same bits."""
+    del deterministic
+    return FakeModel(config)
 
 
 class FakeGeneration:

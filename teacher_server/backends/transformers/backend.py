@@ -29,8 +29,8 @@ from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.transformers import decoder_runners, internlm, quantized
 from teacher_server.backends.transformers.decode_loop import ModelStepper
 from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
+from teacher_server.config.backends import TransformersBackend as Config
 from teacher_server.config.server import GenerationConfig
-from teacher_server.config.server import TransformersBackend as Config
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.reduce import OutputHead, reduce

@@ -29,8 +29,8 @@ from teacher_server.backends.transformers import internlm
 from teacher_server.backends.vllm.architectures import check_known
 from teacher_server.backends.vllm.states import StatesUnderWay
 from teacher_server.backends.vllm.writing import EngineGeneration, Writer, refuse_sampling, sample_seed
+from teacher_server.config.backends import VllmBackend as Config
 from teacher_server.config.server import GenerationConfig
-from teacher_server.config.server import VllmBackend as Config
 from teacher_server.decoding.scheduler import OnThread
 from teacher_server.decoding.sequence_queue import Sequence
 from teacher_server.errors import ServerConfigError
