@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,10 +71,13 @@ def cluster(tmp_path, monkeypatch):
     ]
     subprocess.run([ray, "start", "--head", f"--port={port}", *options], check=True, capture_output=True, timeout=120)
     yield f"127.0.0.1:{port}"
-    ours = [p for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
-    for process in ours:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    for process in psutil.process_iter():
+        with contextlib.suppress(
+            psutil.Error
+        ):  # some of Ray's write over their command line, and none over its environment
+            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == folder:
+                process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_up_comes_back_to_a_cluster_that_it_left(tmp_path, cluster):

@@ -31,7 +31,7 @@ TWO = {"min_replicas": 2, "max_replicas": 2}
 FAKE = {"name": "fake", "num_cpus": 0.1, "backend": {"kind": "fake", "delay_s": 0.04}, "autoscaling": TWO}
 BREAKING = {"name": "breaking", "num_cpus": 0.1, "backend": {"kind": "fake", "breaks_after": 2}}
 SCALING = {"max_replicas": 2, "target_queued_tokens": 4000, "upscale_delay_s": 0.5, "downscale_delay_s": 1.0}
-NEW_TOKENS = 16
+NEW_TOKENS = 8
 
 
 def fingerprint(seed):
