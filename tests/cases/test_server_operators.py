@@ -71,12 +71,17 @@ def cluster(tmp_path, monkeypatch):
     ]
     subprocess.run([ray, "start", "--head", f"--port={port}", *options], check=True, capture_output=True, timeout=120)
     yield f"127.0.0.1:{port}"
+    ours = []
     for process in psutil.process_iter():
-        with contextlib.suppress(
-            psutil.Error
-        ):  # some of Ray's write over their command line, and none over its environment
-            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == folder:
-                process.kill()
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if (
+                folder in line or f":{port} " in line
+            ):  # the raylet's agents call themselves otherwise, but are its children
+                ours += [process, *process.children(recursive=True)]
+    for process in ours:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     shutil.rmtree(folder, ignore_errors=True)
 
 
