@@ -117,7 +117,10 @@ class LabelSharing:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         info = await self._service.info(call.teacher, call.fingerprint)
-        self._admission.send(call.tenant, codec.reply_bytes(call, info))
+        with self._admission.sending(call.tenant, codec.reply_bytes(call, info)):
+            return await self._score(call)
+
+    async def _score(self, call: ScoreCall) -> TeacherSignals:
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from teacher_server import engine as engine_module
 from teacher_server.backends.fake import FakeModel
 from teacher_server.config import FakeBackend, TeacherConfig
 from teacher_server.engine import TeacherEngine
@@ -22,8 +23,8 @@ POISON = 63
 class Model(FakeModel):
     """Waits at a gate, counts, and fails on a poisoned token."""
 
-    def __init__(self) -> None:
-        super().__init__(FakeBackend())
+    def __init__(self, **settings) -> None:
+        super().__init__(FakeBackend(**settings))
         self.gate = threading.Event()
         self.gate.set()
         self.batches = []
@@ -88,6 +89,26 @@ async def test_what_waits_together_runs_together():
             "refused": 0,
             "tenants": {"": {"queued_tokens": 0, "served_tokens": 24, "refused": 0}},
         }
+
+
+async def test_a_batch_holds_labels_of_no_more_bytes_than_its_budget(monkeypatch):
+    """The rows of `full` are all held until the batch is over: 5 GB for one of few tokens, of a large vocabulary."""
+    monkeypatch.setattr(engine_module, "_ANSWER_BYTES", 0, raising=False)  # then the largest reply is the budget
+    model, spec = Model(vocab_rows=4096), SignalSpec("full", 4096)
+    config = {"name": "t", "backend": {"kind": "fake", "vocab_rows": 4096}, "limits": {"max_reply_mb": 1}}
+    engine = TeacherEngine(TeacherConfig.model_validate(config), model)
+    engine.start()
+    model.gate.clear()
+    tasks = [asyncio.create_task(engine.score(call(i, 21, spec=spec))) for i in range(12)]  # 20 rows, 320 KB
+    tasks += [asyncio.create_task(engine.score(call(i, 21))) for i in range(12, 24)]  # 20 rows, 5 KB
+    await until(lambda: engine.counters()["waiting"] == len(tasks))
+    model.gate.set()
+    answers = await asyncio.gather(*tasks)
+    await engine.stop()
+    assert [answer.rows for answer in answers] == [20] * 24
+    large = [sum(first < 12 for first in batch) for batch in model.batches]
+    assert sum(large) == 12 and max(large) <= 3, model.batches
+    assert len(model.batches) < 12, "small answers travel together"
 
 
 async def test_one_bad_request_fails_alone():

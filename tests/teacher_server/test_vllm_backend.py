@@ -30,6 +30,7 @@ from teacher_wire.loopback import serve
 from teacher_wire.messages import ScoreCall, SignalSpec, TokenBatch
 from teacher_wire.traces import Caps, generation_schema
 from tests.e2e.classroom import EngineService
+from tests.faults import test_hostile_score as hostile_score
 from tests.faults.test_hostile_generate import REQUESTS, attack
 
 pytestmark = [
@@ -357,6 +358,16 @@ async def test_two_thousand_hostile_requests_leave_vllm_alive(wide):
     wide.check_health()
     assert wide.score([(TokenBatch.pack([[1, 2]]), HIDDEN)])[0].rows == 1
     await until(lambda: wide.counters()["vllm_generate_running"] == 0)
+
+
+async def test_two_thousand_hostile_score_requests_leave_vllm_alive(wide, capsys):
+    service = EngineService(TeacherEngine(TeacherConfig.model_validate(
+        {"name": "t", "backend": wide._config.model_dump()}), wide))  # fmt: skip
+    rounds = await hostile_score.withstand(service)
+    wide.check_health()
+    assert wide.score([(TokenBatch.pack([[1, 2]]), HIDDEN)])[0].rows == 1
+    with capsys.disabled():
+        print("", *hostile_score.told(rounds), sep="\n")
 
 
 def test_what_vllm_would_change_without_a_word_is_refused():
