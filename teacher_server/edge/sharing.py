@@ -256,6 +256,11 @@ class LabelSharing:
         if not flight.labels[key].done():
             flight.labels[key].set_result(labels)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of the labels that are kept in memory."""
+        return self._memory.held_bytes
+
     def counters(self) -> dict[str, Any]:
         """Hits and sizes, for status displays and tests."""
         disk = (

@@ -264,3 +264,44 @@ async def test_a_backend_that_fails_on_everything_is_given_up_after_its_own_prob
         await until(lambda: engine.trouble)
         with pytest.raises(RuntimeError, match="its own probe failed too: RuntimeError: weights are gone"):
             engine.check_health()
+
+
+async def test_a_forward_pass_that_hangs_makes_the_replica_unhealthy_and_callers_ask_another_one():
+    async with running(hang_s=3600) as (engine, model):
+        engine._health._clock = lambda: now_s
+        now_s, before = 0.0, len(model.batches)
+        model.gate.clear()
+        tasks = [asyncio.create_task(engine.score(call(first))) for first in range(3)]
+        await until(lambda: engine._health._running)
+        now_s = 3599.0
+        engine.check_health()
+        now_s = 3601.0
+        with pytest.raises(RuntimeError, match=r"has run for 3601 s \(hang_s 3600\)"):
+            engine.check_health()
+        for answer in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(answer, UnavailableError)
+        with pytest.raises(UnavailableError):
+            await engine.score(call(9))
+        assert engine.counters()["given_up"] == 1 and len(model.batches) == before
+
+
+async def test_an_idle_replica_is_healthy_however_long_it_waits():
+    async with running(hang_s=1) as (engine, _):
+        now_s = 0.0
+        engine._health._clock = lambda: now_s
+        await engine.score(call(1))
+        now_s = 1e6
+        engine.check_health()
+
+
+async def test_without_a_limit_a_forward_pass_may_take_for_ever():
+    async with running(hang_s=None) as (engine, model):
+        now_s = 0.0
+        engine._health._clock = lambda: now_s
+        model.gate.clear()
+        task = asyncio.create_task(engine.score(call(2)))
+        await until(lambda: engine._health._running)
+        now_s = 1e6
+        engine.check_health()
+        model.gate.set()
+        await task
