@@ -121,7 +121,10 @@ class LabelSharing:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         info = await self._service.info(call.teacher, call.fingerprint)
-        self._admission.send(call.tenant, codec.reply_bytes(call, info))
+        with self._admission.sending(call.tenant, codec.reply_bytes(call, info)):
+            return await self._score(call)
+
+    async def _score(self, call: ScoreCall) -> TeacherSignals:
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)
@@ -256,6 +259,11 @@ class LabelSharing:
             self._memory.put(key, labels)
         if not flight.labels[key].done():
             flight.labels[key].set_result(labels)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the labels that are kept in memory."""
+        return self._memory.held_bytes
 
     def counters(self) -> dict[str, Any]:
         """Hits and sizes, for status displays and tests."""

@@ -6,7 +6,6 @@ In: an EdgeConfig and a TeacherService; out: an open port. It refuses new work w
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from grpc_health.v1.health import aio as health_aio
 
 from teacher_server import __version__
 from teacher_server.config.server import EdgeConfig, TenantConfig
+from teacher_server.edge import memory
 from teacher_server.edge.admission import Admission
 from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
 from teacher_server.edge.label_sharing import LabelSharing
@@ -36,9 +36,6 @@ from teacher_wire.transport.stream_limits import StreamLimits, with_message_limi
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _LAST_WORDS_S = 0.3  # for statuses to leave, once nothing else has to
-_TRIM_EVERY_S = 2.0
-_M_MMAP_THRESHOLD = -3  # of malloc.h
-_LARGE_BYTES = 2 << 20  # above a chunk of a reply, below the longest message
 _SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop
 _HTTP2_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
 
@@ -127,7 +124,7 @@ class EdgeServer:
         await self._server.start()
         if self._store is not None:
             self._looking = asyncio.create_task(asyncio.to_thread(self._store.look))
-        self._trimming = asyncio.create_task(_return_memory())
+        self._trimming = asyncio.create_task(memory.give_back(self._held_bytes))
         self._listening = True
         await self._say()
 
@@ -173,6 +170,11 @@ class EdgeServer:
         """
         self._admission.configure(tenants, edges)
 
+    def _held_bytes(self) -> int:
+        """What is held on purpose, and would not come of giving memory back."""
+        held = self._servicer.held
+        return held["request_bytes"] + held["reply_bytes"] + held["kept_reply_bytes"] + self._sharing.memory_bytes
+
     def counters(self) -> dict[str, Any]:
         """Open streams and requests, what was shared, and what each tenant took."""
         return {
@@ -182,22 +184,6 @@ class EdgeServer:
             "store": self._sharing.counters(),
             "tenants": self._admission.counters(),
         }
-
-
-async def _return_memory() -> None:
-    """Has glibc give freed memory back: at once what is large, and the rest every few seconds.
-
-    By itself it takes ever larger blocks for ones to be used again (up to 32 MiB), and keeps them after a load for ever.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        trim = libc.malloc_trim
-    except (AttributeError, OSError):  # another libc
-        return
-    while True:
-        await asyncio.sleep(_TRIM_EVERY_S)
-        await asyncio.to_thread(trim, 0)
 
 
 def _stream_limits(config: EdgeConfig) -> StreamLimits:

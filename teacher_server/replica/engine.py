@@ -71,7 +71,7 @@ class TeacherEngine:
         self._backend = backend or build_backend(config.backend, deterministic=config.deterministic)
         answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
         self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=answer_bytes)
-        self._health = faults.Health()
+        self._health = faults.Health(config.hang_s)
         self._probing: asyncio.Task[None] | None = None
         self._latencies = Latencies(on_observe)
         self._ids = itertools.count()
@@ -223,12 +223,21 @@ class TeacherEngine:
     ) -> Result:
         """Runs work of the backend; what comes of it decides over the replica's health."""
         try:
-            result = await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
+            result = await self._on(executor, work, *arguments)
         except Exception as error:
             self._failed(error, kind)
             raise
         self._health.succeeded(kind)
         return result
+
+    async def _on(self, executor: ThreadPoolExecutor, work: Callable[..., Result], *arguments: object) -> Result:
+        """Runs work of the backend, and watches that it ends."""
+
+        def watched() -> Result:
+            with self._health.running():
+                return work(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(executor, watched)
 
     def _failed(self, error: Exception, kind: faults.Work) -> None:
         self._health.failure(error, kind)
@@ -243,7 +252,7 @@ class TeacherEngine:
         try:
             if "top_k" in self.info.transports:  # as every backend that scores has it
                 job = (TokenBatch.pack([[0, 0]]), SignalSpec("top_k", self.info.vocab_rows, k=1))
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, [job])
+                await self._on(self._thread, self._backend.score, [job])
             if self._generation is not None:
                 one = SamplingSpec(temperature=0.0, max_new_tokens=1, ignore_eos=True)
                 prompt = PromptBatch(np.zeros(1, np.int32), np.array([0, 1], np.int32))
@@ -327,10 +336,9 @@ class TeacherEngine:
         self.forward_tokens += tokens
         failed: Exception | None = None
         try:
-            loop = asyncio.get_running_loop()
-            finish = await loop.run_in_executor(self._thread, self._backend.begin, jobs)
+            finish = await self._on(self._thread, self._backend.begin, jobs)
             begun.set()
-            answers = await loop.run_in_executor(self._waiter, finish)
+            answers = await self._on(self._waiter, finish)
             answered = list(zip(batch, answers, strict=True))
         except Exception as error:
             failed = error
@@ -388,9 +396,12 @@ class TeacherEngine:
             waiting.future.set_exception(error)
 
     def check_health(self) -> None:
-        """Raises RuntimeError if no answer can ever come again: a loop has ended, or the forward passes fail."""
+        """Raises RuntimeError if no answer can ever come again: a loop has ended, or the forward passes fail or hang."""
         if self._task is None or self._task.done():
             raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
+        if self._health.hung and not self._health.reason:
+            self._health.give_up(self._health.hung)
+            self._give_up()
         self._health.check()
         if self._generation is not None:
             self._generation.check_health()

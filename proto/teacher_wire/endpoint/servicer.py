@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
 
-from teacher_wire.core.errors import CapabilityError, UnavailableError
+from teacher_wire.core.errors import CapabilityError, TeacherWireError, UnavailableError
 from teacher_wire.core.parsing import parse
 from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint import head_servicer, status_codec
 from teacher_wire.endpoint.service import TeacherService
-from teacher_wire.generate import servicer
+from teacher_wire.generate import servicer as generate_servicer
 from teacher_wire.score import codec
 from teacher_wire.score.kept_replies import KeptReplies
 from teacher_wire.score.stream import Desk, ScoreStream
 from teacher_wire.transport.accounts import Account, Accounts
-from teacher_wire.transport.caller import Caller, Context, abort, cancelled_from_outside
+from teacher_wire.transport.caller import Caller, Context, abort, bare, cancelled_from_outside, known
 from teacher_wire.transport.offload import Offload
 from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v2 import teacher_pb2 as pb
@@ -127,21 +127,32 @@ class TeacherServicer:
         return not self._accounts.total.calls
 
     async def _describe(self, data: bytes, context: Context) -> bytes:
-        async with _ended_with_status(context):
-            parse(pb.DescribeRequest, data)
-            return codec.encode_description(await self._service.describe(), self._version).SerializeToString()
-        return b""  # to a peer that is gone
+        return await _ended_with_status(self._description(data), context) or b""
 
     async def _status(self, data: bytes, context: Context) -> bytes:
-        async with _ended_with_status(context):
-            parse(pb.StatusRequest, data)
-            if self._status_for is None:
-                raise CapabilityError("this server keeps no status", field="Status")
-            return status_codec.encode_status(await self._status_for(self._tenant_of(context))).SerializeToString()
-        return b""  # to a peer that is gone
+        return await _ended_with_status(self._status_of(data, context), context) or b""
 
     async def _score(self, _requests: Any, context: Context) -> None:
-        async with _ended_with_status(context), self._call(context) as account:
+        await _ended_with_status(self._score_stream(context), context)
+
+    async def _generate(self, _requests: Any, context: Context) -> None:
+        await _ended_with_status(self._generate_call(context), context)
+
+    async def _head(self, _requests: Any, context: Context) -> None:
+        await _ended_with_status(self._head_call(context), context)
+
+    async def _description(self, data: bytes) -> bytes:
+        parse(pb.DescribeRequest, data)
+        return codec.encode_description(await self._service.describe(), self._version).SerializeToString()
+
+    async def _status_of(self, data: bytes, context: Context) -> bytes:
+        parse(pb.StatusRequest, data)
+        if self._status_for is None:
+            raise CapabilityError("this server keeps no status", field="Status")
+        return status_codec.encode_status(await self._status_for(self._tenant_of(context))).SerializeToString()
+
+    async def _score_stream(self, context: Context) -> None:
+        async with self._call(context) as account:
             stream = ScoreStream(self._desk, account, Caller(context, self._limits.stall_s))
             self._streams.add(stream)
             try:
@@ -149,17 +160,17 @@ class TeacherServicer:
             finally:
                 self._streams.discard(stream)
 
-    async def _generate(self, _requests: Any, context: Context) -> None:
-        async with _ended_with_status(context), self._call(context) as account:
+    async def _generate_call(self, context: Context) -> None:
+        async with self._call(context) as account:
             caller = Caller(context, self._limits.stall_s)
             async with self._request(account, caller) as data:
-                answers = servicer.answers(self._service, data, account.tenant, self._offload)
+                answers = generate_servicer.answers(self._service, data, account.tenant, self._offload)
                 async with contextlib.aclosing(answers):
                     async for message in answers:
                         await caller.send(message)
 
-    async def _head(self, _requests: Any, context: Context) -> None:
-        async with _ended_with_status(context), self._call(context) as account:
+    async def _head_call(self, context: Context) -> None:
+        async with self._call(context) as account:
             caller = Caller(context, self._limits.stall_s)
             async with self._request(account, caller) as data:
                 self._accounts.open_head(account)
@@ -197,14 +208,25 @@ class TeacherServicer:
             self._accounts.close_request(account, size)
 
 
-@contextlib.asynccontextmanager
-async def _ended_with_status(context: Context) -> AsyncIterator[None]:
-    """Whatever fails in the block, the peer is told; only a peer that is gone is not."""
+async def _ended_with_status(answering: Coroutine[Any, Any, bytes | None], context: Context) -> bytes | None:
+    """The result of `answering`; if it fails, the peer is told, and None is for a peer that is gone.
+
+    gRPC keeps the AbortError that tells it, in a cycle with the call, and so every frame which that error passes through
+    until the next garbage collection. Hence it is raised here, out of reach of the frames that hold the peer's message.
+    """
+    result, failure = await _outcome(answering)
+    if failure is not None:
+        await abort(context, failure)
+    return result
+
+
+async def _outcome(answering: Coroutine[Any, Any, bytes | None]) -> tuple[bytes | None, TeacherWireError | None]:
+    """The result, or the failure without its frames."""
     try:
-        yield
+        return await answering, None
     except asyncio.CancelledError as error:
         if cancelled_from_outside():
             raise
-        await abort(context, error)
+        return None, bare(known(error))
     except Exception as error:
-        await abort(context, error)
+        return None, bare(known(error))

@@ -33,6 +33,7 @@ from teacher_wire.core.signals import SignalSpec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.testing.loopback import serve
 from tests.e2e.classroom import EngineService
+from tests.faults import test_hostile_score as hostile_score
 from tests.faults.test_hostile_generate import REQUESTS, attack
 
 pytestmark = [
@@ -360,6 +361,16 @@ async def test_two_thousand_hostile_requests_leave_vllm_alive(wide):
     wide.check_health()
     assert wide.score([(TokenBatch.pack([[1, 2]]), HIDDEN)])[0].rows == 1
     await until(lambda: wide.counters()["vllm_generate_running"] == 0)
+
+
+async def test_two_thousand_hostile_score_requests_leave_vllm_alive(wide, capsys):
+    service = EngineService(TeacherEngine(TeacherConfig.model_validate(
+        {"name": "t", "backend": wide._config.model_dump()}), wide))  # fmt: skip
+    rounds = await hostile_score.withstand(service)
+    wide.check_health()
+    assert wide.score([(TokenBatch.pack([[1, 2]]), HIDDEN)])[0].rows == 1
+    with capsys.disabled():
+        print("", *hostile_score.told(rounds), sep="\n")
 
 
 def test_what_vllm_would_change_without_a_word_is_refused():
