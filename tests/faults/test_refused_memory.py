@@ -36,7 +36,7 @@ async def test_a_refused_message_is_not_kept(method, no_collection):
     with serve(FakeTeacher()) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             for _ in range(8):
-                call = channel.stream_stream(f"/teacher_wire.v1.Teacher/{method}")()
+                call = channel.stream_stream(f"/teacher_wire.v2.Teacher/{method}")()
                 with contextlib.suppress(grpc.RpcError):
                     await call.write(b"\xff" * SIZE)
                     await call.read()
@@ -53,7 +53,7 @@ async def test_a_message_of_the_right_kind_that_is_refused_is_not_kept(no_collec
             rest = SIZE - len(empty) - len(field) - 3
             length = bytes([rest & 127 | 128, rest >> 7 & 127 | 128, rest >> 14])
             for _ in range(8):
-                call = channel.unary_stream("/teacher_wire.v1.Teacher/Generate")(empty + field + length + bytes(rest))
+                call = channel.unary_stream("/teacher_wire.v2.Teacher/Generate")(empty + field + length + bytes(rest))
                 with pytest.raises(grpc.aio.AioRpcError) as failed:
                     await call.read()
                 assert failed.value.code() != grpc.StatusCode.UNKNOWN
