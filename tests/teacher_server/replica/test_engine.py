@@ -14,10 +14,10 @@ from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import DeadlineError, MismatchError, OverloadedError, ServerError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
+from teacher_wire.score.signals import spec_of
 
-SPEC = SignalSpec("full", 64)
+SPEC = spec_of("full", 64)
 POISON = 63
 
 
