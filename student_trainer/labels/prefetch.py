@@ -230,7 +230,7 @@ class LabelFeed:
 def _bytes_of(ready: Any) -> int:
     """What an answer takes once it is ready."""
     if isinstance(ready, TeacherSignals):
-        return sum(tensor.array.nbytes for tensor in ready.tensors().values())
+        return sum(tensor.array.nbytes for tensor in ready.tensors.values())
     return int(getattr(ready, "nbytes", 0))
 
 

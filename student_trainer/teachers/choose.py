@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from student_trainer.config.run import LabelConfig
 from student_trainer.errors import ConfigError
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 
 HEAD_SHARE = 0.25  # of the free memory: the rest is the student's activations and optimizer
 TOP_K = 128
@@ -45,8 +45,8 @@ def choose(
         ConfigError: nothing this teacher offers can serve the loss on this card.
     """
     offered = info.transports
-    full_row = SignalSpec("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
-    hidden_row = SignalSpec("hidden", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    full_row = spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    hidden_row = spec_of("hidden", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     if "full" in offered and full_row <= hidden_row:
         return LabelConfig(
             transport="full"

@@ -24,6 +24,7 @@ from teacher_wire.core.identity import (
 )
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 
 
 @dataclass(frozen=True)
@@ -163,5 +164,13 @@ def agree(
             f"{name} is longer than teacher {info.name!r} accepts; lower data.max_tokens",
             field="tokens", value=tokens, limit=info.limits.max_sequence_tokens,
         )  # fmt: skip
-    kept = labels.k if labels.transport == "top_k" else 0
-    return SignalSpec(labels.transport, vocab_rows, kept, labels.extra_ids, labels.compression)
+    return signal_of(labels, vocab_rows)
+
+
+def signal_of(labels: LabelConfig, vocab_rows: int) -> SignalSpec:
+    """The request that a config means."""
+    if labels.transport == "top_k":
+        return spec_of("top_k", vocab_rows, k=labels.k, extra=labels.extra_ids)
+    if labels.transport == "hidden":
+        return spec_of("hidden", vocab_rows, reduction=labels.compression)
+    return spec_of(labels.transport, vocab_rows)

@@ -44,6 +44,7 @@ from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
+from teacher_wire.score.signals import spec_of
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def meet_teacher(
                 spec = ask(labels, asked_by=f"loss.output ({output.divergence})")
             head = None
             assert spec is not None
-            if not only_stores and "hidden" in (spec.transport, measuring.transport if measuring else ""):
+            if not only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
                 with console.status(f"fetching the output head of {info.name}"):
                     fetched = await fetch_head(
                         client,
@@ -161,7 +162,7 @@ def meet_teacher(
             if facts.tokens and info.tokenizer_sha256 != facts.tokenizer_sha256:
                 console.print(f"[yellow]note:[/] teacher {info.name}: {escape(facts.tokens.same_as(info))}")
             console.print(
-                f"teacher [bold]{info.name}[/] at {address}: {info.architecture} {info.dtype}, labels by {spec.transport}"
+                f"teacher [bold]{info.name}[/] at {address}: {info.architecture} {info.dtype}, labels by {spec.name}"
             )
             return Teacher(info, labels, spec, measuring, head, desk)
 
@@ -172,8 +173,8 @@ async def _try(source: LabelSource, spec: SignalSpec, data: TokenizedDataset) ->
     """One small request through everything, so that what cannot work fails before there is a run folder."""
     smallest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
     asked = pack([data[smallest].example])
-    if spec.extra:
-        named = np.tile(np.arange(spec.extra, dtype=np.int32), (asked.batch.rows, 1))
+    if spec.extra_ids:
+        named = np.tile(np.arange(spec.extra_ids, dtype=np.int32), (asked.batch.rows, 1))
         asked = replace(asked, batch=replace(asked.batch, extra_ids_NM=named))
     await source.labels(asked)
 
@@ -192,7 +193,7 @@ async def _choose(
     probe = None
     asked = _probe(config, info, rows, data) if "hidden" in info.transports else None
     if asked is not None:
-        spec = SignalSpec("hidden", rows)
+        spec = spec_of("hidden", rows)
         began_s = time.perf_counter()
         signals = await client.score(info, spec, asked.batch)
         took_s = time.perf_counter() - began_s
@@ -207,7 +208,7 @@ async def _choose(
 
 def _probe(config: TrainConfig, info: TeacherInfo, rows: int, data: TokenizedDataset) -> LabelRequest | None:
     """The first rows of a micro-batch's size that one request may hold, the shortest row if they are too long; None if that is too."""
-    limits, row_bytes = info.limits, SignalSpec("hidden", rows).row_bytes(info.hidden_size, info.value_bytes)
+    limits, row_bytes = info.limits, spec_of("hidden", rows).row_bytes(info.hidden_size, info.value_bytes)
     most_bytes = min(limits.max_reply_bytes, config.feed.window_mb << 20)
 
     def fits(indices: list[int]) -> bool:
@@ -268,7 +269,7 @@ def _check_groups(
     ):
         if value > limit:
             raise ConfigError(
-                f"{setting} makes a request of {value:,} {what} by {spec.transport} labels, above {whose}: at most {limit:,}"
+                f"{setting} makes a request of {value:,} {what} by {spec.name} labels, above {whose}: at most {limit:,}"
             )
 
 
@@ -283,7 +284,7 @@ def _measured_by(
         return LabelConfig(transport="hidden")
     rows = [int(row.example.loss_mask.sum()) for row in held_out]
     most = max(sum(rows[i] for i in group) for group in by_length(held_out, config.train.eval_batch_size))
-    needed = most * SignalSpec("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    needed = most * spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     fits = needed <= min(info.limits.max_reply_bytes, config.feed.window_mb << 20)
     if "full" in info.transports and (fits or labels.transport == "full"):
         return LabelConfig(transport="full")

@@ -19,17 +19,18 @@ from torch import Tensor as Torch
 from teacher_server.backends.logits import transform_of
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals import output
+from teacher_server.signals.base import Rows
 from teacher_server.signals.reduce import OutputHead
 from teacher_server.signals.reduce import reduce as reduce_rows
 from teacher_server.signals.transfer import ToHost, to_device, to_wire
 from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.checked_rows import checked_rows
 from teacher_wire.core.identity import head_sha256
 from teacher_wire.core.info import HeadHeader, TeacherHead
-from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals
 
 _HEAD_NAMES = ("lm_head.weight",)
 _TIED_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
-_OUTLIER_CHANNELS_BELOW = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,11 @@ def reduce(head: Head, hidden_ND: Torch, batch: TokenBatch, spec: SignalSpec, lo
     device = hidden_ND.device
     labels_N = to_device(batch.labels_N(), device).long()
     extra_NM = None if batch.extra_ids_NM is None else to_device(batch.extra_ids_NM, device).long()
-    found = ToHost(reduce_rows(head, hidden_ND, labels_N, extra_NM, spec, logit_bytes)).wait()
-    return TeacherSignals.of({name: to_wire(part, _ids_below(name, spec)) for name, part in found.items()})
+    checked_N = checked_rows(batch) if spec.check == "sampled" else None
+    rows = Rows(hidden_ND, labels_N, extra_NM, batch.sequences_of_rows(), checked_R=checked_N)
+    found = ToHost(reduce_rows(head, rows, spec, logit_bytes)).wait()
+    types = {part.name: part.dtype for part in spec.fields(AnswerShape(spec.vocab_rows, hidden_ND.shape[1], ""))}
+    return TeacherSignals({name: to_wire(part, types[name]) for name, part in found.items()})
 
 
 def label_logp(head: Head, hidden_ND: Torch, labels_N: Torch, vocab_rows: int, logit_bytes: int) -> Torch:
@@ -124,8 +128,3 @@ def _chunks(rows: int, vocab_rows: int, logit_bytes: int) -> Iterator[slice]:
     step = max(1, logit_bytes // (4 * vocab_rows))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def _ids_below(name: str, spec: SignalSpec) -> int:
-    """The bound of an id tensor: channels of a state, or tokens."""
-    return _OUTLIER_CHANNELS_BELOW if name == "outlier_ids_NO" else spec.vocab_rows

@@ -8,7 +8,6 @@ request fails or is taken back, asks for itself.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,13 +51,14 @@ class _Flight:
     Attributes:
         labels: key -> its labels, when they are there.
         waiting: callers; the computation is taken back when the last one leaves.
-        answer: of the teacher, once it came, in the order of `labels`.
+        answer: of the teacher, once it came, in the order of `labels`; `answered` is of how many sequences.
     """
 
     labels: dict[str, asyncio.Future[TeacherSignals]]
     waiting: int = 0
     task: asyncio.Task[None] | None = None
     answer: TeacherSignals | None = None
+    answered: int = 0
 
 
 class LabelSharing:
@@ -137,7 +137,7 @@ class LabelSharing:
         own: _Flight | None = None
         while len(found) < len(wanted):
             own = await self._round(call, keys, [s for s in wanted if s not in found], found) or own
-        if own is not None and own.answer is not None and own.answer.rows == call.batch.rows:
+        if own is not None and own.answer is not None and own.answered == len(wanted):
             return own.answer  # all of it, as it came
         timing = own.answer.timing if own and own.answer else Timing()
         parts = [found[sequence] for sequence in wanted]
@@ -227,7 +227,7 @@ class LabelSharing:
         self.stats.computed_tokens += batch.tokens
         ours = signals.fingerprint == call.fingerprint  # else the student refuses it, and nobody else shall meet it
         if self._store is None or not ours:  # else another edge's labels may have been on disk first, and those count
-            flight.answer = signals
+            flight.answer, flight.answered = signals, len(missing)
         each = await offload.run(tenant, signals.payload_bytes, self._cut, signals, batch)
         if self._store is not None and ours:
             each = await asyncio.gather(
@@ -243,9 +243,7 @@ class LabelSharing:
 
     def _cut(self, signals: TeacherSignals, batch: TokenBatch) -> list[TeacherSignals]:
         """The labels of each sequence."""
-        bounds = batch.row_bounds_B1.tolist()
-        each = [signals.slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-        return [_own_copy(labels) if self._memory.holds(labels) else labels for labels in each]
+        return [_own_copy(labels) if self._memory.holds(labels) else labels for labels in signals.cut(batch)]
 
     @staticmethod
     def _keep(
@@ -320,8 +318,8 @@ def _read(store: LabelStore, keys: Sequence[str]) -> dict[str, TeacherSignals]:
 
 def _own_copy(labels: TeacherSignals) -> TeacherSignals:
     """The same labels in memory of their own: a slice keeps the whole answer alive, and Ray's shared memory with it."""
-    tensors = {name: Tensor(tensor.dtype, tensor.array.copy()) for name, tensor in labels.tensors().items()}
-    return TeacherSignals.of(tensors, labels.fingerprint)
+    tensors = {name: Tensor(tensor.dtype, tensor.array.copy()) for name, tensor in labels.tensors.items()}
+    return TeacherSignals(tensors, labels.fingerprint)
 
 
 class _Memory:
@@ -353,4 +351,4 @@ class _Memory:
 
 
 def _bytes_of(labels: TeacherSignals) -> int:
-    return sum(tensor.array.nbytes for tensor in labels.tensors().values())
+    return sum(tensor.array.nbytes for tensor in labels.tensors.values())

@@ -31,9 +31,10 @@ from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import CapabilityError, DeadlineError, OverloadedError, TeacherWireError, UnavailableError
 from teacher_wire.core.identity import text_sha256
 from teacher_wire.core.info import HeadHeader, Limits, TeacherHead, TeacherInfo
-from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ class TeacherEngine:
         failed: Exception | None = None
         try:
             if "top_k" in self.info.transports:  # as every backend that scores has it
-                job = (TokenBatch.pack([[0, 0]]), SignalSpec("top_k", self.info.vocab_rows, k=1))
+                job = (TokenBatch.pack([[0, 0]]), spec_of("top_k", self.info.vocab_rows, k=1))
                 await self._on(self._thread, self._backend.score, [job])
             if self._generation is not None:
                 one = SamplingSpec(temperature=0.0, max_new_tokens=1, ignore_eos=True)

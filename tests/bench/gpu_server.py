@@ -129,7 +129,7 @@ async def served(model: TransformersModel, seconds: float) -> tuple[Rows, Rows]:
     async def ask(labels: str, lengths: str, clients: int, depth: int, seconds: float) -> Seen:
         backend.done.clear()
         encode.seconds = 0.0
-        transport = gpu_teacher.SPECS[labels].transport
+        transport = gpu_teacher.SPECS[labels].name
         return await pull_by_processes(f"127.0.0.1:{port}", transport, lengths, clients, depth, seconds)
 
     together: Rows = []
@@ -243,7 +243,7 @@ def main() -> None:
     print(together, alone, flush=True)
     tables += [("served: four client processes over gRPC", together), ("one request of 2 x 2,048 tokens, ms", alone)]
     if options.ray:
-        labels = {name: spec.transport for name, spec in gpu_teacher.SPECS.items()}
+        labels = {name: spec.name for name, spec in gpu_teacher.SPECS.items()}
         try:
             tables += gpu_ray.tables(model, labels, gpu_ray.Asked(CLIENTS, seconds=options.seconds))
         except RuntimeError as error:

@@ -47,14 +47,14 @@ from student_trainer.model.speed import compiled
 from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import DistillationTrainer
 from teacher_wire.core.info import TeacherHead, TeacherInfo
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
 from tests.bench.table import show
 from tests.tiny import make_tokenizer
 
 SKIPPED = 8  # steps before the clock starts: compilation, recording, and what was asked ahead
-SPECS = {"hidden": SignalSpec("hidden", V), "top_k": SignalSpec("top_k", V, k=K)}
+SPECS = {"hidden": spec_of("hidden", V), "top_k": spec_of("top_k", V, k=K)}
 BY_KERNEL = ", kernel by kernel"  # `model.graphs: false`
 Row = dict[str, object]
 Feed = Callable[[TokenizedDataset, RunOrder], Any]

@@ -166,8 +166,8 @@ class Bench:
             "tail_logp_N": float32(tail_N.numpy()),
         }
         return {
-            "hidden": TeacherSignals.of({**two, "hidden_ND": bits(hidden_ND)}, "f"),
-            "top_k": TeacherSignals.of({**two, **top_k}, "f"),
+            "hidden": TeacherSignals({**two, "hidden_ND": bits(hidden_ND)}, "f"),
+            "top_k": TeacherSignals({**two, **top_k}, "f"),
         }
 
     def loss(self, case: Case, state_ND: Tensor) -> OutputLoss:

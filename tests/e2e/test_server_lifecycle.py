@@ -12,13 +12,13 @@ import yaml
 
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import AuthenticationError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from teacher_wire.transport.channel import Credentials
 from tests.e2e.conftest import TRIED_ONCE, Server, call_cli, run_cli, server_config, serving, transformers_teacher
 
 pytestmark = pytest.mark.ray
-SPEC = SignalSpec("hidden", 64)
+SPEC = spec_of("hidden", 64)
 FAKE = {"name": "fake", "num_cpus": 0.2, "backend": {"kind": "fake", "delay_s": 0.05}}
 
 

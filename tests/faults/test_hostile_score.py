@@ -31,10 +31,10 @@ from teacher_wire import PROTOCOL
 from teacher_wire.core import tensor_codec
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from teacher_wire.transport import status_table
@@ -48,7 +48,7 @@ ALLOWED = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED}
 NAMED = {
     grpc.StatusCode.NOT_FOUND: ("teacher", "teacher"),
     grpc.StatusCode.FAILED_PRECONDITION: ("fingerprint", "fingerprint"),
-    grpc.StatusCode.UNIMPLEMENTED: ("transport", "spec.transport"),
+    grpc.StatusCode.UNIMPLEMENTED: ("signal", "spec"),
 }
 WINDOW = 64 << 20
 UINT32, UINT64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -57,8 +57,8 @@ FEW = st.sampled_from([0, 1, 2, 3, 4, 63, 64, 65, 2**16, 2**31, 2**32 - 1])
 
 def ordinary():
     batch = TokenBatch.pack([[1, 2, 3, 4], [5, 6, 7]])
-    request = codec.encode_call(ScoreCall("r", "", "", SignalSpec("top_k", VOCAB, k=4), batch))
-    assert request.spec.k == 4
+    request = codec.encode_call(ScoreCall("r", "", "", spec_of("top_k", VOCAB, k=4), batch))
+    assert request.spec.signals[0].numbers["k"] == 4
     return request
 
 
@@ -84,13 +84,19 @@ NAMES = st.one_of(
     st.sampled_from(["", "fake", "t", "x" * 65, "x" * 200_000, "\0", "a\nb", "\u202e", "ä" * 64, "../../etc"]),
     st.text(max_size=80),
 )
+NUMBERS = st.one_of(FEW, st.floats(), st.sampled_from([-1, 2**53, 1e308]))
+SIGNALS = st.builds(
+    pb.Signal,
+    kind=st.one_of(st.sampled_from(["top_k", "hidden", "full", "", "x" * 200_000]), NAMES),
+    layers=st.one_of(st.just([]), st.lists(UINT32, max_size=3), st.just([1] * 100_000)),
+    reduction=st.one_of(st.sampled_from(["", "none", "int8", "zip"]), NAMES),
+    numbers=st.dictionaries(st.one_of(st.sampled_from(["k", "extra"]), NAMES), NUMBERS, max_size=3),
+)
 SPECS = st.builds(
     pb.SignalSpec,
-    transport=st.sampled_from([0, 1, 2, 3, 4, 99]),
-    k=st.one_of(FEW, UINT32),
+    signals=st.one_of(st.lists(SIGNALS, max_size=4), st.just([pb.Signal(kind="hidden")] * 10_000)),
     vocab_rows=st.one_of(FEW, UINT32),
-    extra=st.one_of(FEW, UINT32),
-    compression=st.sampled_from([0, 1, 2, 50]),
+    check=st.sampled_from([0, 1, 2, 50]),
 )
 FIELDS = {
     "teacher": NAMES, "fingerprint": NAMES, "spec": SPECS, "timeout_ms": st.one_of(st.just(0), UINT64.filter(lambda ms: ms > 60_000)),
@@ -147,9 +153,9 @@ def without(data, code):
     """The request without the field for which it was refused by this code."""
     request = pb.ScoreRequest.FromString(data)
     field = NAMED[code][1]
-    assert {"spec.transport": request.spec.transport != pb.TOP_K}.get(field, bool(getattr(request, field, ""))), field
-    if field == "spec.transport":
-        request.spec.transport = pb.TOP_K
+    assert bool(getattr(request, field, "")), field
+    if field == "spec":  # signals that every teacher has
+        request.spec.CopyFrom(ordinary().spec)
     else:
         request.ClearField(field)
     return request.SerializeToString()
@@ -240,7 +246,7 @@ async def withstand(service):
         assert len(rounds) <= 1 + len(NAMED) and not set(rounds[-1]) - ALLOWED - {"OK"}
         async with TeacherClient(server.address) as client:
             info = await client.teacher()
-            signals = await client.score(info, SignalSpec("top_k", VOCAB, k=4), TokenBatch.pack([[1, 2, 3]]))
+            signals = await client.score(info, spec_of("top_k", VOCAB, k=4), TokenBatch.pack([[1, 2, 3]]))
             assert signals.rows == 2
         async with asyncio.timeout(10):
             while server.servicer.held["open_calls"]:

@@ -76,7 +76,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Shelf:
-    """All labels of one teacher by one transport; `newest_use_s` is seconds since 1970."""
+    """All labels of one teacher by one signal, or several together; `newest_use_s` is seconds since 1970."""
 
     fingerprint: str
     transport: str
@@ -172,7 +172,7 @@ class LabelStore:
         path = self._path(key)
         try:
             data = path.read_bytes()
-            signals = decode_labels(key, data).signals
+            signals = decode_labels(key, data)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -265,7 +265,7 @@ class LabelStore:
     # ----------------------------------------------------------------- upkeep
 
     def scan(self) -> tuple[list[Shelf], int]:
-        """Totals by teacher and transport, by falling size, and how many files have no readable header."""
+        """Totals by teacher and signals, by falling size, and how many files have no readable header."""
         shelves: dict[tuple[str, str], Shelf] = {}
         unreadable = 0
         for file in files_of(self.folder):

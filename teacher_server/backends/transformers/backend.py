@@ -33,13 +33,16 @@ from teacher_server.config.server import GenerationConfig
 from teacher_server.config.server import TransformersBackend as Config
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
+from teacher_server.signals.base import Rows
 from teacher_server.signals.reduce import OutputHead, reduce
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
+from teacher_wire.core.axes import Entries
 from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.checked_rows import checked_rows
 from teacher_wire.core.errors import CapabilityError
 from teacher_wire.core.identity import head_sha256
 from teacher_wire.core.info import HeadHeader, TeacherHead
-from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
+from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, Timing
 
 log = logging.getLogger(__name__)
 
@@ -224,8 +227,10 @@ class TransformersModel:
             stop = start + sum(batch.rows for batch in batches)
             labels_N = np.concatenate([batch.labels_N() for batch in batches])
             extra = [batch.extra_ids_NM for batch in batches if batch.extra_ids_NM is not None]
-            rows_of = HostRows(stop - start, self._chunk_bytes)
-            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec)
+            sequence_N = np.concatenate([batch.sequences_of_rows() + (1 << 32) * i for i, batch in enumerate(batches)])
+            checked_N = np.concatenate([checked_rows(batch) for batch in batches]) if spec.check == "sampled" else None
+            rows_of = self._host_rows(spec, batches)
+            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec, sequence_N, None, checked_N)
             found.append((members, rows_of.end()))
             start = stop
         watch.mark("reduce")
@@ -237,10 +242,14 @@ class TransformersModel:
         """The same, each sequence by itself; all its rows are reduced in chunks from its first, wanted or not."""
         found = []
         for spec, members in groups.items():
-            rows_of = HostRows(sum(jobs[index][0].rows for index in members), self._chunk_bytes)
+            rows_of = self._host_rows(spec, [jobs[index][0] for index in members])
             for batch in (jobs[index][0] for index in members):
                 named_at = 0
-                for ids_L, wanted_L in zip(_sequences(batch), _wanted(batch), strict=True):
+                checked_T = np.zeros(batch.tokens, np.bool_)
+                if spec.check == "sampled":
+                    checked_T[batch.rows_of()] = checked_rows(batch)
+                checked = np.split(checked_T, batch.cu_lengths_B1[1:-1])
+                for ids_L, wanted_L, checked_L in zip(_sequences(batch), _wanted(batch), checked, strict=True):
                     kept_R = wanted_L[:-1]
                     if not kept_R.any():
                         continue
@@ -253,7 +262,8 @@ class TransformersModel:
                         named_at += int(kept_R.sum())
                         extra = [named_RM]
                     labels_R = np.where(kept_R, ids_L[1:], 0)  # others' may lie outside the spec's vocabulary
-                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, kept_R)
+                    checked_R = checked_L[:-1] if spec.check == "sampled" else None
+                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, None, kept_R, checked_R)
                     watch.mark("reduce")
             found.append((members, rows_of.end()))
         return found
@@ -265,11 +275,22 @@ class TransformersModel:
         labels_R: np.ndarray,
         extra: list[np.ndarray],
         spec: SignalSpec,
-        kept_R: np.ndarray | None = None,
+        sequence_R: np.ndarray | None,
+        kept_R: np.ndarray | None,
+        checked_R: np.ndarray | None,
     ) -> None:
         labels = to_device(labels_R, self._device).long()
         named = to_device(np.concatenate(extra), self._device).long() if extra else None
-        reduce(self._head, hidden_RD, labels, named, spec, self._chunk_bytes, kept_R, into)
+        rows = Rows(hidden_RD, labels, named, sequence_R, kept_R, checked_R)
+        reduce(self._head, rows, spec, self._chunk_bytes, into)
+
+    def _host_rows(self, spec: SignalSpec, batches: list[TokenBatch]) -> HostRows:
+        """Room on the host for one answer about several batches."""
+        axes = {part.axis for part in spec.fields(self._shape(spec))}
+        return HostRows(Entries.totals(batches, axes), self._chunk_bytes)
+
+    def _shape(self, spec: SignalSpec) -> AnswerShape:
+        return AnswerShape(spec.vocab_rows, self._facts.hidden_size, self._facts.dtype)
 
     def _answers(
         self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: _Stopwatch
@@ -277,13 +298,10 @@ class TransformersModel:
         answers: dict[int, TeacherSignals] = {}
         for members, copy in copies:
             spec = jobs[members[0]][1]
-            tensors = {name: to_wire(host, _ids_below(name, spec)) for name, host in copy.wait().items()}
-            together = TeacherSignals.of(tensors, self._facts.fingerprint)
-            start = 0
-            for index in members:
-                stop = start + jobs[index][0].rows
-                answers[index] = together.slice(start, stop)
-                start = stop
+            types = {part.name: part.dtype for part in spec.fields(self._shape(spec))}
+            tensors = {name: to_wire(host, types[name]) for name, host in copy.wait().items()}
+            together = TeacherSignals(tensors, self._facts.fingerprint)
+            answers |= dict(zip(members, together.divide([jobs[index][0] for index in members]), strict=True))
         spent = watch.us()
         timing = Timing(
             forward_us=spent.get("forward", 0),
@@ -341,11 +359,6 @@ class TransformersModel:
         said = logits.disagreement(own_BLV, ours_BLV, state_BLD, self._config.dtype)
         if said:
             raise ServerConfigError(f"{kind}: {said}; this architecture is not supported, its labels would be wrong")
-
-
-def _ids_below(name: str, spec: SignalSpec) -> int:
-    """The bound of an id tensor: channels of a state, or tokens."""
-    return 1 << 16 if name == "outlier_ids_NO" else spec.vocab_rows
 
 
 def _sequences(batch: TokenBatch) -> list[np.ndarray]:

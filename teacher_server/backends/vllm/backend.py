@@ -266,11 +266,12 @@ class VllmModel:
             CapabilityError, LimitError, RequestError: naming field, value and limit.
         """
         facts = self._facts
-        if spec.transport not in facts.transports:
-            raise CapabilityError(
-                "this backend does not give this signal",
-                field="transport", value=spec.transport, limit="|".join(facts.transports),
-            )  # fmt: skip
+        for kind in spec.kinds:
+            if kind not in facts.transports:
+                raise CapabilityError(
+                    "this backend does not give this signal",
+                    field="signal", value=kind, limit="|".join(facts.transports),
+                )  # fmt: skip
         answer_bytes = batch.rows * spec.row_bytes(facts.hidden_size, DTYPES[facts.dtype][1])
         for field, value, limit in (
             ("vocab_rows", spec.vocab_rows, facts.vocab_rows),

@@ -22,7 +22,7 @@ from student_trainer.training.metrics import TIMED
 from student_trainer.training.run import train
 from student_trainer.training.trainer import learning_rate_share
 from teacher_wire.core.errors import LabelError, MismatchError
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 
@@ -137,7 +137,7 @@ def test_the_first_loss_is_the_divergence_of_student_and_teacher(config_of, fake
     for index in [i for number in range(2) for i in order.batch(number)]:
         packed = pack([data[index].example]).batch
         teacher = (
-            torch.from_numpy(fake.signals(SignalSpec("full", vocab), packed).logits_NV.array).double().log_softmax(-1)
+            torch.from_numpy(fake.signals(spec_of("full", vocab), packed)["logits_NV"].array).double().log_softmax(-1)
         )
         with torch.no_grad():
             logits = student.model(torch.from_numpy(packed.token_ids_T).long()[None]).logits[

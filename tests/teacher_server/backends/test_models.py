@@ -19,7 +19,7 @@ from teacher_server.config.server import ServerConfig, TransformersBackend
 from teacher_server.control.preflight import check_files
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 
 CHANGED = [
     "falcon_h1",
@@ -43,9 +43,9 @@ def teacher(folder, dtype="float32"):
 def served(model):
     """Logits by `full` and by states and head, as a student computes them."""
     batch = TokenBatch.pack(ROWS)
-    full, hidden = model.score([(batch, SignalSpec("full", 300)), (batch, SignalSpec("hidden", 300))])
+    full, hidden = model.score([(batch, spec_of("full", 300)), (batch, spec_of("hidden", 300))])
     head = head_on(model.head(), 300, torch.device("cpu"))
-    return to_torch(full.logits_NV).float(), head.logits(to_torch(hidden.hidden_ND)).float()
+    return to_torch(full["logits_NV"]).float(), head.logits(to_torch(hidden["hidden_ND"])).float()
 
 
 def direct(model):

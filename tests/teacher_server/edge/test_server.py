@@ -12,13 +12,13 @@ from teacher_server.config.server import EdgeConfig, TenantConfig
 from teacher_server.edge.server import SERVICE, EdgeServer
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import ForbiddenError, OverloadedError, RequestError, ServerError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials
 from tests.e2e.conftest import free_port
 
-SPEC = SignalSpec("top_k", 64, k=4)
+SPEC = spec_of("top_k", 64, k=4)
 TOKEN_A, TOKEN_B = "a" * 20, "b" * 20
 
 

@@ -14,15 +14,15 @@ from teacher_server.telemetry.records import News, Plan, TeacherPlan
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import MismatchError, NotFoundError, ServerError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec, check_generate
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 
 OLD, NEW = FakeTeacher(seed=0), FakeTeacher(seed=1)
-SPEC = SignalSpec("full", 64)
+SPEC = spec_of("full", 64)
 OLD_PRINT, NEW_PRINT = OLD.teacher_info().fingerprint, NEW.teacher_info().fingerprint
 
 

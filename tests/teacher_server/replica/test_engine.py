@@ -15,10 +15,10 @@ from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import DeadlineError, MismatchError, OverloadedError, ServerError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
+from teacher_wire.score.signals import spec_of
 
-SPEC = SignalSpec("full", 64)
+SPEC = spec_of("full", 64)
 POISON = 63
 
 
@@ -96,7 +96,7 @@ async def test_what_waits_together_runs_together():
 async def test_a_batch_holds_labels_of_no_more_bytes_than_its_budget(monkeypatch):
     """The rows of `full` are all held until the batch is over: 5 GB for one of few tokens, of a large vocabulary."""
     monkeypatch.setattr(engine_module, "_ANSWER_BYTES", 0, raising=False)  # then the largest reply is the budget
-    model, spec = Model(vocab_rows=4096), SignalSpec("full", 4096)
+    model, spec = Model(vocab_rows=4096), spec_of("full", 4096)
     config = {"name": "t", "backend": {"kind": "fake", "vocab_rows": 4096}, "limits": {"max_reply_mb": 1}}
     engine = TeacherEngine(TeacherConfig.model_validate(config), model)
     engine.start()

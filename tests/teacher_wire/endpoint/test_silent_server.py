@@ -9,15 +9,15 @@ from student_trainer.config.run import TeacherConfig
 from student_trainer.teachers.connect import connector
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import DeadlineError, LimitError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import PromptBatch, SamplingSpec
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 
 QUICK = (0.01, 0.02)
-SPEC = SignalSpec("full", 64)
+SPEC = spec_of("full", 64)
 BATCH = TokenBatch.pack([[1, 2, 3], [4, 5, 6, 7, 8]])
 
 
@@ -74,7 +74,7 @@ async def test_a_lost_score_is_asked_again(deaf):
     with serve(fake) as server:
         async with client_of(server, on_trouble=told.append) as client:
             signals = await client.score(await client.teacher(), SPEC, BATCH)
-    np.testing.assert_array_equal(signals.logits_NV.array, fake.signals(SPEC, BATCH).logits_NV.array)
+    np.testing.assert_array_equal(signals["logits_NV"].array, fake.signals(SPEC, BATCH)["logits_NV"].array)
     assert fake.heard >= 2 and told
     if deaf == "deaf to it":
         assert "no answer came" in str(told[0]) and "teacher.answer_s, value=0.3" in str(told[0])
