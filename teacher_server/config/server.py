@@ -56,8 +56,8 @@ class EdgeLimitsConfig(_Strict):
     """What one edge holds for its peers at most (docs/operating.md). Beyond it a request is refused as overloaded or waits.
 
     Attributes:
-        calls, tenant_calls: open Score streams, Generate and Head calls, of all and of one tenant.
-        heads, tenant_heads: of these, Head calls.
+        calls, tenant_calls: open Score streams, Generate and Artifact calls, of all and of one tenant.
+        heads, tenant_heads: of these, Artifact calls (output heads), each of up to gigabytes.
         tenant_requests: unanswered requests of one tenant.
         request_mb: longest Score request.
         requests_held_mb, tenant_requests_held_mb: bytes of unanswered requests.

@@ -24,13 +24,15 @@ from teacher_server.backends import Backend, build_backend
 from teacher_server.backends.base import OutsideBackend, WritingBackend
 from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
 from teacher_server.decoding.scheduler import Result
+from teacher_server.replica.artifacts import ReplicaArtifacts
 from teacher_server.replica.score_queue import Batcher, Job
 from teacher_server.telemetry.latency import Latencies
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.errors import CapabilityError, DeadlineError, OverloadedError, TeacherWireError, UnavailableError
+from teacher_wire.core.errors import DeadlineError, OverloadedError, TeacherWireError, UnavailableError
 from teacher_wire.core.identity import text_sha256
-from teacher_wire.core.info import HeadHeader, Limits, TeacherHead, TeacherInfo
+from teacher_wire.core.info import Limits, TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
 from teacher_wire.score import codec
@@ -83,9 +85,8 @@ class TeacherEngine:
         self._under_way: set[asyncio.Task[None]] = set()
         self._last_end_s = 0.0
         self._task: asyncio.Task[None] | None = None
-        self._head: TeacherHead | None = None
-        self._head_once = asyncio.Lock()
         self.info = self._describe()
+        self._artifacts = ReplicaArtifacts(self._backend, self.info)
         self._generation = None
         if self.info.generates:
             writer = cast(WritingBackend, self._backend)
@@ -268,24 +269,13 @@ class TeacherEngine:
         if self._generation is not None:
             self._generation.fail(lost)
 
-    async def head_header(self, fingerprint: str) -> HeadHeader:
-        """All of the output head but the weight. Raises CapabilityError."""
-        return (await self._loaded_head(fingerprint)).header
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        """See `ReplicaArtifacts.header`."""
+        return await self._artifacts.header(call)
 
-    async def head_bytes(self, fingerprint: str, offset: int, size: int) -> bytes:
-        """A slice of the head's weight bytes."""
-        weight = (await self._loaded_head(fingerprint)).weight_VD.array
-        return bytes(weight.data.cast("B")[offset : offset + size])
-
-    async def _loaded_head(self, fingerprint: str) -> TeacherHead:
-        if fingerprint and fingerprint != self.info.fingerprint:
-            raise CapabilityError(
-                "no head of that teacher here", field="fingerprint", value=self.info.fingerprint, limit=fingerprint
-            )
-        async with self._head_once:
-            if self._head is None:  # copied and hashed once, beside the forward passes and not between them
-                self._head = await asyncio.to_thread(self._backend.head)
-        return self._head
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        """See `ReplicaArtifacts.slice`."""
+        return await self._artifacts.slice(call, offset, size)
 
     async def _run(self) -> None:
         while True:

@@ -20,6 +20,7 @@ from teacher_server.control.preflight import check_files
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec
+from tests.tiny import head_of
 
 CHANGED = [
     "falcon_h1",
@@ -44,7 +45,7 @@ def served(model):
     """Logits by `full` and by states and head, as a student computes them."""
     batch = TokenBatch.pack(ROWS)
     full, hidden = model.score([(batch, SignalSpec("full", 300)), (batch, SignalSpec("hidden", 300))])
-    head = head_on(model.head(), 300, torch.device("cpu"))
+    head = head_on(head_of(model), 300, torch.device("cpu"))
     return to_torch(full.logits_NV).float(), head.logits(to_torch(hidden.hidden_ND)).float()
 
 
@@ -60,8 +61,8 @@ def test_labels_are_the_models_own_logits(model_factory, family):
     model = teacher(folder)
     for found in served(model):
         torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
-    header = model.head().header
-    assert (header.logit_scale != 1 or header.final_softcap > 0) == (family in CHANGED)
+    head = head_of(model)
+    assert (head.logit_scale != 1 or head.final_softcap > 0) == (family in CHANGED)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -19,6 +19,7 @@ from teacher_server.config.server import TransformersBackend
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec
+from tests.tiny import head_of
 
 FAMILIES = ["qwen2", "llama", "internlm3", "glm", "glm4", "gemma2", "cohere", "granite"]
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15}
@@ -54,7 +55,7 @@ def test_labels_equal_the_model_called_directly(model_factory, family, dtype):
     hidden, full, top = teacher.score(
         [(batch, SignalSpec("hidden", 300)), (batch, SignalSpec("full", 300)), (batch, SignalSpec("top_k", 300, k=9))]
     )
-    head = head_on(teacher.head(), 300, torch.device("cpu"))
+    head = head_on(head_of(teacher), 300, torch.device("cpu"))
     torch.testing.assert_close(head.logits(to_torch(hidden.hidden_ND)).float(), expected, **near)
     served = to_torch(full.logits_NV).float()
     torch.testing.assert_close(served, expected, **near)
@@ -206,7 +207,7 @@ def test_compressed_states_carry_the_figures_of_what_travels(model_factory):
     exact, packed = teacher.score(
         [(batch, SignalSpec("hidden", 300)), (batch, SignalSpec("hidden", 300, compression="int8"))]
     )
-    head = head_on(teacher.head(), 300, torch.device("cpu"))
+    head = head_on(head_of(teacher), 300, torch.device("cpu"))
     seen = head.logits(LabelTensors.of(packed).state(torch.float32))
     np.testing.assert_allclose(packed.lse_N.array, seen.logsumexp(-1), atol=1e-4)
     true = head.logits(LabelTensors.of(exact).state(torch.float32)).double().log_softmax(-1)
@@ -235,12 +236,8 @@ def test_the_fingerprint_is_of_weights_configuration_and_dtype(model_factory, tm
 
 
 def test_a_teacher_may_keep_its_head(model_factory):
-    from teacher_wire.core.errors import CapabilityError
-
     teacher = backend(model_factory("qwen2"), serve_head=False)
-    assert teacher.facts.transports == ("top_k", "full") and teacher.facts.head_sha256 == ""
-    with pytest.raises(CapabilityError):
-        teacher.head()
+    assert teacher.facts.transports == ("top_k", "full") and teacher.facts.artifacts == ()
 
 
 @pytest.mark.parametrize(

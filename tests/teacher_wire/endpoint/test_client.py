@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
@@ -23,6 +24,7 @@ from teacher_wire.core.errors import (
     UnavailableError,
 )
 from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.tensor import float32
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.endpoint.servicer import StreamLimits
 from teacher_wire.score import codec
@@ -30,6 +32,7 @@ from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import LoopbackServer, serve
 from teacher_wire.v2 import teacher_pb2 as pb
 from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
+from tests.tiny import fetched_head
 
 QUICK = (0.02, 0.05)
 BATCH = TokenBatch.pack([[1, 2, 3], [4, 5, 6, 7, 8]])
@@ -111,11 +114,16 @@ async def test_the_head_arrives_and_its_digest_is_checked():
     fake = FakeTeacher()
     async with connected(fake) as client:
         info = await client.teacher()
-        head = await client.head(info)
+        head = await fetched_head(client, info)
         np.testing.assert_array_equal(head.weight_VD.array, fake.weight_VD)
-        fake.weight_VD = fake.weight_VD + 1  # the server now sends other bytes under the old description
+        described = fake.artifacts()
+        fake.weight_VD = fake.weight_VD + 1
+        with pytest.raises(CapabilityError):  # the server has no such head any more
+            await fetched_head(client, info)
+        changed = Artifact(described[0].header, {"weight_VD": float32(fake.weight_VD)})
+        fake.artifact = lambda call: changed  # it sends other bytes under the old description
         with pytest.raises(LabelError):
-            await client.head(info)
+            await fetched_head(client, info)
 
 
 @pytest.mark.parametrize("mistake", ["truncated", "foreign"])
@@ -149,7 +157,7 @@ async def test_the_server_checks_too_and_the_stream_lives_on():
     with serve(fake) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             call = pb_grpc.TeacherStub(channel).Score()
-            await call.write(pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=1 << 20)))
+            await call.write(pb.ScoreUp(open=pb.Open(protocol=2, window_bytes=1 << 20)))
 
             async def ask(request_id, **changes):
                 request = codec.encode_call(ScoreCall(request_id, "fake", "", SPECS[0], BATCH))
@@ -172,8 +180,8 @@ async def test_the_server_checks_too_and_the_stream_lives_on():
     [
         (pb.ScoreUp(credit=pb.Credit(bytes=1)), grpc.StatusCode.INVALID_ARGUMENT),
         (pb.ScoreUp(), grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.ScoreUp(open=pb.Open(protocol=1)), grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=1 << 62)), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.ScoreUp(open=pb.Open(protocol=2)), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.ScoreUp(open=pb.Open(protocol=2, window_bytes=1 << 62)), grpc.StatusCode.INVALID_ARGUMENT),
         (pb.ScoreUp(open=pb.Open(protocol=9, window_bytes=1)), grpc.StatusCode.UNIMPLEMENTED),
     ],
 )
@@ -297,7 +305,7 @@ class Wire:
         self.window_bytes = window_bytes
 
     async def __aenter__(self):
-        await self.call.write(pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=self.window_bytes)))
+        await self.call.write(pb.ScoreUp(open=pb.Open(protocol=2, window_bytes=self.window_bytes)))
         return self
 
     async def __aexit__(self, *exc):
