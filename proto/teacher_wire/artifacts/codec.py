@@ -57,6 +57,14 @@ def decode_header(message: pb.ArtifactHeader) -> ArtifactHeader:
     if max(len(message.tensors), len(message.numbers)) > MAX_ENTRIES:
         entries = max(len(message.tensors), len(message.numbers))
         raise LabelError("too many entries", field="artifact.header", value=entries, limit=MAX_ENTRIES)
+    for name in (*(tensor.name for tensor in message.tensors), *message.numbers):
+        if not 0 < len(name) <= MAX_ID_CHARS or not name.isprintable():
+            raise LabelError(
+                "not a printable name",
+                field="artifact.header",
+                value=ascii(name[:MAX_ID_CHARS]),
+                limit=f"1 to {MAX_ID_CHARS} characters",
+            )
     tensors = tuple(_decode_tensor(tensor) for tensor in message.tensors)
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise LabelError("a tensor's name comes twice", field="artifact.tensors")
@@ -65,13 +73,6 @@ def decode_header(message: pb.ArtifactHeader) -> ArtifactHeader:
 
 def _decode_tensor(message: pb.ArtifactTensor) -> TensorHeader:
     name = message.name
-    if not 0 < len(name) <= MAX_ID_CHARS or not name.isprintable():
-        raise LabelError(
-            "not a printable name",
-            field="artifact.tensors.name",
-            value=ascii(name[:64]),
-            limit=f"1 to {MAX_ID_CHARS} characters",
-        )
     try:
         dtype = tensor_codec.dtype_name(message.dtype, f"artifact.{name}")
     except TensorError as error:

@@ -62,7 +62,7 @@ class OutputHeadKind(ArtifactKind):
         names = [tensor.name for tensor in header.tensors]
         if names not in (["weight_VD"], ["weight_VD", "bias_V"]):
             raise LabelError(
-                "other tensors than a head has", field="output_head", value=names, limit="weight_VD, bias_V"
+                "other tensors than a head has", field="output_head", value=names[:4], limit="weight_VD, bias_V"
             )
         for tensor in header.tensors:
             if tensor.dtype not in FLOATS:
@@ -90,6 +90,6 @@ class OutputHeadKind(ArtifactKind):
             raise LabelError(
                 "not the two numbers of a head",
                 field="output_head.numbers",
-                value=dict(numbers),
+                value=dict(sorted(numbers.items())[:4]),
                 limit=", ".join(_NUMBERS),
             )
