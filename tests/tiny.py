@@ -75,7 +75,7 @@ def make_model(
         "bert-generation": {"is_decoder": False},  # sees what comes later
     }[family]  # fmt: skip
     if family == "internlm3":
-        from teacher_server.backends.transformers import internlm
+        from teacher_server.backends import internlm
 
         internlm.register()
     config = tf.AutoConfig.for_model(family, **{**shape, **extra, **changes})

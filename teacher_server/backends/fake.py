@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from teacher_server.backends.base import ModelFacts
-from teacher_server.config.server import FakeBackend, GenerationConfig
+from teacher_server.config.backends import FakeBackend
+from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import WRITING_COUNTERS, OnThread
 from teacher_wire.artifacts.messages import Artifact, ArtifactCall
 from teacher_wire.core.batch import TokenBatch

@@ -28,7 +28,8 @@ import torch
 
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.transformers.backend import Job, TransformersModel
-from teacher_server.config.server import EdgeConfig, FakeBackend, LimitsConfig, StoreConfig, TeacherConfig
+from teacher_server.config.backends import FakeBackend
+from teacher_server.config.server import EdgeConfig, LimitsConfig, StoreConfig, TeacherConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.artifacts.messages import Artifact, ArtifactCall, ArtifactHeader

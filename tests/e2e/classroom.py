@@ -40,7 +40,8 @@ from student_trainer.losses.rows import TeacherRows, TopKRows
 from student_trainer.model.load import Student
 from student_trainer.teachers.artifact_cache import fetch_head
 from student_trainer.training.trainer import learning_rate_share
-from teacher_server.config.server import TeacherConfig, TransformersBackend
+from teacher_server.config.backends import TransformersBackend
+from teacher_server.config.server import TeacherConfig
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.calls import ScoreCall

@@ -22,16 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor as Torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from teacher_server.backends import grammar, logits, lora
+from teacher_server.backends import grammar, internlm, logits, lora
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, offered
 from teacher_server.backends.model_folder import find, fingerprint
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
-from teacher_server.backends.transformers import decoder_runners, internlm, quantized
+from teacher_server.backends.transformers import decoder_runners, quantized
 from teacher_server.backends.transformers.decode_loop import ModelStepper
 from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
+from teacher_server.config.backends import TransformersBackend as Config
 from teacher_server.config.server import GenerationConfig
-from teacher_server.config.server import TransformersBackend as Config
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.reduce import reduce

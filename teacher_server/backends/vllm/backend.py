@@ -20,17 +20,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from teacher_server.backends import grammar
+from teacher_server.backends import grammar, internlm
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, label_logp, load_head, offered, reduce
 from teacher_server.backends.model_folder import find, fingerprint
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
-from teacher_server.backends.transformers import internlm
 from teacher_server.backends.vllm.architectures import check_known
 from teacher_server.backends.vllm.states import StatesUnderWay
 from teacher_server.backends.vllm.writing import EngineGeneration, Writer, refuse_sampling, sample_seed
+from teacher_server.config.backends import VllmBackend as Config
 from teacher_server.config.server import GenerationConfig
-from teacher_server.config.server import VllmBackend as Config
 from teacher_server.decoding.scheduler import OnThread
 from teacher_server.decoding.sequence_queue import Sequence
 from teacher_server.errors import ServerConfigError

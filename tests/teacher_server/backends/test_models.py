@@ -15,7 +15,8 @@ from student_trainer.model.load import load_student
 from teacher_server.backends import logits
 from teacher_server.backends.model_folder import check_local
 from teacher_server.backends.transformers.backend import load
-from teacher_server.config.server import ServerConfig, TransformersBackend
+from teacher_server.config.backends import TransformersBackend
+from teacher_server.config.server import ServerConfig
 from teacher_server.control.preflight import check_files
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from student_trainer.labels.device_transfer import LabelTensors, to_torch
 from student_trainer.labels.rows_on_device import head_on
 from teacher_server.backends.transformers.backend import load
-from teacher_server.config.server import TransformersBackend
+from teacher_server.config.backends import TransformersBackend
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec

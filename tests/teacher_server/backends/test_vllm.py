@@ -23,7 +23,8 @@ from student_trainer.data.trace_schema import Caps, generation_schema
 from teacher_server.backends.transformers import backend as transformers_backend
 from teacher_server.backends.vllm import backend as vllm_backend
 from teacher_server.backends.vllm.writing import refuse_sampling, sample_seed
-from teacher_server.config.server import TeacherConfig, TransformersBackend, VllmBackend
+from teacher_server.config.backends import TransformersBackend, VllmBackend
+from teacher_server.config.server import TeacherConfig
 from teacher_server.errors import ServerConfigError
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.batch import TokenBatch
