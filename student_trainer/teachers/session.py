@@ -33,11 +33,11 @@ from student_trainer.labels.service import LabelDesk
 from student_trainer.labels.source import LabelRequest, LabelSource
 from student_trainer.losses.head import Head
 from student_trainer.model.load import Outline
+from student_trainer.teachers.artifact_cache import fetch_head
 from student_trainer.teachers.choose import Probe, choose
 from student_trainer.teachers.connect import check_way, connector
 from student_trainer.teachers.embedded import embedded_teacher
 from student_trainer.teachers.handshake import StudentFacts, agree, shared_rows
-from student_trainer.teachers.head_cache import fetch_head
 from student_trainer.teachers.loss_checks import check_loss, is_softened
 from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.core.info import TeacherInfo

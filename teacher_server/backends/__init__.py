@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from teacher_server.backends.base import Backend, ModelFacts
-from teacher_server.config.server import FakeBackend, TransformersBackend, VllmBackend
+from teacher_server.config.backends import FakeBackend, TransformersBackend, VllmBackend
 
 
 def _transformers(config: Any, deterministic: bool) -> Backend:

@@ -23,10 +23,11 @@ from teacher_server.signals.base import Rows
 from teacher_server.signals.reduce import OutputHead
 from teacher_server.signals.reduce import reduce as reduce_rows
 from teacher_server.signals.transfer import ToHost, to_device, to_wire
+from teacher_wire.artifacts.kinds.output_head import TeacherHead
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.checked_rows import checked_rows
-from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import HeadHeader, TeacherHead
+from teacher_wire.core.info import ArtifactInfo
 from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals
 
 _HEAD_NAMES = ("lm_head.weight",)
@@ -37,14 +38,18 @@ _TIED_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 class Head(OutputHead):
     """An output head that can be given away."""
 
-    def on_wire(self) -> TeacherHead:
-        """The whole head, for students."""
+    def artifact(self) -> Artifact:
+        """The whole head on the host, for students; all of it is hashed."""
         weight = to_wire(self.weight_VD.detach().cpu().contiguous())
         bias = None if self.bias_V is None else to_wire(self.bias_V.detach().cpu().contiguous())
-        digest = head_sha256(weight, bias, self.logit_scale, self.final_softcap)
-        rows, columns = weight.shape
-        header = HeadHeader(weight.dtype, rows, columns, bias, self.logit_scale, self.final_softcap, digest)
-        return TeacherHead(header, weight)
+        return TeacherHead(weight, bias, self.logit_scale, self.final_softcap).artifact()
+
+
+def offered(head: Head, served: bool) -> tuple[tuple[ArtifactInfo, ...], tuple[str, ...]]:
+    """What a backend that scores lists in its facts: artifacts, and transports, of which `hidden` needs the head on the other side."""
+    if not served:
+        return (), ("top_k", "full")
+    return (head.artifact().info,), ("top_k", "hidden", "full")
 
 
 def load_head(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Head:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from teacher_server.config.backends import FakeBackend, TransformersBackend, VllmBackend
 from teacher_server.config.files import Settings, parse_as, read_tree
 from teacher_wire.transport.channel import is_loopback
 
@@ -56,8 +57,8 @@ class EdgeLimitsConfig(_Strict):
     """What one edge holds for its peers at most (docs/operating.md). Beyond it a request is refused as overloaded or waits.
 
     Attributes:
-        calls, tenant_calls: open Score streams, Generate and Head calls, of all and of one tenant.
-        heads, tenant_heads: of these, Head calls.
+        calls, tenant_calls: open Score streams, Generate and Artifact calls, of all and of one tenant.
+        heads, tenant_heads: of these, Artifact calls (output heads), each of up to gigabytes.
         tenant_requests: unanswered requests of one tenant.
         request_mb: longest Score request.
         requests_held_mb, tenant_requests_held_mb: bytes of unanswered requests.
@@ -160,113 +161,6 @@ class RayConfig(_Strict):
                 f"address {self.address}: give HOST:PORT of the cluster's head, not an address of Ray Client"
             )
         return self
-
-
-class TransformersBackend(_Strict):
-    """A causal language model that transformers loads, with every signal.
-
-    Attributes:
-        model: hub id or local folder.
-        revision: of a hub id.
-        dtype: of weights and arithmetic.
-        device: `auto` is cuda when there is one.
-        threads: torch threads of a replica on CPU.
-        attention: transformers' attn_implementation.
-        serve_head: students may fetch the output head (needed for `hidden`).
-        reduce_mb: bound on logits held at a time while reducing; without it 1280 on CUDA, 64 elsewhere.
-        packing: `auto` runs sequences one behind the other without padding where a probe finds the same states.
-        layers: `fused` are our own for Llama-shaped models, `transformers` are theirs; `auto` is fused on CUDA.
-        prefix_min_tokens: a prefix of that many tokens that sequences of a batch share is computed once (packed and
-            not deterministic); 0 never shares.
-        quantization: `fp8` multiplies the layers' matrices as float8 rows, on Hopper or newer, with fused layers; the error of
-            the labels is measured at loading.
-    """
-
-    kind: Literal["transformers"] = "transformers"
-    model: str
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    device: str = "auto"
-    threads: Annotated[int, Field(ge=1)] = 1
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    serve_head: bool = True
-    reduce_mb: Annotated[int, Field(ge=1)] | None = None
-    packing: Literal["auto", "off"] = "auto"
-    layers: Literal["auto", "transformers", "fused"] = "auto"
-    prefix_min_tokens: Annotated[int, Field(ge=0)] = 64
-    quantization: Literal["none", "fp8"] = "none"
-
-
-class VllmBackend(_Strict):
-    """A causal language model that vLLM runs: labels from its final states, and writing in running batches.
-
-    Every role is an engine of its own, with its own copy of the weights: one replica with both needs twice the weights,
-    two deployments of one role each need the same in two places. JSON schemas need both roles in one replica, since the
-    log-probabilities of a sample before its schema come from the engine that scores. A replica also holds the output head
-    (vocabulary x width x bytes of the dtype, 1.1 GB for Qwen2.5-7B) and `reduce_mb`.
-
-    Attributes:
-        model: hub id or local folder.
-        revision: of a hub id.
-        dtype: of weights and arithmetic.
-        roles: `score`, `generate` or both.
-        max_model_len: longest sequence; the model's own limit if not given. The key-value cache must hold one.
-        gpu_memory_utilization: part of a GPU that all engines of the replica take together, in equal parts: weights,
-            activations and what is left as key-value cache. Not used where `kv_cache_gb` is given.
-        kv_cache_gb: key-value cache of each engine; on a CPU 1 if not given.
-        tensor_parallel_size: GPUs (or processes on a CPU) that each engine is spread over; `num_gpus` must give as many.
-        prefix_caching: reuse of cached prompts by `generate`. Labels need every token's state, so `score` never reads it.
-        max_batch_tokens: tokens of one forward pass of an engine. `batch.max_tokens` should be no less: two such batches are
-            under way at a time, so that the engine computes the next labels while the last travel and are reduced.
-        max_sequences: that an engine runs at once.
-        enforce_eager: no compilation and no CUDA graphs: starts in seconds, writes slower.
-        threads: of each engine on a CPU, and of the reductions.
-        serve_head: students may fetch the output head (needed for `hidden`).
-        reduce_mb: bound on logits held at a time while reducing; without it 640 on CUDA, 64 elsewhere.
-        answer_mb: largest answer to one request; `full` takes rows x vocabulary x bytes of the dtype.
-    """
-
-    kind: Literal["vllm"] = "vllm"
-    model: str
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    roles: Annotated[tuple[Literal["score", "generate"], ...], Field(min_length=1)] = ("score",)
-    max_model_len: Annotated[int, Field(ge=2)] | None = None
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    kv_cache_gb: Annotated[float, Field(gt=0)] | None = None
-    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
-    prefix_caching: bool = True
-    max_batch_tokens: Annotated[int, Field(ge=16)] = 16_384
-    max_sequences: Annotated[int, Field(ge=1)] = 256
-    enforce_eager: bool = False
-    threads: Annotated[int, Field(ge=1)] = 1
-    serve_head: bool = True
-    reduce_mb: Annotated[int, Field(ge=1)] | None = None
-    answer_mb: Annotated[int, Field(ge=1)] = 1_024
-
-    @model_validator(mode="after")
-    def _distinct_roles(self) -> VllmBackend:
-        if len(set(self.roles)) != len(self.roles):
-            raise ValueError(f"roles are named once each, got {', '.join(self.roles)}")
-        return self
-
-
-class FakeBackend(_Strict):
-    """The deterministic fake of `teacher_wire.testing.fake_teacher`, for trying things out without a model.
-
-    Attributes:
-        delay_s: of every forward pass.
-        tokens_per_s: as fast as it pretends to be; null for as fast as it is.
-        breaks_after: forward passes after which every one raises a CUDA error, as a lost context does; 0 for never.
-    """
-
-    kind: Literal["fake"] = "fake"
-    vocab_rows: Annotated[int, Field(ge=2)] = 64
-    hidden_size: Annotated[int, Field(ge=1)] = 16
-    seed: int = 0
-    delay_s: Annotated[float, Field(ge=0)] = 0.0
-    tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
-    breaks_after: Annotated[int, Field(ge=0)] = 0
 
 
 class BatchConfig(_Strict):

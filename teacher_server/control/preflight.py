@@ -14,7 +14,8 @@ import psutil
 from teacher_server.backends.model_folder import architectures, check_local
 from teacher_server.backends.vllm.architectures import check_known
 from teacher_server.backends.weight_files import check_weights
-from teacher_server.config.server import EdgeConfig, RayConfig, ServerConfig, TransformersBackend, VllmBackend
+from teacher_server.config.backends import TransformersBackend, VllmBackend
+from teacher_server.config.server import EdgeConfig, RayConfig, ServerConfig
 from teacher_server.edge.auth import TokenFile
 from teacher_server.edge.tls import check_tls
 from teacher_server.errors import ServerConfigError

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from teacher_server.edge.admission import Admission
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import TeacherWireError
-from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals, Timing
 from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.servicer import TeacherService
@@ -96,11 +97,11 @@ class LabelSharing:
     async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
         return await self._service.info(teacher, fingerprint)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        return await self._service.head_header(teacher, fingerprint)
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        return await self._service.artifact_header(call)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return await self._service.head_bytes(teacher, fingerprint, offset, size)
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return await self._service.artifact_bytes(call, offset, size)
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
         """Samples as they come: chance makes each its own, so nothing is shared. Charged for what may be written, and

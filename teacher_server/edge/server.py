@@ -22,9 +22,10 @@ from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
 from teacher_server.edge.label_sharing import LabelSharing
 from teacher_server.edge.tls import server_credentials
 from teacher_server.errors import ServerConfigError
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import UnavailableError
-from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint.servicer import SERVICE, TeacherService, TeacherServicer
@@ -195,8 +196,8 @@ def _stream_limits(config: EdgeConfig) -> StreamLimits:
         stall_s=limits.stall_s,
         max_calls=limits.calls,
         max_tenant_calls=limits.tenant_calls,
-        max_heads=limits.heads,
-        max_tenant_heads=limits.tenant_heads,
+        max_artifacts=limits.heads,
+        max_tenant_artifacts=limits.tenant_heads,
         max_tenant_requests=limits.tenant_requests,
         max_request_held_bytes=limits.requests_held_mb << 20,
         max_tenant_request_held_bytes=limits.tenant_requests_held_mb << 20,
@@ -229,12 +230,12 @@ class _Gate:
         self._check()
         return self._service.generate(call)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
         self._check()
-        return await self._service.head_header(teacher, fingerprint)
+        return await self._service.artifact_header(call)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return await self._service.head_bytes(teacher, fingerprint, offset, size)
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return await self._service.artifact_bytes(call, offset, size)
 
     def _check(self) -> None:
         if self.closed:

@@ -28,11 +28,13 @@ import torch
 
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.transformers.backend import Job, TransformersModel
-from teacher_server.config.server import EdgeConfig, FakeBackend, LimitsConfig, StoreConfig, TeacherConfig
+from teacher_server.config.backends import FakeBackend
+from teacher_server.config.server import EdgeConfig, LimitsConfig, StoreConfig, TeacherConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.artifacts.messages import Artifact, ArtifactCall, ArtifactHeader
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.info import HeadHeader, TeacherHead, TeacherInfo
+from teacher_wire.core.info import ArtifactInfo, TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
 from tests.bench import gpu_ray, gpu_teacher
@@ -62,8 +64,8 @@ class Watched:
     def facts(self) -> ModelFacts:
         return self._model.facts
 
-    def head(self) -> TeacherHead:
-        return self._model.head()
+    def artifact(self, wanted: ArtifactInfo) -> Artifact:
+        return self._model.artifact(wanted)
 
     def generation(self, *args: Any, **settings: Any) -> Any:
         """The backend's own."""
@@ -100,11 +102,11 @@ class Local:
     async def score(self, call: ScoreCall) -> TeacherSignals:
         return await self._engine.score(call)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        return await self._engine.head_header(fingerprint)
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        return await self._engine.artifact_header(call)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return await self._engine.head_bytes(fingerprint, offset, size)
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return await self._engine.artifact_bytes(call, offset, size)
 
 
 async def started(

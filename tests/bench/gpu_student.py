@@ -46,7 +46,8 @@ from student_trainer.model.load import quicken
 from student_trainer.model.speed import compiled
 from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import DistillationTrainer
-from teacher_wire.core.info import TeacherHead, TeacherInfo
+from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, TeacherHead
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score.signals import spec_of
 from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
@@ -74,7 +75,7 @@ class Remote:
     async def _meet(self) -> tuple[TeacherInfo, TeacherHead]:
         async with TeacherClient(self.address) as client:
             info = await client.teacher(wait_for_s=240)
-            return info, await client.head(info)
+            return info, TeacherHead.of(await client.artifact(info, info.artifact(OUTPUT_HEAD)))
 
     def feed(self, transport: str, data: TokenizedDataset, order: RunOrder) -> LabelFeed:
         """As a run opens it, without a cache on disk."""

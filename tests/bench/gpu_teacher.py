@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from teacher_server.backends.transformers.backend import TransformersModel
-from teacher_server.config.server import TransformersBackend
+from teacher_server.config.backends import TransformersBackend
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.score.signals import spec_of

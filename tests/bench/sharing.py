@@ -38,7 +38,7 @@ def backend_config(model: Path) -> dict[str, object]:
 def bare(model: Path) -> float:
     """Tokens a second of the backend in this process, nothing around it."""
     from teacher_server.backends import build_backend
-    from teacher_server.config.server import TransformersBackend
+    from teacher_server.config.backends import TransformersBackend
 
     backend = build_backend(TransformersBackend.model_validate(backend_config(model)), deterministic=False)
     rng, spec, tokens = np.random.default_rng(0), spec_of("top_k", VOCAB, k=K), 0

@@ -25,9 +25,9 @@ class Counting(FakeTeacher):
     largest = (0, 0)
     limits: dict[str, int] = {}  # noqa: RUF012
 
-    async def head_header(self, *args):
+    async def artifact_header(self, *args):
         self.heads += 1
-        return await super().head_header(*args)
+        return await super().artifact_header(*args)
 
     async def score(self, call):
         self.largest = max(self.largest, (call.batch.sequences, call.batch.tokens))

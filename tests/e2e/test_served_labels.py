@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.labels.rows_on_device import head_on
-from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.teachers.artifact_cache import fetch_head
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, NotFoundError
 from teacher_wire.endpoint.client import TeacherClient
@@ -90,12 +90,14 @@ async def test_errors_cross_ray_and_grpc_with_their_names(teachers):
     async with grpc.aio.insecure_channel(teachers.address) as channel:
         stub = pb_grpc.TeacherStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
-            await stub.Head(pb.HeadRequest(teacher="exact", fingerprint="f" * 64)).read()
+            await stub.Artifact(
+                pb.ArtifactRequest(teacher="exact", fingerprint="f" * 64, kind="output_head", sha256="0" * 64)
+            ).read()
         refused = status_table.from_rpc(caught.value, teachers.address)
         assert isinstance(refused, CapabilityError), refused
         assert refused.field == "fingerprint"
         stream = stub.Score()
-        await stream.write(pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=1 << 20)))
+        await stream.write(pb.ScoreUp(open=pb.Open(protocol=2, window_bytes=1 << 20)))
         call = ScoreCall("r", "exact", "", spec_of("hidden", 300), TokenBatch.pack([[1] * 129]))
         await stream.write(pb.ScoreUp(request=codec.encode_call(call)))
         failed = (await stream.read()).failed

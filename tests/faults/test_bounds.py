@@ -234,7 +234,7 @@ async def test_who_does_not_read_its_refusals_is_not_read_from():
     assert peer.taken == 999
 
 
-@pytest.mark.parametrize("method", ["Describe", "Generate", "Head", "Score", "Status"])
+@pytest.mark.parametrize("method", ["Describe", "Generate", "Artifact", "Score", "Status"])
 async def test_bytes_that_are_no_message_are_an_invalid_argument(method):
     with serve(FakeTeacher()) as server:
         async with channel_to(server) as channel:
@@ -330,7 +330,7 @@ async def test_open_calls_are_bounded():
             calls = [
                 Stream(channel).call,
                 channel.unary_stream(SERVICE + "Generate")(b""),
-                channel.unary_stream(SERVICE + "Head")(b""),
+                channel.unary_stream(SERVICE + "Artifact")(b""),
             ]
             for call in calls:
                 assert await call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

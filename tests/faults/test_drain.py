@@ -153,7 +153,9 @@ async def test_generate_and_head_are_sent_to_their_end(teacher):
         prompts = PromptBatch.pack([[1]] * 8)
         calls = [
             stub.Generate(encode_generate(GenerateCall(info.name, "", spec, prompts))),
-            stub.Head(pb.HeadRequest(teacher=info.name)),
+            stub.Artifact(
+                pb.ArtifactRequest(teacher=info.name, kind="output_head", sha256=info.artifact("output_head").sha256)
+            ),
         ]
         firsts = [await call.read() for call in calls]
         assert firsts[1].HasField("header")

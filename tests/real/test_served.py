@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.labels.rows_on_device import head_on
-from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.teachers.artifact_cache import fetch_head
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score.signals import spec_of

@@ -13,10 +13,11 @@ from typing import Any
 
 import grpc
 
+from teacher_wire.artifacts import servicer as artifacts
 from teacher_wire.core.errors import CapabilityError, TeacherWireError, UnavailableError
 from teacher_wire.core.parsing import parse
 from teacher_wire.core.status import ServerStatus
-from teacher_wire.endpoint import head_servicer, status_codec
+from teacher_wire.endpoint import status_codec
 from teacher_wire.endpoint.service import TeacherService
 from teacher_wire.generate import servicer as generate_servicer
 from teacher_wire.score import codec
@@ -26,6 +27,7 @@ from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, Context, abort, bare, cancelled_from_outside, known
 from teacher_wire.transport.offload import Offload
 from teacher_wire.transport.stream_limits import StreamLimits
+from teacher_wire.transport.versions import OtherVersions
 from teacher_wire.v2 import teacher_pb2 as pb
 
 __all__ = ["StreamLimits", "TeacherService", "TeacherServicer", "anonymous"]
@@ -39,7 +41,7 @@ def anonymous(context: Context) -> str:
 
 
 def uncharged(tenant: str, size_bytes: int) -> None:
-    """The price of a head when there are no quotas."""
+    """The price of an artifact when there are no quotas."""
 
 
 class TeacherServicer:
@@ -51,7 +53,7 @@ class TeacherServicer:
         limits: what is held for peers at most.
         tenant_of: who is calling, from the call's context; may raise a TeacherWireError.
         status_for: how the server is doing, as the tenant of that name may see it.
-        charge: told of a tenant's bytes of a head before they are sent; may raise an OverloadedError.
+        charge: told of a tenant's bytes of an artifact before they are sent; may raise an OverloadedError.
         offload: threads for long messages; its own if not given.
     """
 
@@ -86,7 +88,7 @@ class TeacherServicer:
 
     @property
     def open_requests(self) -> int:
-        """Unanswered Score requests, and open calls of Generate and Head."""
+        """Unanswered Score requests, and open calls of Generate and Artifact."""
         return self._desk.open_requests
 
     @property
@@ -108,9 +110,9 @@ class TeacherServicer:
             "Score": grpc.stream_stream_rpc_method_handler(self._score),
             # One request each, and the same on the wire; but so a call is counted before its message is received.
             "Generate": grpc.stream_stream_rpc_method_handler(self._generate),
-            "Head": grpc.stream_stream_rpc_method_handler(self._head),
+            "Artifact": grpc.stream_stream_rpc_method_handler(self._artifact),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers), OtherVersions()))
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and waits until everything taken is answered and sent, or time is up; whether it was.
@@ -138,8 +140,8 @@ class TeacherServicer:
     async def _generate(self, _requests: Any, context: Context) -> None:
         await _ended_with_status(self._generate_call(context), context)
 
-    async def _head(self, _requests: Any, context: Context) -> None:
-        await _ended_with_status(self._head_call(context), context)
+    async def _artifact(self, _requests: Any, context: Context) -> None:
+        await _ended_with_status(self._artifact_call(context), context)
 
     async def _description(self, data: bytes) -> bytes:
         parse(pb.DescribeRequest, data)
@@ -169,18 +171,18 @@ class TeacherServicer:
                     async for message in answers:
                         await caller.send(message)
 
-    async def _head_call(self, context: Context) -> None:
+    async def _artifact_call(self, context: Context) -> None:
         async with self._call(context) as account:
             caller = Caller(context, self._limits.stall_s)
             async with self._request(account, caller) as data:
-                self._accounts.open_head(account)
+                self._accounts.open_artifact(account)
                 try:
-                    chunks = head_servicer.chunks(self._service, data, lambda size: self._charge(account.tenant, size))
+                    chunks = artifacts.chunks(self._service, data, lambda size: self._charge(account.tenant, size))
                     async with contextlib.aclosing(chunks):
                         async for message in chunks:
                             await caller.send(message)
                 finally:
-                    self._accounts.close_head(account)
+                    self._accounts.close_artifact(account)
 
     @contextlib.asynccontextmanager
     async def _call(self, context: Context) -> AsyncIterator[Account]:

@@ -16,8 +16,7 @@ from teacher_wire.core.axes import Axis, Entries, axis_of
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import CapabilityError, LabelError, LimitError, MismatchError, RequestError, TensorError
-from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import HeadHeader, Limits, TeacherHead, TeacherInfo
+from teacher_wire.core.info import ArtifactInfo, Limits, TeacherInfo
 from teacher_wire.core.parsing import check_names, check_request_id
 from teacher_wire.core.signals import TeacherSignals, Timing
 from teacher_wire.core.tensor import FLOATS, Tensor
@@ -56,6 +55,7 @@ def decode_description(reply: pb.DescribeReply) -> list[TeacherInfo]:
 
 def _encode_info(info: TeacherInfo) -> pb.TeacherInfo:
     values = {name: getattr(info, name) for name in _INFO_FIELDS}
+    values["artifacts"] = [pb.ArtifactInfo(**vars(artifact)) for artifact in info.artifacts]
     return pb.TeacherInfo(**values, limits=pb.Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
 
 
@@ -64,6 +64,7 @@ def _decode_info(info: pb.TeacherInfo) -> TeacherInfo:
         raise LabelError("unknown dtype of a teacher", field="dtype", value=info.dtype, limit="|".join(FLOATS))
     values = {name: getattr(info, name) for name in _INFO_FIELDS}
     values |= {name: tuple(values[name]) for name in ("transports", "generates")}
+    values["artifacts"] = tuple(ArtifactInfo(told.kind, told.sha256, told.bytes) for told in info.artifacts)
     return TeacherInfo(**values, limits=Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
 
 
@@ -301,113 +302,3 @@ def finish_reply(answer: Assembly, done: pb.ScoreDone, call: ScoreCall) -> Teach
         )
     timing = Timing(done.timing.queue_us, done.timing.forward_us, done.timing.reduce_us, done.timing.batch_tokens)
     return TeacherSignals(answer.whole(), done.fingerprint, timing)
-
-
-# ---------------------------------------------------------------------- head
-
-
-def encode_head_header(header: HeadHeader) -> pb.HeadChunk:
-    """The first chunk of a head."""
-    message = pb.HeadHeader(
-        dtype=tensor_codec.dtype_code(header.dtype),
-        rows=header.rows,
-        columns=header.columns,
-        logit_scale=header.logit_scale,
-        final_softcap=header.final_softcap,
-        sha256=header.sha256,
-    )
-    if header.bias_V is not None:
-        message.bias.CopyFrom(tensor_codec.encode(header.bias_V))
-    return pb.HeadChunk(header=message)
-
-
-def decode_head_header(message: pb.HeadHeader) -> HeadHeader:
-    """The header of a streamed head.
-
-    Raises:
-        LabelError: unknown dtype or a broken bias.
-    """
-    try:
-        dtype = tensor_codec.dtype_name(message.dtype, "head")
-        bias = tensor_codec.decode(message.bias, "head.bias") if message.HasField("bias") else None
-    except TensorError as error:
-        raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
-    return HeadHeader(
-        dtype, int(message.rows), int(message.columns), bias, message.logit_scale, message.final_softcap, message.sha256
-    )
-
-
-class HeadAssembly:
-    """An output head while its chunks come, each written to its place; kept over broken calls.
-
-    Attributes:
-        received_bytes: of the weight; the offset at which a broken call is taken up.
-        header: once it has come.
-    """
-
-    def __init__(self, info: TeacherInfo) -> None:
-        self._info = info
-        self._weight: np.ndarray | None = None
-        self.received_bytes = 0
-        self.header: HeadHeader | None = None
-
-    def take(self, chunk: pb.HeadChunk) -> None:
-        """A chunk of the call that began at `received_bytes`; the first one has the header.
-
-        Raises:
-            LabelError: not the head that was described, chunks out of order, or more than there is.
-        """
-        if chunk.HasField("header"):
-            self._take_header(decode_head_header(chunk.header))
-            return
-        if self._weight is None or chunk.offset != self.received_bytes:
-            raise LabelError(
-                "head chunks out of order", field="head.offset", value=chunk.offset, limit=self.received_bytes
-            )
-        data = chunk.data
-        stop = self.received_bytes + len(data)
-        if stop > self._weight.size:
-            raise LabelError("more bytes than the head has", field="head.data", value=stop, limit=self._weight.size)
-        self._weight[self.received_bytes : stop] = np.frombuffer(data, np.uint8)
-        self.received_bytes = stop
-
-    def _take_header(self, header: HeadHeader) -> None:
-        info = self._info
-        if header.sha256 != info.head_sha256:
-            raise LabelError(
-                "not the head that was described", field="head.sha256", value=header.sha256, limit=info.head_sha256
-            )
-        if header.dtype not in FLOATS:
-            raise LabelError("unknown dtype of a head", field="head.dtype", value=header.dtype, limit="|".join(FLOATS))
-        if header.rows > info.vocab_rows or header.columns != info.hidden_size:
-            shape = f"{info.vocab_rows} x {info.hidden_size}"
-            raise LabelError(
-                "not of the described shape", field="head", value=f"{header.rows} x {header.columns}", limit=shape
-            )
-        if self._weight is None:
-            self._weight = np.empty(header.weight_bytes, np.uint8)
-        self.header = header
-
-    def whole(self) -> TeacherHead:
-        """The head, its digest checked.
-
-        Raises:
-            LabelError: truncated, or its digest is not the announced one.
-        """
-        header = self.header
-        if header is None or self._weight is None:
-            raise LabelError("no header", field="head.header")
-        if self.received_bytes != header.weight_bytes:
-            raise LabelError(
-                "the head is incomplete", field="head.data", value=self.received_bytes, limit=header.weight_bytes
-            )
-        weight_VD = tensor_codec.of_bytes(header.dtype, (header.rows, header.columns), self._weight)
-        digest = head_sha256(weight_VD, header.bias_V, header.logit_scale, header.final_softcap)
-        if digest != header.sha256:
-            raise LabelError(
-                "the head's digest differs from the announced one",
-                field="head.sha256",
-                value=digest,
-                limit=header.sha256,
-            )
-        return TeacherHead(header, weight_VD)

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from teacher_wire.artifacts.kinds.output_head import TeacherHead
+from teacher_wire.artifacts.messages import Artifact, ArtifactCall, ArtifactHeader
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.checked_rows import checked_rows
-from teacher_wire.core.errors import NotFoundError, ServerError
-from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import HeadHeader, Limits, TeacherInfo
+from teacher_wire.core.errors import CapabilityError, NotFoundError, ServerError
+from teacher_wire.core.info import Limits, TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
 from teacher_wire.generate.messages import GenerateCall, Sample
@@ -65,7 +66,6 @@ class FakeTeacher:
         self.weight_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
 
     def teacher_info(self) -> TeacherInfo:
-        weight = float32(self.weight_VD)
         return TeacherInfo(
             name=self.name,
             model="fake",
@@ -78,7 +78,7 @@ class FakeTeacher:
             chat_template_sha256=self.chat_template_sha256,
             hidden_size=self.hidden_size,
             layers=1,
-            head_sha256=head_sha256(weight, None, 1.0, 0.0),
+            artifacts=tuple(artifact.info for artifact in self.artifacts()),
             transports=tuple(FAKE_SIGNALS),
             deterministic=True,
             limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes, **self.writer.limits),
@@ -107,12 +107,22 @@ class FakeTeacher:
     def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
         return self.writer.samples(call, self.vocab_rows)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        info = await self.info(teacher)
-        return HeadHeader("float32", self.vocab_rows, self.hidden_size, None, 1.0, 0.0, info.head_sha256)
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """What it gives away: its output head."""
+        return (TeacherHead(float32(self.weight_VD)).artifact(),)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return self.weight_VD.tobytes()[offset : offset + size]
+    def artifact(self, call: ArtifactCall) -> Artifact:
+        """Raises CapabilityError if it has no such one."""
+        for artifact in self.artifacts():
+            if (artifact.header.kind, artifact.header.sha256) == (call.kind, call.sha256):
+                return artifact
+        raise CapabilityError("no such artifact here", field="artifact", value=f"{call.kind} {call.sha256}"[:100])
+
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        return self.artifact(call).header
+
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return self.artifact(call).slice(offset, size)
 
     def states(self, batch: TokenBatch) -> np.ndarray:
         """float32 [T, D]: a small recurrence over each sequence."""

@@ -18,8 +18,8 @@ class StreamLimits:
         max_message_bytes: of one message up; longer Score requests come in parts.
         max_request_bytes: of one Score request that comes in parts.
         stall_s: a peer that takes no message for this long is dropped; so is a request whose next part does not come.
-        max_calls, max_tenant_calls: open Score streams, Generate and Head calls, of the edge and of one tenant.
-        max_heads, max_tenant_heads: of these, Head calls.
+        max_calls, max_tenant_calls: open Score streams, Generate and Artifact calls, of the edge and of one tenant.
+        max_artifacts, max_tenant_artifacts: of these, Artifact calls.
         max_tenant_requests: unanswered requests of one tenant, all its streams and calls together.
         max_request_held_bytes, max_tenant_request_held_bytes: bytes of unanswered requests. A single request passes.
         max_reply_held_bytes, max_tenant_reply_held_bytes: reply bytes computed, or being computed, that the peer has
@@ -38,8 +38,8 @@ class StreamLimits:
     stall_s: float = 120.0
     max_calls: int = 4096
     max_tenant_calls: int = 512
-    max_heads: int = 8
-    max_tenant_heads: int = 4
+    max_artifacts: int = 8
+    max_tenant_artifacts: int = 4
     max_tenant_requests: int = 4096
     max_request_held_bytes: int = 256 << 20
     max_tenant_request_held_bytes: int = 32 << 20

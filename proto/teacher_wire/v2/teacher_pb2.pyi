@@ -81,7 +81,7 @@ class DescribeReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., teachers: _Optional[_Iterable[_Union[TeacherInfo, _Mapping]]] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "head_sha256", "transports", "deterministic", "limits", "generates", "base_tokenizer_sha256", "added_tokens")
+    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "artifacts", "transports", "deterministic", "limits", "generates", "base_tokenizer_sha256", "added_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -93,7 +93,7 @@ class TeacherInfo(_message.Message):
     CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
-    HEAD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACTS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
@@ -111,14 +111,14 @@ class TeacherInfo(_message.Message):
     chat_template_sha256: str
     hidden_size: int
     layers: int
-    head_sha256: str
+    artifacts: _containers.RepeatedCompositeFieldContainer[ArtifactInfo]
     transports: _containers.RepeatedScalarFieldContainer[str]
     deterministic: bool
     limits: Limits
     generates: _containers.RepeatedScalarFieldContainer[str]
     base_tokenizer_sha256: str
     added_tokens: str
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., head_sha256: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes", "max_new_tokens", "max_samples", "max_generate_tokens", "max_schema_bytes")
@@ -413,45 +413,70 @@ class GenerateDone(_message.Message):
     fingerprint: str
     def __init__(self, samples: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
-class HeadRequest(_message.Message):
-    __slots__ = ("teacher", "fingerprint", "offset", "timeout_ms")
+class ArtifactInfo(_message.Message):
+    __slots__ = ("kind", "sha256", "bytes")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    sha256: str
+    bytes: int
+    def __init__(self, kind: _Optional[str] = ..., sha256: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class ArtifactRequest(_message.Message):
+    __slots__ = ("teacher", "fingerprint", "kind", "sha256", "offset", "timeout_ms")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     fingerprint: str
+    kind: str
+    sha256: str
     offset: int
     timeout_ms: int
-    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., offset: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kind: _Optional[str] = ..., sha256: _Optional[str] = ..., offset: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
 
-class HeadChunk(_message.Message):
+class ArtifactChunk(_message.Message):
     __slots__ = ("header", "offset", "data")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    header: HeadHeader
+    header: ArtifactHeader
     offset: int
     data: bytes
-    def __init__(self, header: _Optional[_Union[HeadHeader, _Mapping]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[ArtifactHeader, _Mapping]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class HeadHeader(_message.Message):
-    __slots__ = ("dtype", "rows", "columns", "bias", "logit_scale", "final_softcap", "sha256")
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
-    COLUMNS_FIELD_NUMBER: _ClassVar[int]
-    BIAS_FIELD_NUMBER: _ClassVar[int]
-    LOGIT_SCALE_FIELD_NUMBER: _ClassVar[int]
-    FINAL_SOFTCAP_FIELD_NUMBER: _ClassVar[int]
+class ArtifactHeader(_message.Message):
+    __slots__ = ("kind", "sha256", "tensors", "numbers")
+    class NumbersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    KIND_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
-    dtype: DType
-    rows: int
-    columns: int
-    bias: Tensor
-    logit_scale: float
-    final_softcap: float
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
     sha256: str
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., bias: _Optional[_Union[Tensor, _Mapping]] = ..., logit_scale: _Optional[float] = ..., final_softcap: _Optional[float] = ..., sha256: _Optional[str] = ...) -> None: ...
+    tensors: _containers.RepeatedCompositeFieldContainer[ArtifactTensor]
+    numbers: _containers.ScalarMap[str, float]
+    def __init__(self, kind: _Optional[str] = ..., sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[ArtifactTensor, _Mapping]]] = ..., numbers: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class ArtifactTensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

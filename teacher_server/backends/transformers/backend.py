@@ -22,26 +22,26 @@ from safetensors import SafetensorError
 from torch import Tensor as Torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from teacher_server.backends import grammar, logits, lora
+from teacher_server.backends import grammar, internlm, logits, lora
 from teacher_server.backends.base import ModelFacts
+from teacher_server.backends.head import Head, offered
 from teacher_server.backends.model_folder import find, fingerprint
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
-from teacher_server.backends.transformers import decoder_runners, internlm, quantized
+from teacher_server.backends.transformers import decoder_runners, quantized
 from teacher_server.backends.transformers.decode_loop import ModelStepper
 from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
+from teacher_server.config.backends import TransformersBackend as Config
 from teacher_server.config.server import GenerationConfig
-from teacher_server.config.server import TransformersBackend as Config
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.base import Rows
-from teacher_server.signals.reduce import OutputHead, reduce
+from teacher_server.signals.reduce import reduce
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.axes import Entries
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.checked_rows import checked_rows
-from teacher_wire.core.errors import CapabilityError
-from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import HeadHeader, TeacherHead
+from teacher_wire.core.info import ArtifactInfo
 from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, Timing
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class TransformersModel:
         if projection is None:
             raise ServerConfigError(f"model {config.model!r} has no output head")
         text, transform = model_config.get_text_config(), logits.transform_of(model_config)
-        self._head = OutputHead(projection.weight, getattr(projection, "bias", None), transform.scale, transform.cap)
+        self._head = Head(projection.weight, getattr(projection, "bias", None), transform.scale, transform.cap)
         self._probe(model)
         alone = {"prefix_min_tokens": 0} if deterministic else {}
         with torch.inference_mode():
@@ -137,7 +137,7 @@ class TransformersModel:
         self._tokenizer = tokenizer
         self._end_ids = end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
-        served_head = self.head() if config.serve_head else None
+        artifacts, transports = offered(self._head, config.serve_head)
         self._facts = ModelFacts(
             model=config.model,
             fingerprint=digest,
@@ -148,8 +148,8 @@ class TransformersModel:
             **tokenizer_identity(tokenizer),
             hidden_size=columns,
             layers=text.num_hidden_layers,
-            head_sha256=served_head.header.sha256 if served_head else "",
-            transports=("top_k", "hidden", "full") if served_head else ("top_k", "full"),
+            artifacts=artifacts,
+            transports=transports,
             max_sequence_tokens=logits.position_limit(model_config),
             generates=self._generates(min(rows, len(tokenizer))),
         )
@@ -185,15 +185,8 @@ class TransformersModel:
             grammars = grammar.Grammars(self._tokenizer, vocab_rows, self._end_ids)
         return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
 
-    def head(self) -> TeacherHead:
-        if not self._config.serve_head:
-            raise CapabilityError("this teacher does not serve its output head", field="head", value=self._config.model)
-        weight = to_wire(self._head.weight_VD.detach().cpu().contiguous())
-        bias = None if self._head.bias_V is None else to_wire(self._head.bias_V.detach().cpu())
-        scale, softcap = self._head.logit_scale, self._head.final_softcap
-        digest = head_sha256(weight, bias, scale, softcap)
-        rows, columns = weight.shape
-        return TeacherHead(HeadHeader(weight.dtype, rows, columns, bias, scale, softcap, digest), weight)
+    def artifact(self, wanted: ArtifactInfo) -> Artifact:
+        return self._head.artifact()
 
     def score(self, jobs: list[Job]) -> list[TeacherSignals]:
         return self.begin(jobs)()

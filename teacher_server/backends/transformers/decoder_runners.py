@@ -20,7 +20,7 @@ from teacher_server.backends.transformers import attention
 from teacher_server.backends.transformers.attention import NotPackableError, Packing
 from teacher_server.backends.transformers.fused import FusedBody, unsuited
 from teacher_server.backends.transformers.packing import pack
-from teacher_server.config.server import TransformersBackend as Config
+from teacher_server.config.backends import TransformersBackend as Config
 from teacher_server.signals.transfer import to_device
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,13 @@ from student_trainer.model.load import load_student
 from teacher_server.backends import logits
 from teacher_server.backends.model_folder import check_local
 from teacher_server.backends.transformers.backend import load
-from teacher_server.config.server import ServerConfig, TransformersBackend
+from teacher_server.config.backends import TransformersBackend
+from teacher_server.config.server import ServerConfig
 from teacher_server.control.preflight import check_files
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.score.signals import spec_of
+from tests.tiny import head_of
 
 CHANGED = [
     "falcon_h1",
@@ -44,7 +46,7 @@ def served(model):
     """Logits by `full` and by states and head, as a student computes them."""
     batch = TokenBatch.pack(ROWS)
     full, hidden = model.score([(batch, spec_of("full", 300)), (batch, spec_of("hidden", 300))])
-    head = head_on(model.head(), 300, torch.device("cpu"))
+    head = head_on(head_of(model), 300, torch.device("cpu"))
     return to_torch(full["logits_NV"]).float(), head.logits(to_torch(hidden["hidden_ND"])).float()
 
 
@@ -60,8 +62,8 @@ def test_labels_are_the_models_own_logits(model_factory, family):
     model = teacher(folder)
     for found in served(model):
         torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
-    header = model.head().header
-    assert (header.logit_scale != 1 or header.final_softcap > 0) == (family in CHANGED)
+    head = head_of(model)
+    assert (head.logit_scale != 1 or head.final_softcap > 0) == (family in CHANGED)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

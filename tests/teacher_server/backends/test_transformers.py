@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from student_trainer.labels.device_transfer import LabelTensors, to_torch
 from student_trainer.labels.rows_on_device import head_on
 from teacher_server.backends.transformers.backend import load
-from teacher_server.config.server import TransformersBackend
+from teacher_server.config.backends import TransformersBackend
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.score.signals import spec_of
+from tests.tiny import head_of
 
 FAMILIES = ["qwen2", "llama", "internlm3", "glm", "glm4", "gemma2", "cohere", "granite"]
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15}
@@ -53,7 +54,7 @@ def test_labels_equal_the_model_called_directly(model_factory, family, dtype):
     hidden, full, top = teacher.score(
         [(batch, spec_of("hidden", 300)), (batch, spec_of("full", 300)), (batch, spec_of("top_k", 300, k=9))]
     )
-    head = head_on(teacher.head(), 300, torch.device("cpu"))
+    head = head_on(head_of(teacher), 300, torch.device("cpu"))
     torch.testing.assert_close(head.logits(to_torch(hidden["hidden_ND"])).float(), expected, **near)
     served = to_torch(full["logits_NV"]).float()
     torch.testing.assert_close(served, expected, **near)
@@ -202,7 +203,7 @@ def test_compressed_states_carry_the_figures_of_what_travels(model_factory):
     teacher = backend(model_factory("qwen2", hidden=160))
     batch = TokenBatch.pack(sequences())
     exact, packed = teacher.score([(batch, spec_of("hidden", 300)), (batch, spec_of("hidden", 300, reduction="int8"))])
-    head = head_on(teacher.head(), 300, torch.device("cpu"))
+    head = head_on(head_of(teacher), 300, torch.device("cpu"))
     seen = head.logits(LabelTensors.of(packed).state(torch.float32))
     np.testing.assert_allclose(packed.lse_N.array, seen.logsumexp(-1), atol=1e-4)
     true = head.logits(LabelTensors.of(exact).state(torch.float32)).double().log_softmax(-1)
@@ -231,12 +232,8 @@ def test_the_fingerprint_is_of_weights_configuration_and_dtype(model_factory, tm
 
 
 def test_a_teacher_may_keep_its_head(model_factory):
-    from teacher_wire.core.errors import CapabilityError
-
     teacher = backend(model_factory("qwen2"), serve_head=False)
-    assert teacher.facts.transports == ("top_k", "full") and teacher.facts.head_sha256 == ""
-    with pytest.raises(CapabilityError):
-        teacher.head()
+    assert teacher.facts.transports == ("top_k", "full") and teacher.facts.artifacts == ()
 
 
 @pytest.mark.parametrize(

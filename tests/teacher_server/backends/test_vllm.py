@@ -23,7 +23,8 @@ from student_trainer.data.trace_schema import Caps, generation_schema
 from teacher_server.backends.transformers import backend as transformers_backend
 from teacher_server.backends.vllm import backend as vllm_backend
 from teacher_server.backends.vllm.writing import refuse_sampling, sample_seed
-from teacher_server.config.server import TeacherConfig, TransformersBackend, VllmBackend
+from teacher_server.config.backends import TransformersBackend, VllmBackend
+from teacher_server.config.server import TeacherConfig
 from teacher_server.errors import ServerConfigError
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.batch import TokenBatch
@@ -35,6 +36,7 @@ from teacher_wire.testing.loopback import serve
 from tests.e2e.classroom import EngineService
 from tests.faults import test_hostile_score as hostile_score
 from tests.faults.test_hostile_generate import REQUESTS, attack
+from tests.tiny import head_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -193,11 +195,11 @@ def test_only_wanted_rows_come_back(wide):
 def test_the_teacher_says_what_it_is(wide, narrow, folder):
     same = reference(folder, "float32").facts
     facts = wide.facts
-    assert facts.head_sha256 == same.head_sha256 and facts.tokenizer_sha256 == same.tokenizer_sha256
+    assert facts.artifacts == same.artifacts and facts.tokenizer_sha256 == same.tokenizer_sha256
     assert facts.fingerprint != same.fingerprint, "labels of two backends differ by rounding"
     assert (facts.transports, facts.generates) == (("top_k", "hidden", "full"), ("tokens", "json_schema"))
     assert narrow.facts.generates == () and facts.max_sequence_tokens == 128
-    np.testing.assert_array_equal(wide.head().weight_VD.array, reference(folder, "float32").head().weight_VD.array)
+    np.testing.assert_array_equal(head_of(wide).weight_VD.array, head_of(reference(folder, "float32")).weight_VD.array)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from teacher_server.backends.fake import FakeModel
-from teacher_server.config.server import FakeBackend, TeacherConfig
+from teacher_server.config.backends import FakeBackend
+from teacher_server.config.server import TeacherConfig
 from teacher_server.replica import engine as engine_module
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.batch import TokenBatch

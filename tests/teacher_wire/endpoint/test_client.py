@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from teacher_wire import PROTOCOL
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
@@ -23,6 +24,7 @@ from teacher_wire.core.errors import (
     ServerError,
     UnavailableError,
 )
+from teacher_wire.core.tensor import float32
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.endpoint.servicer import StreamLimits
 from teacher_wire.score import codec
@@ -31,6 +33,7 @@ from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import LoopbackServer, serve
 from teacher_wire.v2 import teacher_pb2 as pb
 from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
+from tests.tiny import fetched_head
 
 QUICK = (0.02, 0.05)
 BATCH = TokenBatch.pack([[1, 2, 3], [4, 5, 6, 7, 8]])
@@ -112,11 +115,16 @@ async def test_the_head_arrives_and_its_digest_is_checked():
     fake = FakeTeacher()
     async with connected(fake) as client:
         info = await client.teacher()
-        head = await client.head(info)
+        head = await fetched_head(client, info)
         np.testing.assert_array_equal(head.weight_VD.array, fake.weight_VD)
-        fake.weight_VD = fake.weight_VD + 1  # the server now sends other bytes under the old description
+        described = fake.artifacts()
+        fake.weight_VD = fake.weight_VD + 1
+        with pytest.raises(CapabilityError):  # the server has no such head any more
+            await fetched_head(client, info)
+        changed = Artifact(described[0].header, {"weight_VD": float32(fake.weight_VD)})
+        fake.artifact = lambda call: changed  # it sends other bytes under the old description
         with pytest.raises(LabelError):
-            await client.head(info)
+            await fetched_head(client, info)
 
 
 @pytest.mark.parametrize("mistake", ["truncated", "foreign"])

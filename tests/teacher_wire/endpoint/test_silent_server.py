@@ -15,6 +15,7 @@ from teacher_wire.score import codec
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
+from tests.tiny import fetched_head
 
 QUICK = (0.01, 0.02)
 SPEC = spec_of("full", 64)
@@ -38,9 +39,9 @@ class Silent(FakeTeacher):
         await self._maybe_lose()
         return await super().score(call)
 
-    async def head_bytes(self, *args):
+    async def artifact_bytes(self, *args):
         await self._maybe_lose()
-        return await super().head_bytes(*args)
+        return await super().artifact_bytes(*args)
 
     async def generate(self, call):
         await self._maybe_lose()
@@ -123,13 +124,13 @@ async def test_a_lost_head_is_fetched_again():
     fake = Silent()
     with serve(fake) as server:
         async with client_of(server) as client:
-            head = await client.head(await client.teacher())
+            head = await fetched_head(client, await client.teacher())
     np.testing.assert_array_equal(head.weight_VD.array, fake.weight_VD)
     fake.heard, fake.lost = 0, 10**9
     with serve(fake) as server:
         async with client_of(server, retry_for_s=0.5) as client:
             with pytest.raises(UnavailableError, match="no answer came"):
-                await client.head(await client.teacher())
+                await fetched_head(client, await client.teacher())
 
 
 async def test_lost_writing_is_asked_again():
