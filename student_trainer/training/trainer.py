@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.output import output_loss
+from student_trainer.losses.term import StudentOutputs
+from student_trainer.model.forward import StudentForward
 from student_trainer.model.load import Student
 from student_trainer.model.speed import cuda_graphs
 from student_trainer.model.speed.cuda_recorder import CudaRecorder
@@ -141,11 +143,11 @@ class DistillationTrainer(KeepingTrainer):
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # our loss divides by the rows of the whole window
         self.can_return_loss = True
-        self._states: Callable[[Tensor], Tensor] = self._body
+        self._forward: StudentForward = self._pass
         if is_graphed:
             trained = [p for p in student.body.parameters() if p.requires_grad]
-            self._states = cuda_graphs.GraphedBody(
-                self._body, trained, CudaRecorder(), on_trouble, is_ready=lambda: self.state.global_step > 0
+            self._forward = cuda_graphs.GraphedBody(
+                self._pass, trained, CudaRecorder(), on_trouble, is_ready=lambda: self.state.global_step > 0
             )
 
     # ------------------------------------------------------------------ data
@@ -220,7 +222,7 @@ class DistillationTrainer(KeepingTrainer):
         index_N = ahead({"index_N": rows.index_N}, device)["index_N"]
         labels: LabelTensors | None = inputs.get("labels")
         teacher = None if labels is None else rows_on(labels, self._teacher_head, device, self._likeliest)
-        state_BLD = self._states(inputs["input_ids"])
+        state_BLD = self._forward(inputs["input_ids"]).final_BLD
         result = output_loss(
             state_BLD.reshape(-1, state_BLD.shape[-1])[index_N],
             self._student.head(self._objective.vocab_rows),
@@ -234,9 +236,9 @@ class DistillationTrainer(KeepingTrainer):
         self._meter.add(result.parts, result.total)
         return result.total
 
-    def _body(self, input_ids_BL: Tensor) -> Tensor:
+    def _pass(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
         with self.accelerator.autocast():
-            return self._student.states(input_ids_BL)
+            return self._student.forward(input_ids_BL, taps)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass, and the verdicts on labels that are there by now; bad ones are never learned from.
