@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.labels.source import LabelUsage
-from student_trainer.losses.output import LossParts
+from student_trainer.losses.output.loss import LossParts
 
 # name in the log -> part of the loss it is the mean of
 _LOGGED = {"kd_loss": "kd_sum", "sft_loss": "ce_sum", "acc1": "acc1_hits", "acc3": "acc3_hits"}

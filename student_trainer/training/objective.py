@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from student_trainer.config.run import LossConfig
 from student_trainer.losses.divergence import Divergence
-from student_trainer.losses.output import OutputLossSpec
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.teachers.loss_checks import divergence_of, has_tau_squared, temperature_of
 
 

@@ -34,7 +34,7 @@ from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.output import output_loss
+from student_trainer.losses.output.loss import output_loss
 from student_trainer.losses.term import StudentOutputs
 from student_trainer.model.forward import StudentForward
 from student_trainer.model.load import Student
