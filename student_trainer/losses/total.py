@@ -78,7 +78,9 @@ def check_needs(terms: Sequence[LossTerm], teacher: str | None, offered: Collect
         needs = term.needs()
         for signal in needs.signals:
             if teacher is None:
-                raise ConfigError(f"loss.{term.name}: needs the signal {signal.kind} of a teacher: set the section teacher")
+                raise ConfigError(
+                    f"loss.{term.name}: needs the signal {signal.kind} of a teacher: set the section teacher"
+                )
             if signal.kind not in offered:
                 raise ConfigError(
                     f"loss.{term.name}: needs the signal {signal.kind}, which teacher {teacher!r} does not give; it gives "

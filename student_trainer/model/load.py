@@ -113,6 +113,12 @@ class Student:
         return logit_probe.body_of(self.causal_lm)
 
     @property
+    def pad_id(self) -> int:
+        """What is written behind the shorter sequences of a batch; attention never sees it."""
+        pad_id = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad_id is None else pad_id)
+
+    @property
     def vocab_rows(self) -> int:
         """V, rows of the output head."""
         return int(self.causal_lm.get_output_embeddings().weight.shape[0])

@@ -181,7 +181,7 @@ def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, tran
     recorded = []
 
     def watched(self, *args):
-        recorded.append(getattr(self._forward, "recorded", 0))
+        recorded.append(getattr(self._learner.passes, "recorded", 0))
         torch.cuda.set_sync_debug_mode("error" if 30 <= self.state.global_step < 38 else "default")
         return plain(self, *args)
 
@@ -211,8 +211,8 @@ def test_bad_labels_teach_nothing_though_they_are_known_late(tmp_path, folder, r
         step = self.state.global_step
         taken[step] = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         if step == 4:
-            taken["names"] = inputs["request"].names
-            taken["tokens"] = inputs["request"].batch.token_ids_T.tobytes()
+            taken["names"] = inputs["batch"].request.names
+            taken["tokens"] = inputs["batch"].request.batch.token_ids_T.tobytes()
         taken["trainer"] = self
         return plain(self, model, inputs, *args, **kwargs)
 
