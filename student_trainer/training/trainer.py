@@ -32,7 +32,7 @@ from student_trainer.losses.total import Total
 from student_trainer.model.load import Student
 from student_trainer.model.speed import cuda_graphs
 from student_trainer.model.speed.cuda_recorder import CudaRecorder
-from student_trainer.training.checkpoint_rotation import KeepingTrainer
+from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrainer
 from student_trainer.training.deferred_checks import Verdicts
 from student_trainer.training.learner import Learner
 from student_trainer.training.metrics import Meter

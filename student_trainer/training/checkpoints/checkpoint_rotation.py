@@ -18,7 +18,7 @@ from student_trainer.errors import NonFiniteError, RunError
 from student_trainer.files import disk_trouble_named, move_into, sync, sync_tree
 from student_trainer.model.load import Student
 from student_trainer.model.saving import not_finite, save_student, try_saving
-from student_trainer.training import checkpoint
+from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.deferred_checks import Verdicts
 from student_trainer.training.learner import Learner
 
