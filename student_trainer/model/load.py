@@ -70,7 +70,7 @@ class Student:
         model: the causal language model, wrapped by peft if it has adapters.
         tokenizer: its tokenizer.
         sha256: of the weights it started from, adapters included.
-        is_graphed: its passes may be recorded (`graphed.py`).
+        is_graphed: its passes may be recorded (`speed/cuda_graphs.py`).
         narrowed: what float32 weights compute in while they are trained whole; None: in their own dtype.
         exported: dtype of the weights in a finished run; None: as they are.
         notes: what a user should know of how it was loaded, a sentence each.

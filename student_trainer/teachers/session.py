@@ -352,7 +352,10 @@ class Requests(Protocol):
         """Micro-batches of the run."""
 
     def request(self, number: int) -> LabelRequest:
-        """What is asked about micro-batch `number`; called on the background loop, and may wait."""
+        """What is asked about micro-batch `number`; called by another thread, and may wait."""
+
+    def close(self) -> None:
+        """Wakes whoever waits in `request`."""
 
 
 def open_training_feed(
@@ -361,7 +364,7 @@ def open_training_feed(
     """The feed of the training rows from micro-batch `first` on; `provided` hands over requests that cannot be made ahead."""
     if provided is not None:
         return open_any_feed(config, teacher, teacher.spec, provided.wait, first, windows.batches, provided.close)
-    return open_any_feed(config, teacher, teacher.spec, windows.request, first, windows.batches)
+    return open_any_feed(config, teacher, teacher.spec, windows.request, first, windows.batches, windows.close)
 
 
 def _longest(data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:

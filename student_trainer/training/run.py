@@ -63,7 +63,7 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trackers import make_trackers
 from student_trainer.training.trainer import DistillationTrainer, check_single_process, training_arguments
-from student_trainer.training.windows import FixedOrder
+from student_trainer.training.windows import SOURCES
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _run(
         teacher.info.transports if teacher else (),
         len(blocks_of(student.body)) if taps_of(terms) else 0,
     )
-    windows = FixedOrder(data, order)
+    windows = SOURCES["data"](data, order)
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     check_room(

@@ -303,9 +303,10 @@ class DistillationTrainer(KeepingTrainer):
         self._verdicts.settle()
 
     def close(self) -> None:
-        """Ends the feed."""
+        """Ends the feed and the source of windows."""
         if self._feed is not None:
             self._feed.close()
+        self._windows.close()
 
 
 def learning_rate_share(step: int, steps: int, settings: OptimizationConfig) -> float:

@@ -86,6 +86,9 @@ class WindowSource(Protocol):
     def epoch_at(self, step: int) -> float:
         """Passes over the data made after `step` steps."""
 
+    def close(self) -> None:
+        """Nothing more will be asked for; whoever waits in `request` is woken by a CancelledRequestError. May come twice."""
+
 
 class FixedOrder:
     """Windows of data that are all there, in the order of the run."""
@@ -108,8 +111,15 @@ class FixedOrder:
     def epoch_at(self, step: int) -> float:
         return self._order.epoch_at(step)
 
+    def close(self) -> None:
+        """Nobody waits here."""
+
     def _batch(self, number: int) -> MicroBatch:
         return MicroBatch.of(number, [self._data[index] for index in self._order.batch(number)])
+
+
+# where windows come from -> what makes them of a run's data and order. A new source is one line here.
+SOURCES: dict[str, Callable[[TokenizedDataset, RunOrder], WindowSource]] = {"data": FixedOrder}
 
 
 @dataclass(frozen=True, eq=False)
