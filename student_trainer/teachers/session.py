@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -345,22 +345,27 @@ def open_any_feed(
     )  # fmt: skip
 
 
+class Requests(Protocol):
+    """What is asked in a run; `training.windows.WindowSource` knows it."""
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of the run."""
+
+    def request(self, number: int) -> LabelRequest:
+        """What is asked about micro-batch `number`; called by another thread, and may wait."""
+
+    def close(self) -> None:
+        """Wakes whoever waits in `request`."""
+
+
 def open_training_feed(
-    config: TrainConfig,
-    teacher: Teacher,
-    data: TokenizedDataset,
-    order: RunOrder,
-    provided: ProvidedRequests | None,
-    first: int,
+    config: TrainConfig, teacher: Teacher, windows: Requests, provided: ProvidedRequests | None, first: int
 ) -> LabelFeed:
     """The feed of the training rows from micro-batch `first` on; `provided` hands over requests that cannot be made ahead."""
-
-    def request(number: int) -> LabelRequest:
-        return pack([data[index].example for index in order.batch(number)])
-
     if provided is not None:
-        return open_any_feed(config, teacher, teacher.spec, provided.wait, first, order.batches, provided.close)
-    return open_any_feed(config, teacher, teacher.spec, request, first, order.batches)
+        return open_any_feed(config, teacher, teacher.spec, provided.wait, first, windows.batches, provided.close)
+    return open_any_feed(config, teacher, teacher.spec, windows.request, first, windows.batches, windows.close)
 
 
 def _longest(data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -28,6 +29,8 @@ from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.integrity import TeacherHeadMismatch
+from student_trainer.losses.total import check_needs, taps_of
+from student_trainer.model.forward import blocks_of
 from student_trainer.model.limits import check_data
 from student_trainer.model.load import Student, load_student
 from student_trainer.model.precision import check_trained_in
@@ -60,6 +63,7 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trackers import make_trackers
 from student_trainer.training.trainer import DistillationTrainer, check_single_process, training_arguments
+from student_trainer.training.windows import SOURCES
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +111,12 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
                 return result_of(folder)
 
 
+class _Kind(NamedTuple):
+    """A signal by its name, as loss terms need it."""
+
+    kind: str
+
+
 def _note(console: Console, told: str) -> None:
     console.print(f"[yellow]note:[/] {escape(told)}")
 
@@ -126,7 +136,17 @@ def _run(
     if teacher is not None:
         check_sizes(config, teacher, data, held_out, order)
         _advise_budget(config, teacher, data, console)
-    objective = Objective(config.loss, teacher.spec.vocab_rows if teacher else _own_rows(student))
+    distils = teacher is not None and config.loss.output is not None
+    signals = (_Kind(teacher.spec.transport),) if teacher and distils else ()
+    objective = Objective(config.loss, teacher.spec.vocab_rows if teacher else _own_rows(student), signals)
+    terms = objective.terms(student)
+    check_needs(
+        terms,
+        teacher.info.name if teacher else None,
+        teacher.info.transports if teacher else (),
+        len(blocks_of(student.body)) if taps_of(terms) else 0,
+    )
+    windows = SOURCES["data"](data, order)
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     check_room(
@@ -154,15 +174,13 @@ def _run(
     try:
         start = open_folder(config, learned_from, resume, console, order.steps)
         keep_bad_rows(folder, data, held_out, console)
-        distils = teacher is not None and config.loss.output is not None
         provided = ProvidedRequests() if distils and config.labels.extra_ids else None
-        feed = partial(open_training_feed, config, teacher, data, order, provided) if teacher and distils else None
+        feed = partial(open_training_feed, config, teacher, windows, provided) if teacher and distils else None
         trainer = DistillationTrainer(
             config,
             student,
-            data,
-            order,
-            objective,
+            windows,
+            terms,
             arguments=arguments,
             open_feed=feed,
             ask=provided.put if provided else None,

@@ -24,7 +24,7 @@ from student_trainer.config.run import LabelConfig, TrainConfig, dump_config
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.files import LOCK_NAME, disk_trouble_named, free_bytes, read_object, write_whole
 from student_trainer.labels.source import LabelUsage
-from student_trainer.training import checkpoint
+from student_trainer.training.checkpoints import checkpoint
 
 LOG_NAME = "train_log.jsonl"
 CONFIG_NAME = "config.yaml"

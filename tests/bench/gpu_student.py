@@ -46,6 +46,7 @@ from student_trainer.model.load import quicken
 from student_trainer.model.speed import compiled
 from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import DistillationTrainer
+from student_trainer.training.windows import FixedOrder
 from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, TeacherHead
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient
@@ -199,7 +200,7 @@ class Room:
         clock = Clock(self.steps)
         clock.feed = lambda: opened[-1].stats if opened else None
         trainer = DistillationTrainer(
-            config, self.student, data, order, Objective(config.loss, V),
+            config, self.student, FixedOrder(data, order), Objective(config.loss, V).terms(self.student),
             open_feed=open_feed if transport else None, teacher_head=self.head if transport == "hidden" else None,
             callbacks=[clock], on_trouble=lambda told: print("TROUBLE:", told, flush=True),
         )  # fmt: skip

@@ -34,7 +34,8 @@ from student_trainer.losses import fused
 from student_trainer.losses.align import row_index
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
-from student_trainer.losses.output import OutputLoss, OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import OutputLoss, output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.model.load import Student, _with_adapters
 from student_trainer.model.speed import lora
 from teacher_wire.core.batch import TokenBatch

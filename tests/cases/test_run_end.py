@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from student_trainer import files
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.model import saving
-from student_trainer.training import checkpoint, checkpoint_rotation, run_folder, trackers
+from student_trainer.training import run_folder, trackers
+from student_trainer.training.checkpoints import checkpoint, checkpoint_rotation
 from student_trainer.training.run import train
 from student_trainer.training.trainer import DistillationTrainer
 from tests.cases.material import INPUTS, MODELS, ROOT, base_file, case_config, train_case
@@ -216,10 +217,10 @@ def full(*args, **kwargs):
     ("where", "what"),
     [
         ("student_trainer.training.trainer.LOG_NAME", "/dev/full"),
-        ("student_trainer.training.checkpoint_rotation.save_student", "checkpoint-1"),
-        ("student_trainer.training.checkpoint.save_file", "checkpoint-1"),
-        ("student_trainer.training.checkpoint.write_whole", "checkpoint-1"),
-        ("student_trainer.training.checkpoint_rotation.sync_tree", "final"),
+        ("student_trainer.training.checkpoints.checkpoint_rotation.save_student", "checkpoint-1"),
+        ("student_trainer.training.checkpoints.checkpoint.save_file", "checkpoint-1"),
+        ("student_trainer.training.checkpoints.checkpoint.write_whole", "checkpoint-1"),
+        ("student_trainer.training.checkpoints.checkpoint_rotation.sync_tree", "final"),
         ("student_trainer.training.run_folder.write_whole", "run.output_dir"),
     ],
 )

@@ -35,7 +35,8 @@ from student_trainer.labels.rows_on_device import head_on, rows_on
 from student_trainer.labels.verify import check_signals
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
-from student_trainer.losses.output import OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import TeacherRows, TopKRows
 from student_trainer.model.load import Student
 from student_trainer.teachers.artifact_cache import fetch_head

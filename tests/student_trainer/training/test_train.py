@@ -17,7 +17,7 @@ from student_trainer.errors import ConfigError, RunError
 from student_trainer.labels.packing import pack
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.model.load import load_student
-from student_trainer.training import checkpoint
+from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.metrics import TIMED
 from student_trainer.training.run import train
 from student_trainer.training.trainer import learning_rate_share
