@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from student_trainer.config.run import LossConfig
+from student_trainer.config.losses import LossConfig
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.output import OutputLossSpec
 from student_trainer.teachers.loss_checks import divergence_of, has_tau_squared, temperature_of

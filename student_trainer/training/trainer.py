@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainingArguments
 
-from student_trainer.config.run import OptimizationConfig, TrainConfig
+from student_trainer.config.run import TrainConfig
+from student_trainer.config.training import OptimizationConfig
 from student_trainer.data.batch_plan import OrderedDataset, RunOrder
 from student_trainer.data.dataset import TokenizedDataset, collate
 from student_trainer.errors import ConfigError, NonFiniteError, RunError
@@ -42,7 +43,7 @@ from student_trainer.training.checkpoint_rotation import KeepingTrainer
 from student_trainer.training.deferred_checks import Verdicts
 from student_trainer.training.metrics import Meter
 from student_trainer.training.objective import Objective
-from student_trainer.training.out_of_memory import is_out_of_memory, what_to_lower
+from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.run_folder import LOG_NAME, finite_or_none, log_line
 from teacher_wire.core.batch import TokenBatch
 
