@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 from student_trainer.errors import RunError
+from student_trainer.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ def write_report(folder: Path, results: Results, curves: Sequence[CurvePoint] = 
 
     folder.mkdir(parents=True, exist_ok=True)
     plots = write_plots(folder, results, curves)
-    _write(folder / "report.md", as_markdown(results, plots))
-    _write(folder / "report.json", json.dumps(as_json(results), indent=2, allow_nan=False) + "\n")
+    write_whole(folder / "report.md", as_markdown(results, plots))
+    write_whole(folder / "report.json", json.dumps(as_json(results), indent=2, allow_nan=False) + "\n")
 
 
 def as_markdown(results: Results, plots: Sequence[str] = ()) -> str:
@@ -279,9 +279,3 @@ def _coloured(difference: Interval, metric: Metric) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

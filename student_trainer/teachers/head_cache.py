@@ -25,7 +25,7 @@ from teacher_wire.core.identity import head_sha256
 from teacher_wire.core.info import HeadHeader, TeacherHead, TeacherInfo
 from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
-from teacher_wire.labels.budget import PARTIAL
+from teacher_wire.labels.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,9 @@ def _write(path: Path, head: TeacherHead) -> None:
     tensors = {"weight": to_torch(head.weight_VD)}
     if header.bias_V is not None:
         tensors["bias"] = to_torch(header.bias_V)
-    partial = path.with_suffix(f".{os.getpid()}{PARTIAL}")
     scales = {"logit_scale": header.logit_scale, "final_softcap": header.final_softcap}
-    try:
+    with replacing(path, durable=False, shared=True) as partial:
         save_file(tensors, str(partial), metadata={"scales": json.dumps(scales)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_head(path: Path) -> TeacherHead | None:
