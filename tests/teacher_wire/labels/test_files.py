@@ -27,9 +27,14 @@ def test_a_file_is_replaced_whole(tmp_path, durable, shared):
 def test_a_failed_write_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(type(error)), files.replacing(path) as partial:
-        partial.write_text("half")
-        raise error
+
+    def write():
+        with files.replacing(path) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert path.read_text() == "old" and names(tmp_path) == ["a.json"]
 
 
