@@ -1,12 +1,11 @@
-"""Comparison of training arms at equal steps: statistics, report.json, report.md, plots, a console table.
+"""Comparison of training arms at equal steps: statistics, and what report.json, report.md and a console table say of them.
 
-In: `Results` (a value per seed) and the points of the curves. Out: files in one folder, each replaced whole.
+In: `Results` (a value per seed). Out: plain data, text, a table; `report_folder` writes them.
 Must never pick seeds, hide one, or claim a difference whose interval holds 0.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 from student_trainer.errors import RunError
-from student_trainer.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -160,16 +158,6 @@ def as_json(results: Results) -> dict[str, object]:
         "seeds": list(results.seeds),
         "seconds": results.seconds,
     }
-
-
-def write_report(folder: Path, results: Results, curves: Sequence[CurvePoint] = ()) -> None:
-    """Write the plots, report.md and, last, report.json into `folder`, which is made if missing."""
-    from student_trainer.evaluation.plots import write_plots
-
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = write_plots(folder, results, curves)
-    write_whole(folder / "report.md", as_markdown(results, plots))
-    write_whole(folder / "report.json", json.dumps(as_json(results), indent=2, allow_nan=False) + "\n")
 
 
 def as_markdown(results: Results, plots: Sequence[str] = ()) -> str:
