@@ -17,11 +17,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from student_trainer.config.run import cache_folder, labels_folder
 from student_trainer.errors import ConfigError
+from student_trainer.progress import ProgressBar
 from student_trainer.teachers.artifact_files import artifact_files, artifact_folders
 from teacher_wire.labels.budget import File
 from teacher_wire.labels.store import Amount, LabelStore, StoreStats
@@ -212,15 +212,8 @@ def _check_teacher(store: LabelStore, teacher: str) -> None:
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over bytes on stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with ProgressBar(Console(file=sys.stderr), title, in_units=False) as bar:
+        yield lambda done, total: bar.update(done, total=total)
 
 
 def _amount(amount: Amount) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from student_trainer.config.run import ModelConfig
+from student_trainer.config.model import ModelConfig
 from student_trainer.data.text.tokenizer_file import load_tokenizer
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head

@@ -26,7 +26,7 @@ from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.info import ArtifactInfo, TeacherInfo
 from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
-from teacher_wire.labels.budget import PARTIAL
+from teacher_wire.labels.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +99,8 @@ def _write(path: Path, artifact: Artifact) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: _to_file(tensor) for name, tensor in artifact.tensors.items()}
     about = {"kind": artifact.header.kind, "tensors": list(tensors), "numbers": dict(artifact.numbers)}
-    partial = path.with_suffix(f".{os.getpid()}{PARTIAL}")
-    try:
+    with replacing(path, durable=False, shared=True) as partial:
         save_file(tensors, str(partial), metadata={"artifact": json.dumps(about)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_artifact(path: Path) -> Artifact | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from student_trainer.config.run import LossConfig
+from student_trainer.config.losses import LossConfig
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.output.term import OutputTerm

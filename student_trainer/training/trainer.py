@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainingArguments
 
-from student_trainer.config.run import OptimizationConfig, TrainConfig
+from student_trainer.config.run import TrainConfig
+from student_trainer.config.training import OptimizationConfig
 from student_trainer.errors import ConfigError, NonFiniteError, RunError
 from student_trainer.files import disk_trouble_named
 from student_trainer.labels.device_transfer import LabelTensors
@@ -36,7 +37,7 @@ from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrai
 from student_trainer.training.deferred_checks import Verdicts
 from student_trainer.training.learner import Learner
 from student_trainer.training.metrics import Meter
-from student_trainer.training.out_of_memory import is_out_of_memory, what_to_lower
+from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.run_folder import LOG_NAME, finite_or_none, log_line
 from student_trainer.training.windows import Places, WindowSource, padded, places_only
 

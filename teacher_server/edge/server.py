@@ -88,10 +88,7 @@ class EdgeServer:
         self._server = grpc.aio.server(
             interceptors=interceptors,
             options=[
-                *with_message_limit(
-                    server_options(config.keepalive_s, config.keepalive_timeout_s),
-                    _stream_limits(config).max_message_bytes,
-                ),
+                *with_message_limit(server_options(config.keepalive_s, config.keepalive_timeout_s)),
                 *_HTTP2_OPTIONS,
             ],
         )

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from student_trainer.config.run import LoraSettings
+from student_trainer.config.model import LoraSettings
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses import fused

@@ -199,7 +199,7 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
     """Rows of a real teacher over the real wire."""
     from transformers import AutoTokenizer
 
-    from student_trainer.config.run import ModelConfig
+    from student_trainer.config.model import ModelConfig
     from student_trainer.data.dataset import build_dataset
     from student_trainer.data.rows.sources import parse_source
     from student_trainer.labels.device_transfer import LabelTensors

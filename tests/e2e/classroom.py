@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from student_trainer.config.run import OptimizationConfig
+from student_trainer.config.training import OptimizationConfig
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example
 from student_trainer.labels.device_transfer import LabelTensors

@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from student_trainer.config.run import ModelConfig, parse_config
+from student_trainer.config.model import ModelConfig
+from student_trainer.config.run import parse_config
 from student_trainer.labels.device_transfer import ahead
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.model.load import load_student

@@ -26,7 +26,7 @@ from teacher_wire.score.stream import Desk, ScoreStream
 from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, Context, abort, bare, cancelled_from_outside, known
 from teacher_wire.transport.offload import Offload
-from teacher_wire.transport.stream_limits import StreamLimits
+from teacher_wire.transport.stream_limits import KEPT_REPLY_S, StreamLimits
 from teacher_wire.transport.versions import OtherVersions
 from teacher_wire.v2 import teacher_pb2 as pb
 
@@ -74,7 +74,7 @@ class TeacherServicer:
         self._tenant_of = tenant_of
         self._status_for = status_for
         self._charge = charge
-        self._kept = KeptReplies(self._limits.kept_reply_bytes, self._limits.kept_reply_s)
+        self._kept = KeptReplies(self._limits.kept_reply_bytes, KEPT_REPLY_S)
         self._accounts = Accounts(self._limits)
         self._offload = offload or Offload()
         self._desk = Desk(service, self._limits, self._accounts, self._kept, self._offload)

@@ -62,7 +62,6 @@ def test_labels_come_by_number_whatever_the_order_of_answers():
                 feed.take(number).ready["logits_NV"].array, fake.signals(SPEC, request(number).batch)["logits_NV"].array
             )
         feed.close()
-    assert feed.stats.batches == 9 and feed.stats.rows == 9 * 58
     assert fake.calls == 9, "every batch is asked for once"
 
 
@@ -214,7 +213,7 @@ def test_what_is_taken_has_been_prepared_by_the_feed():
         taken = feed.take(0)
         feed.close()
     expected = fake.signals(SPEC, request(0).batch)
-    assert taken.ready.named.keys() == expected.tensors.keys() and taken.payload_bytes == expected.payload_bytes
+    assert taken.ready.named.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
         np.testing.assert_array_equal(taken.ready.named[name].numpy(), tensor.array)
     assert threading.main_thread() not in threads

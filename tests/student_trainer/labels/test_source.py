@@ -109,10 +109,12 @@ def test_what_is_on_disk_needs_no_connection(store, spec):
         first=0, count=2, max_bytes=1 << 30, max_batches=10,
     )  # fmt: skip
     backwards = first.signals.cut(request(0, 1).batch)[::-1]
-    assert_same_labels(feed.take(0).ready, type(first.signals).join(backwards))
-    assert_same_labels(feed.take(1).ready, first.signals)
+    taken = [feed.take(0), feed.take(1)]
+    assert_same_labels(taken[0].ready, type(first.signals).join(backwards))
+    assert_same_labels(taken[1].ready, first.signals)
     feed.close()
-    assert feed.stats.usage == LabelUsage(disk_sequences=4, disk_tokens=80) and feed.stats.usage.disk_share == 1.0
+    assert all(one.usage == LabelUsage(disk_sequences=2, disk_tokens=40) for one in taken)
+    assert desk.usage == LabelUsage(disk_sequences=4, disk_tokens=80) and desk.usage.disk_share == 1.0
 
 
 def test_every_sequence_is_asked_for_once_however_often_it_is_under_way(store):

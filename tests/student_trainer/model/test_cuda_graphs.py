@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from student_trainer.config.run import LoraSettings, ModelConfig
+from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import load_student
 from student_trainer.model.speed import cuda_graphs

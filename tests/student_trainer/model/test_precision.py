@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from student_trainer.config.run import ModelConfig
+from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.losses.output.loss import output_loss
 from student_trainer.losses.output.spec import OutputLossSpec

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from student_trainer.config.run import LabelConfig
+from student_trainer.config.teachers import LabelConfig
 from student_trainer.errors import ConfigError
+from student_trainer.findings import Findings
 from student_trainer.teachers.handshake import StudentFacts, agree
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
 from teacher_wire.score.signals import spec_of
@@ -19,7 +20,11 @@ STUDENT = StudentFacts(
 
 def meet(info=INFO, student=STUDENT, labels=None, **changes):
     return agree(
-        info, student, labels or LabelConfig(), **{"asked_by": "loss.output (jsd)", "longest": ("f:1", 10), **changes}
+        info,
+        student,
+        labels or LabelConfig(),
+        Findings(),
+        **{"asked_by": "loss.output (jsd)", "longest": ("f:1", 10), **changes},
     )
 
 

@@ -255,15 +255,15 @@ def test_a_run_is_not_resumed_on_other_rows_or_from_other_weights(tmp_path, mode
 
 def test_auto_keeps_to_its_choice_over_a_resumption(config_of, monkeypatch):
     """The link is measured anew; a run must not change its labels for it."""
-    from student_trainer.config.run import LabelConfig
-    from student_trainer.teachers import session
+    from student_trainer.config.teachers import LabelConfig
+    from student_trainer.teachers import trial
 
     config = config_of(labels={"transport": "auto"})
     chosen = LabelConfig(transport="hidden", compression="int8")
-    monkeypatch.setattr(session, "choose", lambda *args, **kwargs: (chosen, "slow today"))
+    monkeypatch.setattr(trial, "choose", lambda *args, **kwargs: (chosen, "slow today"))
     train(config, console=QUIET)
     (config.run.output_dir / "result.json").unlink()
-    monkeypatch.setattr(session, "choose", lambda *args, **kwargs: pytest.fail("it has been chosen"))
+    monkeypatch.setattr(trial, "choose", lambda *args, **kwargs: pytest.fail("it has been chosen"))
     train(config, resume=True, console=QUIET)
 
 
@@ -417,7 +417,7 @@ def test_students_of_every_family(tmp_path, model_factory, rows_file, family):
 
 
 def test_learning_rate_is_a_function_of_the_step():
-    from student_trainer.config.run import OptimizationConfig
+    from student_trainer.config.training import OptimizationConfig
 
     settings = OptimizationConfig(warmup_steps=4, schedule="cosine", min_lr_share=0.1)
     shares = [learning_rate_share(step, 20, settings) for step in range(21)]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from student_trainer.config.run import ModelConfig
+from student_trainer.config.model import ModelConfig
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.labels.rows_on_device import head_on
 from student_trainer.model.load import load_student

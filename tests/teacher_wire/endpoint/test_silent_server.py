@@ -5,8 +5,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from student_trainer.config.run import TeacherConfig
-from student_trainer.teachers.connect import connector
+from student_trainer.config.teachers import TeacherConfig
+from student_trainer.teachers.connect import Connection
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import DeadlineError, LimitError, UnavailableError
 from teacher_wire.endpoint.client import TeacherClient
@@ -145,7 +145,7 @@ async def test_lost_writing_is_asked_again():
 
 async def test_the_setting_arrives():
     settings = TeacherConfig(address="127.0.0.1:1", answer_s=7)
-    async with connector(settings, "127.0.0.1:1", lambda error: None)() as client:
+    async with Connection.of(settings, "127.0.0.1:1").client(lambda error: None) as client:
         assert client._answer_s == 7
     assert TeacherConfig(address="a:1").answer_s == 600
 
