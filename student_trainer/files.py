@@ -19,6 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from student_trainer.errors import RunError
+from teacher_wire.labels.files import replacing
+from teacher_wire.labels.files import sync as sync
 
 LOCK_NAME = "run.lock"
 _UNLOCKABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -30,17 +32,8 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: the disk does not take it; what was there before is still there.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -60,15 +53,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, not an object")
     return found
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sync_tree(folder: Path) -> None:

@@ -19,7 +19,7 @@ from student_trainer.errors import ConfigError
 KINDS = ("constant", "linear", "cosine", "exponential")
 
 # What randomness is for -> second word of its key; append only, for a number that moves changes every past run.
-STREAMS = {"data": 0, "lambda": 1, "rollout": 2, "teacher_dropout": 3, "labels": 4}
+STREAMS = {"data": 0}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Schedule:
     Attributes:
         kind: `constant` (start), `linear`, `cosine` (half a wave), `exponential` (equal ratios; both ends above 0).
         steps: optimizer steps from start to end; explicit, so that a longer run does not change it.
-        delay: steps that stay at `start` before.
     Raises:
         ConfigError: an unknown kind, or numbers it cannot join.
     """
@@ -38,19 +37,18 @@ class Schedule:
     start: float
     end: float
     steps: int
-    delay: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"schedule {self.kind!r} is unknown; choose from {', '.join(KINDS)}")
-        if self.steps < 1 or self.delay < 0:
-            raise ConfigError(f"steps must be at least 1 and delay at least 0, not {self.steps} and {self.delay}")
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, not {self.steps}")
         if self.kind == "exponential" and not (self.start > 0 and self.end > 0):
             raise ConfigError(f"an exponential schedule needs both ends above 0, not {self.start} and {self.end}")
 
     def at(self, step: int) -> float:
         """The value during optimizer step `step`, counted from 0."""
-        share = min(1.0, max(0, step - self.delay) / self.steps)
+        share = min(1.0, max(0, step) / self.steps)
         if self.kind == "constant" or share == 0:
             return self.start
         if share == 1:

@@ -5,9 +5,12 @@ In: exceptions and successes; out: a kind of fault, a `RuntimeError` for Serve's
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from teacher_wire.core.errors import OverloadedError, ServerError, TeacherWireError, UnavailableError
@@ -81,20 +84,51 @@ def release(error: BaseException) -> None:
 
 
 class Health:
-    """Whether the forward passes of one replica still succeed.
+    """Whether the forward passes of one replica still succeed, and end.
 
     A lost device is fatal at once. Any other failure may be the fault of one request: after `PROBE_AFTER` in a row
     `needs_probe` holds, and the owner computes something known to be good; only if that fails too the replica is given up.
+
+    Args:
+        hang_s: longest time that one call of the backend may run; None for any.
+        clock: seconds, monotonic.
 
     Attributes:
         failed: forward passes that failed since the start.
         reason: why the replica was given up, or "".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hang_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.failed = 0
         self.reason = ""
+        self._hang_s = hang_s
+        self._clock = clock
+        self._running: dict[
+            object, float
+        ] = {}  # since when, of each call that runs; written by the threads that run them
         self._in_a_row: Counter[Work] = Counter()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """A call of the backend, on the thread that runs it: what it waits for a thread is no part of it."""
+        call = object()
+        self._running[call] = self._clock()
+        try:
+            yield
+        finally:
+            del self._running[call]
+
+    @property
+    def hung(self) -> str:
+        """Which call has run longer than `hang_s`, in words, or ""."""
+        if self._hang_s is None:
+            return ""
+        longest_s = self._clock() - min(list(self._running.values()), default=self._clock())
+        return (
+            f"a forward pass has run for {longest_s:.0f} s (hang_s {self._hang_s:g})"
+            if longest_s > self._hang_s
+            else ""
+        )
 
     def succeeded(self, work: Work) -> None:
         """A forward pass gave its answers."""

@@ -75,7 +75,7 @@ def make_model(
         "bert-generation": {"is_decoder": False},  # sees what comes later
     }[family]  # fmt: skip
     if family == "internlm3":
-        from teacher_server.backends.transformers import internlm
+        from teacher_server.backends import internlm
 
         internlm.register()
     config = tf.AutoConfig.for_model(family, **{**shape, **extra, **changes})
@@ -88,3 +88,18 @@ def make_model(
     model.save_pretrained(folder)
     make_tokenizer(folder)
     return folder
+
+
+def head_of(backend):
+    """The output head of a backend, as its students get it."""
+    from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, TeacherHead
+
+    (wanted,) = (artifact for artifact in backend.facts.artifacts if artifact.kind == OUTPUT_HEAD)
+    return TeacherHead.of(backend.artifact(wanted))
+
+
+async def fetched_head(client, info, progress=None, **options):
+    """The output head of a teacher over the wire."""
+    from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, TeacherHead
+
+    return TeacherHead.of(await client.artifact(info, info.artifact(OUTPUT_HEAD), progress, **options))

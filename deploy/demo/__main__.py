@@ -194,7 +194,8 @@ def _points(arm: str, seed: int, curve: list[dict[str, float]]) -> list[Any]:
 
 
 def _report(folder: Path, results: dict[str, Any], seconds: float, console: Console) -> None:
-    from student_trainer.evaluation.report import Results, print_table, write_report
+    from student_trainer.evaluation.report import Results, print_table
+    from student_trainer.evaluation.report_folder import write_report
 
     summary = Results(results["arms"], results["teacher"], STEPS, SEEDS, seconds)
     write_report(folder, summary, results["curves"])

@@ -17,12 +17,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from student_trainer.config.run import cache_folder, labels_folder
 from student_trainer.errors import ConfigError
-from student_trainer.teachers.head_files import head_files, heads_folder
+from student_trainer.progress import ProgressBar
+from student_trainer.teachers.artifact_files import artifact_files, artifact_folders
+from teacher_wire.labels.budget import File
 from teacher_wire.labels.store import Amount, LabelStore, StoreStats
 
 app = typer.Typer(help="Look after the labels on this machine's disk.", no_args_is_help=True)
@@ -38,12 +39,13 @@ def stats(cache_dir: CacheDir = _DEFAULT) -> None:
     """List the labels by teacher and transport, and the teachers' output heads."""
     with _named(cache_dir) as store:
         shelves, unreadable = store.scan()
-        heads = head_files(_heads(cache_dir))
+        kept = _artifacts(cache_dir)
     console = Console(highlight=False, soft_wrap=True)
-    if heads:
-        newest = datetime.fromtimestamp(heads[-1].used_s).strftime("%Y-%m-%d %H:%M")
+    for kind, files in kept.items():
+        newest = datetime.fromtimestamp(files[-1].used_s).strftime("%Y-%m-%d %H:%M")
         console.print(
-            f"{len(heads):,} output heads in {_heads(cache_dir)}: {_mb(sum(file.size for file in heads))} MB, last used {newest}",
+            f"{len(files):,} {_plural(kind)} in {Path(files[-1].path).parent}: {_mb(sum(file.size for file in files))} MB, "
+            f"last used {newest}",
             markup=False,
         )
     if not shelves and not unreadable:
@@ -73,31 +75,34 @@ def verify(cache_dir: CacheDir = _DEFAULT) -> None:
     """Read everything; delete what is damaged. Exit code 1 if something was, or could not be read."""
     with _named(cache_dir) as store, _bar("verifying") as progress:
         whole, damaged = store.verify(progress)
-        whole_heads, damaged_heads = _verify_heads(cache_dir, store)
+        verified = _verify_artifacts(cache_dir, store)
     print(f"{_amount(whole)} are whole; {_damage(damaged, store.stats)}")
-    if whole_heads or damaged_heads:
-        print(f"{whole_heads:,} output heads are whole; {damaged_heads:,} were damaged")
+    for kind, (whole_files, damaged_files) in verified.items():
+        print(f"{whole_files:,} {_plural(kind)} are whole; {damaged_files:,} were damaged")
     _complain(store.stats)
-    if damaged.sequences or damaged_heads or store.stats.unreadable:
+    if damaged.sequences or any(damaged_files for _, damaged_files in verified.values()) or store.stats.unreadable:
         raise typer.Exit(1)
 
 
-def _verify_heads(cache_dir: Path, store: LabelStore) -> tuple[int, int]:
-    """How many heads are whole, and how many were damaged; what cannot be deleted or read is counted with the labels."""
-    whole = damaged = 0
-    for file in head_files(_heads(cache_dir)):
-        from student_trainer.teachers.head_cache import read_head
+def _verify_artifacts(cache_dir: Path, store: LabelStore) -> dict[str, tuple[int, int]]:
+    """How many artifacts of each kind are whole, and how many were damaged; what cannot be deleted or read is counted with the labels."""
+    found = {}
+    for kind, files in _artifacts(cache_dir).items():
+        whole = damaged = 0
+        for file in files:
+            from student_trainer.teachers.artifact_cache import read_artifact
 
-        if not os.access(file.path, os.R_OK):
-            store.passed_over(file.path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-            continue
-        head = read_head(Path(file.path))
-        if head is not None and head.header.sha256 == file.key:
-            whole += 1
-            continue
-        damaged += 1
-        store.drop_damaged(Path(file.path))
-    return whole, damaged
+            if not os.access(file.path, os.R_OK):
+                store.passed_over(file.path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+                continue
+            artifact = read_artifact(Path(file.path))
+            if artifact is not None and (artifact.header.kind, artifact.header.sha256) == (kind, file.key):
+                whole += 1
+                continue
+            damaged += 1
+            store.drop_damaged(Path(file.path))
+        found[kind] = whole, damaged
+    return found
 
 
 @app.command()
@@ -116,17 +121,17 @@ def prune(
         raise ConfigError("cache prune: say what may go with --max-gb, --teacher or --older-than-days")
     with _named(cache_dir) as store:
         _check_teacher(store, teacher)
-        heads = head_files(_heads(cache_dir))
+        kept = _artifacts(cache_dir)
         freed = store.prune(
             max_bytes=None if max_gb is None else round(max_gb * 2**30),
             teacher=teacher,
             unused_for_s=(older_than_days or 0.0) * _DAY_S,
             dry_run=dry_run,
-            beside=heads,
+            beside=[file for files in kept.values() for file in files],
         )
-        left = {file.path for file in head_files(_heads(cache_dir))}
-    gone = sum(file.path not in left for file in heads)
-    told = f", {gone:,} of them output heads" if gone else ""
+        left = {file.path for files in _artifacts(cache_dir).values() for file in files}
+    gone = {kind: sum(file.path not in left for file in files) for kind, files in kept.items()}
+    told = "".join(f", {count:,} of them {_plural(kind)}" for kind, count in gone.items() if count)
     print(f"{'would free' if dry_run else 'freed'} {_mb(freed.bytes)} MB: {freed.sequences:,} sequences{told}")
 
 
@@ -172,8 +177,14 @@ def _complain(stats: StoreStats) -> None:
         print(f"the first of them: {stats.trouble}")
 
 
-def _heads(cache_dir: Path) -> Path:
-    return heads_folder(cache_folder(cache_dir))
+def _artifacts(cache_dir: Path) -> dict[str, list[File]]:
+    """The teachers' artifacts on disk by kind, the longest unused first; only kinds of which there are some."""
+    listed = {kind: artifact_files(folder) for kind, folder in artifact_folders(cache_folder(cache_dir)).items()}
+    return {kind: files for kind, files in listed.items() if files}
+
+
+def _plural(kind: str) -> str:
+    return f"{kind.replace('_', ' ')}s"
 
 
 @contextlib.contextmanager
@@ -201,15 +212,8 @@ def _check_teacher(store: LabelStore, teacher: str) -> None:
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over bytes on stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with ProgressBar(Console(file=sys.stderr), title, in_units=False) as bar:
+        yield lambda done, total: bar.update(done, total=total)
 
 
 def _amount(amount: Amount) -> str:

@@ -7,16 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from student_trainer.config.data import SourceConfig, listed_sources
+from student_trainer.config.fields import AbsolutePath, Fraction, HomeText, Positive
 from student_trainer.config.files import Settings, parse_as, read_tree
-from student_trainer.config.run import (
-    AbsolutePath,
-    Fraction,
-    HomeText,
-    Positive,
-    SourceConfig,
-    TeacherConfig,
-    listed_sources,
-)
+from student_trainer.config.teachers import TeacherConfig
 
 # Said to the teacher before the question. It names what the grammar holds it to; a tuned teacher may need less, or "".
 INSTRUCTION = (

@@ -1,17 +1,15 @@
 """The whole run as one list of micro-batches: a pure function of seed, data size and batch size.
 
-In: a dataset; out: micro-batch number -> indices of examples. No random state: a resumed run, the feed
-and the data loader all compute the same list.
+In: a dataset; out: micro-batch number -> indices of examples. No random state: a resumed run and the feed
+compute the same list.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.schedules import permutation
@@ -67,20 +65,6 @@ class RunOrder:
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
         return permutation(self._seed, epoch, self.examples)
-
-
-class OrderedDataset(Dataset[Any]):
-    """A dataset as the run sees it, for a data loader that reads it front to back."""
-
-    def __init__(self, dataset: Any, order: RunOrder) -> None:
-        self._dataset = dataset
-        self._order = order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, position: int) -> Any:
-        return self._dataset[self._order[position]]
 
 
 def by_length(data: TokenizedDataset, batch_size: int) -> list[list[int]]:

@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from student_trainer.config.run import DataConfig, SourceConfig, TrainConfig
+from student_trainer.config.data import DataConfig, SourceConfig
+from student_trainer.config.run import TrainConfig
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, write_bad_rows

@@ -55,13 +55,11 @@ def measure(
     """
     tally = Tally()
     sums: dict[str, float] = {}
-    pad_id = student.tokenizer.pad_token_id
-    pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
     head = student.head(vocab_rows)
     device = head.weight_VD.device
     for number, indices in enumerate(by_length(data, batch_size)):
         rows = [data[index] for index in indices]
-        padded = collate(rows, pad_id)
+        padded = collate(rows, student.pad_id)
         packed = pack([row.example for row in rows]).batch
         index_N = torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded["input_ids"].shape[1])).to(
             device

@@ -6,7 +6,6 @@ Must never smooth, nor share an axis between losses that measure different thing
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from student_trainer.evaluation.report import METRICS, CurvePoint, Results
+from teacher_wire.labels.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +34,8 @@ def write_plots(folder: Path, results: Results, curves: Sequence[CurvePoint]) ->
     drawn = {"loss.png": draw_loss(results, curves), "heldout.png": draw_heldout(results, curves)}
     written = {name: figure for name, figure in drawn.items() if figure is not None}
     for name, figure in written.items():
-        partial = folder / f"{name}.partial"
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, folder / name)
+        with replacing(folder / name) as partial:
+            figure.savefig(partial, format="png", dpi=150)
     return list(written)
 
 

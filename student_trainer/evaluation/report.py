@@ -1,14 +1,12 @@
-"""Comparison of training arms at equal steps: statistics, report.json, report.md, plots, a console table.
+"""Comparison of training arms at equal steps: statistics, and what report.json, report.md and a console table say of them.
 
-In: `Results` (a value per seed) and the points of the curves. Out: files in one folder, each replaced whole.
+In: `Results` (a value per seed). Out: plain data, text, a table; `report_folder` writes them.
 Must never pick seeds, hide one, or claim a difference whose interval holds 0.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,16 +138,6 @@ def as_json(results: Results) -> dict[str, object]:
     }
 
 
-def write_report(folder: Path, results: Results, curves: Sequence[CurvePoint] = ()) -> None:
-    """Write the plots, report.md and, last, report.json into `folder`, which is made if missing."""
-    from student_trainer.evaluation.plots import write_plots
-
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = write_plots(folder, results, curves)
-    _write(folder / "report.md", as_markdown(results, plots))
-    _write(folder / "report.json", json.dumps(as_json(results), indent=2, allow_nan=False) + "\n")
-
-
 def as_markdown(results: Results, plots: Sequence[str] = ()) -> str:
     """report.md: the reading, the table, the paired differences, all seeds, the plots."""
     seeds = ", ".join(map(str, results.seeds))
@@ -257,9 +245,3 @@ def _coloured(difference: Interval, metric: Metric) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -13,8 +13,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from teacher_wire.core.signals import BLOCK_CHANNELS, TeacherSignals
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.core.tensor import Tensor
+from teacher_wire.score.signals.hidden import BLOCK_CHANNELS
 
 _IDS = ("uint8", "uint16", "uint24", "int32")
 
@@ -52,7 +53,7 @@ class LabelTensors:
     @classmethod
     def of(cls, signals: TeacherSignals, *, pinned: bool = False) -> LabelTensors:
         """On the host; `pinned` as in `to_torch`."""
-        return cls({name: to_torch(tensor, pinned=pinned) for name, tensor in signals.tensors().items()})
+        return cls({name: to_torch(tensor, pinned=pinned) for name, tensor in signals.tensors.items()})
 
     @property
     def nbytes(self) -> int:

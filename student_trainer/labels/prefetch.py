@@ -13,27 +13,21 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from student_trainer.labels import event_loop
 from student_trainer.labels.depth import Depth
 from student_trainer.labels.source import LabelRequest, Labels, LabelSource, LabelUsage
 from teacher_wire.core.errors import CancelledRequestError, LimitError, TeacherWireError
-from teacher_wire.core.signals import TeacherSignals, Timing
+from teacher_wire.core.signals import TeacherSignals
 
 
 @dataclass
 class FeedStats:
-    """What has been taken from the feed since it was made."""
+    """How long `take` has waited since the feed was made, in seconds."""
 
-    batches: int = 0
-    rows: int = 0
-    payload_bytes: int = 0
     wait_s: float = 0.0
-    queue_s: float = 0.0
-    forward_s: float = 0.0
-    usage: LabelUsage = field(default_factory=LabelUsage)
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,10 @@ class Taken:
     Attributes:
         ready: what the feed's `prepare` made of them.
         usage: what they took.
-        rows, payload_bytes, timing: of the answer.
     """
 
     ready: Any
     usage: LabelUsage
-    rows: int
-    payload_bytes: int
-    timing: Timing
 
 
 class LabelFeed:
@@ -138,17 +128,7 @@ class LabelFeed:
                 self._promises.pop(number, None)
                 self._held.pop(number, None)
                 self._lock.notify_all()
-        self._count_in(labels)
         return labels
-
-    def _count_in(self, taken: Taken) -> None:
-        stats = self.stats
-        stats.usage.add(taken.usage)
-        stats.batches += 1
-        stats.rows += taken.rows
-        stats.payload_bytes += taken.payload_bytes
-        stats.queue_s += taken.timing.queue_us / 1e6
-        stats.forward_s += taken.timing.forward_us / 1e6
 
     def close(self) -> None:
         """Ends; open requests are taken back."""
@@ -209,7 +189,7 @@ class LabelFeed:
 
     def _ready(self, labels: Labels) -> Taken:
         signals = labels.signals  # not held longer than it takes: they may be as large as what is made of them
-        return Taken(self._prepare(signals), labels.usage, signals.rows, signals.payload_bytes, signals.timing)
+        return Taken(self._prepare(signals), labels.usage)
 
     def _wait_for_room(self, size: int) -> bool:
         """Blocks until `size` more bytes may be under way; False when the feed is closed."""
@@ -230,7 +210,7 @@ class LabelFeed:
 def _bytes_of(ready: Any) -> int:
     """What an answer takes once it is ready."""
     if isinstance(ready, TeacherSignals):
-        return sum(tensor.array.nbytes for tensor in ready.tensors().values())
+        return sum(tensor.array.nbytes for tensor in ready.tensors.values())
     return int(getattr(ready, "nbytes", 0))
 
 

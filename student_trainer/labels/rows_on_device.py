@@ -11,14 +11,13 @@ from student_trainer.labels.device_transfer import LabelTensors, to_torch
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import BFLOAT16, FLOAT32, Tolerance
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
-from teacher_wire.core.info import TeacherHead
+from teacher_wire.artifacts.kinds.output_head import TeacherHead
 
 
 def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
     """The teacher's output head on the student's device, over the shared ids."""
-    header = head.header
-    bias = None if header.bias_V is None else to_torch(header.bias_V, device)
-    whole = Head(to_torch(head.weight_VD, device), bias, header.logit_scale, header.final_softcap)
+    bias = None if head.bias_V is None else to_torch(head.bias_V, device)
+    whole = Head(to_torch(head.weight_VD, device), bias, head.logit_scale, head.final_softcap)
     return whole.slice(vocab_rows)
 
 

@@ -44,7 +44,9 @@ class LabelDesk:
         def check(signals: TeacherSignals, asked: LabelRequest) -> None:
             check_signals(signals, spec, asked.batch, asked.names)
 
-        return LabelSource(connect or self.connect, info, spec, check, None if spec.extra else self.store, self.usage)
+        return LabelSource(
+            connect or self.connect, info, spec, check, None if spec.extra_ids else self.store, self.usage
+        )
 
     def forget(self, info: TeacherInfo) -> str:
         """Deletes the labels of a teacher that were used since the run began: some are wrong, and all came the same way.

@@ -13,12 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
+from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, Timing
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore, label_keys
-from teacher_wire.score import codec
 
 
 @dataclass(frozen=True)
@@ -114,14 +112,15 @@ class LabelSource:
 
     def reply_bytes(self, request: LabelRequest) -> int:
         """Payload bytes of the answer to `request`, wherever it comes from."""
-        return codec.reply_bytes(ScoreCall("", "", "", self._spec, request.batch), self._info)
+        return self._spec.answer_bytes(request.batch, self._info)
 
     def peak_bytes(self, request: LabelRequest) -> int:
         """Host memory that the answer to `request` takes at most on its way: as it travels, joined from the parts that were kept, and as
         tensors that a device can copy from, where ids of two and three bytes become four.
         """
-        wire = self.reply_bytes(request)
-        prepared = wire + (request.batch.rows * self._spec.kept * 2 if self._spec.transport == "top_k" else 0)
+        wire, info = self.reply_bytes(request), self._info
+        shape = AnswerShape(self._spec.vocab_rows, info.hidden_size, info.dtype)
+        prepared = wire + request.batch.rows * sum(signal.widened_bytes(shape) for signal in self._spec.signals)
         return wire * (1 if self._store is None else 2) + prepared
 
     async def labels(self, request: LabelRequest) -> Labels:
@@ -214,8 +213,7 @@ class LabelSource:
         fingerprint, spec = self._info.fingerprint, self._spec
         kept = {}
         bounds = asked.batch.row_bounds_B1.tolist()
-        for b, key in enumerate(keys):
+        for b, (key, part) in enumerate(zip(keys, answer.cut(asked.batch), strict=True)):
             if bounds[b + 1] > bounds[b]:
-                part = answer.slice(bounds[b], bounds[b + 1])
                 kept[key] = store.keep(key, fingerprint, spec, asked.batch.select([b]), part)
         return kept

@@ -11,15 +11,17 @@ Axes: N rows, K kept ids, M ids named by the student, V vocabulary rows, D width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from teacher_wire.core.axes import Axis, Entries, axis_of
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.signals import SignalSpec, TeacherSignals
-from teacher_wire.core.tensor import Tensor
+from teacher_wire.core.signals import AnswerShape, Signal, SignalSpec, TeacherSignals
+from teacher_wire.core.tensor import FLOATS, Tensor
+from teacher_wire.score.signals import Full, Hidden, TopK
 
 # Probabilities that must sum to 1, and figures computed twice: float32 log-sums over bf16 logits (algorithms.md 3.6).
 MASS_TOLERANCE = 1e-3
@@ -41,36 +43,29 @@ def check_signals(signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, 
     Raises:
         LabelError: naming sample, row within the sample, field, value and limit.
     """
-    report = _Reporter(batch, names)
-    if signals.rows != batch.rows:
-        raise LabelError("wrong number of rows", field="rows", value=signals.rows, limit=batch.rows)
-    lse_N = signals.lse_N.array
-    label_N = signals.label_logp_N.array
-    report.refuse(~np.isfinite(lse_N), "lse", "not a finite number", lse_N)
-    report.refuse(~np.isfinite(label_N) | (label_N > 1e-4), "label_logp", "not a log-probability", label_N)
-    if spec.transport == "top_k":
-        _check_top_k(signals, spec, batch, report)
-    elif spec.transport == "full":
-        _check_full(signals, batch, report)
-    for name in ("hidden_ND", "state_scales_NG", "outlier_values_NO"):
-        found = signals.tensors().get(name)
-        if found is not None:
-            report.refuse(_not_finite(found), name, "holds NaN or infinity", lse_N)
-    if signals.outlier_ids_NO is not None:
-        top_N = signals.outlier_ids_NO.array.max(-1)
-        assert signals.state_int8_ND is not None
-        width = signals.state_int8_ND.shape[1]
-        report.refuse(top_N >= width, "outlier_ids", "a channel outside the state", top_N, width - 1)
+    report = Reporter(batch, names, spec.vocab_rows)
+    for name, tensor in signals.tensors.items():
+        expected = report.entries.total(axis_of(name))
+        if tensor.shape[0] != expected:
+            raise LabelError("wrong number of rows", field="rows", value=tensor.shape[0], limit=expected)
+    of = "N" if spec.check == "all" else "C"
+    lse, label = signals[f"lse_{of}"].array, signals[f"label_logp_{of}"].array
+    axis = axis_of(f"lse_{of}")
+    report.refuse(~np.isfinite(lse), "lse", "not a finite number", lse, axis=axis)
+    report.refuse(~np.isfinite(label) | (label > 1e-4), "label_logp", "not a log-probability", label, axis=axis)
+    for signal in spec.signals:
+        CHECKS.get(signal.kind, _check_finite)(signals, signal, batch, report)
 
 
 def _not_finite(tensor: Tensor) -> np.ndarray:
-    """bool [N]: rows that hold NaN or infinity.
+    """bool [N]: entries that hold NaN or infinity.
 
     Of bfloat16 by its bits: from infinity on, read as signed (the positive) or unsigned (the negative); that needs no copy.
     """
     values = tensor.array
     if tensor.dtype != "bfloat16":
-        return ~np.isfinite(values).all(-1)
+        return ~np.isfinite(values).all(tuple(range(1, values.ndim)))
+    values = values.reshape(len(values), -1)
     signed = values.view(np.int16)
     if values.max() < _BF16_MINUS_INFINITY and signed.max() < _BF16_INFINITY:
         return np.zeros(values.shape[0], np.bool_)
@@ -78,35 +73,68 @@ def _not_finite(tensor: Tensor) -> np.ndarray:
     return found
 
 
-class _Reporter:
-    """Turns a mask of bad rows [N], or of bad entries [N, K], into an error that names the first row."""
+class Reporter:
+    """Turns a mask of bad rows [N], or of bad entries [N, K], into an error that names the first row.
 
-    def __init__(self, batch: TokenBatch, names: Sequence[str]) -> None:
+    Attributes:
+        entries: of the batch.
+        vocab_rows: V of the request.
+    """
+
+    def __init__(self, batch: TokenBatch, names: Sequence[str], vocab_rows: int) -> None:
+        self.vocab_rows = vocab_rows
+        self.entries = Entries(batch)
         self._batch = batch
         self._names = names
 
-    def refuse(self, bad: Any, field: str, complaint: str, value_N: np.ndarray, limit: object = "") -> None:
+    def names_of(self, signal: Signal) -> set[str]:
+        """Of the tensors that answer one signal."""
+        return {part.name for part in signal.fields(AnswerShape(self.vocab_rows, 0, "float32"))}
+
+    def refuse(
+        self, bad: Any, field: str, complaint: str, value_N: np.ndarray, limit: object = "", axis: Axis = Axis.ROW
+    ) -> None:
+        """Raises LabelError if anything is bad; `bad` and `value_N` have an entry for each of `axis`."""
         if not bad.any():
             return
-        bad_N = bad if bad.ndim == 1 else bad.any(-1)
-        row = int(np.argmax(bad_N))
+        bad_N = bad if bad.ndim == 1 else bad.any(tuple(range(1, bad.ndim)))
+        entry = row = int(np.argmax(bad_N))
+        if axis is not Axis.ROW:
+            row = int(np.searchsorted(self.entries.before(axis), entry, side="right")) - 1
         sequence = self._batch.sequence_of_row(row)
         token = int(self._batch.rows_of()[row] - self._batch.cu_lengths_B1[sequence])
         raise LabelError(
             f"the teacher's labels for {self._names[sequence]}, row {token}: {complaint} ({int(bad_N.sum())} of {bad_N.size} rows)",
-            field=field, value=value_N[row], limit=limit,
+            field=field, value=value_N[entry], limit=limit,
         )  # fmt: skip
 
 
-def _check_top_k(signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, report: _Reporter) -> None:
-    assert signals.topk_ids_NK is not None and signals.topk_logits_NK is not None and signals.tail_logp_N is not None
-    ids_NK = signals.topk_ids_NK.array
-    lse_N, label_N, tail_N = signals.lse_N.array, signals.label_logp_N.array, signals.tail_logp_N.array
-    if ids_NK.max() >= spec.vocab_rows:
+def _check_finite(signals: TeacherSignals, signal: Signal, batch: TokenBatch, report: Reporter) -> None:
+    """What is asked of every kind: that its floats are finite."""
+    for name, tensor in signals.tensors.items():
+        if tensor.dtype in FLOATS and name in report.names_of(signal):
+            bad = _not_finite(tensor)
+            report.refuse(bad, name, "holds NaN or infinity", np.where(bad, np.nan, 0.0), axis=axis_of(name))
+
+
+def _check_hidden(signals: TeacherSignals, signal: Hidden, batch: TokenBatch, report: Reporter) -> None:
+    _check_finite(signals, signal, batch, report)
+    if "outlier_ids_NO" in signals:
+        top_N = signals["outlier_ids_NO"].array.max(-1)
+        width = signals["state_int8_ND"].shape[1]
+        report.refuse(top_N >= width, "outlier_ids", "a channel outside the state", top_N, width - 1)
+
+
+def _check_top_k(signals: TeacherSignals, signal: TopK, batch: TokenBatch, report: Reporter) -> None:
+    ids_NK = signals["topk_ids_NK"].array
+    lse_N, label_N, tail_N = signals.lse_N.array, signals.label_logp_N.array, signals["tail_logp_N"].array
+    if ids_NK.max() >= report.vocab_rows:
         top_N = ids_NK.max(-1)
-        report.refuse(top_N >= spec.vocab_rows, "topk_ids", "an id outside the vocabulary", top_N, spec.vocab_rows - 1)
-    report.refuse(_not_finite(signals.topk_logits_NK), "topk_logits", "holds NaN or infinity", lse_N)
-    logits_NK = signals.topk_logits_NK.as_float32()
+        report.refuse(
+            top_N >= report.vocab_rows, "topk_ids", "an id outside the vocabulary", top_N, report.vocab_rows - 1
+        )
+    report.refuse(_not_finite(signals["topk_logits_NK"]), "topk_logits", "holds NaN or infinity", lse_N)
+    logits_NK = signals["topk_logits_NK"].as_float32()
     report.refuse(_next_to(np.less, logits_NK), "topk_logits", "not in falling order", logits_NK[:, 0])
     sorted_NK = np.sort(ids_NK, axis=-1)  # of 16 or 32 bits, which numpy sorts ten times as fast as 64
     report.refuse(_next_to(np.equal, sorted_NK), "topk_ids", "the same id twice", ids_NK[:, 0])
@@ -133,7 +161,7 @@ def _check_top_k(signals: TeacherSignals, spec: SignalSpec, batch: TokenBatch, r
     )
     # A next token outside the kept ids cannot be likelier than the last of them.
     # (with ids named by the student among them: than the k-th).
-    above_N = ~kept_N & (label_N > logits_NK[:, spec.k - 1] - lse_N + LOGP_TOLERANCE)
+    above_N = ~kept_N & (label_N > logits_NK[:, signal.k - 1] - lse_N + LOGP_TOLERANCE)
     report.refuse(
         above_N,
         "label_logp",
@@ -165,9 +193,8 @@ def _mass(logits_NK: np.ndarray, lse_N: np.ndarray, tail_N: np.ndarray) -> np.nd
     return mass_N
 
 
-def _check_full(signals: TeacherSignals, batch: TokenBatch, report: _Reporter) -> None:
-    assert signals.logits_NV is not None
-    logits_NV = signals.logits_NV.as_float32()
+def _check_full(signals: TeacherSignals, signal: Full, batch: TokenBatch, report: Reporter) -> None:
+    logits_NV = signals["logits_NV"].as_float32()
     lse_N, label_N = signals.lse_N.array, signals.label_logp_N.array
     report.refuse(np.isnan(logits_NV).any(-1) | (logits_NV == np.inf).any(-1), "logits", "holds NaN or infinity", lse_N)
     top_N = logits_NV.max(-1)
@@ -190,3 +217,11 @@ def _check_full(signals: TeacherSignals, batch: TokenBatch, report: _Reporter) -
         difference_N,
         LOGP_TOLERANCE,
     )
+
+
+# What is checked of each kind of signal; of a kind that is not here, that its numbers are finite.
+CHECKS: dict[str, Callable[[TeacherSignals, Any, TokenBatch, Reporter], None]] = {
+    TopK.kind: _check_top_k,
+    Hidden.kind: _check_hidden,
+    Full.kind: _check_full,
+}

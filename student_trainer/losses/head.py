@@ -1,7 +1,7 @@
 """An output head, the student's or the teacher's: from states after the final norm to logits.
 
 In: states [C, D]. Out: logits [C, V] in float32 or float64, and the way of a gradient back to the raw product.
-Must never be trained here: `output.py` writes the gradients; a head only knows its own formula.
+Must never be trained here: `output/` writes the gradients; a head only knows its own formula.
 
 Axes: C rows of a chunk, V vocabulary rows, D width, R rank of an adapter.
 """

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file, find_adapter_config_file
 
-from student_trainer.config.run import LoraSettings, ModelConfig
+from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Lora
 from student_trainer.model.speed import lora as fast_lora

@@ -1,6 +1,6 @@
 """The student: model, tokenizer, adapters; and the two things a loss needs of it, states and head.
 
-In: ModelConfig; out: `Student`. The body is run without its output head: logits are made in chunks inside the loss.
+In: ModelConfig; out: `Student`.
 Trained whole, a model has float32 weights whatever `model.dtype` says, and computes in that dtype: a step at lr 1e-5 is less than
 a bfloat16 can hold of most weights. Adapters are float32 over a base in `model.dtype`.
 Axes: B sequences, L padded length, D width, V vocabulary rows.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from student_trainer.config.run import ModelConfig
+from student_trainer.config.model import ModelConfig
 from student_trainer.data.text.tokenizer_file import load_tokenizer
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head
+from student_trainer.losses.term import StudentOutputs
 from student_trainer.model import adapters, internlm, logit_probe, precision
+from student_trainer.model.forward import run_body
 from student_trainer.model.limits import position_limit
 from student_trainer.model.saving import not_finite
 from student_trainer.model.speed import compiled
@@ -68,7 +70,7 @@ class Student:
         model: the causal language model, wrapped by peft if it has adapters.
         tokenizer: its tokenizer.
         sha256: of the weights it started from, adapters included.
-        is_graphed: its passes may be recorded (`graphed.py`).
+        is_graphed: its passes may be recorded (`speed/cuda_graphs.py`).
         narrowed: what float32 weights compute in while they are trained whole; None: in their own dtype.
         exported: dtype of the weights in a finished run; None: as they are.
         notes: what a user should know of how it was loaded, a sentence each.
@@ -111,23 +113,28 @@ class Student:
         return logit_probe.body_of(self.causal_lm)
 
     @property
+    def pad_id(self) -> int:
+        """What is written behind the shorter sequences of a batch; attention never sees it."""
+        pad_id = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad_id is None else pad_id)
+
+    @property
     def vocab_rows(self) -> int:
         """V, rows of the output head."""
         return int(self.causal_lm.get_output_embeddings().weight.shape[0])
 
-    def states(self, input_ids_BL: Tensor) -> Tensor:
-        """[B, L, D] after the final norm, with gradients if training, of right-padded sequences.
-
-        No mask is needed, since attention is causal: a token sees nothing of what stands behind it. And without one the fast
-        kernels run, and nobody reads a mask back from the device.
-        """
-        body = self.body
+    def forward(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+        """A pass over right-padded sequences, with gradients if training (`forward.run_body`)."""
+        with self._autocast():
+            outputs = run_body(self.body, input_ids_BL, taps)
         if self.narrowed is None:
-            with _one_sequence_a_row():
-                return body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
-        with self._autocast(), _one_sequence_a_row():
-            state_BLD = body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
-        return state_BLD.to(self.narrowed)  # as the head is: two dtypes would keep its product from the tensor cores
+            return outputs
+        # as the head is: two dtypes would keep its product from the tensor cores
+        return replace(outputs, final_BLD=outputs.final_BLD.to(self.narrowed))
+
+    def states(self, input_ids_BL: Tensor) -> Tensor:
+        """[B, L, D] after the final norm; see `forward`."""
+        return self.forward(input_ids_BL).final_BLD
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.narrowed is None:
@@ -314,22 +321,6 @@ def load_outline(config: ModelConfig) -> Outline:
         tokenizer = load_tokenizer(sources.tokenizer, revision=sources.tokenizer_revision)
     _check_tokenizer(config, tokenizer)
     return _outline(tokenizer, model, torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """Spares transformers two questions whose answers are known.
-
-    Without a mask it looks for several sequences in a row by their positions, on the device, and waits for the answer; and while passes
-    are recorded (`graphed.py`) it would not look, and make a mask of all positions instead (masking_utils, 5.16 to 5.19).
-    """
-    before = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
-    masking_utils.find_packed_sequence_indices = lambda *_: None
-    masking_utils.is_tracing = lambda *_: False
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = before
 
 
 @contextlib.contextmanager

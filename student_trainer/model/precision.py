@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student_trainer.config.run import ModelConfig
+from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
 
 _BYTES_A_WEIGHT = 16  # float32: the weight, its gradient, and AdamW's two averages

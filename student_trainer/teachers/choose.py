@@ -1,16 +1,19 @@
-"""`labels.transport: auto`: the exact labels that fit the card and the link, and why.
+"""Which labels to ask for: those of `labels.transport: auto`, and the exact ones that held-out rows are measured with.
 
-In: what the teacher offers, free memory, a measured probe; out: a LabelConfig and one sentence. Policy over numbers: it asks nobody.
+In: what the teacher offers, free memory, a measured probe; out: a LabelConfig, and for `auto` one sentence. Policy over numbers: it asks nobody.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from student_trainer.config.run import LabelConfig
+from student_trainer.config.run import TrainConfig
+from student_trainer.config.teachers import LabelConfig
+from student_trainer.data.batch_plan import by_length
+from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.errors import ConfigError
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 
 HEAD_SHARE = 0.25  # of the free memory: the rest is the student's activations and optimizer
 TOP_K = 128
@@ -45,8 +48,8 @@ def choose(
         ConfigError: nothing this teacher offers can serve the loss on this card.
     """
     offered = info.transports
-    full_row = SignalSpec("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
-    hidden_row = SignalSpec("hidden", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    full_row = spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    hidden_row = spec_of("hidden", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     if "full" in offered and full_row <= hidden_row:
         return LabelConfig(
             transport="full"
@@ -79,6 +82,26 @@ def choose(
     return LabelConfig(
         transport="top_k", k=k
     ), f"{missing}: top {k} with the exact tail mass, which is not exact but close at temperature 1"
+
+
+def measured_by(
+    config: TrainConfig, info: TeacherInfo, labels: LabelConfig, vocab_rows: int, held_out: TokenizedDataset
+) -> LabelConfig:
+    """Labels to measure with: exact ones if `labels.transport` and the teacher allow any.
+
+    Only `hidden` may put the teacher's head on the card. Beside it, all logits of a batch are exact, where one request may hold them.
+    """
+    if labels.transport == "hidden" and "hidden" in info.transports:
+        return LabelConfig(transport="hidden")
+    rows = [int(row.example.loss_mask.sum()) for row in held_out]
+    most = max(sum(rows[i] for i in group) for group in by_length(held_out, config.train.eval_batch_size))
+    needed = most * spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+    fits = needed <= min(info.limits.max_reply_bytes, config.feed.window_mb << 20)
+    if "full" in info.transports and (fits or labels.transport == "full"):
+        return LabelConfig(transport="full")
+    if "top_k" in info.transports:
+        return LabelConfig(transport="top_k", k=min(labels.k, vocab_rows, info.limits.max_k))
+    return labels if not labels.extra_ids else LabelConfig(transport="top_k", k=labels.k)
 
 
 def _mib(count: int) -> str:

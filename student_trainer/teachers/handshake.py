@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from student_trainer.config.run import LabelConfig
+from student_trainer.config.teachers import LabelConfig
 from student_trainer.data.dataset import Example, TokenizedDataset
-from student_trainer.errors import ConfigError
+from student_trainer.findings import Finding, Findings
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
 from teacher_wire.core.identity import (
     added_tokens,
@@ -24,6 +24,7 @@ from teacher_wire.core.identity import (
 )
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,19 @@ def agree(
     info: TeacherInfo,
     student: StudentFacts,
     labels: LabelConfig,
+    findings: Findings,
     *,
     asked_by: str,
     longest: tuple[str, int],
     allow_template_mismatch: bool = False,
-) -> SignalSpec:
-    """The signal both sides can work with.
+) -> SignalSpec | None:
+    """The signal both sides can work with; None where findings are bad and do not stop there.
 
     Args:
         info: the teacher.
         student: the student.
         labels: the wanted transport.
+        findings: takes what is found.
         asked_by: the loss that needs it, for errors.
         longest: name and tokens of the longest sequence of the data.
         allow_template_mismatch: learn although chat templates differ.
@@ -132,36 +135,76 @@ def agree(
         LimitError: a sequence above the teacher's limit.
         ConfigError: k outside the vocabulary or above the teacher's limit.
     """
+    assert labels.transport != "auto", "chosen before: see teachers/choose.py"
+    if not findings.add(_compare(info, student, labels, asked_by, longest, allow_template_mismatch)):
+        return None
+    return signal_of(labels, shared_rows(info, student))
+
+
+def _compare(
+    info: TeacherInfo,
+    student: StudentFacts,
+    labels: LabelConfig,
+    asked_by: str,
+    longest: tuple[str, int],
+    allow_template_mismatch: bool,
+) -> Iterator[Finding]:
     if info.tokenizer_sha256 != student.tokenizer_sha256 and not (student.tokens and student.tokens.same_as(info)):
-        raise MismatchError(
+        yield Finding.of("teacher", MismatchError(
             f"teacher {info.name!r} ({info.model}) has another tokenizer than the student: its labels would be for other tokens",
             field="tokenizer_sha256", value=info.tokenizer_sha256[:16] or "none", limit=student.tokenizer_sha256[:16],
-        )  # fmt: skip
+        ))  # fmt: skip
+    else:
+        yield Finding.good("teacher", f"teacher {info.name!r} reads our tokens as the student does")
     template_differs = info.chat_template_sha256 != student.chat_template_sha256
     if student.uses_chat_template and template_differs and not allow_template_mismatch:
-        raise MismatchError(
+        yield Finding.of("teacher.allow_template_mismatch", MismatchError(
             f"teacher {info.name!r} has another chat template than the student; "
             "set teacher.allow_template_mismatch=true if its labels for our rendering are what you want",
             field="chat_template_sha256", value=info.chat_template_sha256[:16] or "none", limit=student.chat_template_sha256[:16],
-        )  # fmt: skip
-    assert labels.transport != "auto", "chosen before: see feed/choose.py"
+        ))  # fmt: skip
+    else:
+        yield Finding.good(
+            "teacher.allow_template_mismatch",
+            f"chat templates {'differ, as allowed' if template_differs else 'are equal'}",
+        )
     if labels.transport not in info.transports:
-        raise CapabilityError(
+        yield Finding.of("labels.transport", CapabilityError(
             f"{asked_by} asks for labels.transport={labels.transport}, which teacher {info.name!r} does not offer",
             field="labels.transport", value=labels.transport, limit="|".join(info.transports),
-        )  # fmt: skip
-    vocab_rows = shared_rows(info, student)
+        ))  # fmt: skip
+    else:
+        yield Finding.good(
+            "labels.transport", f"teacher {info.name!r} offers {labels.transport}, which {asked_by} asks for"
+        )
     if labels.transport == "top_k":
+        vocab_rows = shared_rows(info, student)
         limit = min(vocab_rows, info.limits.max_k) - labels.extra_ids
+        what = "the vocabulary" if vocab_rows <= info.limits.max_k else f"the limit of teacher {info.name!r}"
+        beside = f" beside extra_ids={labels.extra_ids}" if labels.extra_ids else ""
         if labels.k > limit:
-            what = "the vocabulary" if vocab_rows <= info.limits.max_k else f"the limit of teacher {info.name!r}"
-            beside = f" beside extra_ids={labels.extra_ids}" if labels.extra_ids else ""
-            raise ConfigError(f"labels.k={labels.k} is above {what}: at most {limit}{beside}")
+            yield Finding.bad(
+                "labels.k", f"labels.k={labels.k} is above {what}", f"at most {limit}{beside}", joint=": "
+            )
+        else:
+            yield Finding.good("labels.k", f"labels.k={labels.k} is within {what}{beside}")
     name, tokens = longest
     if tokens > info.limits.max_sequence_tokens:
-        raise LimitError(
+        yield Finding.of("data.max_tokens", LimitError(
             f"{name} is longer than teacher {info.name!r} accepts; lower data.max_tokens",
             field="tokens", value=tokens, limit=info.limits.max_sequence_tokens,
-        )  # fmt: skip
-    kept = labels.k if labels.transport == "top_k" else 0
-    return SignalSpec(labels.transport, vocab_rows, kept, labels.extra_ids, labels.compression)
+        ), f"lower data.max_tokens to {info.limits.max_sequence_tokens}")  # fmt: skip
+    else:
+        yield Finding.good(
+            "data.max_tokens",
+            f"the longest sequence, {name}, has {tokens:,} tokens of at most {info.limits.max_sequence_tokens:,}",
+        )
+
+
+def signal_of(labels: LabelConfig, vocab_rows: int) -> SignalSpec:
+    """The request that a config means."""
+    if labels.transport == "top_k":
+        return spec_of("top_k", vocab_rows, k=labels.k, extra=labels.extra_ids)
+    if labels.transport == "hidden":
+        return spec_of("hidden", vocab_rows, reduction=labels.compression)
+    return spec_of(labels.transport, vocab_rows)

@@ -1,34 +1,36 @@
 """Which losses the labels of a run can give: refusals and advice about a config, before a teacher is asked.
 
-In: the loss and label sections of a config; out: the divergence and schedules they mean, or a ConfigError.
+In: the loss and label sections of a config; out: a `Finding`, and the divergence and schedules that the section means.
 """
 
 from __future__ import annotations
 
-from student_trainer.config.run import LabelConfig, LossConfig, OutputLossConfig, ScheduleConfig
-from student_trainer.errors import ConfigError
+from collections.abc import Iterator
+
+from student_trainer.config.losses import LossConfig, OutputLossConfig, ScheduleConfig
+from student_trainer.config.teachers import LabelConfig
+from student_trainer.findings import Finding
 from student_trainer.losses.divergence import Divergence, advice
 from student_trainer.losses.truncated import check_temperature
 from student_trainer.schedules import Schedule
 
 
-def check_loss(loss: LossConfig, labels: LabelConfig) -> str | None:
-    """Refuses a loss that these labels cannot give; returns advice for one that is legal but rarely meant.
-
-    Raises:
-        ConfigError: naming the setting and the choices.
-    """
+def check_loss(loss: LossConfig, labels: LabelConfig) -> Iterator[Finding]:
+    """Whether these labels can give this loss, with advice on a loss that is legal but rarely meant."""
     output = loss.output
     if output is None:
-        return None
+        return
     try:
         divergence = divergence_of(output)
         schedule = temperature_of(output)
         for temperature in (schedule.start, schedule.end):
             check_temperature(labels.transport, temperature, output.tempered_head)
     except ValueError as error:
-        raise ConfigError(f"loss.output: {error}") from error
-    return advice(divergence)
+        yield Finding.bad("loss.output", f"loss.output: {error}")
+        return
+    yield Finding.good(
+        "loss.output", f"{output.divergence} can be computed from {labels.transport} labels", advice(divergence) or ""
+    )
 
 
 def is_softened(loss: LossConfig) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.config.run import SourceConfig
+from student_trainer.config.data import SourceConfig
 from student_trainer.config.traces import QuestionConfig
 from student_trainer.data.inputs import source_of
 from student_trainer.data.rows.formats import ANSWERS, Conversation, Row, Turn, parse_rows

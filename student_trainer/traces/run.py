@@ -17,19 +17,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from student_trainer.config.traces import TracesConfig
 from student_trainer.data.text.tokenizer_file import load_tokenizer
 from student_trainer.data.trace_schema import Caps, generation_schema
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.labels import event_loop
-from student_trainer.teachers.connect import check_way, connector
-from student_trainer.teachers.embedded import embedded_teacher
+from student_trainer.progress import ProgressBar
+from student_trainer.teachers.connect import Connection, check_way, connections
 from student_trainer.traces.folder import Stats, TracesFolder
 from student_trainer.traces.questions import Question, digest, encode_questions, read_questions
 from student_trainer.traces.selection import judge
-from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
+from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError, TeacherWireError
 from teacher_wire.core.identity import template_sha256, tokenizer_sha256
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient
@@ -63,26 +62,24 @@ def make_traces(config: TracesConfig, *, resume: bool = False, console: Console 
     questions = read_questions(config.data)
     prompts = encode_questions(questions, tokenizer, config.data)
     console.print(f"{len(questions):,} questions, {sum(map(len, prompts)):,} tokens")
-    if config.teacher.address is not None:
-        return event_loop.run(_run(config, config.teacher.address, tokenizer, questions, prompts, resume, console))
-    assert config.teacher.embedded is not None
-    with embedded_teacher(config.teacher.embedded) as address:
-        return event_loop.run(_run(config, address, tokenizer, questions, prompts, resume, console))
+    with connections([config.teacher], console) as (connection,):
+        return event_loop.run(_run(config, connection, tokenizer, questions, prompts, resume, console))
 
 
 async def _run(
     config: TracesConfig,
-    address: str,
+    connection: Connection,
     tokenizer: Any,
     questions: list[Question],
     prompts: list[list[int]],
     resume: bool,
     console: Console,
 ) -> TracesResult:
-    teacher = config.teacher
-    connect = connector(teacher, address, lambda error: console.print(f"[yellow]{escape(str(error))}[/]; trying again"))
-    async with connect() as client:
-        info = await client.teacher(teacher.name, wait_for_s=teacher.wait_s)
+    def tell(error: TeacherWireError) -> None:
+        console.print(f"[yellow]{escape(str(error))}[/]; trying again")
+
+    async with connection.client(tell) as client:
+        info = await connection.describe(client)
         spec = _spec(config)
         _agree(info, tokenizer, config)
         _check_sizes(info, spec, questions, prompts)
@@ -261,27 +258,18 @@ class _Shown:
 
     def __init__(self, console: Console, title: str, total: int, folder: TracesFolder) -> None:
         self._console, self._folder = console, folder
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-        self._progress = Progress(
-            *columns,
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task(title, total=total, completed=folder.done, figures="")
-        self._progress.start()
+        self._bar = ProgressBar(console, title, total, done=folder.done)
         self._said_s = time.monotonic()
 
     def update(self) -> None:
         """After each question."""
         stats = self._folder.stats
         figures = f"accepted {stats.rate:.0%}  {stats.tokens / max(stats.seconds, 1e-9):,.0f} tok/s"
-        self._progress.update(self._task, completed=stats.questions, figures=figures)
+        self._bar.update(stats.questions, figures=figures)
         if not self._console.is_terminal and time.monotonic() - self._said_s >= _SHOWN_EVERY_S:
             self._said_s = time.monotonic()
             self._console.print(f"{stats.questions:,} questions: {figures}", highlight=False)
 
     def close(self) -> None:
         """Takes the bar away."""
-        self._progress.stop()
+        self._bar.close()

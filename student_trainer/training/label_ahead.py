@@ -7,24 +7,29 @@ same requests, each distinct sequence once; no weight of the student is loaded.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.data.inputs import bytes_on_disk, load_data, order_of
 from student_trainer.errors import ConfigError, RunError
+from student_trainer.findings import Finding, Findings
 from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest, LabelUsage
-from student_trainer.model.limits import check_data
 from student_trainer.model.load import load_outline
+from student_trainer.progress import ProgressBar
+from student_trainer.teachers.connect import connections
+from student_trainer.teachers.feeds import open_any_feed
+from student_trainer.teachers.limits import check_sizes
 from student_trainer.teachers.loss_checks import check_loss
-from student_trainer.teachers.session import Teacher, check_sizes, meet_teacher, open_any_feed, teacher_address
-from student_trainer.training.run_folder import check_cache, pinned_date, settled_labels
+from student_trainer.teachers.session import TeacherSession, open_sessions
+from student_trainer.training.checks import check_cache, check_rows
+from student_trainer.training.run_folder import pinned_date, settled_labels
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.labels.store import LabelStore, label_keys
 
@@ -46,9 +51,10 @@ class Filled:
 
 @dataclass(frozen=True)
 class _Job:
-    """Requests of one signal over one dataset: the distinct sequences of each micro-batch that none before has had."""
+    """Requests of one signal of one teacher over one dataset: the distinct sequences of each micro-batch that none before has had."""
 
     title: str
+    session: TeacherSession
     spec: SignalSpec
     data: TokenizedDataset
     groups: list[list[int]]
@@ -70,63 +76,74 @@ def label(config: TrainConfig, console: Console) -> Filled:
         TeacherWireError: the teacher cannot give them; those that came are kept.
     """
     settled = settled_labels(config)
-    _check(config, settled is not None)
-    with teacher_address(config.teacher, console) as address:
+    findings = Findings(on_advice=lambda told: console.print(f"[yellow]note:[/] {escape(told)}"))
+    findings.add(check_labelling(config, settled is not None))
+    with connections(config.teachers, console) as reached:
         student = load_outline(config.model)
         data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config), config.run.cache_dir)
-        check_data(student, config.model.path, data, held_out)
-        teacher = meet_teacher(config, address, student, data, held_out, console, settled, only_stores=True)
-        if teacher is None:
+        findings.add(check_rows(config, student, data, held_out))
+        sessions = open_sessions(config, reached, student, data, held_out, console, findings, settled, only_stores=True)
+        if not sessions:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")
-        check_sizes(config, teacher, data, held_out, order_of(config, data))
-        jobs = _jobs(config, teacher, data, held_out)
-        needed = sum(bytes_on_disk(teacher.info, job.spec, job.data, job.indices) for job in jobs)
+        findings.add(check_sizes(config, sessions, data, held_out, order_of(config, data)))
+        jobs = _jobs(config, sessions, data, held_out)
+        needed = sum(bytes_on_disk(job.session.info, job.spec, job.data, job.indices) for job in jobs)
         if needed > config.cache.max_gb * 2**30 * 0.9:
             raise ConfigError(
                 f"cache.max_gb={config.cache.max_gb:g}: the labels of this run take about {needed / 2**30:,.2f}; "
                 "the first would be deleted while the last are written"
             )
-        return _fill(config, teacher, jobs, console)
+        return _fill(config, jobs, console)
 
 
-def _check(config: TrainConfig, settled: bool) -> None:
-    """What can be told from the config alone."""
-    if config.teacher is None:
-        raise ConfigError("label needs a teacher: set the section teacher")
+def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
+    """What can be told from the config alone.
+
+    Args:
+        config: the run.
+        settled: whether `labels.transport: auto` was decided by a run before.
+    """
+    if not config.teachers:
+        yield Finding.bad("teacher", "label needs a teacher", "set the section teacher", joint=": ")
     if not config.cache.labels:
-        raise ConfigError("cache.labels=false: there is nothing to fill")
+        yield Finding.bad("cache.labels", "cache.labels=false: there is nothing to fill")
     if config.labels.extra_ids:
-        raise ConfigError(
+        yield Finding.bad(
+            "labels.extra_ids",
             f"labels.extra_ids={config.labels.extra_ids}: these labels depend on the student as it trains and cannot be "
-            "asked for ahead"
+            "asked for ahead",
         )
     if config.labels.transport == "auto" and not settled:
-        raise ConfigError(
-            "labels.transport=auto: what it will choose depends on the memory that training leaves free; name a transport"
+        yield Finding.bad(
+            "labels.transport",
+            "labels.transport=auto: what it will choose depends on the memory that training leaves free",
+            "name a transport",
         )
     if config.labels.transport != "auto":
-        check_loss(config.loss, config.labels)
-    check_cache(config)
+        yield from check_loss(config.loss, config.labels)
+    yield from check_cache(config)
 
 
 def _jobs(
-    config: TrainConfig, teacher: Teacher, data: TokenizedDataset, held_out: TokenizedDataset | None
+    config: TrainConfig, sessions: list[TeacherSession], data: TokenizedDataset, held_out: TokenizedDataset | None
 ) -> list[_Job]:
     seen: set[str] = set()
     order = order_of(config, data)
     jobs = []
-    if config.loss.output is not None:
-        batches = (order.batch(number) for number in range(order.batches))
-        jobs.append(_Job("train", teacher.spec, data, _distinct(teacher, teacher.spec, data, batches, seen)))
-    if held_out is not None and teacher.measuring is not None:
-        size = config.train.eval_batch_size
-        groups = _distinct(teacher, teacher.measuring, held_out, by_length(held_out, size), seen)
-        jobs.append(_Job("eval", teacher.measuring, held_out, groups))
+    for session in sessions:
+        if config.loss.output is not None:
+            batches = (order.batch(number) for number in range(order.batches))
+            groups = _distinct(session, session.spec, data, batches, seen)
+            jobs.append(_Job("train", session, session.spec, data, groups))
+        if held_out is not None and session.measuring is not None:
+            by_size = by_length(held_out, config.train.eval_batch_size)
+            groups = _distinct(session, session.measuring, held_out, by_size, seen)
+            jobs.append(_Job("eval", session, session.measuring, held_out, groups))
     return jobs
 
 
 def _distinct(
-    teacher: Teacher, spec: SignalSpec, data: TokenizedDataset, batches: Iterable[list[int]], seen: set[str]
+    session: TeacherSession, spec: SignalSpec, data: TokenizedDataset, batches: Iterable[list[int]], seen: set[str]
 ) -> list[list[int]]:
     """Each batch without the sequences that are in `seen`, where all are put; no empty one."""
     key_of: dict[int, str] = {}
@@ -135,7 +152,7 @@ def _distinct(
         fresh = []
         for index in group:
             if index not in key_of:
-                key_of[index] = label_keys(teacher.info.fingerprint, spec, pack([data[index].example]).batch)[0]
+                key_of[index] = label_keys(session.info.fingerprint, spec, pack([data[index].example]).batch)[0]
                 if key_of[index] not in seen:
                     fresh.append(index)
                     seen.add(key_of[index])
@@ -144,14 +161,14 @@ def _distinct(
     return groups
 
 
-def _fill(config: TrainConfig, teacher: Teacher, jobs: list[_Job], console: Console) -> Filled:
-    store, usage = teacher.desk.store, LabelUsage()
+def _fill(config: TrainConfig, jobs: list[_Job], console: Console) -> Filled:
+    store, usage = jobs[0].session.service.store, LabelUsage()  # one store of all sessions
     assert store is not None
     before = store.stats.read_bytes + store.stats.written_bytes
     shown = _Shown(console, sum(job.data[index].example.token_ids.size for job in jobs for index in job.indices))
     try:
         for job in jobs:
-            feed = open_any_feed(config, teacher, job.spec, job.request, 0, len(job.groups), prepare=lambda _: None)
+            feed = open_any_feed(config, job.session, job.spec, job.request, 0, len(job.groups), prepare=lambda _: None)
             try:
                 for number in range(len(job.groups)):
                     usage.add(feed.take(number).usage)
@@ -170,29 +187,19 @@ def _check_kept(store: LabelStore) -> None:
 
 
 class _Shown:
-    """A bar over tokens with the rate and the time left; where there is no terminal, a line a tenth."""
+    """A bar over tokens with the rate and the time left; where there is no terminal, a line per tenth."""
 
     def __init__(self, console: Console, tokens: int) -> None:
         self._console = console
         self._tokens = tokens
         self._began_s = time.monotonic()
         self._lines = 0
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("labels", total=tokens, figures="")
-        self._progress.start()
+        self._bar = ProgressBar(console, "labels", tokens, in_units=False)
 
     def update(self, title: str, usage: LabelUsage) -> None:
         rate = usage.tokens / max(time.monotonic() - self._began_s, 1e-9)
         figures = f"{title}  {usage.tokens:,} tokens  {rate:,.0f} tok/s  {usage.disk_share:.0%} were there"
-        self._progress.update(self._task, completed=usage.tokens, figures=figures)
+        self._bar.update(usage.tokens, figures=figures)
         reached = usage.tokens * _LINES // self._tokens
         if reached > self._lines and not self._console.is_terminal:
             self._lines = reached
@@ -200,4 +207,4 @@ class _Shown:
 
     def close(self) -> None:
         """Takes the bar away."""
-        self._progress.stop()
+        self._bar.close()

@@ -1,23 +1,22 @@
 """What a run logs between two entries: sums that stay on the device until they are asked for, tokens, waiting.
 
-In: parts of losses, as they come; out: the figures of one log entry.
+In: figures of the loss terms, as they come; out: the figures of one log entry.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from student_trainer.labels.source import LabelUsage
-from student_trainer.losses.output import LossParts
+from student_trainer.losses.term import Mean
 
-# name in the log -> part of the loss it is the mean of
-_LOGGED = {"kd_loss": "kd_sum", "sft_loss": "ce_sum", "acc1": "acc1_hits", "acc3": "acc3_hits"}
-_COUNTS = ("acc1_hits", "acc3_hits")
+_OVER = "over "  # before the name of a figure: what its sum is divided by
 # What the clock and the disk decide; everything else in the log is the same whenever the run is repeated.
 TIMED = ("tokens_per_s", "wait_share", "cache_hits", "runtime_s")
 
@@ -39,10 +38,15 @@ class Meter:
     labels: LabelUsage = field(default_factory=LabelUsage)
     started_s: float = field(default_factory=time.perf_counter)
 
-    def add(self, parts: LossParts, loss: Tensor) -> None:
-        """The parts of one micro-batch's loss, and the whole."""
-        for name, value in {**vars(parts), "loss": loss.detach()}.items():
-            self.window[name] = self.window[name] + value.double() if name in self.window else value.double()
+    def add(self, parts: Mapping[str, Mean], loss: Tensor) -> None:
+        """The figures of one micro-batch's loss by their name in the log, and the whole."""
+        for name, part in parts.items():
+            self._add(name, part.sum)
+            self._add(_OVER + name, part.over)
+        self._add("loss", loss.detach())
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.window[name] = self.window[name] + value.double() if name in self.window else value.double()
 
     def end_window(self, left_out: Tensor) -> None:
         """The step is done; `left_out` is 1 [] if it was not learned from: then it counts in no mean."""
@@ -53,17 +57,15 @@ class Meter:
         self.window = {}
 
     def figures(self) -> dict[str, float]:
-        """Means over weighted rows (of the loss: over steps), shares of rows, rates over seconds; NaN if every step was left out.
+        """Means as the loss terms say (of the loss: over steps), rates over seconds; NaN if every step was left out.
 
         `wait_share` is time in which the host waited for labels; a GPU may still have had work meanwhile.
         """
         seconds = max(time.perf_counter() - self.started_s, 1e-9)
         sums = {} if self.sums_S is None else dict(zip(self.names, self.sums_S.tolist(), strict=True))
-        rows = max(sums.get("rows", 0.0), 1.0)
-        weights = max(sums.get("weights", 0.0), 1e-9)
         means = {
-            name: sums[part] / (rows if part in _COUNTS else weights) for name, part in _LOGGED.items() if part in sums
-        }
+            name: sums[name] / max(sums[_OVER + name], 1e-9) for name in sums if _OVER + name in sums
+        }  # nothing to divide by: the sum is 0 too
         if "steps" in sums:
             means = {"loss": sums["loss"] / sums["steps"] if sums["steps"] else math.nan} | means
             means = means if sums["steps"] else dict.fromkeys(means, math.nan)

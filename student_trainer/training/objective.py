@@ -1,15 +1,20 @@
-"""What is minimised at a step: the loss section of a config as numbers, pure functions of the optimizer step.
+"""What is minimised: the loss section of a config as terms, whose figures are pure functions of the optimizer step.
 
-In: LossConfig and the vocabulary both sides share; out: an OutputLossSpec.
+In: LossConfig and what teacher and student have agreed on; out: loss terms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from student_trainer.config.run import LossConfig
+from student_trainer.config.losses import LossConfig
 from student_trainer.losses.divergence import Divergence
-from student_trainer.losses.output import OutputLossSpec
+from student_trainer.losses.output.spec import OutputLossSpec
+from student_trainer.losses.output.term import OutputTerm
+from student_trainer.losses.term import LossTerm, WantedSignal
+from student_trainer.model.load import Student
 from student_trainer.teachers.loss_checks import divergence_of, has_tau_squared, temperature_of
 
 
@@ -20,10 +25,16 @@ class Objective:
     Attributes:
         loss: as configured.
         vocab_rows: V, ids that student, teacher and tokenizer share.
+        signals: by which the teacher's distributions come; none if no loss asks for them.
     """
 
     loss: LossConfig
     vocab_rows: int
+    signals: tuple[WantedSignal, ...] = ()
+
+    def terms(self, student: Student) -> list[LossTerm]:
+        """The terms of this loss, each made by its entry of `TERMS`."""
+        return [term for make in TERMS.values() if (term := make(self, student)) is not None]
 
     def at(self, step: int) -> OutputLossSpec:
         """The figures of optimizer step `step`, counted from 0."""
@@ -45,3 +56,12 @@ class Objective:
     @property
     def _chunk_bytes(self) -> int:
         return self.loss.chunk_mb << 20
+
+
+def output_term(objective: Objective, student: Student) -> LossTerm:
+    """Distillation and the data's own tokens; a config has a weight above 0 for one of them."""
+    return OutputTerm(objective.at, partial(student.head, objective.vocab_rows), objective.signals)
+
+
+# section of `loss` -> its term, or None if this run has none. A new term is one line here.
+TERMS: dict[str, Callable[[Objective, Student], LossTerm | None]] = {"output": output_term}

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,40 +18,36 @@ from rich.markup import escape
 from transformers import TrainerCallback
 
 from student_trainer.config.run import TrainConfig
+from student_trainer.config.teachers import LabelConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import bytes_on_disk, keep_bad_rows, load_data, order_of
+from student_trainer.data.inputs import keep_bad_rows, load_data, order_of
 from student_trainer.errors import RunError
 from student_trainer.evaluation import heldout
 from student_trainer.files import FolderLock, disk_trouble_named
+from student_trainer.findings import Findings
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.packing import pack
-from student_trainer.labels.source import LabelRequest
+from student_trainer.labels.source import LabelRequest, LabelUsage
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.model.limits import check_data
+from student_trainer.losses.total import check_needs, taps_of
+from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import Student, load_student
-from student_trainer.model.precision import check_trained_in
 from student_trainer.model.saving import saved_bytes, state_bytes
-from student_trainer.teachers.loss_checks import check_loss
-from student_trainer.teachers.session import (
-    Teacher,
-    check_sizes,
-    meet_teacher,
-    open_any_feed,
-    open_training_feed,
-    teacher_address,
-)
+from student_trainer.teachers.connect import connections
+from student_trainer.teachers.feeds import open_any_feed, open_training_feed
+from student_trainer.teachers.session import TeacherSession, open_sessions
+from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.objective import Objective
-from student_trainer.training.out_of_memory import is_out_of_memory, what_to_lower
-from student_trainer.training.progress import ConsoleProgress
+from student_trainer.training.reporting.console import ConsoleProgress
+from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
+from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
     FINAL_NAME,
     IDENTITY_NAME,
     AlreadyFinished,
     RunResult,
-    check_folder,
-    check_room,
     finish,
     leave_no_trace,
     open_folder,
@@ -58,8 +55,8 @@ from student_trainer.training.run_folder import (
     result_of,
     settled_labels,
 )
-from student_trainer.training.trackers import make_trackers
-from student_trainer.training.trainer import DistillationTrainer, check_single_process, training_arguments
+from student_trainer.training.trainer import DistillationTrainer, training_arguments
+from student_trainer.training.windows import SOURCES
 
 log = logging.getLogger(__name__)
 
@@ -80,33 +77,36 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over logits for nobody
-    check_trained_in(config.model)
-    if config.labels.transport != "auto":
-        check_loss(config.loss, config.labels)
-    check_single_process()
     note = partial(_note, console)
+    findings = Findings(on_advice=note)
+    findings.add(check_settings(config))
     trackers = make_trackers(config.train.report_to, note)
     folder = config.run.output_dir
     with FolderLock(folder, note) as lock:
-        check_folder(config, resume)
+        findings.add(check_folder(config, resume))
         if folder.is_dir():
             lock.acquire()
-        with teacher_address(config.teacher, console) as address:
+        with connections(config.teachers, console) as reached:
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
             data, held_out = load_data(
                 config.data, student.tokenizer, console, pinned_date(config) if resume else None, config.run.cache_dir
             )
-            check_data(student.outline, config.model.path, data, held_out)
-            teacher = meet_teacher(
-                config, address, student.outline, data, held_out, console, settled_labels(config) if resume else None
-            )
+            findings.add(check_rows(config, student.outline, data, held_out))
+            settled = settled_labels(config) if resume else None
+            sessions = open_sessions(config, reached, student.outline, data, held_out, console, findings, settled)
             try:
-                return _run(config, student, data, held_out, teacher, resume, console, lock, trackers)
+                return _run(config, student, data, held_out, sessions, resume, console, lock, trackers, findings)
             except AlreadyFinished:
                 console.print("the run is finished: nothing to resume")
                 return result_of(folder)
+
+
+class _Kind(NamedTuple):
+    """A signal by its name, as loss terms need it."""
+
+    kind: str
 
 
 def _note(console: Console, told: str) -> None:
@@ -118,58 +118,62 @@ def _run(
     student: Student,
     data: TokenizedDataset,
     held_out: TokenizedDataset | None,
-    teacher: Teacher | None,
+    sessions: list[TeacherSession],
     resume: bool,
     console: Console,
     lock: FolderLock,
     trackers: list[TrainerCallback],
+    findings: Findings,
 ) -> RunResult:
     order = order_of(config, data)
-    if teacher is not None:
-        check_sizes(config, teacher, data, held_out, order)
-        _advise_budget(config, teacher, data, console)
-    objective = Objective(config.loss, teacher.spec.vocab_rows if teacher else _own_rows(student))
+    findings.add(check_requests(config, sessions, data, held_out))
+    vocab_rows = min((session.vocab_rows for session in sessions), default=_own_rows(student))
+    # The trainer learns from one feed; the loss terms of issue 17 will take one per session.
+    learned = sessions[0] if sessions and config.loss.output is not None else None
+    objective = Objective(config.loss, vocab_rows, learned.spec.signals if learned else ())
+    terms = objective.terms(student)
+    check_needs(
+        terms,
+        learned.info.name if learned else None,
+        learned.info.transports if learned else (),
+        len(blocks_of(student.body)) if taps_of(terms) else 0,
+    )
+    windows = SOURCES["data"](data, order)
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
-    check_room(
-        folder,
-        state_bytes(student.model) if settings.save_steps else 0,
-        saved_bytes(student.model),
-        settings.keep_checkpoints,
-    )
+    checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
+    findings.add(check_room(folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints))
     learned_from = {
-        "teacher": teacher.info.fingerprint if teacher else "",
+        "teacher": "\n".join(session.info.fingerprint for session in sessions),
         "data": data.sha256,
         "held_out": held_out.sha256 if held_out else "",
         "student": student.sha256,
-        "labels": (teacher.labels if teacher else config.labels).model_dump_json(),
+        "labels": "\n".join(labels.model_dump_json() for labels in _labels_of(config, sessions)),
         "computed": student.computed_by,
         "date": data.rendering.day if data.rendering else "",
         "rendering": data.rendering.sha256 if data.rendering else "",
     }
     with disk_trouble_named(f"run.output_dir {folder}"):
         lock.acquire()
-    check_folder(config, resume)  # another run may have been here since
+    findings.add(check_folder(config, resume))  # another run may have been here since
     is_new = not (folder / IDENTITY_NAME).is_file()
     trainer = None
     progress = ConsoleProgress(console, folder.name)
     try:
         start = open_folder(config, learned_from, resume, console, order.steps)
         keep_bad_rows(folder, data, held_out, console)
-        distils = teacher is not None and config.loss.output is not None
-        provided = ProvidedRequests() if distils and config.labels.extra_ids else None
-        feed = partial(open_training_feed, config, teacher, data, order, provided) if teacher and distils else None
+        provided = ProvidedRequests() if learned and config.labels.extra_ids else None
+        feed = partial(open_training_feed, config, learned, windows, provided) if learned else None
         trainer = DistillationTrainer(
             config,
             student,
-            data,
-            order,
-            objective,
+            windows,
+            terms,
             arguments=arguments,
             open_feed=feed,
             ask=provided.put if provided else None,
-            teacher_head=teacher.head if teacher else None,
-            measure=_measure(config, student, held_out, teacher, objective) if held_out else None,
+            teacher_head=learned.head if learned else None,
+            measure=_measure(config, student, held_out, sessions, objective) if held_out else None,
             callbacks=[progress, *trackers],
             on_trouble=partial(_note, console),
         )
@@ -179,7 +183,7 @@ def _run(
         metrics = trainer.last_metrics() if held_out else {}
     except BaseException as error:
         if trainer is not None:
-            _name_bad_labels(error, trainer, teacher)
+            _name_bad_labels(error, trainer, sessions)
         if is_out_of_memory(error):
             raise RunError(_told_of_memory(config, error, trainer)) from error
         raise
@@ -190,7 +194,19 @@ def _run(
         if is_new and (trainer is None or not trainer.state.global_step):
             leave_no_trace(folder)  # of a run that has learned nothing
     result = finish(folder, trainer.state.global_step, metrics)
-    return replace(result, usage=teacher.desk.usage) if teacher else result
+    return replace(result, usage=_usage_of(sessions)) if sessions else result
+
+
+def _labels_of(config: TrainConfig, sessions: list[TeacherSession]) -> list[LabelConfig]:
+    return [session.labels for session in sessions] or [config.labels]
+
+
+def _usage_of(sessions: list[TeacherSession]) -> LabelUsage:
+    """Where the labels of all sessions came from."""
+    usage = LabelUsage()
+    for session in sessions:
+        usage.add(session.service.usage)
+    return usage
 
 
 def _told_of_memory(config: TrainConfig, error: BaseException, trainer: DistillationTrainer | None) -> str:
@@ -199,7 +215,7 @@ def _told_of_memory(config: TrainConfig, error: BaseException, trainer: Distilla
     return f"out of memory in step {step}{shape}: {' '.join(str(error).split())[:200]}; {what_to_lower(config, 'training')}"
 
 
-def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, teacher: Teacher | None) -> None:
+def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, sessions: list[TeacherSession]) -> None:
     """Deletes labels that are not the teacher's. What else ended the run may have come before the verdict on them was read.
 
     Raises:
@@ -215,19 +231,25 @@ def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, teacher
         log.debug("no verdict", exc_info=True)
     if mismatch is None:
         return
-    if teacher is not None and (told := teacher.desk.forget(teacher.info)):
-        mismatch.add_note(told)
+    for session in sessions:
+        if told := session.service.forget(session.info):
+            mismatch.add_note(told)
     if mismatch is not error:
         raise mismatch from error
 
 
 def _measure(
-    config: TrainConfig, student: Student, held_out: TokenizedDataset, teacher: Teacher | None, objective: Objective
+    config: TrainConfig,
+    student: Student,
+    held_out: TokenizedDataset,
+    sessions: list[TeacherSession],
+    objective: Objective,
 ) -> Callable[[], dict[str, float]]:
-    """A function that measures the held-out data; the teacher's labels of them are kept if they fit feed.max_mb."""
+    """A function that measures the held-out data; the labels of the first teacher that gives any are kept if they fit feed.max_mb."""
     size = config.train.eval_batch_size
     groups = by_length(held_out, size)
     kept: dict[int, LabelTensors] = {}
+    session = next((session for session in sessions if session.measuring is not None), None)
     measured = partial(
         heldout.measure, student, held_out, size, objective.vocab_rows, chunk_bytes=config.loss.chunk_mb << 20
     )
@@ -236,12 +258,12 @@ def _measure(
         return pack([held_out[index].example for index in groups[number]])
 
     def run() -> dict[str, float]:
-        if teacher is None or teacher.measuring is None:
+        if session is None or session.measuring is None:
             return measured()
         if len(kept) == len(groups):
-            return measured(labels=kept.__getitem__, teacher_head=teacher.head)
+            return measured(labels=kept.__getitem__, teacher_head=session.head)
         kept.clear()
-        feed = open_any_feed(config, teacher, teacher.measuring, request, 0, len(groups), prepare=LabelTensors.of)
+        feed = open_any_feed(config, session, session.measuring, request, 0, len(groups), prepare=LabelTensors.of)
 
         def take(number: int) -> LabelTensors:
             labels: LabelTensors = feed.take(number).ready
@@ -250,23 +272,11 @@ def _measure(
             return labels
 
         try:
-            return measured(labels=take, teacher_head=teacher.head)
+            return measured(labels=take, teacher_head=session.head)
         finally:
             feed.close()
 
     return run
-
-
-def _advise_budget(config: TrainConfig, teacher: Teacher, data: TokenizedDataset, console: Console) -> None:
-    """Says so if the labels of one epoch do not fit into the cache, which then helps no later epoch."""
-    if teacher.desk.store is None or config.loss.output is None or config.labels.extra_ids:
-        return
-    needed_gb = bytes_on_disk(teacher.info, teacher.spec, data, range(len(data))) / 2**30
-    if needed_gb > config.cache.max_gb:
-        console.print(
-            f"[yellow]note:[/] the labels of one epoch take about {needed_gb:,.1f} GB, above cache.max_gb="
-            f"{config.cache.max_gb:g}: later epochs and runs will ask the teacher again"
-        )
 
 
 def _own_rows(student: Student) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from student_trainer.config.run import LabelConfig, TrainConfig, dump_config
-from student_trainer.errors import ConfigError, RunError
-from student_trainer.files import LOCK_NAME, disk_trouble_named, free_bytes, read_object, write_whole
+from student_trainer.config.run import TrainConfig, dump_config
+from student_trainer.config.teachers import LabelConfig
+from student_trainer.errors import RunError
+from student_trainer.files import LOCK_NAME, disk_trouble_named, read_object, write_whole
 from student_trainer.labels.source import LabelUsage
-from student_trainer.training import checkpoint
+from student_trainer.training.checkpoints import checkpoint
 
 LOG_NAME = "train_log.jsonl"
 CONFIG_NAME = "config.yaml"
@@ -67,94 +67,19 @@ class AlreadyFinished(Exception):  # noqa: N818
     """The run that is to be resumed has come to its end already."""
 
 
-def check_folder(config: TrainConfig, resume: bool) -> None:
-    """Refuses a folder that cannot hold this run, without making it.
+def settled_labels(config: TrainConfig) -> list[LabelConfig] | None:
+    """What `labels.transport: auto` chose for each teacher when this run was started: a link that is slower today must not change it.
 
     Raises:
-        ConfigError: it is a file, cannot be written, or holds another run; or there can be no cache folder.
+        RunError: run.json cannot be read.
     """
-    folder = config.run.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run.output_dir {folder}: is a file")
-    _check_writable("run.output_dir", folder)
-    check_cache(config)
-    held = _held(folder)
-    if resume and IDENTITY_NAME in held:
-        _identity(folder / IDENTITY_NAME)
-    if not resume and IDENTITY_NAME in held:
-        raise ConfigError(
-            f"run.output_dir {folder}: holds a run already; go on with --resume auto, or choose another folder"
-        )
-    if not resume and held:
-        raise ConfigError(f"run.output_dir {folder}: is not empty (it holds {sorted(held)[0]}); choose another folder")
-    if resume and IDENTITY_NAME not in held and (lost := held & {LOG_NAME, RESULT_NAME, FINAL_NAME, CONFIG_NAME}):
-        raise RunError(
-            f"{folder}: holds {sorted(lost)[0]} and no {IDENTITY_NAME}, so which run this was cannot be told; choose another folder"
-        )
-
-
-def _held(folder: Path) -> set[str]:
-    """Names in a folder, without those of no importance."""
-    return {path.name for path in folder.iterdir()} - {LOCK_NAME} if folder.is_dir() else set()
-
-
-def check_room(folder: Path, checkpoint_bytes: int, final_bytes: int, keep: int) -> None:
-    """Refuses a disk that has no room for the checkpoints that are there at one time, and the model.
-
-    Args:
-        folder: of the run.
-        checkpoint_bytes: of one checkpoint; 0 if there will be none.
-        final_bytes: of the model alone.
-        keep: checkpoints kept; while one is written there is one more.
-
-    Raises:
-        ConfigError: naming what is needed and what is free.
-    """
-    there = len(list(folder.glob(f"checkpoint-*/{checkpoint.MARKER}"))) if folder.is_dir() else 0
-    needed = max(0, keep + 1 - there) * checkpoint_bytes + final_bytes
-    with contextlib.suppress(OSError):
-        free = free_bytes(folder)
-        if needed > free:
-            raise ConfigError(
-                f"run.output_dir {folder}: {_amount(free)} are free, and {keep + 1 if checkpoint_bytes else 0} checkpoints at a "
-                f"time with the model take about {_amount(needed)}; make room, lower train.keep_checkpoints={keep}, or choose "
-                "another disk"
-            )
-
-
-def _amount(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
-def check_cache(config: TrainConfig) -> None:
-    """Refuses a cache folder that cannot be made; one that is there and read-only is read.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    folder = config.run.cache_dir
-    if not folder.is_dir():
-        _check_writable("run.cache_dir", folder)
-
-
-def _check_writable(name: str, folder: Path) -> None:
-    """Refuses a folder that cannot be made or written to, without making it."""
-    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{name} {folder}: cannot be written ({nearest} is {'read-only' if nearest.is_dir() else 'a file'})"
-        )
-
-
-def settled_labels(config: TrainConfig) -> LabelConfig | None:
-    """What `labels.transport: auto` chose when this run was started: a link that is slower today must not change it."""
     file = config.run.output_dir / IDENTITY_NAME
     if config.labels.transport != "auto" or not file.is_file():
         return None
-    return LabelConfig.model_validate_json(_identity(file)["labels"])
+    return [LabelConfig.model_validate_json(line) for line in read_identity(file)["labels"].splitlines()]
 
 
-def _identity(file: Path) -> dict[str, Any]:
+def read_identity(file: Path) -> dict[str, Any]:
     """What run.json says.
 
     Raises:
@@ -182,7 +107,7 @@ def pinned_date(config: TrainConfig) -> datetime.date | None:
     file = config.run.output_dir / IDENTITY_NAME
     if not file.is_file():
         return None
-    day = _identity(file).get("date", "")
+    day = read_identity(file).get("date", "")
     try:
         return datetime.date.fromisoformat(day) if day else None
     except (TypeError, ValueError) as error:
@@ -216,7 +141,7 @@ def open_folder(
         console.print(f"[yellow]note:[/] {escape(said)}")
 
     if resume and identity_file.is_file():
-        before = _identity(identity_file)
+        before = read_identity(identity_file)
         _compare(before, identity, config)
         if is_finished(folder, note):
             raise AlreadyFinished

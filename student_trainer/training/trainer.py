@@ -1,8 +1,7 @@
 """The training loop: transformers' Trainer, with labels joined per window and our chunked loss in place of the model's.
 
-In: a student, data in the order of the run, a feed of labels; out: checkpoints and a log. It never asks a teacher
-itself, and nothing in it draws a random number outside the model.
-Axes: B sequences, L padded length, N supervised rows, D width.
+In: a student, the terms of its loss, prepared windows, a feed of labels; out: checkpoints and a log. It never asks a teacher
+itself nor looks at the data, and nothing in it draws a random number outside the model.
 """
 
 from __future__ import annotations
@@ -10,59 +9,40 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainingArguments
 
-from student_trainer.config.run import OptimizationConfig, TrainConfig
-from student_trainer.data.batch_plan import OrderedDataset, RunOrder
-from student_trainer.data.dataset import TokenizedDataset, collate
+from student_trainer.config.run import TrainConfig
+from student_trainer.config.training import OptimizationConfig
 from student_trainer.errors import ConfigError, NonFiniteError, RunError
 from student_trainer.files import disk_trouble_named
-from student_trainer.labels.device_transfer import LabelTensors, ahead
-from student_trainer.labels.packing import pack
+from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.prefetch import LabelFeed
-from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.labels.source import LabelRequest
-from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.output import output_loss
+from student_trainer.losses.term import LossTerm
+from student_trainer.losses.total import Total
 from student_trainer.model.load import Student
 from student_trainer.model.speed import cuda_graphs
 from student_trainer.model.speed.cuda_recorder import CudaRecorder
-from student_trainer.training.checkpoint_rotation import KeepingTrainer
+from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrainer
 from student_trainer.training.deferred_checks import Verdicts
+from student_trainer.training.learner import Learner
 from student_trainer.training.metrics import Meter
-from student_trainer.training.objective import Objective
-from student_trainer.training.out_of_memory import is_out_of_memory, what_to_lower
+from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.run_folder import LOG_NAME, finite_or_none, log_line
-from teacher_wire.core.batch import TokenBatch
+from student_trainer.training.windows import Places, WindowSource, padded, places_only
 
 # What accelerate asks for the number of processes.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The supervised rows of a padded micro-batch, on the host: what is known of them there need not be read from the device.
-
-    Attributes:
-        index_N: int64, where they are in the flattened batch.
-        labels_N: int64, the tokens they describe.
-        weights_N: float32, of their losses.
-    """
-
-    index_N: Tensor
-    labels_N: Tensor
-    weights_N: Tensor
 
 
 class DistillationTrainer(KeepingTrainer):
@@ -71,9 +51,8 @@ class DistillationTrainer(KeepingTrainer):
     Args:
         config: of the run.
         student: what is trained.
-        data: tokenised rows.
-        order: which rows when.
-        objective: which losses at which step.
+        windows: what is learned from at which step.
+        terms: of the loss.
         arguments: of `training_arguments`, if they were made already.
         open_feed: makes a feed that starts at a micro-batch; None if no loss needs a teacher.
         ask: hands the feed a request it cannot make itself; None if it can make them all.
@@ -90,9 +69,8 @@ class DistillationTrainer(KeepingTrainer):
         self,
         config: TrainConfig,
         student: Student,
-        data: TokenizedDataset,
-        order: RunOrder,
-        objective: Objective,
+        windows: WindowSource,
+        terms: Sequence[LossTerm],
         *,
         arguments: TrainingArguments | None = None,
         open_feed: Callable[[int], LabelFeed] | None = None,
@@ -104,48 +82,46 @@ class DistillationTrainer(KeepingTrainer):
     ) -> None:
         self._config = config
         self._student = student
-        self._data = data
-        self._order = order
-        self._objective = objective
+        self._windows = windows
         self._open_feed = open_feed
         self._ask = ask
         self._feed: LabelFeed | None = None
-        self._teacher_head = teacher_head
         self._measure = measure
-        self._evidence: tuple[Integrity, LabelRequest] | None = None
-        self._likeliest = config.labels.k if config.labels.extra_ids else 0
+        self._evidence: tuple[Integrity, ...] = ()
         self._meter = Meter()
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
-        pad_id = student.tokenizer.pad_token_id
-        pad_id = student.tokenizer.eos_token_id if pad_id is None else pad_id
         self._on_trouble = on_trouble
         self.batch_shape = ""
         self._window: list[tuple[Tensor, tuple[str, ...]]] = []
-
+        self._learner = Learner(
+            student,
+            terms,
+            narrowed=torch.bfloat16 if config.train.bf16 else None,
+            teacher_head=teacher_head,
+            likeliest=config.labels.k if config.labels.extra_ids else 0,
+        )
         self._verdicts = Verdicts(
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             skip=config.train.nonfinite == "skip",
             max_skipped=config.train.max_skipped,
             explain=self._why_not_finite,
         )
-        is_graphed = student.is_graphed
-        length = cuda_graphs.padded_length if is_graphed else lambda longest: longest
+        self._length = cuda_graphs.padded_length if student.is_graphed else lambda longest: longest
         super().__init__(
-            model=student.model,
-            args=arguments or training_arguments(config, order.steps, evaluates=measure is not None),
-            train_dataset=OrderedDataset(data, order),
+            model=self._learner,
+            args=arguments or training_arguments(config, windows.steps, evaluates=measure is not None),
+            train_dataset=Places(windows),
             eval_dataset=[] if measure is None else [None],  # only asked whether there is one: see `evaluate`
-            data_collator=lambda examples: collate(examples, pad_id, length),
+            data_collator=places_only,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # our loss divides by the rows of the whole window
         self.can_return_loss = True
-        self._states: Callable[[Tensor], Tensor] = self._body
-        if is_graphed:
+        if student.is_graphed:
             trained = [p for p in student.body.parameters() if p.requires_grad]
-            self._states = cuda_graphs.GraphedBody(
-                self._body, trained, CudaRecorder(), on_trouble, is_ready=lambda: self.state.global_step > 0
+            self._learner.passes = cuda_graphs.GraphedBody(
+                self._learner.plain, trained, CudaRecorder(), on_trouble, is_ready=lambda: self.state.global_step > 0
             )
 
     # ------------------------------------------------------------------ data
@@ -157,32 +133,23 @@ class DistillationTrainer(KeepingTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], float]:
         """The micro-batches of one window with their labels, and Z, the weight of its supervised rows (algorithms.md 1.5)."""
-        first = self.state.global_step * self._order.accumulation
-        numbers = range(first, first + num_batches)
-        batches = [self._padded(number, dict(next(epoch_iterator))) for number in numbers]
+        for _ in range(num_batches):
+            next(epoch_iterator)  # transformers counts them
+        step = self.state.global_step
+        window = self._windows.window(step)
+        assert (window.step, len(window.batches)) == (step, num_batches), "the window is of another step, or cut short"
+        numbers = [batch.number for batch in window.batches]
+        batches = [padded(batch, self._student.pad_id, self._length) for batch in window.batches]
+        self._meter.tokens += sum(batch.request.batch.tokens for batch in batches)
         if self._ask is not None:
             for number, batch in zip(numbers, batches, strict=True):
-                self._ask(number, replace(batch["request"], batch=self._with_own_ids(batch)))
+                named = self._learner.with_own_ids(batch, self._config.labels.extra_ids, step)
+                self._ask(number, replace(batch.request, batch=named))
         if self._open_feed is not None:
-            for number, batch in zip(numbers, batches, strict=True):
-                batch["labels"] = self._take(number)
-        return batches, sum(float(batch["rows"].weights_N.sum(dtype=torch.float64)) for batch in batches)
-
-    def _padded(self, number: int, batch: dict[str, Any]) -> dict[str, Any]:
-        """One padded micro-batch with its supervised rows."""
-        indices = self._order.batch(number)
-        assert list(batch.pop("indices")) == indices, "the data loader left the order of the run"
-        del batch["loss_mask"]
-        batch["request"] = request = pack([self._data[index].example for index in indices])
-        packed = request.batch
-        padded_length = batch["input_ids"].shape[1]
-        batch["rows"] = _Rows(
-            torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded_length)),
-            torch.from_numpy(packed.labels_N()).long(),
-            torch.from_numpy(np.concatenate([self._data[index].example.target_weights for index in indices])),
-        )
-        self._meter.tokens += packed.tokens
-        return batch
+            batches = [
+                replace(batch, labels=self._take(number)) for number, batch in zip(numbers, batches, strict=True)
+            ]
+        return [{"batch": batch} for batch in batches], sum(batch.weight for batch in batches)
 
     def _take(self, number: int) -> LabelTensors:
         """The teacher's answer about micro-batch `number`, and how long it was waited for."""
@@ -195,48 +162,27 @@ class DistillationTrainer(KeepingTrainer):
         self._meter.labels.add(labels.usage)
         return labels.ready
 
-    @torch.no_grad()
-    def _with_own_ids(self, batch: dict[str, Any]) -> TokenBatch:
-        """The tokens of a micro-batch with the student's own likeliest ids of each row, as it is now (algorithms.md 2.1)."""
-        self.model.eval()
-        head = self._student.head(self._objective.vocab_rows)
-        device = head.weight_VD.device
-        with self.accelerator.autocast():
-            state_BLD = self._student.states(batch["input_ids"].to(device))
-        state_ND = state_BLD.reshape(-1, state_BLD.shape[-1])[batch["rows"].index_N.to(device)]
-        self.model.train()
-        step = self._objective.at(self.state.global_step).chunk_rows(self._objective.vocab_rows)
-        count = self._config.labels.extra_ids
-        ids = [head.logits(chunk_CD).topk(count, dim=-1).indices for chunk_CD in state_ND.split(step)]
-        return replace(batch["request"].batch, extra_ids_NM=torch.cat(ids).cpu().numpy().astype(np.int32))
-
     # ------------------------------------------------------------------ loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The objective on one micro-batch, normalised by the rows of its window."""
-        rows, device = inputs["rows"], self.args.device
-        index_N = ahead({"index_N": rows.index_N}, device)["index_N"]
-        labels: LabelTensors | None = inputs.get("labels")
-        teacher = None if labels is None else rows_on(labels, self._teacher_head, device, self._likeliest)
-        state_BLD = self._states(inputs["input_ids"])
-        result = output_loss(
-            state_BLD.reshape(-1, state_BLD.shape[-1])[index_N],
-            self._student.head(self._objective.vocab_rows),
-            teacher,
-            rows.labels_N,
-            rows.weights_N,
-            num_items_in_batch,
-            self._objective.at(self.state.global_step),
-        )
-        self._evidence = None if result.integrity is None else (result.integrity, inputs["request"])
-        self._meter.add(result.parts, result.total)
-        return result.total
+        """The loss of one micro-batch, normalised by the rows of its window."""
+        total: Total = model(inputs["batch"], num_items_in_batch, self.state.global_step)
+        self._evidence = total.evidence
+        self._meter.add(total.parts, total.loss)
+        return total.loss
 
-    def _body(self, input_ids_BL: Tensor) -> Tensor:
-        with self.accelerator.autocast():
-            return self._student.states(input_ids_BL)
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes accelerate's autocast from around the learner, which narrows the student's passes itself and never its losses."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._learner.__dict__.pop("forward", None)
+        return prepared
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """An estimate for the log, of padding too."""
+        tokens = inputs["batch"].input_ids_BL.numel()
+        return 6 * tokens * int(self._student.model.num_parameters(exclude_embeddings=True))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass, and the verdicts on labels that are there by now; bad ones are never learned from.
@@ -244,13 +190,13 @@ class DistillationTrainer(KeepingTrainer):
         Raises:
             TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
         """
-        names = inputs["request"].names
-        sequences, tokens = inputs["input_ids"].shape
+        request = inputs["batch"].request
+        sequences, tokens = inputs["batch"].input_ids_BL.shape
         self.batch_shape = f"{sequences} sequences, padded to {tokens} tokens"
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._evidence is not None:
-            self._verdicts.add(*self._evidence)
-        self._window.append((loss, names))
+        for evidence in self._evidence:
+            self._verdicts.add(evidence, request)
+        self._window.append((loss, request.names))
         if self._config.train.nonfinite == "skip":  # transformers adds it to a sum that lasts for the whole run
             return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
         return loss
@@ -274,8 +220,11 @@ class DistillationTrainer(KeepingTrainer):
         return norm
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """As configured; on a GPU it passes over a step whose numbers or labels are refused (`verdicts.py`)."""
-        optimizer = super().create_optimizer(model)
+        """As configured, projectors in a group of their own; on a GPU it passes over a step whose numbers or labels are refused."""
+        optimizer = super().create_optimizer(self._student.model)
+        group = self._learner.projector_group(self._config.train.learning_rate)
+        if group is not None:
+            optimizer.add_param_group(group)
         if self._verdicts.withheld.is_cuda:
             # torch's own word for a step that a fused optimizer leaves out
             optimizer.found_inf = self._verdicts.withheld
@@ -343,7 +292,7 @@ class DistillationTrainer(KeepingTrainer):
             self._meter = Meter()
             if self._config.train.nonfinite == "skip":
                 logs["skipped_steps"] = self._verdicts.take_skipped()
-        self.state.epoch = self._order.epoch_at(self.state.global_step)  # to transformers the run is one epoch
+        self.state.epoch = self._windows.epoch_at(self.state.global_step)  # to transformers the run is one epoch
         super().log(logs, start_time)
         self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])
         path = Path(self.args.output_dir) / LOG_NAME
@@ -355,9 +304,10 @@ class DistillationTrainer(KeepingTrainer):
         self._verdicts.settle()
 
     def close(self) -> None:
-        """Ends the feed."""
+        """Ends the feed and the source of windows."""
         if self._feed is not None:
             self._feed.close()
+        self._windows.close()
 
 
 def learning_rate_share(step: int, steps: int, settings: OptimizationConfig) -> float:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.info import TeacherHead
+from teacher_wire.core.info import ArtifactInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ModelFacts:
     chat_template_sha256: str
     hidden_size: int
     layers: int
-    head_sha256: str
+    artifacts: tuple[ArtifactInfo, ...]
     transports: tuple[str, ...]
     max_sequence_tokens: int
     generates: tuple[str, ...] = ()
@@ -59,8 +60,8 @@ class Backend(Protocol):
         The next batch may be begun before, from the same thread; the wait may be in another thread.
         """
 
-    def head(self) -> TeacherHead:
-        """The output head. Raises CapabilityError if it is not given away."""
+    def artifact(self, wanted: ArtifactInfo) -> Artifact:
+        """One of `facts.artifacts`, copied to the host; called once for each, from any thread."""
 
 
 class WritingBackend(Backend, Protocol):

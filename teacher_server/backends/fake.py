@@ -11,11 +11,11 @@ from teacher_server.backends.base import ModelFacts
 from teacher_server.config.backends import FakeBackend
 from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import WRITING_COUNTERS, OnThread
+from teacher_wire.artifacts.messages import Artifact, ArtifactCall
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import TeacherWireError, UnavailableError
-from teacher_wire.core.info import HeadHeader, TeacherHead
+from teacher_wire.core.info import ArtifactInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
-from teacher_wire.core.tensor import float32
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.testing.fake_generation import FakeWriter
 from teacher_wire.testing.fake_teacher import FakeTeacher
@@ -54,10 +54,8 @@ class FakeModel:
         answers = self.score(jobs)
         return lambda: answers
 
-    def head(self) -> TeacherHead:
-        weight = float32(self._teacher.weight_VD)
-        rows, columns = weight.shape
-        return TeacherHead(HeadHeader("float32", rows, columns, None, 1.0, 0.0, self._facts.head_sha256), weight)
+    def artifact(self, wanted: ArtifactInfo) -> Artifact:
+        return self._teacher.artifact(ArtifactCall("", "", wanted.kind, wanted.sha256))
 
     def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> FakeGeneration:
         return FakeGeneration(self._teacher)

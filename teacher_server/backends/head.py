@@ -19,31 +19,37 @@ from torch import Tensor as Torch
 from teacher_server.backends.logits import transform_of
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals import output
+from teacher_server.signals.base import Rows
 from teacher_server.signals.reduce import OutputHead
 from teacher_server.signals.reduce import reduce as reduce_rows
 from teacher_server.signals.transfer import ToHost, to_device, to_wire
+from teacher_wire.artifacts.kinds.output_head import TeacherHead
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import HeadHeader, TeacherHead
-from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.checked_rows import checked_rows
+from teacher_wire.core.info import ArtifactInfo
+from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals
 
 _HEAD_NAMES = ("lm_head.weight",)
 _TIED_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
-_OUTLIER_CHANNELS_BELOW = 1 << 16
 
 
 @dataclass(frozen=True)
 class Head(OutputHead):
     """An output head that can be given away."""
 
-    def on_wire(self) -> TeacherHead:
-        """The whole head, for students."""
+    def artifact(self) -> Artifact:
+        """The whole head on the host, for students; all of it is hashed."""
         weight = to_wire(self.weight_VD.detach().cpu().contiguous())
         bias = None if self.bias_V is None else to_wire(self.bias_V.detach().cpu().contiguous())
-        digest = head_sha256(weight, bias, self.logit_scale, self.final_softcap)
-        rows, columns = weight.shape
-        header = HeadHeader(weight.dtype, rows, columns, bias, self.logit_scale, self.final_softcap, digest)
-        return TeacherHead(header, weight)
+        return TeacherHead(weight, bias, self.logit_scale, self.final_softcap).artifact()
+
+
+def offered(head: Head, served: bool) -> tuple[tuple[ArtifactInfo, ...], tuple[str, ...]]:
+    """What a backend that scores lists in its facts: artifacts, and transports, of which `hidden` needs the head on the other side."""
+    if not served:
+        return (), ("top_k", "full")
+    return (head.artifact().info,), ("top_k", "hidden", "full")
 
 
 def load_head(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Head:
@@ -106,8 +112,11 @@ def reduce(head: Head, hidden_ND: Torch, batch: TokenBatch, spec: SignalSpec, lo
     device = hidden_ND.device
     labels_N = to_device(batch.labels_N(), device).long()
     extra_NM = None if batch.extra_ids_NM is None else to_device(batch.extra_ids_NM, device).long()
-    found = ToHost(reduce_rows(head, hidden_ND, labels_N, extra_NM, spec, logit_bytes)).wait()
-    return TeacherSignals.of({name: to_wire(part, _ids_below(name, spec)) for name, part in found.items()})
+    checked_N = checked_rows(batch) if spec.check == "sampled" else None
+    rows = Rows(hidden_ND, labels_N, extra_NM, batch.sequences_of_rows(), checked_R=checked_N)
+    found = ToHost(reduce_rows(head, rows, spec, logit_bytes)).wait()
+    types = {part.name: part.dtype for part in spec.fields(AnswerShape(spec.vocab_rows, hidden_ND.shape[1], ""))}
+    return TeacherSignals({name: to_wire(part, types[name]) for name, part in found.items()})
 
 
 def label_logp(head: Head, hidden_ND: Torch, labels_N: Torch, vocab_rows: int, logit_bytes: int) -> Torch:
@@ -124,8 +133,3 @@ def _chunks(rows: int, vocab_rows: int, logit_bytes: int) -> Iterator[slice]:
     step = max(1, logit_bytes // (4 * vocab_rows))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def _ids_below(name: str, spec: SignalSpec) -> int:
-    """The bound of an id tensor: channels of a state, or tokens."""
-    return _OUTLIER_CHANNELS_BELOW if name == "outlier_ids_NO" else spec.vocab_rows

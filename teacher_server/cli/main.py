@@ -230,8 +230,8 @@ def _client(
     from teacher_wire.endpoint.client import TeacherClient
     from teacher_wire.transport.channel import Credentials
 
-    token = os.environ.get(token_env, "")
-    return TeacherClient(address, credentials=Credentials(ca_file, cert_file, key_file, token, proxy=proxy))
+    credentials = Credentials.from_environment(ca_file, cert_file, key_file, token_env, proxy=proxy)
+    return TeacherClient(address, credentials=credentials)
 
 
 def _console() -> Console:

@@ -62,8 +62,8 @@ class EdgeLimitsConfig(_Strict):
     """What one edge holds for its peers at most (docs/operating.md). Beyond it a request is refused as overloaded or waits.
 
     Attributes:
-        calls, tenant_calls: open Score streams, Generate and Head calls, of all and of one tenant.
-        heads, tenant_heads: of these, Head calls.
+        calls, tenant_calls: open Score streams, Generate and Artifact calls, of all and of one tenant.
+        heads, tenant_heads: of these, Artifact calls (output heads), each of up to gigabytes.
         tenant_requests: unanswered requests of one tenant.
         request_mb: longest Score request.
         requests_held_mb, tenant_requests_held_mb: bytes of unanswered requests.
@@ -241,6 +241,8 @@ class TeacherConfig(_Strict):
         deterministic: every sequence is computed by itself, so that its labels are always the same bits, whatever
             else is asked at the time; slower, since forward passes are not shared.
         num_cpus, num_gpus: Ray's share of a replica.
+        hang_s: a call of the backend (a forward pass, the wait for its answers, one step of writing) that has run this long
+            counts as hung: the replica is unhealthy and replaced. Must be well above the longest batch; null for never.
         max_ongoing_requests: requests a replica holds; beyond, they wait at the edge, first come first served for all tenants.
     """
 
@@ -253,6 +255,7 @@ class TeacherConfig(_Strict):
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    hang_s: Annotated[float, Field(gt=0)] | None = 1800.0
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 100_000
 
     @model_validator(mode="after")

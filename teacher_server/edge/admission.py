@@ -155,8 +155,25 @@ class Admission:
             if not self._inflight[tenant]:
                 del self._inflight[tenant]
 
+    @contextlib.contextmanager
+    def sending(self, tenant: str, size_bytes: int) -> Iterator[None]:
+        """Charges the tenant for a reply that the block makes. One that is not made is given back, and not counted as sent.
+
+        Raises:
+            OverloadedError: its bytes a second are used up.
+        """
+        self._take(tenant, "bytes_per_s", size_bytes)
+        try:
+            yield
+        except BaseException:
+            bucket = self._buckets.get((tenant, "bytes_per_s"))
+            if bucket is not None:
+                bucket.take(-size_bytes)
+            raise
+        self._sent_bytes[tenant] += size_bytes
+
     def send(self, tenant: str, size_bytes: int) -> None:
-        """Counts a reply that is about to be made for the tenant.
+        """Charges the tenant for bytes that are there, and counts them as sent.
 
         Raises:
             OverloadedError: its bytes a second are used up.

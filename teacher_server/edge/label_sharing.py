@@ -8,7 +8,6 @@ request fails or is taken back, asks for itself.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from teacher_server.edge.admission import Admission
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import TeacherWireError
-from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals, Timing
 from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.servicer import TeacherService
@@ -52,13 +52,14 @@ class _Flight:
     Attributes:
         labels: key -> its labels, when they are there.
         waiting: callers; the computation is taken back when the last one leaves.
-        answer: of the teacher, once it came, in the order of `labels`.
+        answer: of the teacher, once it came, in the order of `labels`; `answered` is of how many sequences.
     """
 
     labels: dict[str, asyncio.Future[TeacherSignals]]
     waiting: int = 0
     task: asyncio.Task[None] | None = None
     answer: TeacherSignals | None = None
+    answered: int = 0
 
 
 class LabelSharing:
@@ -96,11 +97,11 @@ class LabelSharing:
     async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
         return await self._service.info(teacher, fingerprint)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        return await self._service.head_header(teacher, fingerprint)
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        return await self._service.artifact_header(call)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return await self._service.head_bytes(teacher, fingerprint, offset, size)
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return await self._service.artifact_bytes(call, offset, size)
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
         """Samples as they come: chance makes each its own, so nothing is shared. Charged for what may be written, and
@@ -121,7 +122,10 @@ class LabelSharing:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         info = await self._service.info(call.teacher, call.fingerprint)
-        self._admission.send(call.tenant, codec.reply_bytes(call, info))
+        with self._admission.sending(call.tenant, codec.reply_bytes(call, info)):
+            return await self._score(call)
+
+    async def _score(self, call: ScoreCall) -> TeacherSignals:
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)
@@ -134,7 +138,7 @@ class LabelSharing:
         own: _Flight | None = None
         while len(found) < len(wanted):
             own = await self._round(call, keys, [s for s in wanted if s not in found], found) or own
-        if own is not None and own.answer is not None and own.answer.rows == call.batch.rows:
+        if own is not None and own.answer is not None and own.answered == len(wanted):
             return own.answer  # all of it, as it came
         timing = own.answer.timing if own and own.answer else Timing()
         parts = [found[sequence] for sequence in wanted]
@@ -224,7 +228,7 @@ class LabelSharing:
         self.stats.computed_tokens += batch.tokens
         ours = signals.fingerprint == call.fingerprint  # else the student refuses it, and nobody else shall meet it
         if self._store is None or not ours:  # else another edge's labels may have been on disk first, and those count
-            flight.answer = signals
+            flight.answer, flight.answered = signals, len(missing)
         each = await offload.run(tenant, signals.payload_bytes, self._cut, signals, batch)
         if self._store is not None and ours:
             each = await asyncio.gather(
@@ -240,9 +244,7 @@ class LabelSharing:
 
     def _cut(self, signals: TeacherSignals, batch: TokenBatch) -> list[TeacherSignals]:
         """The labels of each sequence."""
-        bounds = batch.row_bounds_B1.tolist()
-        each = [signals.slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-        return [_own_copy(labels) if self._memory.holds(labels) else labels for labels in each]
+        return [_own_copy(labels) if self._memory.holds(labels) else labels for labels in signals.cut(batch)]
 
     @staticmethod
     def _keep(
@@ -256,6 +258,11 @@ class LabelSharing:
             self._memory.put(key, labels)
         if not flight.labels[key].done():
             flight.labels[key].set_result(labels)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the labels that are kept in memory."""
+        return self._memory.held_bytes
 
     def counters(self) -> dict[str, Any]:
         """Hits and sizes, for status displays and tests."""
@@ -312,8 +319,8 @@ def _read(store: LabelStore, keys: Sequence[str]) -> dict[str, TeacherSignals]:
 
 def _own_copy(labels: TeacherSignals) -> TeacherSignals:
     """The same labels in memory of their own: a slice keeps the whole answer alive, and Ray's shared memory with it."""
-    tensors = {name: Tensor(tensor.dtype, tensor.array.copy()) for name, tensor in labels.tensors().items()}
-    return TeacherSignals.of(tensors, labels.fingerprint)
+    tensors = {name: Tensor(tensor.dtype, tensor.array.copy()) for name, tensor in labels.tensors.items()}
+    return TeacherSignals(tensors, labels.fingerprint)
 
 
 class _Memory:
@@ -345,4 +352,4 @@ class _Memory:
 
 
 def _bytes_of(labels: TeacherSignals) -> int:
-    return sum(tensor.array.nbytes for tensor in labels.tensors().values())
+    return sum(tensor.array.nbytes for tensor in labels.tensors.values())

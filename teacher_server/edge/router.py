@@ -23,6 +23,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from teacher_server.telemetry.latency import Latencies
 from teacher_server.telemetry.records import News
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
     CapabilityError,
@@ -33,7 +34,7 @@ from teacher_wire.core.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
 
@@ -149,15 +150,15 @@ class ServeTeachers:
                     raise UnavailableError("the teacher's weights were replaced; ask the new ones") from final
         self._observe(attempts.name, "whole", started)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        header: HeadHeader = await self._ask(
-            teacher, fingerprint, lambda handle: handle.head_header.remote(fingerprint)
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        header: ArtifactHeader = await self._ask(
+            call.teacher, call.fingerprint, lambda handle: handle.artifact_header.remote(call)
         )
         return header
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
         data: bytes = await self._ask(
-            teacher, fingerprint, lambda handle: handle.head_bytes.remote(fingerprint, offset, size)
+            call.teacher, call.fingerprint, lambda handle: handle.artifact_bytes.remote(call, offset, size)
         )
         return data
 

@@ -6,7 +6,6 @@ In: an EdgeConfig and a TeacherService; out: an open port. It refuses new work w
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
@@ -17,14 +16,16 @@ from grpc_health.v1.health import aio as health_aio
 
 from teacher_server import __version__
 from teacher_server.config.server import EdgeConfig, TenantConfig
+from teacher_server.edge import memory
 from teacher_server.edge.admission import Admission
 from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
 from teacher_server.edge.label_sharing import LabelSharing
 from teacher_server.edge.tls import server_credentials
 from teacher_server.errors import ServerConfigError
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import UnavailableError
-from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint.servicer import SERVICE, TeacherService, TeacherServicer
@@ -36,9 +37,6 @@ from teacher_wire.transport.stream_limits import StreamLimits, with_message_limi
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _LAST_WORDS_S = 0.3  # for statuses to leave, once nothing else has to
-_TRIM_EVERY_S = 2.0
-_M_MMAP_THRESHOLD = -3  # of malloc.h
-_LARGE_BYTES = 2 << 20  # above a chunk of a reply, below the longest message
 _SWITCH_S = 5e-4  # how long a thread may keep the interpreter from the event loop
 _HTTP2_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
 
@@ -90,10 +88,7 @@ class EdgeServer:
         self._server = grpc.aio.server(
             interceptors=interceptors,
             options=[
-                *with_message_limit(
-                    server_options(config.keepalive_s, config.keepalive_timeout_s),
-                    _stream_limits(config).max_message_bytes,
-                ),
+                *with_message_limit(server_options(config.keepalive_s, config.keepalive_timeout_s)),
                 *_HTTP2_OPTIONS,
             ],
         )
@@ -127,7 +122,7 @@ class EdgeServer:
         await self._server.start()
         if self._store is not None:
             self._looking = asyncio.create_task(asyncio.to_thread(self._store.look))
-        self._trimming = asyncio.create_task(_return_memory())
+        self._trimming = asyncio.create_task(memory.give_back(self._held_bytes))
         self._listening = True
         await self._say()
 
@@ -173,6 +168,11 @@ class EdgeServer:
         """
         self._admission.configure(tenants, edges)
 
+    def _held_bytes(self) -> int:
+        """What is held on purpose, and would not come of giving memory back."""
+        held = self._servicer.held
+        return held["request_bytes"] + held["reply_bytes"] + held["kept_reply_bytes"] + self._sharing.memory_bytes
+
     def counters(self) -> dict[str, Any]:
         """Open streams and requests, what was shared, and what each tenant took."""
         return {
@@ -184,22 +184,6 @@ class EdgeServer:
         }
 
 
-async def _return_memory() -> None:
-    """Has glibc give freed memory back: at once what is large, and the rest every few seconds.
-
-    By itself it takes ever larger blocks for ones to be used again (up to 32 MiB), and keeps them after a load for ever.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        trim = libc.malloc_trim
-    except (AttributeError, OSError):  # another libc
-        return
-    while True:
-        await asyncio.sleep(_TRIM_EVERY_S)
-        await asyncio.to_thread(trim, 0)
-
-
 def _stream_limits(config: EdgeConfig) -> StreamLimits:
     """What the edge holds for its peers at most."""
     limits = config.limits
@@ -209,8 +193,8 @@ def _stream_limits(config: EdgeConfig) -> StreamLimits:
         stall_s=limits.stall_s,
         max_calls=limits.calls,
         max_tenant_calls=limits.tenant_calls,
-        max_heads=limits.heads,
-        max_tenant_heads=limits.tenant_heads,
+        max_artifacts=limits.heads,
+        max_tenant_artifacts=limits.tenant_heads,
         max_tenant_requests=limits.tenant_requests,
         max_request_held_bytes=limits.requests_held_mb << 20,
         max_tenant_request_held_bytes=limits.tenant_requests_held_mb << 20,
@@ -243,12 +227,12 @@ class _Gate:
         self._check()
         return self._service.generate(call)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
         self._check()
-        return await self._service.head_header(teacher, fingerprint)
+        return await self._service.artifact_header(call)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return await self._service.head_bytes(teacher, fingerprint, offset, size)
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return await self._service.artifact_bytes(call, offset, size)
 
     def _check(self) -> None:
         if self.closed:

@@ -18,8 +18,9 @@ from teacher_server.replica.engine import TeacherEngine
 from teacher_server.telemetry.heartbeat import Reporter
 from teacher_server.telemetry.prometheus import Exported
 from teacher_server.telemetry.records import News, ReplicaReport
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
 
@@ -66,11 +67,11 @@ class TeacherReplica:
             async for sample in samples:
                 yield sample
 
-    async def head_header(self, fingerprint: str) -> HeadHeader:
-        return await self._engine.head_header(fingerprint)
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        return await self._engine.artifact_header(call)
 
-    async def head_bytes(self, fingerprint: str, offset: int, size: int) -> bytes:
-        return await self._engine.head_bytes(fingerprint, offset, size)
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return await self._engine.artifact_bytes(call, offset, size)
 
     async def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises."""

@@ -24,16 +24,18 @@ from teacher_server.backends import Backend, build_backend
 from teacher_server.backends.base import OutsideBackend, WritingBackend
 from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
 from teacher_server.decoding.scheduler import Result
+from teacher_server.replica.artifacts import ReplicaArtifacts
+from teacher_server.replica.description import description
 from teacher_server.replica.score_queue import Batcher, Job
 from teacher_server.telemetry.latency import Latencies
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.errors import CapabilityError, DeadlineError, OverloadedError, TeacherWireError, UnavailableError
-from teacher_wire.core.identity import text_sha256
-from teacher_wire.core.info import HeadHeader, Limits, TeacherHead, TeacherInfo
-from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.errors import DeadlineError, OverloadedError, TeacherWireError, UnavailableError
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class TeacherEngine:
         self._backend = backend or build_backend(config.backend, deterministic=config.deterministic)
         answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
         self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=answer_bytes)
-        self._health = faults.Health()
+        self._health = faults.Health(config.hang_s)
         self._probing: asyncio.Task[None] | None = None
         self._latencies = Latencies(on_observe)
         self._ids = itertools.count()
@@ -83,9 +85,8 @@ class TeacherEngine:
         self._under_way: set[asyncio.Task[None]] = set()
         self._last_end_s = 0.0
         self._task: asyncio.Task[None] | None = None
-        self._head: TeacherHead | None = None
-        self._head_once = asyncio.Lock()
-        self.info = self._describe()
+        self.info = description(config, self._backend.facts)
+        self._artifacts = ReplicaArtifacts(self._backend, self.info)
         self._generation = None
         if self.info.generates:
             writer = cast(WritingBackend, self._backend)
@@ -95,42 +96,6 @@ class TeacherEngine:
         self._ended: Counter[str] = Counter()  # requests by how they ended
         self._served: Counter[str] = Counter()  # tokens by tenant
         self._refused: Counter[str] = Counter()  # requests that met a full queue, by tenant
-
-    def _describe(self) -> TeacherInfo:
-        facts, limits = self._backend.facts, self._config.limits
-        sequence = min(limits.max_sequence_tokens or facts.max_sequence_tokens, facts.max_sequence_tokens)
-        if limits.max_sequence_tokens and limits.max_sequence_tokens > sequence:
-            log.warning(
-                "teacher %s: limits.max_sequence_tokens=%d is above what the model has positions for: %d is the limit",
-                self._config.name, limits.max_sequence_tokens, sequence,
-            )  # fmt: skip
-        shared = {name: getattr(facts, name) for name in facts.__dataclass_fields__ if name != "max_sequence_tokens"}
-        if self._config.deterministic:  # the same weights and other bits: labels of the two are not each other's
-            shared["fingerprint"] = text_sha256(f"{facts.fingerprint} deterministic")
-        return TeacherInfo(
-            name=self._config.name,
-            deterministic=self._config.deterministic,
-            limits=Limits(
-                max_sequence_tokens=sequence,
-                max_request_tokens=limits.max_request_tokens,
-                max_request_sequences=limits.max_request_sequences,
-                max_k=min(limits.max_k, facts.vocab_rows),
-                max_reply_bytes=limits.max_reply_mb << 20,
-                **self._generation_limits(sequence),
-            ),
-            **shared,
-        )
-
-    def _generation_limits(self, max_sequence_tokens: int) -> dict[str, int]:
-        settings = self._config.generation
-        if not self._backend.facts.generates:
-            return {}
-        return {
-            "max_new_tokens": min(settings.max_new_tokens, max_sequence_tokens - 1),
-            "max_samples": settings.max_samples,
-            "max_generate_tokens": settings.max_call_tokens,
-            "max_schema_bytes": settings.max_schema_bytes,
-        }
 
     def start(self) -> None:
         """Begins taking batches, in the running event loop."""
@@ -223,12 +188,21 @@ class TeacherEngine:
     ) -> Result:
         """Runs work of the backend; what comes of it decides over the replica's health."""
         try:
-            result = await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
+            result = await self._on(executor, work, *arguments)
         except Exception as error:
             self._failed(error, kind)
             raise
         self._health.succeeded(kind)
         return result
+
+    async def _on(self, executor: ThreadPoolExecutor, work: Callable[..., Result], *arguments: object) -> Result:
+        """Runs work of the backend, and watches that it ends."""
+
+        def watched() -> Result:
+            with self._health.running():
+                return work(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(executor, watched)
 
     def _failed(self, error: Exception, kind: faults.Work) -> None:
         self._health.failure(error, kind)
@@ -242,8 +216,8 @@ class TeacherEngine:
         failed: Exception | None = None
         try:
             if "top_k" in self.info.transports:  # as every backend that scores has it
-                job = (TokenBatch.pack([[0, 0]]), SignalSpec("top_k", self.info.vocab_rows, k=1))
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.score, [job])
+                job = (TokenBatch.pack([[0, 0]]), spec_of("top_k", self.info.vocab_rows, k=1))
+                await self._on(self._thread, self._backend.score, [job])
             if self._generation is not None:
                 one = SamplingSpec(temperature=0.0, max_new_tokens=1, ignore_eos=True)
                 prompt = PromptBatch(np.zeros(1, np.int32), np.array([0, 1], np.int32))
@@ -268,24 +242,13 @@ class TeacherEngine:
         if self._generation is not None:
             self._generation.fail(lost)
 
-    async def head_header(self, fingerprint: str) -> HeadHeader:
-        """All of the output head but the weight. Raises CapabilityError."""
-        return (await self._loaded_head(fingerprint)).header
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        """See `ReplicaArtifacts.header`."""
+        return await self._artifacts.header(call)
 
-    async def head_bytes(self, fingerprint: str, offset: int, size: int) -> bytes:
-        """A slice of the head's weight bytes."""
-        weight = (await self._loaded_head(fingerprint)).weight_VD.array
-        return bytes(weight.data.cast("B")[offset : offset + size])
-
-    async def _loaded_head(self, fingerprint: str) -> TeacherHead:
-        if fingerprint and fingerprint != self.info.fingerprint:
-            raise CapabilityError(
-                "no head of that teacher here", field="fingerprint", value=self.info.fingerprint, limit=fingerprint
-            )
-        async with self._head_once:
-            if self._head is None:  # copied and hashed once, beside the forward passes and not between them
-                self._head = await asyncio.to_thread(self._backend.head)
-        return self._head
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        """See `ReplicaArtifacts.slice`."""
+        return await self._artifacts.slice(call, offset, size)
 
     async def _run(self) -> None:
         while True:
@@ -327,10 +290,9 @@ class TeacherEngine:
         self.forward_tokens += tokens
         failed: Exception | None = None
         try:
-            loop = asyncio.get_running_loop()
-            finish = await loop.run_in_executor(self._thread, self._backend.begin, jobs)
+            finish = await self._on(self._thread, self._backend.begin, jobs)
             begun.set()
-            answers = await loop.run_in_executor(self._waiter, finish)
+            answers = await self._on(self._waiter, finish)
             answered = list(zip(batch, answers, strict=True))
         except Exception as error:
             failed = error
@@ -388,9 +350,12 @@ class TeacherEngine:
             waiting.future.set_exception(error)
 
     def check_health(self) -> None:
-        """Raises RuntimeError if no answer can ever come again: a loop has ended, or the forward passes fail."""
+        """Raises RuntimeError if no answer can ever come again: a loop has ended, or the forward passes fail or hang."""
         if self._task is None or self._task.done():
             raise RuntimeError(f"the batch loop of teacher {self._config.name!r} has ended")
+        if self._health.hung and not self._health.reason:
+            self._health.give_up(self._health.hung)
+            self._give_up()
         self._health.check()
         if self._generation is not None:
             self._generation.check_health()

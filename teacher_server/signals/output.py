@@ -20,7 +20,7 @@ _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32:
 
 def lse_and_label(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp [C] and log-probability of the label [C], float32, at temperature 1 (algorithms.md 3.6)."""
-    lse_C = _lse(logits_CV)
+    lse_C = log_sum_exp(logits_CV)
     return lse_C, label_logp(logits_CV, lse_C, labels_C)
 
 
@@ -46,7 +46,7 @@ def top_k(logits_CV: Tensor, k: int, extra_CM: Tensor | None = None) -> tuple[Te
             lse_C = torch.logaddexp(lse_C, logits_CV.gather(-1, extra_CM).float().logsumexp(-1))
     else:
         ids_CK = largest_ids(others_CV, k)
-        lse_C, rest_C = _lse(logits_CV), _lse(others_CV.scatter(-1, ids_CK, -torch.inf))
+        lse_C, rest_C = log_sum_exp(logits_CV), log_sum_exp(others_CV.scatter(-1, ids_CK, -torch.inf))
     if extra_CM is not None:
         ids_CK = torch.cat([ids_CK, extra_CM], dim=-1).sort(dim=-1).values
     values_CK = logits_CV.gather(-1, ids_CK)
@@ -54,7 +54,7 @@ def top_k(logits_CV: Tensor, k: int, extra_CM: Tensor | None = None) -> tuple[Te
     return ids_CK.gather(-1, order_CK), values_CK.gather(-1, order_CK), lse_C, rest_C - lse_C
 
 
-def _lse(logits_CV: Tensor) -> Tensor:
+def log_sum_exp(logits_CV: Tensor) -> Tensor:
     """Log-sum-exp [C], float32."""
     return kernels.lse(logits_CV) if kernels.usable(logits_CV) else torch.logsumexp(logits_CV.float(), dim=-1)
 

@@ -1,22 +1,35 @@
-"""States to signals, in chunks of rows: the head, and what a spec asks of the logits.
+"""States to signals, in chunks of rows: the head once, and what each signal of a spec makes of its logits.
 
 In: states after the final norm [R, D] and the tokens they describe; out: tensors on the same device by name.
-The logits of one chunk are all of [rows, vocabulary] that ever exists.
-Axes: R rows, N rows kept of them, C rows of a chunk, M named ids, V vocabulary, D width.
+The logits of one chunk are all of [rows, vocabulary] that ever exists; where no signal needs them, only those of the rows to be checked are
+made. Axes: R rows, N rows kept of them, C rows of a chunk, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teacher_server.signals import output, state
-from teacher_server.signals.transfer import HostRows, to_device
+from teacher_server.signals import output
+from teacher_server.signals.base import Chunk, Reduction, Rows, masked
+from teacher_server.signals.full import FullReduction
+from teacher_server.signals.hidden import HiddenReduction
+from teacher_server.signals.top_k import TopKReduction
+from teacher_server.signals.transfer import HostRows
+from teacher_wire.core.axes import Axis, axis_of
 from teacher_wire.core.signals import SignalSpec
+
+# One class a kind of signal.
+REDUCTIONS: dict[str, type[Reduction[Any]]] = {
+    "top_k": TopKReduction,
+    "hidden": HiddenReduction,
+    "full": FullReduction,
+}
 
 
 @dataclass(frozen=True)
@@ -40,79 +53,84 @@ class OutputHead:
 
 
 def reduce(
-    head: OutputHead,
-    hidden_RD: Tensor,
-    labels_R: Tensor,
-    extra_RM: Tensor | None,
-    spec: SignalSpec,
-    chunk_bytes: int,
-    kept_R: np.ndarray | None = None,
-    into: HostRows | None = None,
+    head: OutputHead, rows: Rows, spec: SignalSpec, chunk_bytes: int, into: HostRows | None = None
 ) -> dict[str, Tensor]:
     """The signals of rows: gathered on the device, or handed to `into` chunk by chunk (then nothing is returned).
 
     Args:
         head: of the model.
-        hidden_RD: states after the final norm.
-        labels_R: int64, the token each row describes.
-        extra_RM: int64, ids whose logits are wanted beside the likeliest, or None.
+        rows: states, and what is asked about them.
         spec: what is asked.
         chunk_bytes: bound on the logits held at a time.
-        kept_R: bool, rows to answer; the others are still computed where they share a chunk with one of these, so that
-            a row's bits do not depend on which others are wanted. None keeps all.
         into: takes the rows of `full` and `top_k` answers to the host while further chunks are computed, so that no more
             of them is held than it says.
     """
-    fixed: dict[str, Tensor] = {}
-    if spec.compression == "int8":
-        packed = state.pack(hidden_RD)
-        fixed = {"state_int8_ND": packed.int8_CD, "state_scales_NG": packed.scales_CG}
-        fixed |= {"outlier_ids_NO": packed.outlier_ids_CO, "outlier_values_NO": packed.outlier_values_CO}
-        hidden_RD = packed.unpack(hidden_RD.dtype)  # lse and logp(label) are of the state that travels
-    elif spec.transport == "hidden":
-        fixed = {"hidden_ND": hidden_RD}
-    found: dict[str, Tensor] = {}
-    if kept_R is not None:
-        fixed = {name: _kept(part, kept_R) for name, part in fixed.items()}
-    answered = hidden_RD.shape[0] if kept_R is None else int(kept_R.sum())
-    start = 0
-    for rows in _chunks(hidden_RD.shape[0], spec.vocab_rows * hidden_RD.element_size(), chunk_bytes):
-        if kept_R is not None and not kept_R[rows].any():
-            continue
-        named_CM = None if extra_RM is None else extra_RM[rows]
-        parts = _of_chunk(head.logits(hidden_RD[rows], spec.vocab_rows), labels_R[rows], named_CM, spec)
-        if kept_R is not None:
-            parts = {name: _kept(part, kept_R[rows]) for name, part in parts.items()}
-        if into is not None:
-            into.add(parts)
-            continue
-        stop = start + len(parts["lse_N"])
-        for name, part in parts.items():
-            if name not in found:
-                found[name] = part.new_empty((answered, *part.shape[1:]))
-            found[name][start:stop] = part
-        start = stop
+    reductions = [REDUCTIONS[signal.kind](signal, rows) for signal in spec.signals]
+    states_RD = rows.hidden_RD
+    for reduction in reductions:
+        states_RD = reduction.seen(states_RD)
+    rows = replace(rows, hidden_RD=states_RD)
+    of_logits = [reduction for reduction in reductions if reduction.needs_logits]
+    gathered = _Gathered(rows)
+    for chunk in _chunks(head, rows, spec, chunk_bytes, checked_only=not of_logits):
+        parts = {name: part for reduction in of_logits for name, part in reduction.chunk(chunk).items()}
+        parts = {name: rows.kept(part, chunk.rows) for name, part in parts.items()}
+        (into or gathered).add(parts | _evidence(chunk, rows, spec, has_others=bool(of_logits)))
+    whole = {name: part for reduction in reductions for name, part in reduction.rest().items()}
     if into is not None:
-        into.add(fixed)
+        into.add(whole)
         return {}
-    return found | fixed
+    return gathered.tensors | whole
 
 
-def _of_chunk(logits_CV: Tensor, labels_C: Tensor, extra_CM: Tensor | None, spec: SignalSpec) -> dict[str, Tensor]:
-    if spec.transport == "top_k":
-        ids_CK, values_CK, lse_C, tail_C = output.top_k(logits_CV, spec.k, extra_CM)
-        kept = {"topk_ids_NK": ids_CK, "topk_logits_NK": values_CK, "tail_logp_N": tail_C}
-        return {"lse_N": lse_C, "label_logp_N": output.label_logp(logits_CV, lse_C, labels_C), **kept}
-    lse_C, label_C = output.lse_and_label(logits_CV, labels_C)
-    figures = {"lse_N": lse_C, "label_logp_N": label_C}
-    return figures | ({"logits_NV": logits_CV} if spec.transport == "full" else {})
+def _chunks(head: OutputHead, rows: Rows, spec: SignalSpec, chunk_bytes: int, *, checked_only: bool) -> Iterator[Chunk]:
+    """The logits that are needed; `checked_only` if no signal needs any, so that they serve the check alone."""
+    needed_R = rows.kept_R
+    if checked_only and spec.check == "sampled":
+        needed_R = rows.checked_R
+        if rows.kept_R is None:  # no row's bits need to be those that it has among all others
+            rows, needed_R = rows.checked_alone(), None
+    row_bytes = spec.vocab_rows * rows.hidden_RD.element_size()
+    for part in _slices(rows.count, row_bytes, chunk_bytes):
+        if needed_R is not None and not needed_R[part].any():
+            continue
+        extra_CM = None if rows.extra_RM is None else rows.extra_RM[part]
+        yield Chunk(part, head.logits(rows.hidden_RD[part], spec.vocab_rows), rows.labels_R[part], extra_CM)
 
 
-def _kept(rows: Tensor, kept: np.ndarray) -> Tensor:
-    return rows if kept.all() else rows.index_select(0, to_device(np.flatnonzero(kept), rows.device))
+def _evidence(chunk: Chunk, rows: Rows, spec: SignalSpec, *, has_others: bool) -> dict[str, Tensor]:
+    """lse and logp(label) of the chunk's rows that are to be checked."""
+    lse_C = chunk.lse_C
+    label_C = output.label_logp(chunk.logits_CV, lse_C, chunk.labels_C)
+    if spec.check == "all":
+        return {"lse_N": rows.kept(lse_C, chunk.rows), "label_logp_N": rows.kept(label_C, chunk.rows)}
+    assert rows.checked_R is not None, "which rows are checked is the request's to say"
+    if rows.kept_R is not None or has_others:
+        checked_C = rows.checked_R[chunk.rows]
+        lse_C, label_C = masked(lse_C, checked_C), masked(label_C, checked_C)
+    return {"lse_C": lse_C, "label_logp_C": label_C}
 
 
-def _chunks(rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
+class _Gathered:
+    """Entries of chunks in their places among all, on the device."""
+
+    def __init__(self, rows: Rows) -> None:
+        kept = rows.count if rows.kept_R is None else int(rows.kept_R.sum())
+        checked = kept if rows.checked_R is None else int(rows.checked_R.sum())
+        self._totals = {Axis.ROW: kept, Axis.CHECKED: checked}
+        self._filled: Counter[str] = Counter()
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        for name, part in parts.items():
+            if name not in self.tensors:
+                self.tensors[name] = part.new_empty((self._totals[axis_of(name)], *part.shape[1:]))
+            start = self._filled[name]
+            self._filled[name] += len(part)
+            self.tensors[name][start : start + len(part)] = part
+
+
+def _slices(rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
     """Slices of rows under the bound; large ones of whole thousands, as matrix units like them."""
     step = max(1, chunk_bytes // row_bytes)
     step = step // 1024 * 1024 if step >= 1024 else step

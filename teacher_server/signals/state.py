@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teacher_wire.core.signals import BLOCK_CHANNELS, blocks_of, outliers_of
+from teacher_wire.score.signals.hidden import BLOCK_CHANNELS, blocks_of, outliers_of
 
 _SMALLEST_SCALE = 2.0**-24  # the smallest float16 above 0: an all-zero block still divides
 

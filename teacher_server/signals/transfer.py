@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor as Torch
 
-from teacher_wire.core.tensor import Tensor, token_id_dtype
+from teacher_wire.core.axes import Axis, axis_of
+from teacher_wire.core.tensor import DTYPES, Tensor
 
 _copiers: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -59,18 +60,18 @@ class ToHost:
 
 
 class HostRows:
-    """An answer whose rows are made part by part, on its way to the host.
+    """An answer whose tensors are made part by part, on its way to the host.
 
     A tensor of at most `held_bytes` is gathered on the device and copied when all is there. Of a larger one each part is
     copied as it comes, into its place on the host, and the device holds no more than `held_bytes` of parts beside the newest.
 
     Args:
-        rows: in all.
+        totals: entries of each axis in all.
         held_bytes: see above.
     """
 
-    def __init__(self, rows: int, held_bytes: int) -> None:
-        self._rows = rows
+    def __init__(self, totals: Mapping[Axis, int], held_bytes: int) -> None:
+        self._totals = totals
         self._held_bytes = held_bytes
         self._filled: dict[str, int] = {}
         self._gathered: dict[str, Torch] = {}
@@ -79,14 +80,14 @@ class HostRows:
         self._rest: ToHost | None = None
 
     def add(self, parts: Mapping[str, Torch]) -> None:
-        """The next rows of each of these tensors; may wait for older parts to reach the host."""
+        """The next entries of each of these tensors; may wait for older parts to reach the host."""
         for name, part in parts.items():
             start = self._filled.get(name, 0)
             stop = self._filled[name] = start + len(part)
-            if start == 0 and stop == self._rows:
+            if start == 0 and stop == self._totals[axis_of(name)]:
                 self._gathered[name] = part
                 continue
-            if start == 0:
+            if name not in self._streamed and name not in self._gathered:
                 self._make(name, part)
             if name in self._streamed:
                 self._stream(self._streamed[name][start:stop], part)
@@ -94,9 +95,8 @@ class HostRows:
                 self._gathered[name][start:stop] = part
 
     def _make(self, name: str, part: Torch) -> None:
-        shape = (self._rows, *part.shape[1:])
-        row_bytes = part.element_size() * math.prod(part.shape[1:])
-        if part.device.type == "cuda" and self._rows * row_bytes > self._held_bytes:
+        shape = (self._totals[axis_of(name)], *part.shape[1:])
+        if part.device.type == "cuda" and math.prod(shape) * part.element_size() > self._held_bytes:
             dtype = torch.int32 if part.dtype == torch.int64 else part.dtype
             self._streamed[name] = torch.empty(shape, dtype=dtype, pin_memory=True)
         else:
@@ -115,8 +115,8 @@ class HostRows:
             self._held.popleft()[0].synchronize()
 
     def end(self) -> HostRows:
-        """All rows have been added; begins what copies are left."""
-        short = [name for name, filled in self._filled.items() if filled != self._rows]
+        """All entries have been added; begins what copies are left."""
+        short = [name for name, filled in self._filled.items() if filled != self._totals[axis_of(name)]]
         assert not short, f"rows are missing of {short}"
         self._rest = ToHost(self._gathered) if self._gathered else None
         self._gathered = {}
@@ -129,12 +129,11 @@ class HostRows:
         return {**self._streamed, **(self._rest.wait() if self._rest is not None else {})}
 
 
-def to_wire(host: Torch, ids_below: int = 0) -> Tensor:
-    """A host tensor as a wire tensor, without a copy where the types allow; integers are ids below `ids_below`."""
+def to_wire(host: Torch, ids: str = "") -> Tensor:
+    """A host tensor as a wire tensor, without a copy where the types allow; `ids` is the wire type of whole numbers of 32 bits."""
     if host.dtype == torch.bfloat16:
         return Tensor("bfloat16", host.view(torch.int16).numpy().view(np.uint16))
     if host.dtype == torch.int32:
-        name = token_id_dtype(ids_below)
         array = host.numpy().view(np.uint32)
-        return Tensor(name, array.astype(np.uint16) if name == "uint16" else array)
+        return Tensor(ids, array.astype(DTYPES[ids][0], copy=False))
     return Tensor(str(host.dtype).removeprefix("torch."), host.numpy())

@@ -23,9 +23,9 @@ import numpy as np
 from student_trainer.labels.verify import check_signals
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 
 MIXED = (6.0, 0.9, 64, 2048)  # of the logarithm: mean and deviation; shortest and longest sequence
 UNIFORM = 2048
@@ -96,7 +96,7 @@ async def pull(options: argparse.Namespace) -> dict[str, Any]:
     ] = []  # of the device's time for the whole batch, by tokens, microseconds; tokens of that batch
     async with TeacherClient(options.address, window_bytes=256 << 20) as client:
         info: TeacherInfo = await client.teacher(wait_for_s=60)
-        spec = SignalSpec(options.transport, info.vocab_rows, k=options.k if options.transport == "top_k" else 0)
+        spec = spec_of(options.transport, info.vocab_rows, **({"k": options.k} if options.transport == "top_k" else {}))
         end_s = time.monotonic() + options.seconds
 
         async def ask(seed: int) -> None:

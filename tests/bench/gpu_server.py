@@ -32,8 +32,9 @@ from teacher_server.config.backends import FakeBackend
 from teacher_server.config.server import EdgeConfig, LimitsConfig, StoreConfig, TeacherConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.artifacts.messages import Artifact, ArtifactCall, ArtifactHeader
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.info import HeadHeader, TeacherHead, TeacherInfo
+from teacher_wire.core.info import ArtifactInfo, TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
 from tests.bench import gpu_ray, gpu_teacher
@@ -63,8 +64,8 @@ class Watched:
     def facts(self) -> ModelFacts:
         return self._model.facts
 
-    def head(self) -> TeacherHead:
-        return self._model.head()
+    def artifact(self, wanted: ArtifactInfo) -> Artifact:
+        return self._model.artifact(wanted)
 
     def generation(self, *args: Any, **settings: Any) -> Any:
         """The backend's own."""
@@ -101,11 +102,11 @@ class Local:
     async def score(self, call: ScoreCall) -> TeacherSignals:
         return await self._engine.score(call)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        return await self._engine.head_header(fingerprint)
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        return await self._engine.artifact_header(call)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return await self._engine.head_bytes(fingerprint, offset, size)
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return await self._engine.artifact_bytes(call, offset, size)
 
 
 async def started(
@@ -130,7 +131,7 @@ async def served(model: TransformersModel, seconds: float) -> tuple[Rows, Rows]:
     async def ask(labels: str, lengths: str, clients: int, depth: int, seconds: float) -> Seen:
         backend.done.clear()
         encode.seconds = 0.0
-        transport = gpu_teacher.SPECS[labels].transport
+        transport = gpu_teacher.SPECS[labels].name
         return await pull_by_processes(f"127.0.0.1:{port}", transport, lengths, clients, depth, seconds)
 
     together: Rows = []
@@ -244,7 +245,7 @@ def main() -> None:
     print(together, alone, flush=True)
     tables += [("served: four client processes over gRPC", together), ("one request of 2 x 2,048 tokens, ms", alone)]
     if options.ray:
-        labels = {name: spec.transport for name, spec in gpu_teacher.SPECS.items()}
+        labels = {name: spec.name for name, spec in gpu_teacher.SPECS.items()}
         try:
             tables += gpu_ray.tables(model, labels, gpu_ray.Asked(CLIENTS, seconds=options.seconds))
         except RuntimeError as error:

@@ -46,15 +46,17 @@ from student_trainer.model.load import quicken
 from student_trainer.model.speed import compiled
 from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import DistillationTrainer
-from teacher_wire.core.info import TeacherHead, TeacherInfo
-from teacher_wire.core.signals import SignalSpec
+from student_trainer.training.windows import FixedOrder
+from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, TeacherHead
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
 from tests.bench.table import show
 from tests.tiny import make_tokenizer
 
 SKIPPED = 8  # steps before the clock starts: compilation, recording, and what was asked ahead
-SPECS = {"hidden": SignalSpec("hidden", V), "top_k": SignalSpec("top_k", V, k=K)}
+SPECS = {"hidden": spec_of("hidden", V), "top_k": spec_of("top_k", V, k=K)}
 BY_KERNEL = ", kernel by kernel"  # `model.graphs: false`
 Row = dict[str, object]
 Feed = Callable[[TokenizedDataset, RunOrder], Any]
@@ -74,7 +76,7 @@ class Remote:
     async def _meet(self) -> tuple[TeacherInfo, TeacherHead]:
         async with TeacherClient(self.address) as client:
             info = await client.teacher(wait_for_s=240)
-            return info, await client.head(info)
+            return info, TeacherHead.of(await client.artifact(info, info.artifact(OUTPUT_HEAD)))
 
     def feed(self, transport: str, data: TokenizedDataset, order: RunOrder) -> LabelFeed:
         """As a run opens it, without a cache on disk."""
@@ -198,7 +200,7 @@ class Room:
         clock = Clock(self.steps)
         clock.feed = lambda: opened[-1].stats if opened else None
         trainer = DistillationTrainer(
-            config, self.student, data, order, Objective(config.loss, V),
+            config, self.student, FixedOrder(data, order), Objective(config.loss, V).terms(self.student),
             open_feed=open_feed if transport else None, teacher_head=self.head if transport == "hidden" else None,
             callbacks=[clock], on_trouble=lambda told: print("TROUBLE:", told, flush=True),
         )  # fmt: skip

@@ -20,6 +20,7 @@ from teacher_server.backends.transformers.backend import TransformersModel
 from teacher_server.config.backends import TransformersBackend
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from tests.bench.gpu_client import UNIFORM, fresh_batch
 from tests.tiny import make_tokenizer
 
@@ -34,7 +35,7 @@ SHAPE = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 32768,
 }
-TOP_K, HIDDEN = SignalSpec("top_k", VOCAB, k=K), SignalSpec("hidden", VOCAB)
+TOP_K, HIDDEN = spec_of("top_k", VOCAB, k=K), spec_of("hidden", VOCAB)
 SPECS = {f"top-{K}": TOP_K, "hidden": HIDDEN}
 ROUNDS = 6
 

@@ -199,6 +199,7 @@ class Bench:
         from teacher_wire.core.batch import TokenBatch
         from teacher_wire.core.calls import ScoreCall
         from teacher_wire.core.signals import SignalSpec
+        from teacher_wire.score.signals import spec_of
 
         o = self.options
         engine, model = self.engine("score", decoding, **overrides)
@@ -221,8 +222,8 @@ class Bench:
 
         loop.run_until_complete(start())
         for name, spec in (
-            ("hidden", SignalSpec("hidden", self.vocab)),
-            (f"top-{K}", SignalSpec("top_k", self.vocab, k=K)),
+            ("hidden", spec_of("hidden", self.vocab)),
+            (f"top-{K}", spec_of("top_k", self.vocab, k=K)),
         ):
             self.rate(
                 f"ours, {name}{note}", o.sequences * o.tokens,

@@ -29,14 +29,15 @@ from teacher_server.edge.admission import Admission
 from teacher_server.edge.label_sharing import LabelSharing
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.core.tensor import Tensor, float32
 from teacher_wire.labels.blob import LabelEntry, encode_labels, label_keys
 from teacher_wire.labels.store import LabelStore
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from tests.bench.table import show
 
-SPEC = SignalSpec("top_k", 152_064, k=64)
+SPEC = spec_of("top_k", 152_064, k=64)
 FINGERPRINT = "f" * 64
 LENGTH = 8
 SAMPLE, FRESH, AGAIN = 300, 3, 5  # keys of a round, rounds of fresh keys, and how often all of them are repeated
@@ -69,7 +70,15 @@ def labels(number: int) -> TeacherSignals:
     ids_NK = np.arange(number, number + SPEC.k, dtype=np.uint32)[None]
     logits_NK = Tensor("bfloat16", np.full((1, SPEC.k), 0x3F80, np.uint16))
     one = float32(np.zeros(1))
-    return TeacherSignals(one, one, Tensor("uint24", ids_NK), logits_NK, one)
+    return TeacherSignals(
+        {
+            "lse_N": one,
+            "label_logp_N": one,
+            "topk_ids_NK": Tensor("uint24", ids_NK),
+            "topk_logits_NK": logits_NK,
+            "tail_logp_N": one,
+        }
+    )
 
 
 def fill(folder: Path, size: int) -> list[str]:
@@ -90,7 +99,7 @@ def check(store: LabelStore, numbers: list[int]) -> None:
     for number in numbers:
         (sequence,) = sequences(number, number + 1)
         found = store.get(sequence.key)
-        assert found is not None and found.topk_ids_NK is not None and found.topk_ids_NK.array[0, 0] == number
+        assert found is not None and found["topk_ids_NK"].array[0, 0] == number
         before = store.stats.overtaken
         store.keep(sequence.key, FINGERPRINT, SPEC, sequence.batch, sequence.signals)
         assert store.stats.overtaken == before + 1, "the store did not find its own file"

@@ -39,8 +39,8 @@ def measured(order: str, way: str) -> dict[str, object]:
     trained = [p for p in bench.student.causal_lm.get_decoder().parameters() if p.requires_grad]
     body = None
     if way != "plain":
-        body = cuda_graphs.GraphedBody(bench.student.states, trained, CudaRecorder(), troubles.append, worth=2)
-    states = body or bench.student.states
+        body = cuda_graphs.GraphedBody(bench.student.forward, trained, CudaRecorder(), troubles.append, worth=2)
+    forward = body or bench.student.forward
     lengths = list(LENGTHS)
     if order == "shuffled":
         random.Random(0).shuffle(lengths)
@@ -50,7 +50,7 @@ def measured(order: str, way: str) -> dict[str, object]:
         torch.cuda.synchronize()
         began_s = time.perf_counter()
         with torch.autocast("cuda", torch.bfloat16):
-            state_BLD = states(ids_BL)
+            state_BLD = forward(ids_BL).final_BLD
         state_BLD.float().mean().backward()
         torch.cuda.synchronize()
         return time.perf_counter() - began_s

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from tests.bench.table import arguments, show
 from tests.e2e.conftest import Server, server_config, serving
 from tests.soak.load import fresh_batch
@@ -41,7 +41,7 @@ def bare(model: Path) -> float:
     from teacher_server.config.backends import TransformersBackend
 
     backend = build_backend(TransformersBackend.model_validate(backend_config(model)), deterministic=False)
-    rng, spec, tokens = np.random.default_rng(0), SignalSpec("top_k", VOCAB, k=K), 0
+    rng, spec, tokens = np.random.default_rng(0), spec_of("top_k", VOCAB, k=K), 0
     batches = [fresh_batch(rng, SEQUENCES, LENGTH, VOCAB) for _ in range(200)]
     backend.score([(batches[0], spec)])
     began_s = time.perf_counter()
@@ -76,7 +76,7 @@ def pull(server: Server, students: int, seed: int) -> tuple[float, float]:
 def main() -> None:
     """Prints the table."""
     options = arguments(__doc__ or "")
-    row_bytes = SignalSpec("top_k", VOCAB, k=K).row_bytes(HIDDEN, 4)
+    row_bytes = spec_of("top_k", VOCAB, k=K).row_bytes(HIDDEN, 4)
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(
             Path(folder) / "model", hidden=HIDDEN, vocab=VOCAB, num_hidden_layers=LAYERS, max_position_embeddings=LENGTH

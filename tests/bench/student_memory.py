@@ -27,14 +27,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from student_trainer.config.run import LoraSettings
+from student_trainer.config.model import LoraSettings
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses import fused
 from student_trainer.losses.align import row_index
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
-from student_trainer.losses.output import OutputLoss, OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import OutputLoss, output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.model.load import Student, _with_adapters
 from student_trainer.model.speed import lora
 from teacher_wire.core.batch import TokenBatch
@@ -166,8 +167,8 @@ class Bench:
             "tail_logp_N": float32(tail_N.numpy()),
         }
         return {
-            "hidden": TeacherSignals.of({**two, "hidden_ND": bits(hidden_ND)}, "f"),
-            "top_k": TeacherSignals.of({**two, **top_k}, "f"),
+            "hidden": TeacherSignals({**two, "hidden_ND": bits(hidden_ND)}, "f"),
+            "top_k": TeacherSignals({**two, **top_k}, "f"),
         }
 
     def loss(self, case: Case, state_ND: Tensor) -> OutputLoss:

@@ -26,6 +26,7 @@ from student_trainer.losses.head import Head
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
 from student_trainer.losses.truncated import bucket_and_grad
 from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from tests.bench.table import show
 
 DIVERGENCES = {"FKL": Divergence(), "JSD": Divergence("jsd", 0.5), "RKL": Divergence("reverse_kl")}
@@ -178,7 +179,7 @@ def extras(exact: Exact, student_NV: Tensor, vocab_rows: int, value_bytes: int) 
     """Rows of `EXTRA` that fit into the vocabulary."""
     for k, extra in EXTRA:
         if k + extra < vocab_rows:
-            size = SignalSpec("top_k", vocab_rows, k=k + extra).row_bytes(0, value_bytes)
+            size = spec_of("top_k", vocab_rows, k=k + extra).row_bytes(0, value_bytes)
             yield Labels(f"top_k {k} + student's {extra} + tail", size, with_extra(exact, student_NV, k, extra))
 
 
@@ -198,7 +199,7 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
     """Rows of a real teacher over the real wire."""
     from transformers import AutoTokenizer
 
-    from student_trainer.config.run import ModelConfig
+    from student_trainer.config.model import ModelConfig
     from student_trainer.data.dataset import build_dataset
     from student_trainer.data.rows.sources import parse_source
     from student_trainer.labels.device_transfer import LabelTensors
@@ -233,21 +234,21 @@ def served(teacher: Path, student: Path, jsonl: Path, dtype: str, rows: int) -> 
             wanted_L = torch.from_numpy(pack([example]).batch.wanted_T).to(device)
             states.append(own.states(ids_1L)[0][wanted_L])
         student_NV = own.head(vocab_rows).logits(torch.cat(states)[chosen_N.to(device)]).double()
-        hidden, size = ask(SignalSpec("hidden", vocab_rows))
+        hidden, size = ask(spec_of("hidden", vocab_rows))
         assert isinstance(hidden, HiddenRows)
         exact = replace(hidden, hidden_ND=hidden.hidden_ND.double())
         labels = []
         if vocab_rows * room.info.value_bytes * total <= room.info.limits.max_reply_bytes:
-            every, every_bytes = ask(SignalSpec("full", vocab_rows))
+            every, every_bytes = ask(spec_of("full", vocab_rows))
             labels.append(Labels("full", every_bytes, every))
         labels.append(Labels(f"hidden {room.info.dtype}", size, hidden))
         if room.info.dtype == "float32":
             narrow = replace(hidden, hidden_ND=hidden.hidden_ND.bfloat16())
             labels.append(Labels("hidden bfloat16 (cast)", 8 + 2 * room.info.hidden_size, narrow))
-        packed, size = ask(SignalSpec("hidden", vocab_rows, compression="int8"))
+        packed, size = ask(spec_of("hidden", vocab_rows, reduction="int8"))
         labels.append(Labels("hidden int8", size, packed))
         for k in KS:
-            top, size = ask(SignalSpec("top_k", vocab_rows, k=k))
+            top, size = ask(spec_of("top_k", vocab_rows, k=k))
             assert isinstance(top, TopKRows)
             labels += truncations(top, k, size)
         labels += extras(exact, student_NV, vocab_rows, room.info.value_bytes)
@@ -312,14 +313,14 @@ def synthetic(vocab_rows: int, rows: int, width: int = 3584, forward_kl: float =
     ]
     from teacher_server.signals import state
 
-    size = SignalSpec("hidden", vocab_rows, compression="int8").row_bytes(width, 2)
+    size = spec_of("hidden", vocab_rows, reduction="int8").row_bytes(width, 2)
     packed_ND = state.pack(narrow_ND).unpack(torch.float32)
     labels.append(Labels("hidden int8", size, HiddenRows(packed_ND, head, lse_N, label_N)))
     for k in (k for k in KS if k < vocab_rows):
         values_NK, kept_NK = logits_NV.topk(k, -1)
         tail_N = logits_NV.scatter(-1, kept_NK, -torch.inf).logsumexp(-1) - lse_N
         top = TopKRows(kept_NK, values_NK, tail_N, lse_N, label_N)
-        labels += truncations(top, k, SignalSpec("top_k", vocab_rows, k=k).row_bytes(width, 2))
+        labels += truncations(top, k, spec_of("top_k", vocab_rows, k=k).row_bytes(width, 2))
     labels += extras(exact, student_NV, vocab_rows, 2)
     title = (
         f"SYNTHETIC: {count} random rows, no model (V = {vocab_rows:,}, D = {width}, on {device}); "

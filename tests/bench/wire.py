@@ -21,13 +21,14 @@ from teacher_wire.core.tensor import Tensor, float32
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score import codec
 from teacher_wire.score.assembly import Assembly
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from teacher_wire.v2 import teacher_pb2 as pb
 from tests.bench.table import arguments, cpu_seconds, show
 
 TOKENS, WIDTH, VOCAB, KEPT = 2048, 3584, 152_064, 64  # sequences of a 7B teacher, two of them a request
-SPECS = {"hidden": SignalSpec("hidden", VOCAB), "top-64": SignalSpec("top_k", VOCAB, k=KEPT)}
+SPECS = {"hidden": spec_of("hidden", VOCAB), "top-64": spec_of("top_k", VOCAB, k=KEPT)}
 UNDER_WAY = 8
 
 
@@ -43,7 +44,7 @@ class Canned(FakeTeacher):
         return self.canned_info if hasattr(self, "canned_info") else super().teacher_info()
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
-        return self.answers[call.spec.transport]
+        return self.answers[call.spec.name]
 
 
 def request() -> TokenBatch:
@@ -73,7 +74,7 @@ def answers(batch: TokenBatch) -> dict[str, TeacherSignals]:
         "topk_logits_NK": logits_NK,
         "tail_logp_N": float32(np.full(rows, np.log(0.1))),
     }
-    return {"hidden": TeacherSignals.of({**two, "hidden_ND": states}, "f"), "top_k": TeacherSignals.of(top, "f")}
+    return {"hidden": TeacherSignals({**two, "hidden_ND": states}, "f"), "top_k": TeacherSignals(top, "f")}
 
 
 def steps(
@@ -81,7 +82,7 @@ def steps(
 ) -> dict[str, Callable[[], object]]:
     """What happens to an answer on its way, each step by itself and all of the codec's together."""
     call = ScoreCall("r", info.name, info.fingerprint, spec, batch)
-    downs = list(codec.encode_chunks("r", 1, signals))
+    downs = [down for down, _ in codec.encode_chunks(call, 1, signals)]
     on_the_wire = [down.SerializeToString() for down in downs]
     done = pb.ScoreDone(rows=signals.rows, chunks=len(downs), fingerprint="f")
 
@@ -93,16 +94,16 @@ def steps(
 
     def through_codec() -> TeacherSignals:
         answer = Assembly(call, info)
-        for down in codec.encode_chunks("r", 1, signals):
+        for down, _ in codec.encode_chunks(call, 1, signals):
             codec.decode_chunk(pb.ScoreDown.FromString(down.SerializeToString()).chunk, answer)
         return codec.finish_reply(answer, done, call)
 
     arrived = through_codec()
-    for name, tensor in signals.tensors().items():
-        np.testing.assert_array_equal(arrived.tensors()[name].array, tensor.array)
+    for name, tensor in signals.tensors.items():
+        np.testing.assert_array_equal(arrived.tensors[name].array, tensor.array)
     return {
-        "one copy (reference)": lambda: [tensor.array.copy() for tensor in signals.tensors().values()],
-        "encode": lambda: list(codec.encode_chunks("r", 1, signals)),
+        "one copy (reference)": lambda: [tensor.array.copy() for tensor in signals.tensors.values()],
+        "encode": lambda: list(codec.encode_chunks(call, 1, signals)),
         "serialise": lambda: [down.SerializeToString() for down in downs],
         "parse": lambda: [pb.ScoreDown.FromString(data) for data in on_the_wire],
         "decode into the whole answer": lambda: decode(downs),
@@ -121,7 +122,7 @@ def main() -> None:
     info = TeacherInfo(**{**vars(base), **changes})
     rows: list[dict[str, object]] = []
     for labels, spec in SPECS.items():
-        signals = canned[spec.transport]
+        signals = canned[spec.name]
         took = {step: cpu_seconds(work) for step, work in steps(signals, spec, batch, info).items()}
         with serve(Canned(canned, info)) as server:
             client = TeacherClientOnLoop(asyncio.new_event_loop(), server.address)

@@ -33,7 +33,7 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
         ("import teacher_server.backends.transformers.backend", {"student_trainer", "ray"}),
         ("import teacher_server.backends.vllm.backend", {"student_trainer", "ray", "vllm"}),
         ("import student_trainer.training.run, student_trainer.evaluation.report", {"teacher_server", "ray"}),
-        ("import student_trainer.losses.output", {"teacher_server", "ray", "transformers", "peft", "grpc"}),
+        ("import student_trainer.losses.output.loss", {"teacher_server", "ray", "transformers", "peft", "grpc"}),
     ],
 )
 def test_importing_a_room_loads_only_what_it_may(code, never):

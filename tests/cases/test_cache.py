@@ -11,8 +11,8 @@ import pytest
 from student_trainer.cli import main
 from student_trainer.config.run import labels_folder
 from student_trainer.errors import ConfigError
-from student_trainer.teachers.head_cache import fetch_head
-from student_trainer.teachers.head_files import head_files, heads_folder, make_room
+from student_trainer.teachers.artifact_cache import fetch_head
+from student_trainer.teachers.artifact_files import artifact_files, artifact_folders, make_room
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.testing.fake_teacher import FakeTeacher
@@ -58,7 +58,7 @@ async def keep_head(cache, seed=0, **options):
     with serve(fake) as server:
         async with TeacherClient(server.address) as client:
             await fetch_head(client, await client.teacher(), cache, **options)
-    return cache / "heads" / f"{fake.teacher_info().head_sha256}.safetensors"
+    return cache / "heads" / f"{fake.artifacts()[0].header.sha256}.safetensors"
 
 
 # ------------------------------------------------------------------- folders of others, files that are damaged
@@ -197,10 +197,10 @@ async def test_heads_stay_below_their_budget(cache):
     size = paths[0].stat().st_size
     await keep_head(cache, 0, max_bytes=100 * size)  # used again: the newest now
     await keep_head(cache, 3, max_bytes=2 * size + (1 << 16), on_trouble=told.append)
-    left = {file.path for file in head_files(heads_folder(cache))}
+    left = {file.path for file in artifact_files(artifact_folders(cache)["output_head"])}
     assert str(paths[0]) in left and str(paths[1]) not in left and len(left) == 2 and not told
     await keep_head(cache, 4, max_bytes=size, on_trouble=told.append)
-    assert "above cache.heads_gb" in told[0] and len(head_files(heads_folder(cache))) == 2
+    assert "above cache.heads_gb" in told[0] and len(artifact_files(artifact_folders(cache)["output_head"])) == 2
     await keep_head(cache, 5, max_bytes=0, on_trouble=told.append)
     assert len(told) == 1, "0 keeps none, and that is no trouble"
 
@@ -212,6 +212,6 @@ def test_room_is_made_for_what_can_have_it(tmp_path):
 def test_a_folder_of_heads_with_other_files_in_it(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ("a" * 64 + ".1.partial")).write_text("half")
-    assert head_files(tmp_path) == [] and len(list(tmp_path.iterdir())) == 2
+    assert artifact_files(tmp_path) == [] and len(list(tmp_path.iterdir())) == 2
     os.utime(tmp_path / ("a" * 64 + ".1.partial"), (1, 1))
-    assert head_files(tmp_path) == [] and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert artifact_files(tmp_path) == [] and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

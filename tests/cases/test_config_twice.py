@@ -235,7 +235,7 @@ def test_a_misspelt_server_key_gives_no_second_complaint(tmp_path, teachers, sai
 
 def test_the_two_readers_are_one(pytestconfig):
     """Neither house imports the other; their readers must not drift apart."""
-    for name in ("config_yaml.py", "config_file.py"):
+    for name in ("config/yaml_scalars.py", "config/files.py"):
         ours = (pytestconfig.rootpath / "student_trainer" / name).read_text()
         theirs = (pytestconfig.rootpath / "teacher_server" / name).read_text()
         theirs = theirs.replace("teacher_server", "student_trainer").replace("ServerConfigError", "ConfigError")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError
-from student_trainer.teachers import session
+from student_trainer.teachers import trial
 from student_trainer.training.label_ahead import label
 from student_trainer.training.run import train
 from teacher_wire.testing.fake_teacher import FakeTeacher
@@ -25,9 +25,9 @@ class Counting(FakeTeacher):
     largest = (0, 0)
     limits: dict[str, int] = {}  # noqa: RUF012
 
-    async def head_header(self, *args):
+    async def artifact_header(self, *args):
         self.heads += 1
-        return await super().head_header(*args)
+        return await super().artifact_header(*args)
 
     async def score(self, call):
         self.largest = max(self.largest, (call.batch.sequences, call.batch.tokens))
@@ -74,7 +74,7 @@ def test_hidden_still_does(world):
 
 
 def test_auto_that_finds_no_room_puts_no_head_on_the_card(world, monkeypatch):
-    monkeypatch.setattr(session.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    monkeypatch.setattr(trial.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     result = world.go(labels={"transport": "auto"})
     assert world.heads == 0 and "labels by top_k" in world.said.getvalue() and "kl_to_teacher" in result.metrics
 

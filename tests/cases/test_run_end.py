@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from student_trainer import files
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.model import saving
-from student_trainer.training import checkpoint, checkpoint_rotation, run_folder, trackers
+from student_trainer.training import checks, run_folder
+from student_trainer.training.checkpoints import checkpoint, checkpoint_rotation
+from student_trainer.training.reporting import trackers
 from student_trainer.training.run import train
 from student_trainer.training.trainer import DistillationTrainer
 from tests.cases.material import INPUTS, MODELS, ROOT, base_file, case_config, train_case
@@ -164,7 +166,7 @@ def test_the_command_refuses_them_with_one_line(tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_step_0(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "free_bytes", lambda folder: 400_000)
+    monkeypatch.setattr(checks, "free_bytes", lambda folder: 400_000)
     with pytest.raises(
         ConfigError, match=r"run\.output_dir .*: 0\.4 MiB are free, and 3 checkpoints .*train\.keep_checkpoints=2"
     ):
@@ -178,6 +180,7 @@ def test_the_room_asked_for_is_what_is_taken(tmp_path, monkeypatch):
 
     def watched(folder, checkpoint_bytes, final_bytes, keep):
         asked.update(checkpoint=checkpoint_bytes, final=final_bytes)
+        return ()
 
     monkeypatch.setattr("student_trainer.training.run.check_room", watched)
     folder = train(case_config(tmp_path, "train.save_steps=2"), console=quiet()).output_dir
@@ -216,10 +219,10 @@ def full(*args, **kwargs):
     ("where", "what"),
     [
         ("student_trainer.training.trainer.LOG_NAME", "/dev/full"),
-        ("student_trainer.training.checkpoint_rotation.save_student", "checkpoint-1"),
-        ("student_trainer.training.checkpoint.save_file", "checkpoint-1"),
-        ("student_trainer.training.checkpoint.write_whole", "checkpoint-1"),
-        ("student_trainer.training.checkpoint_rotation.sync_tree", "final"),
+        ("student_trainer.training.checkpoints.checkpoint_rotation.save_student", "checkpoint-1"),
+        ("student_trainer.training.checkpoints.checkpoint.save_file", "checkpoint-1"),
+        ("student_trainer.training.checkpoints.checkpoint.write_whole", "checkpoint-1"),
+        ("student_trainer.training.checkpoints.checkpoint_rotation.sync_tree", "final"),
         ("student_trainer.training.run_folder.write_whole", "run.output_dir"),
     ],
 )

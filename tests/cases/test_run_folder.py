@@ -22,7 +22,7 @@ from rich.console import Console
 from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.files import LOCK_NAME, FolderLock
-from student_trainer.training import checkpoint
+from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.run import train
 from tests.cases.material import INPUTS, MODELS, ROOT, base_file, case_config, train_case
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,10 +71,18 @@ def cluster(tmp_path, monkeypatch):
     ]
     subprocess.run([ray, "start", "--head", f"--port={port}", *options], check=True, capture_output=True, timeout=120)
     yield f"127.0.0.1:{port}"
-    ours = [p for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
+    ours = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if (
+                folder in line or f":{port} " in line
+            ):  # the raylet's agents call themselves otherwise, but are its children
+                ours += [process, *process.children(recursive=True)]
     for process in ours:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_up_comes_back_to_a_cluster_that_it_left(tmp_path, cluster):

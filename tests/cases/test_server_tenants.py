@@ -10,8 +10,8 @@ from teacher_server.edge import auth
 from teacher_server.edge.auth import TokenFile, tenant_of
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.errors import AuthenticationError, ForbiddenError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials
 from tests.cases.certificates import Authority
@@ -122,7 +122,7 @@ async def test_a_revoked_token_ends_its_open_stream_and_nobody_elses(tmp_path, m
         client_of(server, token=A) as alice,
         client_of(server, token=B) as bob,
     ):
-        spec = SignalSpec("top_k", 64, k=4)
+        spec = spec_of("top_k", 64, k=4)
         calls = [asyncio.create_task(who.score(await who.teacher(), spec, batch(1))) for who in (alice, bob)]
         if idle:
             await asyncio.gather(*calls)
@@ -159,7 +159,7 @@ def shown_by(ca, name, alternative="", tenant=""):
 
 async def ask(server, credentials):
     async with TeacherClient(server.address, credentials=credentials, retry_for_s=20) as client:
-        await client.score(await client.teacher(), SignalSpec("top_k", 64, k=4), batch(1))
+        await client.score(await client.teacher(), spec_of("top_k", 64, k=4), batch(1))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from student_trainer.config.run import OptimizationConfig
+from student_trainer.config.training import OptimizationConfig
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example
 from student_trainer.labels.device_transfer import LabelTensors
@@ -35,16 +35,18 @@ from student_trainer.labels.rows_on_device import head_on, rows_on
 from student_trainer.labels.verify import check_signals
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
-from student_trainer.losses.output import OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import TeacherRows, TopKRows
 from student_trainer.model.load import Student
-from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.teachers.artifact_cache import fetch_head
 from student_trainer.training.trainer import learning_rate_share
 from teacher_server.config.backends import TransformersBackend
 from teacher_server.config.server import TeacherConfig
 from teacher_server.replica.engine import TeacherEngine
+from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, Sample
@@ -190,11 +192,11 @@ class EngineService:
         if self._loop is not None:
             asyncio.run_coroutine_threadsafe(self._engine.stop(), self._loop).result()
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        return await self._engine.head_header(fingerprint)
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        return await self._engine.artifact_header(call)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return await self._engine.head_bytes(fingerprint, offset, size)
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return await self._engine.artifact_bytes(call, offset, size)
 
 
 @dataclass(frozen=True)

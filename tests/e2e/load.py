@@ -12,11 +12,11 @@ import numpy as np
 
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import MismatchError, TeacherWireError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
-SPEC = SignalSpec("hidden", 64)
+SPEC = spec_of("hidden", 64)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Crowd:
                     return
                 assert not pinned or answer.fingerprint == info.fingerprint
                 expected = self._fakes[answer.fingerprint].signals(SPEC, batch)
-                np.testing.assert_array_equal(answer.hidden_ND.array, expected.hidden_ND.array)
+                np.testing.assert_array_equal(answer["hidden_ND"].array, expected["hidden_ND"].array)
                 self.tally.answers[answer.fingerprint] += 1
 
 

@@ -16,7 +16,7 @@ from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import NotFoundError, OverloadedError
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
-from tests.e2e.conftest import run_cli, server_config, serving
+from tests.e2e.conftest import TRIED_ONCE, run_cli, server_config, serving
 from tests.e2e.load import SPEC, Crowd, until
 
 pytestmark = pytest.mark.ray
@@ -36,7 +36,7 @@ def fingerprint(seed):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("scaling"), server_config(FAKE)) as running:
+    with serving(tmp_path_factory.mktemp("scaling"), server_config(FAKE), **TRIED_ONCE) as running:
         running.config = yaml.safe_load(running.config_file.read_text())
         yield running
 

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.labels.rows_on_device import head_on
-from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.teachers.artifact_cache import fetch_head
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, NotFoundError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from teacher_wire.transport import status_table
 
 pytestmark = pytest.mark.ray
@@ -42,22 +42,22 @@ async def test_served_labels_equal_the_model(teachers, direct, tmp_path, name):
         info = await client.teacher(name)
         head = head_on(await fetch_head(client, info, tmp_path), 300, torch.device("cpu"))
         batches = [TokenBatch.pack(sequences(seed)) for seed in range(6)]
-        specs = [SignalSpec("hidden", 300), SignalSpec("top_k", 300, k=11), SignalSpec("full", 300)]
+        specs = [spec_of("hidden", 300), spec_of("top_k", 300, k=11), spec_of("full", 300)]
         answers = await asyncio.gather(*(client.score(info, spec, batch) for batch in batches for spec in specs))
         for seed, batch in enumerate(batches):
             expected = direct(sequences(seed))
             hidden, top, full = answers[3 * seed : 3 * seed + 3]
-            np.testing.assert_allclose(head.logits(to_torch(hidden.hidden_ND)), expected, atol=TOLERANCE)
-            np.testing.assert_allclose(full.logits_NV.array, expected, atol=TOLERANCE)
+            np.testing.assert_allclose(head.logits(to_torch(hidden["hidden_ND"])), expected, atol=TOLERANCE)
+            np.testing.assert_allclose(full["logits_NV"].array, expected, atol=TOLERANCE)
             order = np.argsort(-expected, axis=-1, kind="stable")[:, :11]
-            np.testing.assert_array_equal(top.topk_ids_NK.array, order)
+            np.testing.assert_array_equal(top["topk_ids_NK"].array, order)
             np.testing.assert_allclose(
-                top.topk_logits_NK.array, np.take_along_axis(expected, order, -1), atol=TOLERANCE
+                top["topk_logits_NK"].array, np.take_along_axis(expected, order, -1), atol=TOLERANCE
             )
             wide = expected.astype(np.float64)
             p = np.exp(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
             tail = 1 - np.take_along_axis(p, order, -1).sum(-1)
-            np.testing.assert_allclose(np.exp(top.tail_logp_N.array), tail, atol=1e-4)
+            np.testing.assert_allclose(np.exp(top["tail_logp_N"].array), tail, atol=1e-4)
             np.testing.assert_allclose(
                 top.label_logp_N.array, np.log(p[np.arange(batch.rows), batch.labels_N()]), atol=1e-4
             )
@@ -66,15 +66,15 @@ async def test_served_labels_equal_the_model(teachers, direct, tmp_path, name):
 async def test_deterministic_is_bit_equal_in_any_company(teachers):
     async with TeacherClient(teachers.address) as client:
         exact, shared = await client.teacher("exact"), await client.teacher("shared")
-        batch, spec = TokenBatch.pack(sequences(0)), SignalSpec("hidden", 300)
+        batch, spec = TokenBatch.pack(sequences(0)), spec_of("hidden", 300)
         alone = await client.score(exact, spec, batch)
         noise = [client.score(exact, spec, TokenBatch.pack(sequences(seed))) for seed in range(1, 9)]
         crowd = await asyncio.gather(*noise[:4], client.score(exact, spec, batch), *noise[4:])
-        for name, tensor in alone.tensors().items():
-            assert crowd[4].tensors()[name].array.tobytes() == tensor.array.tobytes()
+        for name, tensor in alone.tensors.items():
+            assert crowd[4].tensors[name].array.tobytes() == tensor.array.tobytes()
         assert exact.fingerprint != shared.fingerprint, "the same weights, but not the same bits: they share no labels"
         company = await asyncio.gather(*(client.score(shared, spec, TokenBatch.pack(sequences(s))) for s in range(8)))
-        np.testing.assert_allclose(company[0].hidden_ND.array, alone.hidden_ND.array, atol=TOLERANCE)
+        np.testing.assert_allclose(company[0]["hidden_ND"].array, alone["hidden_ND"].array, atol=TOLERANCE)
         assert max(answer.timing.batch_tokens for answer in company) > batch.tokens, "requests shared a forward pass"
 
 
@@ -90,13 +90,15 @@ async def test_errors_cross_ray_and_grpc_with_their_names(teachers):
     async with grpc.aio.insecure_channel(teachers.address) as channel:
         stub = pb_grpc.TeacherStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
-            await stub.Head(pb.HeadRequest(teacher="exact", fingerprint="f" * 64)).read()
+            await stub.Artifact(
+                pb.ArtifactRequest(teacher="exact", fingerprint="f" * 64, kind="output_head", sha256="0" * 64)
+            ).read()
         refused = status_table.from_rpc(caught.value, teachers.address)
         assert isinstance(refused, CapabilityError), refused
         assert refused.field == "fingerprint"
         stream = stub.Score()
-        await stream.write(pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=1 << 20)))
-        call = ScoreCall("r", "exact", "", SignalSpec("hidden", 300), TokenBatch.pack([[1] * 129]))
+        await stream.write(pb.ScoreUp(open=pb.Open(protocol=2, window_bytes=1 << 20)))
+        call = ScoreCall("r", "exact", "", spec_of("hidden", 300), TokenBatch.pack([[1] * 129]))
         await stream.write(pb.ScoreUp(request=codec.encode_call(call)))
         failed = (await stream.read()).failed
         assert (failed.error.kind, failed.error.field, failed.error.limit) == ("LimitError", "sequence 0 tokens", "128")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from tests.e2e import task1
 from tests.e2e.classroom import Arm, classroom, paired, renormalised_top_k, table, teacher_folder, train_student
 
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.timeout(1200)
 SEEDS = range(5)
 ARMS = {
     "sft": Arm(),
-    "hidden": Arm(SignalSpec("hidden", task1.VOCAB)),
-    "hidden int8": Arm(SignalSpec("hidden", task1.VOCAB, compression="int8")),
-    "full": Arm(SignalSpec("full", task1.VOCAB)),
-    "top-4 + tail": Arm(SignalSpec("top_k", task1.VOCAB, k=4)),
-    "top-4 renormalised": Arm(SignalSpec("top_k", task1.VOCAB, k=4), renormalised_top_k),
+    "hidden": Arm(spec_of("hidden", task1.VOCAB)),
+    "hidden int8": Arm(spec_of("hidden", task1.VOCAB, reduction="int8")),
+    "full": Arm(spec_of("full", task1.VOCAB)),
+    "top-4 + tail": Arm(spec_of("top_k", task1.VOCAB, k=4)),
+    "top-4 renormalised": Arm(spec_of("top_k", task1.VOCAB, k=4), renormalised_top_k),
 }
 
 KLs = dict[str, list[float]]

@@ -31,6 +31,7 @@ from teacher_wire.core.tensor import Tensor
 from teacher_wire.generate import codec as generate_codec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.transport.channel import Credentials, call_metadata, open_channel
 from teacher_wire.v2 import teacher_pb2 as pb
 from tests.faults.noisy_server import VOCAB
@@ -151,7 +152,7 @@ def generate_request(spec: SamplingSpec, prompts: int = 1, length: int = 4) -> p
 async def largest_messages(target: Target) -> None:
     """Score requests of 65,536 tokens with 80 ids a row: 21 MB each."""
     number = random.randrange(1 << 39)
-    made = requests(SignalSpec("top_k", VOCAB, k=1, extra=80), 65_536, 80, first=number)()
+    made = requests(spec_of("top_k", VOCAB, k=1, extra=80), 65_536, 80, first=number)()
     numbers = itertools.count(number + 1)
 
     def make() -> list[bytes]:
@@ -174,7 +175,7 @@ async def have_lists(target: Target) -> None:
 
 async def never_reading(target: Target) -> None:
     """Large answers asked for on many streams, and none read."""
-    await ask_for_ever(target, requests(SignalSpec("full", VOCAB), 3000), 24, read=False)
+    await ask_for_ever(target, requests(spec_of("full", VOCAB), 3000), 24, read=False)
 
 
 async def one_byte_a_second(target: Target) -> None:
@@ -200,7 +201,7 @@ async def one_byte_a_second(target: Target) -> None:
 
     relay = await asyncio.start_server(serve, "127.0.0.1", 0)
     address = f"127.0.0.1:{relay.sockets[0].getsockname()[1]}"
-    await ask_for_ever(target, requests(SignalSpec("full", VOCAB), 3000), 12, address=address)
+    await ask_for_ever(target, requests(spec_of("full", VOCAB), 3000), 12, address=address)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -228,7 +229,7 @@ async def ten_thousand_streams(target: Target) -> None:
 
 async def cancel_storm(target: Target) -> None:
     """Requests that are taken back at once."""
-    small = requests(SignalSpec("top_k", VOCAB, k=64), 512)
+    small = requests(spec_of("top_k", VOCAB, k=64), 512)
     numbers = itertools.count()
     made = [pb.ScoreUp.FromString(small()[0]) for _ in range(16)]
 
@@ -245,7 +246,7 @@ async def cancel_storm(target: Target) -> None:
 
 async def huge_k(target: Target) -> None:
     """4,096 ids a row: 60 MB an answer."""
-    await ask_for_ever(target, requests(SignalSpec("top_k", VOCAB, k=4096), 2500), 6)
+    await ask_for_ever(target, requests(spec_of("top_k", VOCAB, k=4096), 2500), 6)
 
 
 async def huge_schemas(target: Target) -> None:
@@ -265,7 +266,7 @@ async def huge_schemas(target: Target) -> None:
 
 async def largest_full(target: Target) -> None:
     """The largest answers there are, read as fast as they come."""
-    await ask_for_ever(target, requests(SignalSpec("full", VOCAB), 4090), 4)
+    await ask_for_ever(target, requests(spec_of("full", VOCAB), 4090), 4)
 
 
 async def generate_queue(target: Target) -> None:

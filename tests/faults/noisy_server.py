@@ -20,7 +20,6 @@ from teacher_wire.core.info import Limits, TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.core.tensor import DTYPES, Tensor
 from teacher_wire.generate.messages import GenerateCall, Sample
-from teacher_wire.score.assembly import row_types
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
 FORWARD_S = 0.04  # of a small request to a 7B teacher
@@ -43,9 +42,11 @@ class PacedTeacher(FakeTeacher):
     async def score(self, call: ScoreCall) -> TeacherSignals:
         await asyncio.sleep(FORWARD_S + call.batch.tokens / TOKENS_PER_S)
         rows = call.batch.rows
-        types = row_types(call.spec, self._info)
-        zeros = {name: Tensor(dtype, np.zeros((rows, *row), DTYPES[dtype][0])) for name, (row, dtype) in types.items()}
-        return TeacherSignals.of(zeros, self._info.fingerprint)
+        zeros = {
+            part.name: Tensor(part.dtype, np.zeros((rows, *part.entry), DTYPES[part.dtype][0]))
+            for part in call.spec.fields_of(self._info)
+        }
+        return TeacherSignals(zeros, self._info.fingerprint)
 
     async def generate(self, call: GenerateCall):
         for prompt, index in call.wanted():

@@ -24,7 +24,6 @@ from teacher_wire.core.errors import (
     TeacherWireError,
 )
 from teacher_wire.core.info import Limits
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.endpoint.servicer import TeacherServicer
@@ -32,6 +31,7 @@ from teacher_wire.generate import codec as generate_codec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.score import codec
 from teacher_wire.score import stream as score_stream
+from teacher_wire.score.signals import spec_of
 from teacher_wire.score.stream import ScoreStream
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
@@ -41,7 +41,7 @@ from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v2 import teacher_pb2 as pb
 from tests.e2e.conftest import free_port
 
-SPEC = SignalSpec("top_k", 64, k=4)
+SPEC = spec_of("top_k", 64, k=4)
 LIMITS = Limits(4096, 65_536, 1024, 4096, 64 << 20, 4096, 64, 1 << 20, 65_536)
 SERVICE = "/teacher_wire.v2.Teacher/"
 
@@ -177,7 +177,7 @@ async def test_long_messages_are_decoded_hashed_and_encoded_off_the_event_loop(m
         long = TokenBatch.pack([[1, 2] * 2000] * 5)
         codec_check, where["check_call"] = where.get("check_call"), set()
         assert codec_check is None
-        await client.score(info, SignalSpec("full", 64), long)
+        await client.score(info, spec_of("full", 64), long)
     where["check_call"].discard(threading.main_thread().name)  # the client's own
     assert set(where) == {"decode_call", "check_call", "_content_key", "_encode", "label_keys"}
     for name, threads in where.items():
@@ -234,7 +234,7 @@ async def test_who_does_not_read_its_refusals_is_not_read_from():
     assert peer.taken == 999
 
 
-@pytest.mark.parametrize("method", ["Describe", "Generate", "Head", "Score", "Status"])
+@pytest.mark.parametrize("method", ["Describe", "Generate", "Artifact", "Score", "Status"])
 async def test_bytes_that_are_no_message_are_an_invalid_argument(method):
     with serve(FakeTeacher()) as server:
         async with channel_to(server) as channel:
@@ -277,7 +277,7 @@ async def edge(teacher, **changes):
 async def test_replies_nobody_takes_are_bounded_by_tenant_and_others_are_served():
     teacher = FakeTeacher(vocab_rows=256, hidden_size=4)
     limits = {"unproven_replies_held_mb": 2, "tenant_replies_held_mb": 4, "stall_s": 600}
-    wide, each = SignalSpec("full", 256), 60
+    wide, each = spec_of("full", 256), 60
     async with edge(teacher, limits=limits, store={"memory_mb": 0}) as server, channel_to(server) as channel:
         greedy = [await Stream(channel, tenant="greedy").open() for _ in range(2)]
         for number in range(2 * each):  # 1 MB an answer: far more than the connection takes up
@@ -330,7 +330,7 @@ async def test_open_calls_are_bounded():
             calls = [
                 Stream(channel).call,
                 channel.unary_stream(SERVICE + "Generate")(b""),
-                channel.unary_stream(SERVICE + "Head")(b""),
+                channel.unary_stream(SERVICE + "Artifact")(b""),
             ]
             for call in calls:
                 assert await call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -347,7 +347,7 @@ async def test_a_peer_that_takes_nothing_is_dropped():
     with serve(teacher, limits=StreamLimits(stall_s=0.5)) as server:
         async with stream_to(server) as stream:
             tokens = TokenBatch.pack([[i % 1024 for i in range(4000)]])  # 16 MB: more than the connection takes up
-            await stream.ask("r", tokens, SignalSpec("full", 1024))
+            await stream.ask("r", tokens, spec_of("full", 1024))
             await until(lambda: server.servicer.held["reply_bytes"] > 0)
             await until(lambda: server.servicer.held["open_calls"] == 0)
             assert server.servicer.held["reply_bytes"] == 0
@@ -398,8 +398,8 @@ async def test_a_legal_request_above_any_message_is_answered_and_so_are_its_neig
             extra_NM = np.tile(np.arange(80, dtype=np.int32), (long.rows, 1))
             long = TokenBatch(long.token_ids_T, long.cu_lengths_B1, long.wanted_T, extra_NM)
             assert long.tokens == 65_536 and extra_NM.nbytes > 16 << 20
-            asked = [client.score(info, SignalSpec("top_k", 128, k=1, extra=80), long)]
-            asked += [client.score(info, SignalSpec("top_k", 128, k=4), batch(number)) for number in range(8)]
+            asked = [client.score(info, spec_of("top_k", 128, k=1, extra=80), long)]
+            asked += [client.score(info, spec_of("top_k", 128, k=4), batch(number)) for number in range(8)]
             answers = await asyncio.gather(*asked)
             assert [answer.rows for answer in answers] == [long.rows] + [2] * 8
             assert client.stats.reconnects == client.stats.retries == 0

@@ -14,18 +14,18 @@ from teacher_wire import PROTOCOL
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.codec import encode_generate
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import CLIENT_OPTIONS
 from teacher_wire.v2 import teacher_pb2 as pb
 from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
 from tests.e2e.conftest import free_port
 
-FULL = SignalSpec("full", 1500)
+FULL = spec_of("full", 1500)
 ROWS, REQUESTS = 959, 8  # of 6 KB each: 46 MB in all
 
 
@@ -108,11 +108,11 @@ async def test_a_reader_too_slow_for_the_drain_is_told_within_it(teacher):
 async def test_an_idle_student_does_not_hold_up_a_drain(teacher):
     async with edge(teacher, drain_s=600) as server, TeacherClient(server.address, retry_for_s=0) as client:
         info = await client.teacher()
-        await client.score(info, SignalSpec("top_k", 64, k=4), TokenBatch.pack([[1, 2, 3]]))
+        await client.score(info, spec_of("top_k", 64, k=4), TokenBatch.pack([[1, 2, 3]]))
         async with asyncio.timeout(30):
             await server.drain()
         with pytest.raises(UnavailableError):
-            await client.score(info, SignalSpec("top_k", 64, k=4), TokenBatch.pack([[1, 2, 4]]))
+            await client.score(info, spec_of("top_k", 64, k=4), TokenBatch.pack([[1, 2, 4]]))
 
 
 async def test_what_is_being_computed_is_finished_and_what_comes_later_is_refused(teacher):
@@ -120,7 +120,7 @@ async def test_what_is_being_computed_is_finished_and_what_comes_later_is_refuse
     async with edge(slow, drain_s=60) as server:
         clients = [TeacherClient(server.address, retry_for_s=0) for _ in range(2)]
         info = await clients[0].teacher()
-        spec = SignalSpec("top_k", 64, k=4)
+        spec = spec_of("top_k", 64, k=4)
         early = asyncio.create_task(clients[0].score(info, spec, TokenBatch.pack([[1, 2, 3]])))
         await until(lambda: server.counters()["open_requests"] == 1)
         draining = asyncio.create_task(server.drain())
@@ -153,7 +153,9 @@ async def test_generate_and_head_are_sent_to_their_end(teacher):
         prompts = PromptBatch.pack([[1]] * 8)
         calls = [
             stub.Generate(encode_generate(GenerateCall(info.name, "", spec, prompts))),
-            stub.Head(pb.HeadRequest(teacher=info.name)),
+            stub.Artifact(
+                pb.ArtifactRequest(teacher=info.name, kind="output_head", sha256=info.artifact("output_head").sha256)
+            ),
         ]
         firsts = [await call.read() for call in calls]
         assert firsts[1].HasField("header")

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from teacher_wire.transport.channel import Credentials
 from tests.e2e.conftest import free_port
 from tests.e2e.test_server_lifecycle import make_certificates
@@ -29,7 +29,7 @@ SECONDS = 10.0 if SOAK else 1.5
 RATIO = 2.0 if SOAK else 25.0
 MORE_MB = 300 if SOAK else 500  # the short run shares its machine with the rest of the suite
 QUIET, NOISY = "q" * 24, "n" * 24
-SPEC = SignalSpec("top_k", VOCAB, k=16)
+SPEC = spec_of("top_k", VOCAB, k=16)
 FIGURES = ("abuse", "alone ms", "beside ms", "ratio", "longest ms", "asked", "refused", "RSS MB", "over idle")
 
 

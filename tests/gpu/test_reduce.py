@@ -6,9 +6,11 @@ On a machine without pytest's plugins: python3 -m pytest -c /dev/null --rootdir 
 import pytest
 import torch
 
+from teacher_server.signals.base import Rows
 from teacher_server.signals.reduce import OutputHead, reduce
 from teacher_server.signals.transfer import HostRows, ToHost
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.axes import Axis
+from teacher_wire.score.signals import spec_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROWS, WIDTH, VOCAB, CHUNK_BYTES = 8192, 256, 100_000, 128 << 20
@@ -21,15 +23,13 @@ def material():
     return head, hidden, torch.arange(ROWS, device="cuda") % VOCAB
 
 
-@pytest.mark.parametrize(
-    "spec", [SignalSpec("full", VOCAB), SignalSpec("top_k", VOCAB, 16), SignalSpec("hidden", VOCAB)]
-)
+@pytest.mark.parametrize("spec", [spec_of("full", VOCAB), spec_of("top_k", VOCAB, k=16), spec_of("hidden", VOCAB)])
 @torch.inference_mode()
 def test_rows_sent_as_they_come_are_those_gathered_first(spec):
     head, hidden, labels = material()
-    expected = ToHost(reduce(head, hidden, labels, None, spec, CHUNK_BYTES)).wait()
-    rows = HostRows(ROWS, CHUNK_BYTES)
-    reduce(head, hidden, labels, None, spec, CHUNK_BYTES, None, rows)
+    expected = ToHost(reduce(head, Rows(hidden, labels), spec, CHUNK_BYTES)).wait()
+    rows = HostRows({Axis.ROW: ROWS}, CHUNK_BYTES)
+    reduce(head, Rows(hidden, labels), spec, CHUNK_BYTES, rows)
     found = rows.end().wait()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -39,18 +39,18 @@ def test_rows_sent_as_they_come_are_those_gathered_first(spec):
 @torch.inference_mode()
 def test_the_device_never_holds_a_whole_full_answer(capsys):
     head, hidden, labels = material()
-    spec, peaks = SignalSpec("full", VOCAB), []
+    spec, peaks = spec_of("full", VOCAB), []
     for streamed in (False, True):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         if streamed:
-            rows = HostRows(ROWS, CHUNK_BYTES)
-            reduce(head, hidden, labels, None, spec, CHUNK_BYTES, None, rows)
+            rows = HostRows({Axis.ROW: ROWS}, CHUNK_BYTES)
+            reduce(head, Rows(hidden, labels), spec, CHUNK_BYTES, rows)
             rows.end().wait()
         else:
-            ToHost(reduce(head, hidden, labels, None, spec, CHUNK_BYTES)).wait()
+            ToHost(reduce(head, Rows(hidden, labels), spec, CHUNK_BYTES)).wait()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     answer = ROWS * VOCAB * 2
     with capsys.disabled():

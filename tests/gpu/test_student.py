@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from student_trainer.config.run import ModelConfig, parse_config
+from student_trainer.config.model import ModelConfig
+from student_trainer.config.run import parse_config
 from student_trainer.labels.device_transfer import ahead
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.model.load import load_student
@@ -46,14 +47,14 @@ def test_recorded_passes_give_the_plain_gradients_over_windows_and_shapes(folder
     body = student.causal_lm.get_decoder()
     told = []
     trained = [p for p in body.parameters() if p.requires_grad]
-    graphed = GraphedBody(student.states, trained, CudaRecorder(), told.append, worth=2)
+    graphed = GraphedBody(student.forward, trained, CudaRecorder(), told.append, worth=2)
     generator = torch.Generator(device="cuda").manual_seed(0)
     for _ in range(3):  # gradients of a window add up, and are taken away at its end
         for shape in SHAPES:
             ids_BL = torch.randint(0, 300, shape, device="cuda", generator=generator)
             weight_BLD = torch.randn(*shape, 64, device="cuda", generator=generator)
-            for states in (graphed, plain.states):
-                (states(ids_BL) * weight_BLD).sum().backward()
+            for run in (graphed, plain.forward):
+                (run(ids_BL).final_BLD * weight_BLD).sum().backward()
         found = {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None}
         expected = {n: p.grad for n, p in plain.model.named_parameters() if p.grad is not None}
         assert found.keys() == expected.keys()
@@ -75,9 +76,9 @@ def test_a_replay_gives_the_very_bits_of_the_plain_passes(folder):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
 
-    def run(ids_BL):
+    def run(ids_BL, taps=()):
         with torch.autocast("cuda", torch.bfloat16):
-            return student.states(ids_BL)
+            return student.forward(ids_BL, taps)
 
     told = []
     graphed = GraphedBody(run, trained, CudaRecorder(), told.append, worth=2)
@@ -88,10 +89,10 @@ def test_a_replay_gives_the_very_bits_of_the_plain_passes(folder):
             ids_BL = torch.randint(0, 300, (2, length), device="cuda", generator=generator)
             weight_BLD = torch.randn(2, length, 64, device="cuda", generator=generator)
             found = []
-            for states in (graphed, run):
+            for forward in (graphed, run):
                 student.model.zero_grad(set_to_none=True)
                 for _ in range(2):  # a window
-                    state_BLD = states(ids_BL)
+                    state_BLD = forward(ids_BL).final_BLD
                     (state_BLD * weight_BLD).sum().backward()
                     kept_BLD = state_BLD.detach().clone()
                     del state_BLD  # no graph of another pass may be alive while one is recorded
@@ -107,9 +108,9 @@ def test_what_cannot_be_recorded_is_told_and_run_as_ever(folder):
     student = load_student(ModelConfig(path=str(folder), dtype="float32", lora={"rank": 4}), 0)
     student.model.train()
 
-    def asks_the_device(ids_BL):
+    def asks_the_device(ids_BL, taps=()):
         assert int(ids_BL.sum()) >= 0
-        return student.states(ids_BL)
+        return student.forward(ids_BL, taps)
 
     told = []
     trained = [p for p in student.model.parameters() if p.requires_grad]
@@ -117,11 +118,11 @@ def test_what_cannot_be_recorded_is_told_and_run_as_ever(folder):
     stream = torch.cuda.current_stream()
     ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
     drawn = []
-    for attempt in (graphed, student.states):
+    for attempt in (graphed, student.forward):
         torch.manual_seed(3)
         torch.randn(5, device="cuda")
         for _ in range(4):
-            torch.testing.assert_close(attempt(ids_BL), student.states(ids_BL), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(attempt(ids_BL).final_BLD, student.states(ids_BL), rtol=1e-3, atol=1e-3)
         drawn.append(torch.randn(5, device="cuda"))  # a bad recording must not hold on to the generator, nor change it
     assert torch.equal(*drawn) and torch.cuda.current_stream() == stream
     assert len(told) == 1 and "cannot be recorded" in told[0]
@@ -132,11 +133,11 @@ def test_what_there_is_no_memory_for_is_not_recorded(folder, monkeypatch):
     student.model.train()
     told = []
     trained = [p for p in student.model.parameters() if p.requires_grad]
-    graphed = GraphedBody(student.states, trained, CudaRecorder(), told.append, worth=2)
+    graphed = GraphedBody(student.forward, trained, CudaRecorder(), told.append, worth=2)
     ids_BL = torch.ones(2, 16, dtype=torch.int64, device="cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 1 << 40)  # what a step has needed before
     for _ in range(3):
-        torch.testing.assert_close(graphed(ids_BL), student.states(ids_BL), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(graphed(ids_BL).final_BLD, student.states(ids_BL), rtol=1e-3, atol=1e-3)
     assert graphed.recorded == 0 and len(told) == 1 and "GiB of the GPU are free" in told[0]
 
 
@@ -181,7 +182,7 @@ def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, tran
     recorded = []
 
     def watched(self, *args):
-        recorded.append(getattr(self._states, "recorded", 0))
+        recorded.append(getattr(self._learner.passes, "recorded", 0))
         torch.cuda.set_sync_debug_mode("error" if 30 <= self.state.global_step < 38 else "default")
         return plain(self, *args)
 
@@ -211,8 +212,8 @@ def test_bad_labels_teach_nothing_though_they_are_known_late(tmp_path, folder, r
         step = self.state.global_step
         taken[step] = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         if step == 4:
-            taken["names"] = inputs["request"].names
-            taken["tokens"] = inputs["request"].batch.token_ids_T.tobytes()
+            taken["names"] = inputs["batch"].request.names
+            taken["tokens"] = inputs["batch"].request.batch.token_ids_T.tobytes()
         taken["trainer"] = self
         return plain(self, model, inputs, *args, **kwargs)
 

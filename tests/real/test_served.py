@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.labels.rows_on_device import head_on
-from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.teachers.artifact_cache import fetch_head
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from tests.e2e.conftest import run_cli, server_config, serving, transformers_teacher
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -51,24 +51,24 @@ async def test_labels_are_the_models_own(real, served, tmp_path):
     expected_NV = torch.log_softmax(logits_NV, -1)
     batch = TokenBatch.pack(rows)
     specs = (
-        SignalSpec("hidden", V),
-        SignalSpec("top_k", V, k=64),
-        SignalSpec("full", V),
-        SignalSpec("hidden", V, compression="int8"),
+        spec_of("hidden", V),
+        spec_of("top_k", V, k=64),
+        spec_of("full", V),
+        spec_of("hidden", V, reduction="int8"),
     )
     async with TeacherClient(served.address) as client:
         info = await client.teacher("smollm2")
         head = head_on(await fetch_head(client, info, tmp_path), V, torch.device("cpu"))
         hidden, top, full, small = await asyncio.gather(*(client.score(info, spec, batch) for spec in specs))
-    seen_NV = torch.log_softmax(head.logits(to_torch(hidden.hidden_ND)).double(), -1)
+    seen_NV = torch.log_softmax(head.logits(to_torch(hidden["hidden_ND"])).double(), -1)
     np.testing.assert_allclose(seen_NV, expected_NV, atol=2e-4)
-    np.testing.assert_allclose(torch.log_softmax(to_torch(full.logits_NV).double(), -1), expected_NV, atol=2e-4)
-    ids_NK = torch.from_numpy(top.topk_ids_NK.array.astype(np.int64))
-    logp_NK = to_torch(top.topk_logits_NK).double() - to_torch(top.lse_N).double()[:, None]
+    np.testing.assert_allclose(torch.log_softmax(to_torch(full["logits_NV"]).double(), -1), expected_NV, atol=2e-4)
+    ids_NK = torch.from_numpy(top["topk_ids_NK"].array.astype(np.int64))
+    logp_NK = to_torch(top["topk_logits_NK"]).double() - to_torch(top.lse_N).double()[:, None]
     np.testing.assert_allclose(logp_NK, expected_NV.gather(1, ids_NK), atol=2e-4)
     assert (ids_NK[:, 0] == expected_NV.argmax(-1)).all()
     tail_N = 1 - expected_NV.gather(1, ids_NK).exp().sum(-1)
-    np.testing.assert_allclose(to_torch(top.tail_logp_N).double().exp(), tail_N, atol=2e-5)
+    np.testing.assert_allclose(to_torch(top["tail_logp_N"]).double().exp(), tail_N, atol=2e-5)
     labels_N = torch.from_numpy(batch.labels_N()).long()
     own_N = expected_NV.gather(1, labels_N[:, None])[:, 0]
     for answer in (hidden, top, full):

@@ -17,8 +17,8 @@ import numpy as np
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from teacher_wire.transport.channel import Credentials
 
 _FOREVER_S = 1e6
@@ -46,7 +46,7 @@ async def student(
 ) -> None:
     """One request after the other until the time is up."""
     rng = np.random.default_rng(seed)
-    spec = SignalSpec("top_k", info.vocab_rows, k=options.k)
+    spec = spec_of("top_k", info.vocab_rows, k=options.k)
     end_s = time.monotonic() + options.seconds
     while time.monotonic() < end_s:
         batch = fresh_batch(rng, options.sequences, options.length, info.vocab_rows)

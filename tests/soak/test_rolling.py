@@ -93,7 +93,7 @@ async def test_torn_weights_leave_the_old_ones_serving(model_factory, tmp_path):
     import shutil
 
     from teacher_wire.core.batch import TokenBatch
-    from teacher_wire.core.signals import SignalSpec
+    from teacher_wire.score.signals import spec_of
     from tests.e2e.conftest import transformers_teacher
 
     good = model_factory("qwen2", seed=5)
@@ -108,7 +108,7 @@ async def test_torn_weights_leave_the_old_ones_serving(model_factory, tmp_path):
             batch = TokenBatch.pack([[1, 2, 3]])
             start_s = time.monotonic()
             while "the version before is up" not in server.log():
-                assert (await client.score(info, SignalSpec("hidden", 300), batch)).fingerprint == info.fingerprint
+                assert (await client.score(info, spec_of("hidden", 300), batch)).fingerprint == info.fingerprint
                 assert time.monotonic() - start_s < 200, server.log()
                 await asyncio.sleep(0.2)
         assert "cannot be loaded" in server.log() and "going back" in server.log()

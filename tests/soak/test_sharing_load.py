@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from tests.e2e.conftest import run_cli, server_config, serving
 
 pytestmark = [
@@ -180,7 +180,7 @@ async def test_a_slow_reader_stops_its_own_production(server):
     """It opens a window of four replies, asks for sixty, and reads nothing: the rest are never computed."""
     set_tenants(server, {})
     before = status(server)["teachers"][0]["forward_tokens"]
-    spec = SignalSpec("full", 64)
+    spec = spec_of("full", 64)
     batch = lambda n: TokenBatch.pack([[(n + i * i) % 64 for i in range(REQUEST)]])  # noqa: E731
     reply = (REQUEST - 1) * (8 + 64 * 4)
     async with TeacherClient(server.address, window_bytes=4 * reply) as client:

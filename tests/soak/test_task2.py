@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from tests.e2e.classroom import Arm, classroom, paired, table, teacher_folder, train_student
 from tests.soak import task2
 
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("LYCEUM_SOAK"), reason="takes minutes: run make soak"),
 ]
 SEEDS = range(10, 15)
-ARMS = {"sft": Arm(), "hidden": Arm(SignalSpec("hidden", task2.VOCAB))}
+ARMS = {"sft": Arm(), "hidden": Arm(spec_of("hidden", task2.VOCAB))}
 
 
 def test_distillation_undoes_noise(capsys) -> None:

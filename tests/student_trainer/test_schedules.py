@@ -27,11 +27,6 @@ def test_temperature_from_8_to_1_2(kind: str, quarter: float, half: float) -> No
     assert tau.at(100) == tau.at(10**9) == (8.0 if kind == "constant" else 1.2)
 
 
-def test_a_ramp_after_a_warm_up() -> None:
-    ramp = Schedule("linear", 0.0, 0.5, steps=10, delay=20)
-    assert [ramp.at(s) for s in (0, 20, 25, 30, 99)] == [0.0, 0.0, 0.25, 0.5, 0.5]
-
-
 @given(st.sampled_from(KINDS), st.floats(0.01, 100), st.floats(0.01, 100), st.integers(1, 50), st.integers(0, 200))
 def test_between_its_ends_and_monotone(kind: str, start: float, end: float, steps: int, step: int) -> None:
     schedule = Schedule(kind, start, end, steps)  # type: ignore[arg-type]
@@ -44,9 +39,8 @@ def test_between_its_ends_and_monotone(kind: str, start: float, end: float, step
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="'step' is unknown; choose from constant, linear"):
         Schedule("step", 1, 2, 3)  # type: ignore[arg-type]
-    for bad in ({"steps": 0}, {"steps": 3, "delay": -1}):
-        with pytest.raises(ConfigError, match="steps must be at least 1"):
-            Schedule("linear", 1, 2, **bad)
+    with pytest.raises(ConfigError, match="steps must be at least 1"):
+        Schedule("linear", 1, 2, 0)
     with pytest.raises(ConfigError, match="both ends above 0"):
         Schedule("exponential", 1, 0, 3)
 
@@ -67,9 +61,16 @@ def test_philox_is_philox(counter: list[int], key: tuple[int, int], words: str) 
     assert " ".join(f"{w:08x}" for w in philox_4x32(np.array([counter], np.uint32), key)[0]) == words
 
 
-def test_uniform_is_made_of_its_words() -> None:
-    high, low, *_ = (int(w) for w in philox_4x32(np.array([[5, 0, 3, 0]], np.uint32), (42, STREAMS["lambda"]))[0])
-    assert uniform(42, "lambda", 5, 3) == ((high << 21) | (low >> 11)) / 2**53
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A second stream, which nothing of ours draws from yet."""
+    monkeypatch.setitem(STREAMS, "other", 1)
+    return "other"
+
+
+def test_uniform_is_made_of_its_words(other: str) -> None:
+    high, low, *_ = (int(w) for w in philox_4x32(np.array([[5, 0, 3, 0]], np.uint32), (42, STREAMS[other]))[0])
+    assert uniform(42, other, 5, 3) == ((high << 21) | (low >> 11)) / 2**53
     big, *_ = philox_4x32(np.array([[0, 2, 1, 1]], np.uint32), (42, STREAMS["data"]))[0]
     assert int(uniform(42, "data", 2 << 32, (1 << 32) + 1) * 2**32) == big
 
@@ -97,22 +98,22 @@ def test_uniform_is_pure_and_in_range(seed: int, stream: str, step: int, slot: i
     assert uniform(seed, stream, step, slot) == value
 
 
-def test_every_argument_counts() -> None:
+def test_every_argument_counts(other: str) -> None:
     values = [
         uniform(0, "data", 0, 0),
         uniform(1, "data", 0, 0),
-        uniform(0, "lambda", 0, 0),
+        uniform(0, other, 0, 0),
         uniform(0, "data", 1, 0),
         uniform(0, "data", 0, 1),
     ]
     assert len(set(values)) == 5
-    many = np.array([uniform(7, "lambda", step, slot) for step in range(40) for slot in range(25)])
+    many = np.array([uniform(7, other, step, slot) for step in range(40) for slot in range(25)])
     assert abs(many.mean() - 0.5) < 0.04
     assert abs(many.std() - 12**-0.5) < 0.02
 
 
 def test_streams_keep_their_numbers() -> None:
-    assert STREAMS == {"data": 0, "lambda": 1, "rollout": 2, "teacher_dropout": 3, "labels": 4}
+    assert STREAMS == {"data": 0}
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1000])
@@ -131,7 +132,7 @@ def test_permutations_differ_by_seed_and_epoch_and_are_pinned() -> None:
 
 
 def test_randomness_names_what_is_wrong() -> None:
-    with pytest.raises(ConfigError, match="'dropout' is unknown; choose from data, lambda"):
+    with pytest.raises(ConfigError, match="'dropout' is unknown; choose from data"):
         uniform(0, "dropout", 0, 0)
     with pytest.raises(ConfigError, match="seed must lie in"):
         uniform(2**32, "data", 0, 0)

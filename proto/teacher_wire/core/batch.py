@@ -110,6 +110,10 @@ class TokenBatch:
         """The sequence that wanted row number `row` belongs to."""
         return int(np.searchsorted(self.cu_lengths_B1, self.rows_of()[row], side="right") - 1)
 
+    def sequences_of_rows(self) -> np.ndarray:
+        """int64 [N]: the sequence of each wanted row."""
+        return np.searchsorted(self.cu_lengths_B1, self.rows_of(), side="right") - 1
+
     @property
     def row_bounds_B1(self) -> np.ndarray:
         """int64 [B+1]: rows [bounds[b], bounds[b+1]) of an answer are sequence b's; none if it has no wanted row."""

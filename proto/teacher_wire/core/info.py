@@ -1,10 +1,11 @@
-"""Who a teacher is, what one request may ask of it, and its output head."""
+"""Who a teacher is, what one request may ask of it, and what it gives away beside labels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from teacher_wire.core.tensor import DTYPES, Tensor
+from teacher_wire.core.errors import CapabilityError
+from teacher_wire.core.tensor import DTYPES
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,21 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class ArtifactInfo:
+    """One artifact of a teacher, by name (proto: ArtifactInfo).
+
+    Attributes:
+        kind: one of `teacher_wire.artifacts.kinds.KINDS`, for those this side knows.
+        sha256: of its content.
+        bytes: of all its tensors together.
+    """
+
+    kind: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class TeacherInfo:
     """Who a teacher is and what it can do (proto: TeacherInfo)."""
 
@@ -37,7 +53,7 @@ class TeacherInfo:
     chat_template_sha256: str
     hidden_size: int
     layers: int
-    head_sha256: str
+    artifacts: tuple[ArtifactInfo, ...]
     transports: tuple[str, ...]
     deterministic: bool
     limits: Limits
@@ -50,35 +66,16 @@ class TeacherInfo:
         """Bytes of one logit or state entry in this teacher's dtype."""
         return DTYPES[self.dtype][1]
 
+    def artifact(self, kind: str) -> ArtifactInfo:
+        """Its artifact of that kind, the first one if there are several.
 
-@dataclass(frozen=True)
-class HeadHeader:
-    """All of an output head but its weight.
-
-    Attributes:
-        dtype, rows, columns: of the weight [V, D].
-        bias_V: or None.
-        logit_scale: multiplier, 1.0 for most models.
-        final_softcap: 0.0 for none, else c in c * tanh(z / c).
-        sha256: over everything, see `teacher_wire.core.identity.head_sha256`.
-    """
-
-    dtype: str
-    rows: int
-    columns: int
-    bias_V: Tensor | None
-    logit_scale: float
-    final_softcap: float
-    sha256: str
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.rows * self.columns * DTYPES[self.dtype][1]
-
-
-@dataclass(frozen=True)
-class TeacherHead:
-    """The output head: logits = softcap(logit_scale * (h W^T + b)); weight_VD in the model's dtype."""
-
-    header: HeadHeader
-    weight_VD: Tensor
+        Raises:
+            CapabilityError: it gives none away.
+        """
+        for artifact in self.artifacts:
+            if artifact.kind == kind:
+                return artifact
+        offered = "|".join(artifact.kind for artifact in self.artifacts)
+        raise CapabilityError(
+            f"teacher {self.name!r} does not give this away", field="artifact", value=kind, limit=offered or "nothing"
+        )

@@ -1,88 +1,224 @@
-"""Which signal of a teacher is asked for, and the answer.
+"""What is asked of a teacher, a list of signals, and the answer: named tensors.
 
-Axes: N wanted rows, K kept ids, V vocabulary rows, D hidden width, G blocks and O outlier channels of a compressed state.
+A kind of signal is one class in `score/signals`; this module knows none of them. What an answer weighs, how it is cut into chunks, kept and
+put together again follows from the fields that its signals declare.
+
+Axes: N wanted rows, C checked rows, K kept ids, V vocabulary rows, D hidden width. A tensor's name ends in its axes (`axes.axis_of`).
 """
 
 from __future__ import annotations
 
+import json
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
+from teacher_wire.core.axes import Axis, Entries, axis_of
+from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError, RequestError
-from teacher_wire.core.tensor import DTYPES, Tensor, token_id_dtype
+from teacher_wire.core.tensor import DTYPES, Tensor
 
-Transport = Literal["top_k", "hidden", "full"]
-TRANSPORTS: tuple[Transport, ...] = ("top_k", "hidden", "full")
-Compression = Literal["none", "int8"]
+if TYPE_CHECKING:
+    from teacher_wire.core.info import TeacherInfo
 
-# States as int8: channels of one scale, and the channels of largest magnitude that are sent as they are (algorithms.md 3.4).
-BLOCK_CHANNELS = 128
-OUTLIER_CHANNELS = 16
+Check = Literal["all", "sampled"]
+CHECKS: tuple[Check, ...] = ("all", "sampled")
+
+
+@dataclass(frozen=True)
+class AnswerShape:
+    """What the widths of an answer depend on beside its signals.
+
+    Attributes:
+        vocab_rows: V of the request.
+        hidden_size: D of the teacher.
+        dtype: of the teacher's logits and states, on the wire.
+    """
+
+    vocab_rows: int
+    hidden_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of an answer.
+
+    Attributes:
+        name: ending in its axes, of which the first letter is that of `axis`.
+        axis: what its entries are counted by.
+        dtype: on the wire.
+        entry: shape of one entry; () for a number.
+    """
+
+    name: str
+    axis: Axis
+    dtype: str
+    entry: tuple[int, ...] = ()
+
+    @property
+    def entry_bytes(self) -> int:
+        """Payload bytes of one entry."""
+        return math.prod(self.entry) * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Signal(ABC):
+    """One signal of a request. A kind is a frozen dataclass; what crosses the wire are its own fields.
+
+    A field `layers` (tuple of ints) and a field `reduction` (str) travel as such; every other field is an int or a float and
+    travels among the named numbers (proto: Signal).
+    """
+
+    kind: ClassVar[str]
+    # Whether it is good for nothing without lse and logp(label) of every row, so that a request with it cannot have a sample checked.
+    needs_every_row: ClassVar[bool] = False
+
+    @abstractmethod
+    def fields(self, shape: AnswerShape) -> tuple[Field, ...]:
+        """The tensors that answer it."""
+
+    def check(self, vocab_rows: int) -> None:  # noqa: B027 (most kinds have nothing to refuse)
+        """Refuses settings that mean nothing over a vocabulary of that size.
+
+        Raises:
+            RequestError: naming the field.
+        """
+
+    def check_teacher(self, info: TeacherInfo) -> None:  # noqa: B027
+        """Refuses what this teacher cannot give although it offers the kind.
+
+        Raises:
+            LimitError, CapabilityError: naming field, value and limit.
+        """
+
+    @property
+    def extra_ids(self) -> int:
+        """Ids per row that the student must name beside it (`TokenBatch.extra_ids_NM`)."""
+        return 0
+
+    def widened_bytes(self, shape: AnswerShape) -> int:
+        """Bytes per row by which its tensors grow in memory, where ids of two and three bytes become four."""
+        ids = (f for f in self.fields(shape) if f.axis is Axis.ROW and f.dtype in ("uint16", "uint24"))
+        return sum(2 * math.prod(f.entry) for f in ids)
+
+
+AnySignal = TypeVar("AnySignal", bound=Signal)
 
 
 @dataclass(frozen=True)
 class SignalSpec:
-    """Which signal of the teacher, over which part of its vocabulary.
+    """What is asked about each wanted row, over which part of the vocabulary.
 
     Attributes:
-        transport: `top_k` (k logits and the exact tail mass), `hidden` (state after the final norm), `full`.
-        vocab_rows: V; the distribution is over ids 0..V-1 (algorithms.md 1.6).
-        k: entries kept by `top_k`; 0 for the others.
-        extra: ids a row that the student names (`TokenBatch.extra_ids_NM`), kept beside the k likeliest others.
-        compression: of `hidden` states.
+        vocab_rows: V; distributions are over ids 0..V-1 (algorithms.md 1.6).
+        signals: at least one, of different kinds.
+        check: of which rows lse and logp(label) are sent: of `all`, or of the `sampled` ones (`checked_rows`).
+
+    Raises:
+        RequestError: these settings mean nothing.
     """
 
-    transport: Transport
     vocab_rows: int
-    k: int = 0
-    extra: int = 0
-    compression: Compression = "none"
+    signals: tuple[Signal, ...]
+    check: Check = "all"
 
     def __post_init__(self) -> None:
-        if self.transport not in TRANSPORTS:
-            raise RequestError("unknown transport", field="transport", value=self.transport, limit="|".join(TRANSPORTS))
         if self.vocab_rows < 2:
             raise RequestError("vocabulary too small", field="vocab_rows", value=self.vocab_rows, limit=">= 2")
-        if self.transport == "top_k" and not (self.k >= 1 and self.extra >= 0 and self.kept <= self.vocab_rows):
-            limit = f"1..{self.vocab_rows - self.extra}"
-            raise RequestError("k must lie within the vocabulary", field="k", value=self.k, limit=limit)
-        if self.transport != "top_k" and (self.k or self.extra):
-            raise RequestError(f"{self.transport} takes no k", field="k", value=self.k or self.extra, limit=0)
-        if self.compression not in ("none", "int8"):
-            raise RequestError("unknown compression", field="compression", value=self.compression, limit="none|int8")
-        if self.compression != "none" and self.transport != "hidden":
+        if not self.signals or len(set(self.kinds)) < len(self.signals):
             raise RequestError(
-                f"{self.transport} is not compressed", field="compression", value=self.compression, limit="none"
+                "a request asks for at least one signal, and for each kind once", field="signals", value=self.name
             )
+        if self.check not in CHECKS:
+            raise RequestError(
+                "unknown choice of checked rows", field="check", value=self.check, limit="|".join(CHECKS)
+            )
+        for signal in self.signals:
+            signal.check(self.vocab_rows)
+            if self.check != "all" and signal.needs_every_row:
+                raise RequestError(
+                    f"{signal.kind} labels need lse and logp(label) of every row",
+                    field="check",
+                    value=self.check,
+                    limit="all",
+                )
 
     @property
-    def kept(self) -> int:
-        """K, ids a row of a `top_k` answer."""
-        return self.k + self.extra
+    def kinds(self) -> tuple[str, ...]:
+        """Of the signals, in order."""
+        return tuple(signal.kind for signal in self.signals)
+
+    @property
+    def name(self) -> str:
+        """The kinds in one word, for people and for tables."""
+        return "+".join(self.kinds)
+
+    def find(self, kind: type[AnySignal]) -> AnySignal | None:
+        """The signal of that class, if it is asked for."""
+        return next((signal for signal in self.signals if isinstance(signal, kind)), None)
+
+    @property
+    def extra_ids(self) -> int:
+        """Ids per row that the student must name."""
+        return max(signal.extra_ids for signal in self.signals)
+
+    def fields(self, shape: AnswerShape) -> tuple[Field, ...]:
+        """Every tensor of an answer: lse and logp(label) of the rows to be checked, and those of the signals."""
+        evidence = ("lse_N", "label_logp_N") if self.check == "all" else ("lse_C", "label_logp_C")
+        own = (Field(name, axis_of(name), "float32") for name in evidence)
+        return (*own, *(part for signal in self.signals for part in signal.fields(shape)))
+
+    def fields_of(self, info: TeacherInfo) -> tuple[Field, ...]:
+        """The tensors of an answer of that teacher."""
+        return self.fields(AnswerShape(self.vocab_rows, info.hidden_size, info.dtype))
 
     def row_bytes(self, hidden_size: int, value_bytes: int) -> int:
-        """Payload bytes of one row on the wire."""
-        ids = DTYPES[token_id_dtype(self.vocab_rows)][1]
-        packed = hidden_size + 2 * blocks_of(hidden_size) + 4 * outliers_of(hidden_size)
-        widths = {
-            "top_k": self.kept * (ids + value_bytes) + 4,
-            "hidden": packed if self.compression == "int8" else hidden_size * value_bytes,
-            "full": self.vocab_rows * value_bytes,
-        }
-        return 8 + widths[self.transport]
+        """Payload bytes of one row at most, entries of pairs aside; exact unless `check` is sampled or there are entries of sequences.
 
+        Args:
+            hidden_size: D of the teacher.
+            value_bytes: of one logit or state entry.
+        """
+        shape = AnswerShape(
+            self.vocab_rows, hidden_size, "float32" if value_bytes == DTYPES["float32"][1] else "bfloat16"
+        )
+        return sum(part.entry_bytes for part in self.fields(shape) if part.axis is not Axis.PAIR)
 
-def blocks_of(hidden_size: int) -> int:
-    """Scales a row of a compressed state."""
-    return -(-hidden_size // BLOCK_CHANNELS)
+    def answer_bytes(self, batch: TokenBatch, info: TeacherInfo) -> int:
+        """Payload bytes of the whole answer about a batch."""
+        entries = Entries(batch)
+        return sum(part.entry_bytes * entries.total(part.axis) for part in self.fields_of(info))
 
+    def json(self) -> str:
+        """The same text for the same spec: what labels on disk are named by.
 
-def outliers_of(hidden_size: int) -> int:
-    """Channels a row of a compressed state that are sent as they are."""
-    return min(OUTLIER_CHANNELS, hidden_size)
+        A single signal without layers is written as before there were lists of signals, so that labels kept then are found.
+        """
+        if len(self.signals) == 1:
+            (signal,) = self.signals
+            settings = {"reduction": "none", "k": 0, "extra": 0} | asdict(signal)
+            if settings.keys() == {"reduction", "k", "extra"}:
+                flat = {
+                    "transport": signal.kind,
+                    "vocab_rows": self.vocab_rows,
+                    "compression": settings.pop("reduction"),
+                    **settings,
+                }
+                return json.dumps(flat if self.check == "all" else flat | {"check": self.check}, sort_keys=True)
+        signals = [{"kind": signal.kind, **asdict(signal)} for signal in self.signals]
+        return json.dumps({"vocab_rows": self.vocab_rows, "signals": signals, "check": self.check}, sort_keys=True)
+
+    @staticmethod
+    def name_in(text: str) -> str:
+        """`name` of the spec whose `json` this is; ValueError, KeyError or TypeError if it is none."""
+        found: dict[str, Any] = json.loads(text)
+        return str(found["transport"]) if "transport" in found else "+".join(part["kind"] for part in found["signals"])
 
 
 @dataclass(frozen=True)
@@ -97,54 +233,70 @@ class Timing:
 
 @dataclass(frozen=True)
 class TeacherSignals:
-    """The teacher's answer: N rows, in packed order of the wanted rows.
+    """The teacher's answer to a request, or to some rows of one.
 
     Attributes:
-        lse_N: float32, log-sum-exp of the logits at temperature 1 over the first V ids.
-        label_logp_N: float32, log-probability of the token the row describes.
-        topk_ids_NK, topk_logits_NK, tail_logp_N: `top_k`; ids by falling logit, then rising id.
-        hidden_ND: `hidden`, after the final norm.
-        logits_NV: `full`.
-        state_int8_ND, state_scales_NG, outlier_ids_NO, outlier_values_NO: `hidden` compressed (proto: Compression).
+        tensors: by name, entries in packed order; those that `SignalSpec.fields` says.
         fingerprint: of the teacher that computed them.
     """
 
-    lse_N: Tensor
-    label_logp_N: Tensor
-    topk_ids_NK: Tensor | None = None
-    topk_logits_NK: Tensor | None = None
-    tail_logp_N: Tensor | None = None
-    hidden_ND: Tensor | None = None
-    logits_NV: Tensor | None = None
-    state_int8_ND: Tensor | None = None
-    state_scales_NG: Tensor | None = None
-    outlier_ids_NO: Tensor | None = None
-    outlier_values_NO: Tensor | None = None
+    tensors: dict[str, Tensor]
     fingerprint: str = ""
     timing: Timing = field(default_factory=Timing)
 
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    @property
+    def lse_N(self) -> Tensor:
+        """float32, log-sum-exp of the logits at temperature 1 over the first V ids; KeyError if only some rows have it."""
+        return self.tensors["lse_N"]
+
+    @property
+    def label_logp_N(self) -> Tensor:
+        """float32, log-probability of the token that the row describes; KeyError as `lse_N`."""
+        return self.tensors["label_logp_N"]
+
     @property
     def rows(self) -> int:
-        return self.lse_N.shape[0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The present tensors by attribute name."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        """N, if a tensor has an entry per row; else 0."""
+        return next((tensor.shape[0] for name, tensor in self.tensors.items() if axis_of(name) is Axis.ROW), 0)
 
     @property
     def payload_bytes(self) -> int:
-        return sum(t.payload_bytes for t in self.tensors().values())
+        return sum(tensor.payload_bytes for tensor in self.tensors.values())
 
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor], fingerprint: str = "", timing: Timing | None = None) -> TeacherSignals:
-        """An answer from its tensors by attribute name."""
-        return cls(**tensors, fingerprint=fingerprint, timing=timing or Timing())
+    def slice(self, entries: Entries, start: int, stop: int) -> TeacherSignals:
+        """Rows start..stop of an answer about the batch of `entries`, without a copy."""
+        parts = {name: tensor.rows(*entries.span(axis_of(name), start, stop)) for name, tensor in self.tensors.items()}
+        return TeacherSignals(parts, self.fingerprint, self.timing)
 
-    def slice(self, start: int, stop: int) -> TeacherSignals:
-        """Rows start..stop, without a copy."""
-        parts = {name: tensor.rows(start, stop) for name, tensor in self.tensors().items()}
-        return TeacherSignals.of(parts, self.fingerprint, self.timing)
+    def cut(self, batch: TokenBatch) -> list[TeacherSignals]:
+        """The part of each sequence of the batch that this is the answer about; of one without a wanted row it has no entries."""
+        entries, bounds = Entries(batch), batch.row_bounds_B1.tolist()
+        return [self.slice(entries, start, stop) for start, stop in pairwise(bounds)]
+
+    def divide(self, batches: Sequence[TokenBatch]) -> list[TeacherSignals]:
+        """The part of each batch, if this is the answer about all of them one behind the other."""
+        parts: list[TeacherSignals] = []
+        at = dict.fromkeys(Axis, 0)
+        for batch in batches:
+            entries = Entries(batch)
+            ends = {axis: at[axis] + entries.total(axis) for axis in {axis_of(name) for name in self.tensors}}
+            spans = {name: (at[axis_of(name)], ends[axis_of(name)]) for name in self.tensors}
+            parts.append(
+                TeacherSignals(
+                    {name: self.tensors[name].rows(*span) for name, span in spans.items()},
+                    self.fingerprint,
+                    self.timing,
+                )
+            )
+            at |= ends
+        return parts
 
     @classmethod
     def join(cls, parts: Sequence[TeacherSignals]) -> TeacherSignals:
@@ -153,15 +305,15 @@ class TeacherSignals:
         Raises:
             LabelError: the parts do not hold the same tensors.
         """
-        names = [set(part.tensors()) for part in parts]
+        names = [set(part.tensors) for part in parts]
         if not parts or any(n != names[0] for n in names):
             raise LabelError("chunks of one reply hold different tensors", field="chunk")
         if len(parts) == 1:
             return parts[0]
         joined = {}
-        for name, first in parts[0].tensors().items():
-            arrays = [part.tensors()[name] for part in parts]
-            if any(a.dtype != first.dtype or a.shape[1:] != first.shape[1:] for a in arrays):
+        for name, first in parts[0].tensors.items():
+            tensors = [part.tensors[name] for part in parts]
+            if any(t.dtype != first.dtype or t.shape[1:] != first.shape[1:] for t in tensors):
                 raise LabelError("chunks of one reply differ in dtype or width", field=name)
-            joined[name] = Tensor(first.dtype, np.concatenate([a.array for a in arrays]))
-        return cls.of(joined, parts[-1].fingerprint, parts[-1].timing)
+            joined[name] = Tensor(first.dtype, np.concatenate([t.array for t in tensors]))
+        return cls(joined, parts[-1].fingerprint, parts[-1].timing)

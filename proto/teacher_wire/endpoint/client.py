@@ -17,11 +17,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
 from teacher_wire import PROTOCOL
+from teacher_wire.artifacts import client as artifacts
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
@@ -35,7 +37,7 @@ from teacher_wire.core.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.core.info import TeacherHead, TeacherInfo
+from teacher_wire.core.info import ArtifactInfo, TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint import status_codec
@@ -43,10 +45,11 @@ from teacher_wire.generate import client
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.score import codec
 from teacher_wire.score.assembly import Assembly
-from teacher_wire.transport import status_table
+from teacher_wire.transport import status_table, versions
 from teacher_wire.transport.channel import Credentials, addresses_of, call_metadata, open_channel
 from teacher_wire.transport.pacing import Pace
 from teacher_wire.transport.proxy import AUTO, route_to
+from teacher_wire.transport.retry import Retry, silent
 from teacher_wire.v2 import teacher_pb2 as pb
 from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
 
@@ -193,6 +196,9 @@ class TeacherClient:
                 return codec.decode_description(reply)
             except grpc.RpcError as error:
                 problem = self._problem(error)
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    theirs = await versions.of_older_server(self._channel, self._metadata, timeout_s)
+                    problem = versions.difference(PROTOCOL, theirs, self.address) if theirs else problem
                 if not isinstance(problem, status_table.RETRYABLE):
                     raise problem from None
                 await self._next_edge()
@@ -232,64 +238,34 @@ class TeacherClient:
             raise self._problem(error) from None
         return status_codec.decode_status(reply)
 
-    async def head(
-        self, info: TeacherInfo, progress: Callable[[int, int], None] | None = None, *, timeout_s: float = 0.0
-    ) -> TeacherHead:
-        """The teacher's output head, its digest checked. A call that breaks is taken up where it was.
+    async def artifact(
+        self,
+        info: TeacherInfo,
+        wanted: ArtifactInfo,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        timeout_s: float = 0.0,
+    ) -> Artifact:
+        """An artifact of a teacher, its digest checked. A call that breaks is taken up where it was.
 
         Args:
             info: whose.
+            wanted: one of `info.artifacts`.
             progress: called with bytes received and bytes in all.
             timeout_s: of one call; 0 for none.
 
         Raises:
-            LabelError: it does not match `info.head_sha256`.
-            CapabilityError: this teacher does not give its head away.
+            LabelError: what came is not what was described.
+            CapabilityError: this teacher, or this side, has no artifacts of that kind.
             UnavailableError, OverloadedError: nothing came for `retry_for_s`.
         """
-        head = codec.HeadAssembly(info)
-        failing_since_s = math.inf
-        while True:
-            before = head.received_bytes
-            try:
-                await self._head_once(info, head, progress, timeout_s)
-                break
-            except grpc.RpcError as error:
-                problem = self._problem(error)
-            except UnavailableError as silence:
-                problem = silence
-            now_s, pause_s = time.monotonic(), self._pause(problem)
-            failing_since_s = now_s if head.received_bytes > before else min(failing_since_s, now_s)
-            if (
-                not isinstance(problem, status_table.RETRYABLE)
-                or now_s + pause_s - failing_since_s >= self._retry_for_s
-            ):
-                raise problem from None
-            self.stats.retries += 1
-            self._on_trouble(problem)
-            await self._next_edge()
-            await asyncio.sleep(pause_s)
-        return await asyncio.to_thread(head.whole)
+        retry = replace(self._retry(), next_edge=self._next_edge)
+        return await artifacts.fetch(lambda: self._stub, self._metadata, info, wanted, retry, progress, timeout_s)
 
-    async def _head_once(
-        self,
-        info: TeacherInfo,
-        head: codec.HeadAssembly,
-        progress: Callable[[int, int], None] | None,
-        timeout_s: float,
-    ) -> None:
-        request = pb.HeadRequest(
-            teacher=info.name, fingerprint=info.fingerprint, offset=head.received_bytes,
-            timeout_ms=round(timeout_s * 1000),
-        )  # fmt: skip
-        call = self._stub.Head(request, metadata=self._metadata)
-        try:
-            async for chunk in client.within(call, self._answer_s, self.address):
-                head.take(chunk)
-                if progress and head.header is not None and not chunk.HasField("header"):
-                    progress(head.received_bytes, head.header.weight_bytes)
-        finally:
-            call.cancel()
+    def _retry(self) -> Retry:
+        return Retry(
+            self.address, self._retry_for_s, self._pause, self._on_trouble, self.stats, self._route, self._answer_s
+        )
 
     # ----------------------------------------------------------------- labels
 
@@ -360,11 +336,8 @@ class TeacherClient:
             MismatchError: the teacher behind the address is another one now.
             UnavailableError, OverloadedError: nothing came for `retry_for_s`.
         """
-        retry = client.Retry(
-            self.address, self._retry_for_s, self._pause, self._on_trouble, self.stats, self._route, self._answer_s
-        )
         call = GenerateCall(info.name, info.fingerprint, spec, prompts, timeout_s=timeout_s)
-        return client.samples(self._stub, self._metadata, call, info, retry)
+        return client.samples(self._stub, self._metadata, call, info, self._retry())
 
     async def _keep_stream(self) -> None:
         """Holds one stream open while requests are pending, and opens the next when it breaks."""
@@ -424,7 +397,7 @@ class TeacherClient:
             watch.cancel()
             call.cancel()
         if watch.done() and not watch.cancelled():
-            raise client.silent(self.address, self._answer_s)
+            raise silent(self.address, self._answer_s)
 
     async def _watch(self, call: grpc.aio.StreamStreamCall[pb.ScoreUp, pb.ScoreDown]) -> None:
         """Breaks the stream when a request has been with the server for too long without a part of its answer."""

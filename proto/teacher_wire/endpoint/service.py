@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from teacher_wire.artifacts.servicer import ArtifactService
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.info import HeadHeader, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
 
 
-class TeacherService(Protocol):
+class TeacherService(ArtifactService, Protocol):
     """What stands behind the contract: Serve handles in production, a fake in tests."""
 
     async def describe(self) -> list[TeacherInfo]:
@@ -29,9 +30,3 @@ class TeacherService(Protocol):
 
     def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
         """Samples as they finish; closing the iterator stops the work."""
-
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        """Shape, scale and digest of the output head. Raises CapabilityError."""
-
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        """A slice of the weight's bytes."""

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
 
-from teacher_wire.core.errors import CapabilityError, UnavailableError
+from teacher_wire.artifacts import servicer as artifacts
+from teacher_wire.core.errors import CapabilityError, TeacherWireError, UnavailableError
 from teacher_wire.core.parsing import parse
 from teacher_wire.core.status import ServerStatus
-from teacher_wire.endpoint import head_servicer, status_codec
+from teacher_wire.endpoint import status_codec
 from teacher_wire.endpoint.service import TeacherService
-from teacher_wire.generate import servicer
+from teacher_wire.generate import servicer as generate_servicer
 from teacher_wire.score import codec
 from teacher_wire.score.kept_replies import KeptReplies
 from teacher_wire.score.stream import Desk, ScoreStream
 from teacher_wire.transport.accounts import Account, Accounts
-from teacher_wire.transport.caller import Caller, Context, abort, cancelled_from_outside
+from teacher_wire.transport.caller import Caller, Context, abort, bare, cancelled_from_outside, known
 from teacher_wire.transport.offload import Offload
-from teacher_wire.transport.stream_limits import StreamLimits
+from teacher_wire.transport.stream_limits import KEPT_REPLY_S, StreamLimits
+from teacher_wire.transport.versions import OtherVersions
 from teacher_wire.v2 import teacher_pb2 as pb
 
 __all__ = ["StreamLimits", "TeacherService", "TeacherServicer", "anonymous"]
@@ -39,7 +41,7 @@ def anonymous(context: Context) -> str:
 
 
 def uncharged(tenant: str, size_bytes: int) -> None:
-    """The price of a head when there are no quotas."""
+    """The price of an artifact when there are no quotas."""
 
 
 class TeacherServicer:
@@ -51,7 +53,7 @@ class TeacherServicer:
         limits: what is held for peers at most.
         tenant_of: who is calling, from the call's context; may raise a TeacherWireError.
         status_for: how the server is doing, as the tenant of that name may see it.
-        charge: told of a tenant's bytes of a head before they are sent; may raise an OverloadedError.
+        charge: told of a tenant's bytes of an artifact before they are sent; may raise an OverloadedError.
         offload: threads for long messages; its own if not given.
     """
 
@@ -72,7 +74,7 @@ class TeacherServicer:
         self._tenant_of = tenant_of
         self._status_for = status_for
         self._charge = charge
-        self._kept = KeptReplies(self._limits.kept_reply_bytes, self._limits.kept_reply_s)
+        self._kept = KeptReplies(self._limits.kept_reply_bytes, KEPT_REPLY_S)
         self._accounts = Accounts(self._limits)
         self._offload = offload or Offload()
         self._desk = Desk(service, self._limits, self._accounts, self._kept, self._offload)
@@ -86,7 +88,7 @@ class TeacherServicer:
 
     @property
     def open_requests(self) -> int:
-        """Unanswered Score requests, and open calls of Generate and Head."""
+        """Unanswered Score requests, and open calls of Generate and Artifact."""
         return self._desk.open_requests
 
     @property
@@ -108,9 +110,9 @@ class TeacherServicer:
             "Score": grpc.stream_stream_rpc_method_handler(self._score),
             # One request each, and the same on the wire; but so a call is counted before its message is received.
             "Generate": grpc.stream_stream_rpc_method_handler(self._generate),
-            "Head": grpc.stream_stream_rpc_method_handler(self._head),
+            "Artifact": grpc.stream_stream_rpc_method_handler(self._artifact),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers), OtherVersions()))
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and waits until everything taken is answered and sent, or time is up; whether it was.
@@ -127,21 +129,32 @@ class TeacherServicer:
         return not self._accounts.total.calls
 
     async def _describe(self, data: bytes, context: Context) -> bytes:
-        async with _ended_with_status(context):
-            parse(pb.DescribeRequest, data)
-            return codec.encode_description(await self._service.describe(), self._version).SerializeToString()
-        return b""  # to a peer that is gone
+        return await _ended_with_status(self._description(data), context) or b""
 
     async def _status(self, data: bytes, context: Context) -> bytes:
-        async with _ended_with_status(context):
-            parse(pb.StatusRequest, data)
-            if self._status_for is None:
-                raise CapabilityError("this server keeps no status", field="Status")
-            return status_codec.encode_status(await self._status_for(self._tenant_of(context))).SerializeToString()
-        return b""  # to a peer that is gone
+        return await _ended_with_status(self._status_of(data, context), context) or b""
 
     async def _score(self, _requests: Any, context: Context) -> None:
-        async with _ended_with_status(context), self._call(context) as account:
+        await _ended_with_status(self._score_stream(context), context)
+
+    async def _generate(self, _requests: Any, context: Context) -> None:
+        await _ended_with_status(self._generate_call(context), context)
+
+    async def _artifact(self, _requests: Any, context: Context) -> None:
+        await _ended_with_status(self._artifact_call(context), context)
+
+    async def _description(self, data: bytes) -> bytes:
+        parse(pb.DescribeRequest, data)
+        return codec.encode_description(await self._service.describe(), self._version).SerializeToString()
+
+    async def _status_of(self, data: bytes, context: Context) -> bytes:
+        parse(pb.StatusRequest, data)
+        if self._status_for is None:
+            raise CapabilityError("this server keeps no status", field="Status")
+        return status_codec.encode_status(await self._status_for(self._tenant_of(context))).SerializeToString()
+
+    async def _score_stream(self, context: Context) -> None:
+        async with self._call(context) as account:
             stream = ScoreStream(self._desk, account, Caller(context, self._limits.stall_s))
             self._streams.add(stream)
             try:
@@ -149,27 +162,27 @@ class TeacherServicer:
             finally:
                 self._streams.discard(stream)
 
-    async def _generate(self, _requests: Any, context: Context) -> None:
-        async with _ended_with_status(context), self._call(context) as account:
+    async def _generate_call(self, context: Context) -> None:
+        async with self._call(context) as account:
             caller = Caller(context, self._limits.stall_s)
             async with self._request(account, caller) as data:
-                answers = servicer.answers(self._service, data, account.tenant, self._offload)
+                answers = generate_servicer.answers(self._service, data, account.tenant, self._offload)
                 async with contextlib.aclosing(answers):
                     async for message in answers:
                         await caller.send(message)
 
-    async def _head(self, _requests: Any, context: Context) -> None:
-        async with _ended_with_status(context), self._call(context) as account:
+    async def _artifact_call(self, context: Context) -> None:
+        async with self._call(context) as account:
             caller = Caller(context, self._limits.stall_s)
             async with self._request(account, caller) as data:
-                self._accounts.open_head(account)
+                self._accounts.open_artifact(account)
                 try:
-                    chunks = head_servicer.chunks(self._service, data, lambda size: self._charge(account.tenant, size))
+                    chunks = artifacts.chunks(self._service, data, lambda size: self._charge(account.tenant, size))
                     async with contextlib.aclosing(chunks):
                         async for message in chunks:
                             await caller.send(message)
                 finally:
-                    self._accounts.close_head(account)
+                    self._accounts.close_artifact(account)
 
     @contextlib.asynccontextmanager
     async def _call(self, context: Context) -> AsyncIterator[Account]:
@@ -197,14 +210,25 @@ class TeacherServicer:
             self._accounts.close_request(account, size)
 
 
-@contextlib.asynccontextmanager
-async def _ended_with_status(context: Context) -> AsyncIterator[None]:
-    """Whatever fails in the block, the peer is told; only a peer that is gone is not."""
+async def _ended_with_status(answering: Coroutine[Any, Any, bytes | None], context: Context) -> bytes | None:
+    """The result of `answering`; if it fails, the peer is told, and None is for a peer that is gone.
+
+    gRPC keeps the AbortError that tells it, in a cycle with the call, and so every frame which that error passes through
+    until the next garbage collection. Hence it is raised here, out of reach of the frames that hold the peer's message.
+    """
+    result, failure = await _outcome(answering)
+    if failure is not None:
+        await abort(context, failure)
+    return result
+
+
+async def _outcome(answering: Coroutine[Any, Any, bytes | None]) -> tuple[bytes | None, TeacherWireError | None]:
+    """The result, or the failure without its frames."""
     try:
-        yield
+        return await answering, None
     except asyncio.CancelledError as error:
         if cancelled_from_outside():
             raise
-        await abort(context, error)
+        return None, bare(known(error))
     except Exception as error:
-        await abort(context, error)
+        return None, bare(known(error))

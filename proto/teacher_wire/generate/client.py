@@ -5,13 +5,10 @@ In: a call; out: its samples. A call that breaks is made again without what has 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import math
-import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
 
 import grpc
 
@@ -20,33 +17,8 @@ from teacher_wire.core.info import TeacherInfo
 from teacher_wire.generate import codec
 from teacher_wire.generate.messages import GenerateCall, Sample, check_generate
 from teacher_wire.transport import status_table
+from teacher_wire.transport.retry import Patience, Retry, within
 from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
-
-Message = TypeVar("Message")
-
-
-class Counts(Protocol):
-    """What is counted of retries."""
-
-    retries: int
-
-
-@dataclass(frozen=True)
-class Retry:
-    """How long a call that fails is made again; the clock starts with the first failure since anything came.
-
-    Attributes:
-        address, route: of the server, for errors.
-        answer_s: of silence, after which a call has failed.
-    """
-
-    address: str
-    retry_for_s: float
-    pause_s: Callable[[TeacherWireError], float]
-    on_trouble: Callable[[TeacherWireError], None]
-    stats: Counts
-    route: str = ""
-    answer_s: float = math.inf
 
 
 async def samples(
@@ -55,12 +27,12 @@ async def samples(
     """See `TeacherClient.generate`."""
     check_generate(call, info)
     received = set(call.have)
-    failing_since: float | None = None
+    patience = Patience(retry)
     while True:
         try:
             async with contextlib.aclosing(_one_call(stub, metadata, call, info, received, retry)) as arriving:
                 async for sample in arriving:
-                    failing_since = None
+                    patience.progressed()
                     yield sample
             return
         except TeacherWireError as problem:
@@ -68,14 +40,7 @@ async def samples(
                 problem, status_table.RETRYABLE
             ):
                 return  # only the word that this was all got lost
-            now = time.monotonic()
-            failing_since = now if failing_since is None else failing_since
-            pause_s = retry.pause_s(problem)
-            if not isinstance(problem, status_table.RETRYABLE) or now + pause_s - failing_since >= retry.retry_for_s:
-                raise
-            retry.stats.retries += 1
-            retry.on_trouble(problem)
-            await asyncio.sleep(pause_s)
+            await patience.after(problem)
             call = replace(call, have=frozenset(received))
 
 
@@ -101,30 +66,7 @@ async def _one_call(
                 received.add((sample.prompt, sample.index))
                 yield sample
     except grpc.RpcError as error:
-        raise status_table.from_rpc(error, retry.address, retry.route) from None
+        raise retry.problem(error) from None
     finally:
         stream.cancel()
     raise UnavailableError(f"{retry.address}: the server ended the call early")
-
-
-async def within(stream: AsyncIterable[Message], answer_s: float, address: str) -> AsyncGenerator[Message, None]:
-    """The messages of a stream.
-
-    Raises:
-        UnavailableError: none came for `answer_s` seconds.
-    """
-    messages = aiter(stream)
-    while True:
-        try:
-            async with asyncio.timeout(answer_s if answer_s < math.inf else None):
-                message = await anext(messages)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise silent(address, answer_s) from None
-        yield message
-
-
-def silent(address: str, answer_s: float) -> UnavailableError:
-    """What is said of a server that has taken a call and does not answer it."""
-    return UnavailableError(f"{address}: no answer came", field="teacher.answer_s", value=f"{answer_s:g}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from teacher_wire.core import uint24
+from teacher_wire.core.axes import Axis, Entries, axis_of
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
@@ -51,7 +52,7 @@ class LabelEntry:
 
 @dataclass(frozen=True)
 class LabelSummary:
-    """What the header of a blob says; not verified."""
+    """What the header of a blob says; not verified. `transport` is the name of the spec."""
 
     fingerprint: str
     transport: str
@@ -64,8 +65,12 @@ def label_keys(fingerprint: str, spec: SignalSpec, batch: TokenBatch) -> list[st
 
     Parts are prefixed with their length, so that no two different inputs make the same bytes.
     """
+    return _keys(fingerprint, spec.json(), batch)
+
+
+def _keys(fingerprint: str, asked: str, batch: TokenBatch) -> list[str]:
     shared = hashlib.sha256()
-    for text in (FORMAT, fingerprint, _spec_json(spec)):
+    for text in (FORMAT, fingerprint, asked):
         _add(shared, text.encode())
     ids_T, wanted_T = batch.token_ids_T.astype("<i4"), batch.wanted_T.astype(np.uint8)
     extra_NM = None if batch.extra_ids_NM is None else batch.extra_ids_NM.astype("<i4")
@@ -86,8 +91,9 @@ def encode_labels(key: str, entry: LabelEntry) -> bytes:
     Raises:
         LabelError: the labels are not those of one sequence, or `key` is not theirs.
     """
-    _check(key, entry)
-    tensors = entry.signals.tensors()
+    asked = entry.spec.json()
+    _check(key, entry.fingerprint, asked, entry.sequence, entry.signals)
+    tensors = entry.signals.tensors
     arrays = {name: _narrow(tensor) for name, tensor in tensors.items()}
     arrays[_IDS] = np.ascontiguousarray(entry.sequence.token_ids_T)
     arrays[_WANTED] = entry.sequence.wanted_T.astype(np.uint8)
@@ -97,15 +103,15 @@ def encode_labels(key: str, entry: LabelEntry) -> bytes:
         "format": FORMAT,
         "key": key,
         "fingerprint": entry.fingerprint,
-        "spec": _spec_json(entry.spec),
+        "spec": asked,
         "dtypes": json.dumps({name: tensor.dtype for name, tensor in tensors.items()}, sort_keys=True),
     }
     # One entry: safetensors writes several in an order of its own each time, and the same labels are to be the same file.
     return save(arrays, {_ENTRY: json.dumps(metadata | {"sha256": _checksum(metadata, arrays)}, sort_keys=True)})
 
 
-def decode_labels(key: str, data: bytes) -> LabelEntry:
-    """What a blob holds, all of it verified; arrays are read-only views or copies of `data`.
+def decode_labels(key: str, data: bytes) -> TeacherSignals:
+    """The labels in a blob, all of it verified; arrays are read-only views or copies of `data`.
 
     Raises:
         LabelError: it is damaged, or not the labels of `key`.
@@ -121,13 +127,11 @@ def decode_labels(key: str, data: bytes) -> LabelEntry:
         sequence = TokenBatch(ids_T, cu_B1, wanted_T.view(np.bool_), arrays.pop(_EXTRA, None))
         dtypes = json.loads(metadata["dtypes"])
         tensors = {name: _widen(dtypes[name], array) for name, array in arrays.items()}
-        spec = SignalSpec(**json.loads(metadata["spec"]))
-        signals = TeacherSignals.of(tensors, metadata["fingerprint"])
-        entry = LabelEntry(metadata["fingerprint"], spec, sequence, signals)
-        _check(key, entry)
+        signals = TeacherSignals(tensors, metadata["fingerprint"])
+        _check(key, metadata["fingerprint"], metadata["spec"], sequence, signals)
     except _BROKEN as error:
         raise LabelError(f"damaged labels: {error}", field="labels", value=key) from error
-    return entry
+    return signals
 
 
 def read_summary(file: BinaryIO) -> LabelSummary:
@@ -142,21 +146,24 @@ def read_summary(file: BinaryIO) -> LabelSummary:
         metadata = _metadata(header)
         if metadata["format"] != FORMAT:
             raise LabelError("another format", field="format", value=metadata["format"], limit=FORMAT)
-        transport = SignalSpec(**json.loads(metadata["spec"])).transport
-        tokens, rows = header[_IDS]["shape"][0], header["lse_N"]["shape"][0]
-        return LabelSummary(metadata["fingerprint"], transport, tokens, rows)
+        tensors = header.keys() - {"__metadata__", _IDS, _WANTED, _EXTRA}
+        rows = max((header[name]["shape"][0] for name in tensors if axis_of(name) is Axis.ROW), default=0)
+        name = SignalSpec.name_in(metadata["spec"])
+        return LabelSummary(metadata["fingerprint"], name, header[_IDS]["shape"][0], rows)
     except _BROKEN as error:
         raise LabelError(f"not a blob of labels: {error}", field="header") from error
 
 
-def _check(key: str, entry: LabelEntry) -> None:
+def _check(key: str, fingerprint: str, asked: str, sequence: TokenBatch, signals: TeacherSignals) -> None:
     """Refuses labels that are not those of one sequence under this key."""
-    if entry.sequence.sequences != 1:
-        raise LabelError("one sequence a blob", field="sequences", value=entry.sequence.sequences, limit=1)
-    for name, tensor in entry.signals.tensors().items():
-        if tensor.shape[:1] != (entry.sequence.rows,):
-            raise LabelError("rows do not fit the sequence", field=name, value=tensor.shape, limit=entry.sequence.rows)
-    if label_keys(entry.fingerprint, entry.spec, entry.sequence) != [key]:
+    if sequence.sequences != 1:
+        raise LabelError("one sequence a blob", field="sequences", value=sequence.sequences, limit=1)
+    entries = Entries(sequence)
+    for name, tensor in signals.tensors.items():
+        expected = entries.total(axis_of(name))
+        if tensor.shape[:1] != (expected,):
+            raise LabelError("rows do not fit the sequence", field=name, value=tensor.shape, limit=expected)
+    if _keys(fingerprint, asked, sequence) != [key]:
         raise LabelError("not the labels of this key", field="key", value=key)
 
 
@@ -172,10 +179,6 @@ def _metadata(header: dict[str, Any]) -> dict[str, str]:
     if not isinstance(found, dict):
         raise LabelError("no metadata of ours", field="header")
     return found
-
-
-def _spec_json(spec: SignalSpec) -> str:
-    return json.dumps(asdict(spec), sort_keys=True)
 
 
 def _checksum(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from teacher_wire.labels.files import PARTIAL as PARTIAL
+
 SUFFIX = ".safetensors"
-PARTIAL = ".partial"
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _PARTIAL_AGE_S = 3600.0
 # Of the budget: the fill at which the oldest go before anything is written, at which they go aside, what they are brought down

@@ -11,10 +11,8 @@ a power cut tears is found by its checksum.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +23,13 @@ from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.labels.blob import LabelEntry, LabelSummary, decode_labels, encode_labels, label_keys, read_summary
-from teacher_wire.labels.budget import PARTIAL, SUFFIX, Budget, File, files_of, unlink
+from teacher_wire.labels.budget import SUFFIX, Budget, File, files_of, unlink
+from teacher_wire.labels.files import write_first
 
 __all__ = ["Amount", "LabelStore", "Shelf", "StoreStats", "label_keys"]
 
 log = logging.getLogger(__name__)
 
-_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _TRIES = 3
 
 Progress = Callable[[int, int], None]
@@ -76,7 +74,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Shelf:
-    """All labels of one teacher by one transport; `newest_use_s` is seconds since 1970."""
+    """All labels of one teacher by one signal, or several together; `newest_use_s` is seconds since 1970."""
 
     fingerprint: str
     transport: str
@@ -172,7 +170,7 @@ class LabelStore:
         path = self._path(key)
         try:
             data = path.read_bytes()
-            signals = decode_labels(key, data).signals
+            signals = decode_labels(key, data)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -207,25 +205,7 @@ class LabelStore:
 
     def _publish(self, key: str, data: bytes) -> bool:
         """Puts a blob in its place, whole; False if one is there already."""
-        path = self._path(key)
-        partial = path.with_name(f".{key[:16]}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as file:
-                file.write(data)
-            try:
-                os.link(partial, path)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
-                    raise
-                if path.exists():  # without hard links two writers at the same instant may both win; the last one stays
-                    return False
-                os.replace(partial, path)
-            return True
-        finally:
-            partial.unlink(missing_ok=True)
+        return write_first(self._path(key), data)
 
     def _give_up(self, reason: object) -> None:
         with self._counting:
@@ -265,7 +245,7 @@ class LabelStore:
     # ----------------------------------------------------------------- upkeep
 
     def scan(self) -> tuple[list[Shelf], int]:
-        """Totals by teacher and transport, by falling size, and how many files have no readable header."""
+        """Totals by teacher and signals, by falling size, and how many files have no readable header."""
         shelves: dict[tuple[str, str], Shelf] = {}
         unreadable = 0
         for file in files_of(self.folder):

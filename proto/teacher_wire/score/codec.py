@@ -12,38 +12,22 @@ import numpy as np
 
 from teacher_wire import PROTOCOL
 from teacher_wire.core import tensor_codec
+from teacher_wire.core.axes import Axis, Entries, axis_of
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import CapabilityError, LabelError, LimitError, MismatchError, RequestError, TensorError
-from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import HeadHeader, Limits, TeacherHead, TeacherInfo
+from teacher_wire.core.info import ArtifactInfo, Limits, TeacherInfo
 from teacher_wire.core.parsing import check_names, check_request_id
-from teacher_wire.core.signals import Compression, SignalSpec, TeacherSignals, Timing, Transport
+from teacher_wire.core.signals import TeacherSignals, Timing
 from teacher_wire.core.tensor import FLOATS, Tensor
 from teacher_wire.score.assembly import Assembly
+from teacher_wire.score.signals.wire import decode_spec, encode_spec
 from teacher_wire.v2 import teacher_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
 PART_BYTES = 1 << 20  # of a request that is sent in parts
 
-_TRANSPORT_CODE: dict[Transport, pb.Transport] = {"top_k": pb.TOP_K, "hidden": pb.HIDDEN, "full": pb.FULL}
-_TRANSPORT_NAME = {code: name for name, code in _TRANSPORT_CODE.items()}
-_COMPRESSION_CODE: dict[Compression, pb.Compression] = {"none": pb.NONE, "int8": pb.INT8_BLOCKS}
-_COMPRESSION_NAME = {code: name for name, code in _COMPRESSION_CODE.items()}
-# attribute of TeacherSignals -> field of ScoreChunk
-_WIRE_FIELD = {
-    "lse_N": "lse",
-    "label_logp_N": "label_logp",
-    "topk_ids_NK": "topk_ids",
-    "topk_logits_NK": "topk_logits",
-    "tail_logp_N": "tail_logp",
-    "hidden_ND": "hidden",
-    "logits_NV": "logits",
-    "state_int8_ND": "state_int8",
-    "state_scales_NG": "state_scales",
-    "outlier_ids_NO": "outlier_ids",
-    "outlier_values_NO": "outlier_values",
-}
+_AXIS_CODE = {axis: pb.Axis.Value(axis.name) for axis in Axis}
 
 
 # ------------------------------------------------------------------ describe
@@ -71,6 +55,7 @@ def decode_description(reply: pb.DescribeReply) -> list[TeacherInfo]:
 
 def _encode_info(info: TeacherInfo) -> pb.TeacherInfo:
     values = {name: getattr(info, name) for name in _INFO_FIELDS}
+    values["artifacts"] = [pb.ArtifactInfo(**vars(artifact)) for artifact in info.artifacts]
     return pb.TeacherInfo(**values, limits=pb.Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
 
 
@@ -79,6 +64,7 @@ def _decode_info(info: pb.TeacherInfo) -> TeacherInfo:
         raise LabelError("unknown dtype of a teacher", field="dtype", value=info.dtype, limit="|".join(FLOATS))
     values = {name: getattr(info, name) for name in _INFO_FIELDS}
     values |= {name: tuple(values[name]) for name in ("transports", "generates")}
+    values["artifacts"] = tuple(ArtifactInfo(told.kind, told.sha256, told.bytes) for told in info.artifacts)
     return TeacherInfo(**values, limits=Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
 
 
@@ -108,13 +94,7 @@ def encode_call(call: ScoreCall) -> pb.ScoreRequest:
         request_id=call.request_id,
         teacher=call.teacher,
         fingerprint=call.fingerprint,
-        spec=pb.SignalSpec(
-            transport=_TRANSPORT_CODE[call.spec.transport],
-            k=call.spec.k,
-            vocab_rows=call.spec.vocab_rows,
-            extra=call.spec.extra,
-            compression=_COMPRESSION_CODE[call.spec.compression],
-        ),
+        spec=encode_spec(call.spec),
         token_ids=tensor_codec.encode(Tensor("int32", batch.token_ids_T)),
         cu_lengths=tensor_codec.encode(Tensor("int32", batch.cu_lengths_B1)),
         wanted=tensor_codec.encode(Tensor("uint8", batch.wanted_T.view(np.uint8))),
@@ -131,17 +111,7 @@ def decode_call(request: pb.ScoreRequest, tenant: str) -> ScoreCall:
     """
     check_request_id(request.request_id)
     check_names(request, "teacher", "fingerprint")
-    if request.spec.transport not in _TRANSPORT_NAME:
-        raise RequestError("unknown transport", field="spec.transport", value=request.spec.transport)
-    if request.spec.compression not in _COMPRESSION_NAME:
-        raise RequestError("unknown compression", field="spec.compression", value=request.spec.compression)
-    spec = SignalSpec(
-        _TRANSPORT_NAME[request.spec.transport],
-        vocab_rows=request.spec.vocab_rows,
-        k=request.spec.k,
-        extra=request.spec.extra,
-        compression=_COMPRESSION_NAME[request.spec.compression],
-    )
+    spec = decode_spec(request.spec)
     wanted = _decode_as(request.wanted, "wanted", "uint8")
     if wanted.size and wanted.max() > 1:
         raise RequestError("flags are 0 or 1", field="wanted", value=int(wanted.max()), limit=1)
@@ -171,7 +141,7 @@ def _decode_as(message: pb.Tensor, field: str, dtype: str) -> np.ndarray:
 
 def reply_bytes(call: ScoreCall, info: TeacherInfo) -> int:
     """Payload bytes that the answer to `call` takes on the wire."""
-    return call.batch.rows * call.spec.row_bytes(info.hidden_size, info.value_bytes)
+    return call.spec.answer_bytes(call.batch, info)
 
 
 def check_call(call: ScoreCall, info: TeacherInfo) -> None:
@@ -179,7 +149,7 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
 
     Raises:
         MismatchError: another teacher was meant.
-        CapabilityError: the transport is not offered.
+        CapabilityError: a signal is not offered.
         RequestError, LimitError: naming field, value and limit.
     """
     batch, spec, limits = call.batch, call.spec, info.limits
@@ -188,11 +158,13 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
             f"teacher {info.name!r} has other weights than the request expects",
             field="fingerprint", value=info.fingerprint, limit=call.fingerprint,
         )  # fmt: skip
-    if spec.transport not in info.transports:
-        raise CapabilityError(
-            f"teacher {info.name!r} does not offer this transport",
-            field="transport", value=spec.transport, limit="|".join(info.transports),
-        )  # fmt: skip
+    for signal in spec.signals:
+        if signal.kind not in info.transports:
+            raise CapabilityError(
+                f"teacher {info.name!r} does not give this signal",
+                field="signal", value=signal.kind, limit="|".join(info.transports),
+            )  # fmt: skip
+        signal.check_teacher(info)
     if spec.vocab_rows > info.vocab_rows:
         raise RequestError(
             "above the teacher's vocabulary", field="vocab_rows", value=spec.vocab_rows, limit=info.vocab_rows
@@ -202,7 +174,6 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
         (f"sequence {longest} tokens", int(batch.lengths_B[longest]), limits.max_sequence_tokens),
         ("request tokens", batch.tokens, limits.max_request_tokens),
         ("request sequences", batch.sequences, limits.max_request_sequences),
-        ("k", spec.kept, limits.max_k),
         ("reply bytes", reply_bytes(call, info), limits.max_reply_bytes),
     ):
         if value > limit:
@@ -216,8 +187,8 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
             limit=info.vocab_rows - 1,
         )
     named = 0 if batch.extra_ids_NM is None else batch.extra_ids_NM.shape[1]
-    if named != spec.extra:
-        raise RequestError("extra_ids do not fit the spec", field="extra_ids", value=named, limit=spec.extra)
+    if named != spec.extra_ids:
+        raise RequestError("extra_ids do not fit the spec", field="extra_ids", value=named, limit=spec.extra_ids)
     if batch.extra_ids_NM is not None and batch.extra_ids_NM.max() >= spec.vocab_rows:
         raise RequestError(
             "id outside vocab_rows", field="extra_ids", value=int(batch.extra_ids_NM.max()), limit=spec.vocab_rows - 1
@@ -237,29 +208,43 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
 
 
 def encode_chunks(
-    request_id: str, reply_id: int, signals: TeacherSignals, chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[pb.ScoreDown]:
-    """The answer as chunks of whole rows, about `chunk_bytes` of payload each, in the envelopes in which they travel.
+    call: ScoreCall, reply_id: int, signals: TeacherSignals, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[tuple[pb.ScoreDown, int]]:
+    """The answer to `call` as chunks of whole rows, about `chunk_bytes` of payload each, in the envelopes in which they travel, each with
+    its payload bytes.
 
     They are built in place: a message handed to the constructor of another one is copied.
     """
-    row_bytes = max(1, signals.payload_bytes // max(1, signals.rows))
-    step = max(1, chunk_bytes // row_bytes)
-    parts = signals.tensors()
-    for index, start in enumerate(range(0, signals.rows, step)):
-        stop = min(start + step, signals.rows)
-        down = pb.ScoreDown()
+    entries = Entries(call.batch)
+    for index, (start, stop) in enumerate(_spans(entries, signals, call.batch.rows, chunk_bytes)):
+        down, size = pb.ScoreDown(), 0
         chunk = down.chunk
-        chunk.request_id, chunk.reply_id, chunk.index = request_id, reply_id, index
+        chunk.request_id, chunk.reply_id, chunk.index = call.request_id, reply_id, index
         chunk.first_row, chunk.rows = start, stop - start
-        for name, tensor in parts.items():
-            tensor_codec.fill(getattr(chunk, _WIRE_FIELD[name]), tensor.rows(start, stop))
-        yield down
+        for name, tensor in signals.slice(entries, start, stop).tensors.items():
+            named = chunk.tensors.add()
+            named.name, named.axis = name, _AXIS_CODE[axis_of(name)]
+            tensor_codec.fill(named.tensor, tensor)
+            size += tensor.payload_bytes
+        yield down, size
+
+
+def _spans(entries: Entries, signals: TeacherSignals, rows: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """First and last row of each chunk: as many rows as fit into `chunk_bytes`, at least one."""
+    before = np.zeros(rows + 1, np.int64)  # payload bytes of the rows before each row
+    for name, tensor in signals.tensors.items():
+        before += entries.before(axis_of(name)) * (tensor.payload_bytes // max(1, tensor.shape[0]))
+    start = 0
+    while start < rows:
+        fitting = int(np.searchsorted(before, before[start] + chunk_bytes, side="right")) - 1
+        stop = min(max(fitting, start + 1), rows)
+        yield start, stop
+        start = stop
 
 
 def payload_bytes(chunk: pb.ScoreChunk) -> int:
     """Payload of a chunk, the unit of credits, whatever it holds; copies it once."""
-    return sum(len(getattr(chunk, field).data) for field in _WIRE_FIELD.values() if chunk.HasField(field))
+    return sum(len(named.tensor.data) for named in chunk.tensors)
 
 
 def decode_chunk(chunk: pb.ScoreChunk, answer: Assembly) -> int:
@@ -271,19 +256,21 @@ def decode_chunk(chunk: pb.ScoreChunk, answer: Assembly) -> int:
     """
     if chunk.index != answer.chunks or chunk.first_row != answer.rows:
         raise LabelError("chunks out of order", field="chunk.index", value=chunk.index, limit=answer.chunks)
-    found = {name for name, field in _WIRE_FIELD.items() if chunk.HasField(field)}
-    if found != answer.names:
+    found = {named.name: named for named in chunk.tensors}
+    if found.keys() != answer.names or len(found) < len(chunk.tensors):
         raise LabelError(
             "the answer holds other tensors than asked",
             field="chunk",
-            value=sorted(found),
+            value=sorted(named.name for named in chunk.tensors),
             limit=sorted(answer.names),
         )
     payload = 0
     for name, room in answer.room(chunk.rows).items():
-        field = _WIRE_FIELD[name]
+        named = found[name]
+        if named.axis != _AXIS_CODE[axis_of(name)]:
+            raise LabelError("another axis than its name says", field=name, value=named.axis, limit=axis_of(name))
         try:
-            payload += tensor_codec.decode_into(getattr(chunk, field), field, room)
+            payload += tensor_codec.decode_into(named.tensor, name, room)
         except TensorError as error:
             raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
     answer.took(chunk.rows)
@@ -314,114 +301,4 @@ def finish_reply(answer: Assembly, done: pb.ScoreDone, call: ScoreCall) -> Teach
             "another teacher answered", field="fingerprint", value=done.fingerprint, limit=call.fingerprint
         )
     timing = Timing(done.timing.queue_us, done.timing.forward_us, done.timing.reduce_us, done.timing.batch_tokens)
-    return TeacherSignals.of(answer.whole(), done.fingerprint, timing)
-
-
-# ---------------------------------------------------------------------- head
-
-
-def encode_head_header(header: HeadHeader) -> pb.HeadChunk:
-    """The first chunk of a head."""
-    message = pb.HeadHeader(
-        dtype=tensor_codec.dtype_code(header.dtype),
-        rows=header.rows,
-        columns=header.columns,
-        logit_scale=header.logit_scale,
-        final_softcap=header.final_softcap,
-        sha256=header.sha256,
-    )
-    if header.bias_V is not None:
-        message.bias.CopyFrom(tensor_codec.encode(header.bias_V))
-    return pb.HeadChunk(header=message)
-
-
-def decode_head_header(message: pb.HeadHeader) -> HeadHeader:
-    """The header of a streamed head.
-
-    Raises:
-        LabelError: unknown dtype or a broken bias.
-    """
-    try:
-        dtype = tensor_codec.dtype_name(message.dtype, "head")
-        bias = tensor_codec.decode(message.bias, "head.bias") if message.HasField("bias") else None
-    except TensorError as error:
-        raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
-    return HeadHeader(
-        dtype, int(message.rows), int(message.columns), bias, message.logit_scale, message.final_softcap, message.sha256
-    )
-
-
-class HeadAssembly:
-    """An output head while its chunks come, each written to its place; kept over broken calls.
-
-    Attributes:
-        received_bytes: of the weight; the offset at which a broken call is taken up.
-        header: once it has come.
-    """
-
-    def __init__(self, info: TeacherInfo) -> None:
-        self._info = info
-        self._weight: np.ndarray | None = None
-        self.received_bytes = 0
-        self.header: HeadHeader | None = None
-
-    def take(self, chunk: pb.HeadChunk) -> None:
-        """A chunk of the call that began at `received_bytes`; the first one has the header.
-
-        Raises:
-            LabelError: not the head that was described, chunks out of order, or more than there is.
-        """
-        if chunk.HasField("header"):
-            self._take_header(decode_head_header(chunk.header))
-            return
-        if self._weight is None or chunk.offset != self.received_bytes:
-            raise LabelError(
-                "head chunks out of order", field="head.offset", value=chunk.offset, limit=self.received_bytes
-            )
-        data = chunk.data
-        stop = self.received_bytes + len(data)
-        if stop > self._weight.size:
-            raise LabelError("more bytes than the head has", field="head.data", value=stop, limit=self._weight.size)
-        self._weight[self.received_bytes : stop] = np.frombuffer(data, np.uint8)
-        self.received_bytes = stop
-
-    def _take_header(self, header: HeadHeader) -> None:
-        info = self._info
-        if header.sha256 != info.head_sha256:
-            raise LabelError(
-                "not the head that was described", field="head.sha256", value=header.sha256, limit=info.head_sha256
-            )
-        if header.dtype not in FLOATS:
-            raise LabelError("unknown dtype of a head", field="head.dtype", value=header.dtype, limit="|".join(FLOATS))
-        if header.rows > info.vocab_rows or header.columns != info.hidden_size:
-            shape = f"{info.vocab_rows} x {info.hidden_size}"
-            raise LabelError(
-                "not of the described shape", field="head", value=f"{header.rows} x {header.columns}", limit=shape
-            )
-        if self._weight is None:
-            self._weight = np.empty(header.weight_bytes, np.uint8)
-        self.header = header
-
-    def whole(self) -> TeacherHead:
-        """The head, its digest checked.
-
-        Raises:
-            LabelError: truncated, or its digest is not the announced one.
-        """
-        header = self.header
-        if header is None or self._weight is None:
-            raise LabelError("no header", field="head.header")
-        if self.received_bytes != header.weight_bytes:
-            raise LabelError(
-                "the head is incomplete", field="head.data", value=self.received_bytes, limit=header.weight_bytes
-            )
-        weight_VD = tensor_codec.of_bytes(header.dtype, (header.rows, header.columns), self._weight)
-        digest = head_sha256(weight_VD, header.bias_V, header.logit_scale, header.final_softcap)
-        if digest != header.sha256:
-            raise LabelError(
-                "the head's digest differs from the announced one",
-                field="head.sha256",
-                value=digest,
-                limit=header.sha256,
-            )
-        return TeacherHead(header, weight_VD)
+    return TeacherSignals(answer.whole(), done.fingerprint, timing)

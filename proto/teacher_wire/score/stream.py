@@ -475,7 +475,7 @@ def _content_key(call: ScoreCall) -> str:
     """Names a reply by who asked and everything that was asked: no id can be guessed to get another's labels."""
     digest = hashlib.sha256()
     batch = call.batch
-    for text in (call.tenant, call.request_id, call.teacher, call.fingerprint, repr(call.spec)):
+    for text in (call.tenant, call.request_id, call.teacher, call.fingerprint, call.spec.json()):
         digest.update(len(text.encode()).to_bytes(8, "little"))
         digest.update(text.encode())
     for array in (batch.token_ids_T, batch.cu_lengths_B1, batch.wanted_T, batch.extra_ids_NM):
@@ -488,16 +488,12 @@ def _content_key(call: ScoreCall) -> str:
 def _encode(call: ScoreCall, signals: TeacherSignals) -> Reply:
     """An answer as the messages in which it travels."""
     reply_id = secrets.randbits(63) + 1  # 0 is no reply
-    row_bytes = signals.payload_bytes // max(1, signals.rows)
-    chunks = [
-        (down.SerializeToString(), down.chunk.rows * row_bytes)
-        for down in codec.encode_chunks(call.request_id, reply_id, signals)
-    ]
+    chunks = [(down.SerializeToString(), size) for down, size in codec.encode_chunks(call, reply_id, signals)]
     done = pb.ScoreDone(
         request_id=call.request_id,
         reply_id=reply_id,
         chunks=len(chunks),
-        rows=signals.rows,
+        rows=call.batch.rows,
         fingerprint=signals.fingerprint,
         timing=codec.encode_timing(signals.timing),
     )

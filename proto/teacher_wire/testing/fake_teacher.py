@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from teacher_wire.artifacts.kinds.output_head import TeacherHead
+from teacher_wire.artifacts.messages import Artifact, ArtifactCall, ArtifactHeader
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
-from teacher_wire.core.errors import NotFoundError, ServerError
-from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import HeadHeader, Limits, TeacherInfo
-from teacher_wire.core.signals import BLOCK_CHANNELS, SignalSpec, TeacherSignals, outliers_of
+from teacher_wire.core.checked_rows import checked_rows
+from teacher_wire.core.errors import CapabilityError, NotFoundError, ServerError
+from teacher_wire.core.info import Limits, TeacherInfo
+from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
 from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.score.signals import Full, Hidden, TopK
+from teacher_wire.score.signals.hidden import BLOCK_CHANNELS, outliers_of
 from teacher_wire.testing.fake_generation import FakeWriter
 
 MISTAKES = ("", "shifted", "truncated", "nan", "foreign", "unsorted", "duplicate", "mass", "state", "crash")
@@ -61,7 +66,6 @@ class FakeTeacher:
         self.weight_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
 
     def teacher_info(self) -> TeacherInfo:
-        weight = float32(self.weight_VD)
         return TeacherInfo(
             name=self.name,
             model="fake",
@@ -74,8 +78,8 @@ class FakeTeacher:
             chat_template_sha256=self.chat_template_sha256,
             hidden_size=self.hidden_size,
             layers=1,
-            head_sha256=head_sha256(weight, None, 1.0, 0.0),
-            transports=("top_k", "hidden", "full"),
+            artifacts=tuple(artifact.info for artifact in self.artifacts()),
+            transports=tuple(FAKE_SIGNALS),
             deterministic=True,
             limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes, **self.writer.limits),
             generates=self.writer.generates,
@@ -103,12 +107,22 @@ class FakeTeacher:
     def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
         return self.writer.samples(call, self.vocab_rows)
 
-    async def head_header(self, teacher: str, fingerprint: str) -> HeadHeader:
-        info = await self.info(teacher)
-        return HeadHeader("float32", self.vocab_rows, self.hidden_size, None, 1.0, 0.0, info.head_sha256)
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """What it gives away: its output head."""
+        return (TeacherHead(float32(self.weight_VD)).artifact(),)
 
-    async def head_bytes(self, teacher: str, fingerprint: str, offset: int, size: int) -> bytes:
-        return self.weight_VD.tobytes()[offset : offset + size]
+    def artifact(self, call: ArtifactCall) -> Artifact:
+        """Raises CapabilityError if it has no such one."""
+        for artifact in self.artifacts():
+            if (artifact.header.kind, artifact.header.sha256) == (call.kind, call.sha256):
+                return artifact
+        raise CapabilityError("no such artifact here", field="artifact", value=f"{call.kind} {call.sha256}"[:100])
+
+    async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
+        return self.artifact(call).header
+
+    async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
+        return self.artifact(call).slice(offset, size)
 
     def states(self, batch: TokenBatch) -> np.ndarray:
         """float32 [T, D]: a small recurrence over each sequence."""
@@ -124,23 +138,38 @@ class FakeTeacher:
         """The right answer, in float32."""
         rows_N = batch.rows_of()
         hidden_ND = self.states(batch)[rows_N]
-        if spec.compression == "int8":
+        hidden = spec.find(Hidden)
+        packed = None
+        if hidden is not None and hidden.reduction == "int8":
             packed, hidden_ND = _pack_state(hidden_ND)
         # A product may round by how many rows it has: each sequence's by itself, so that company changes nothing.
         parts = np.split(hidden_ND, np.searchsorted(rows_N, batch.cu_lengths_B1[1:-1]))
         logits_NV = np.concatenate([part_ND @ self.weight_VD[: spec.vocab_rows].T for part_ND in parts])
-        lse_N = _lse(logits_NV)
-        rows = np.arange(batch.rows)
-        tensors = {"lse_N": float32(lse_N), "label_logp_N": float32(logits_NV[rows, batch.labels_N()] - lse_N)}
-        if spec.compression == "int8":
-            tensors |= packed
-        elif spec.transport == "hidden":
-            tensors["hidden_ND"] = float32(hidden_ND)
-        elif spec.transport == "full":
-            tensors["logits_NV"] = float32(logits_NV)
+        rows = FakeRows(batch, hidden_ND, logits_NV, _lse(logits_NV), packed)
+        label_N = logits_NV[np.arange(batch.rows), batch.labels_N()] - rows.lse_N
+        if spec.check == "sampled":
+            checked_N = checked_rows(batch)
+            tensors = {"lse_C": float32(rows.lse_N[checked_N]), "label_logp_C": float32(label_N[checked_N])}
         else:
-            tensors |= _top_k(logits_NV, lse_N, spec, batch.extra_ids_NM)
-        return TeacherSignals.of(tensors)
+            tensors = {"lse_N": float32(rows.lse_N), "label_logp_N": float32(label_N)}
+        for signal in spec.signals:
+            tensors |= FAKE_SIGNALS[signal.kind](signal, rows)
+        return TeacherSignals(tensors)
+
+
+@dataclass(frozen=True)
+class FakeRows:
+    """What signals are made of: float32, of the wanted rows of a batch.
+
+    Attributes:
+        packed: the compressed states, if these are asked for; `hidden_ND` is then what a student makes of them again.
+    """
+
+    batch: TokenBatch
+    hidden_ND: np.ndarray
+    logits_NV: np.ndarray
+    lse_N: np.ndarray
+    packed: dict[str, Tensor] | None = None
 
 
 def _pack_state(state_ND: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
@@ -165,28 +194,43 @@ def _pack_state(state_ND: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
     return tensors, seen_ND
 
 
-def _top_k(
-    logits_NV: np.ndarray, lse_N: np.ndarray, spec: SignalSpec, extra_NM: np.ndarray | None
-) -> dict[str, Tensor]:
+def _top_k(signal: TopK, rows: FakeRows) -> dict[str, Tensor]:
     """The kept entries and their tail: the named ids first of all, then the likeliest of the others."""
+    logits_NV, extra_NM = rows.logits_NV, rows.batch.extra_ids_NM
     first_NV = -logits_NV.astype(np.float64)
     if extra_NM is not None:
         np.put_along_axis(first_NV, extra_NM.astype(np.int64), -np.inf, -1)
-    kept_NK = np.argsort(first_NV, axis=-1, kind="stable")[:, : spec.kept]
+    kept_NK = np.argsort(first_NV, axis=-1, kind="stable")[:, : signal.kept]
     rest_NV = logits_NV.copy()
     np.put_along_axis(rest_NV, kept_NK, -np.inf, -1)
     kept_NK = np.sort(kept_NK, axis=-1)  # equal logits: rising id
     kept_logits_NK = np.take_along_axis(logits_NV, kept_NK, -1)
     order_NK = np.argsort(-kept_logits_NK, axis=-1, kind="stable")
     kept_NK, kept_logits_NK = (np.take_along_axis(array, order_NK, -1) for array in (kept_NK, kept_logits_NK))
-    everything = spec.kept == logits_NV.shape[-1]
-    tail_N = np.full(len(lse_N), -np.inf) if everything else _lse(rest_NV) - lse_N
-    ids = token_id_dtype(spec.vocab_rows)
+    everything = signal.kept == logits_NV.shape[-1]
+    tail_N = np.full(len(rows.lse_N), -np.inf) if everything else _lse(rest_NV) - rows.lse_N
+    ids = token_id_dtype(logits_NV.shape[-1])
     return {
         "topk_ids_NK": Tensor(ids, kept_NK.astype(np.uint16 if ids == "uint16" else np.uint32)),
         "topk_logits_NK": float32(kept_logits_NK),
         "tail_logp_N": float32(tail_N),
     }
+
+
+def _hidden(signal: Hidden, rows: FakeRows) -> dict[str, Tensor]:
+    return {"hidden_ND": float32(rows.hidden_ND)} if rows.packed is None else rows.packed
+
+
+def _full(signal: Full, rows: FakeRows) -> dict[str, Tensor]:
+    return {"logits_NV": float32(rows.logits_NV)}
+
+
+# How the fake makes each kind of signal.
+FAKE_SIGNALS: dict[str, Callable[[Any, FakeRows], dict[str, Tensor]]] = {
+    TopK.kind: _top_k,
+    Hidden.kind: _hidden,
+    Full.kind: _full,
+}
 
 
 def _lse(logits: np.ndarray) -> np.ndarray:
@@ -196,13 +240,13 @@ def _lse(logits: np.ndarray) -> np.ndarray:
 
 def _spoil(signals: TeacherSignals, mistake: str) -> TeacherSignals:
     """`signals` with one fault that a student must notice."""
-    arrays = {name: tensor.array.copy() for name, tensor in signals.tensors().items()}
+    arrays = {name: tensor.array.copy() for name, tensor in signals.tensors.items()}
     if mistake == "shifted":
         arrays = {name: np.roll(array, 1, axis=0) for name, array in arrays.items()}
     elif mistake == "truncated":
         arrays = {name: array[:-1] for name, array in arrays.items()}
     elif mistake == "nan":
-        arrays["label_logp_N"][-1] = np.nan
+        arrays["label_logp_N" if "label_logp_N" in arrays else "label_logp_C"][-1] = np.nan
     elif mistake == "unsorted" and "topk_ids_NK" in arrays:
         for name in ("topk_ids_NK", "topk_logits_NK"):
             arrays[name] = arrays[name][:, ::-1].copy()
@@ -212,6 +256,6 @@ def _spoil(signals: TeacherSignals, mistake: str) -> TeacherSignals:
         arrays["tail_logp_N"][:] = -0.01
     elif mistake == "state" and "hidden_ND" in arrays:
         arrays["hidden_ND"] *= 1.5  # as if it were taken before the final norm
-    tensors = {name: Tensor(signals.tensors()[name].dtype, array) for name, array in arrays.items()}
+    tensors = {name: Tensor(signals.tensors[name].dtype, array) for name, array in arrays.items()}
     fingerprint = "0" * 64 if mistake == "foreign" else signals.fingerprint
-    return TeacherSignals.of(tensors, fingerprint, signals.timing)
+    return TeacherSignals(tensors, fingerprint, signals.timing)

@@ -65,7 +65,7 @@ class LoopbackServer:
     async def _bind(self) -> None:
         limits = self._limits or StreamLimits()
         self.servicer = TeacherServicer(self._service, server_version="loopback", limits=limits)
-        self._server = grpc.aio.server(options=with_message_limit(server_options(), limits.max_message_bytes))
+        self._server = grpc.aio.server(options=with_message_limit(server_options()))
         self.servicer.add_to(self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()

@@ -18,7 +18,7 @@ from teacher_wire.transport.stream_limits import StreamLimits
 
 _TAKEN_MEMORY_S = 2.0  # time constant of what a tenant took lately
 _RETRY_S = 1.0
-_RECEIVING = 8  # messages of Generate and Head that come at a time, of one tenant
+_RECEIVING = 8  # messages of Generate and Artifact that come at a time, of one tenant
 
 
 @dataclass
@@ -26,16 +26,16 @@ class Account:
     """What one tenant holds.
 
     Attributes:
-        calls, heads: open.
+        calls, artifacts: open.
         requests, request_bytes: unanswered.
         reply_bytes: reserved or computed, and not yet taken by the peer.
         reading: held by the stream whose request is being read.
-        receiving: held by a call of Generate or Head while its one message comes.
+        receiving: held by a call of Generate or Artifact while its one message comes.
     """
 
     tenant: str
     calls: int = 0
-    heads: int = 0
+    artifacts: int = 0
     requests: int = 0
     request_bytes: int = 0
     reply_bytes: int = 0
@@ -95,17 +95,18 @@ class Accounts:
         if not (account.calls or account.requests or account.reply_bytes):
             self._tenants.pop(account.tenant, None)
 
-    def open_head(self, account: Account) -> None:
-        """Counts a call of Head; raises OverloadedError if there are as many as may be."""
+    def open_artifact(self, account: Account) -> None:
+        """Counts a call of Artifact; raises OverloadedError if there are as many as may be."""
         limits = self._limits
-        _refuse_above("open Head calls of this tenant", "max_tenant_heads", account.heads + 1, limits.max_tenant_heads)
-        _refuse_above("open Head calls of this server", "max_heads", self.total.heads + 1, limits.max_heads)
-        account.heads += 1
-        self.total.heads += 1
+        tenant, whole = account.artifacts + 1, self.total.artifacts + 1
+        _refuse_above("open Artifact calls of this tenant", "max_tenant_artifacts", tenant, limits.max_tenant_artifacts)
+        _refuse_above("open Artifact calls of this server", "max_artifacts", whole, limits.max_artifacts)
+        account.artifacts += 1
+        self.total.artifacts += 1
 
-    def close_head(self, account: Account) -> None:
-        account.heads -= 1
-        self.total.heads -= 1
+    def close_artifact(self, account: Account) -> None:
+        account.artifacts -= 1
+        self.total.artifacts -= 1
 
     def open_request(self, account: Account, size: int) -> None:
         """Counts an unanswered request of `size` bytes.

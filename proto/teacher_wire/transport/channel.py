@@ -6,6 +6,7 @@ Keepalive finds a dead or frozen peer within 40 s; reconnects back off 1-2 s (re
 from __future__ import annotations
 
 import ipaddress
+import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,19 @@ class Credentials:
     token: str = ""
     tenant: str = ""
     proxy: str = AUTO
+
+    @classmethod
+    def from_environment(
+        cls,
+        ca_file: Path | None,
+        cert_file: Path | None,
+        key_file: Path | None,
+        token_env: str,
+        tenant: str = "",
+        proxy: str = AUTO,
+    ) -> Credentials:
+        """Credentials whose token is the value of the environment variable `token_env`; without the variable there is none."""
+        return cls(ca_file, cert_file, key_file, os.environ.get(token_env, ""), tenant, proxy)
 
 
 def is_loopback(address: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_MESSAGE_BYTES = 5 << 20  # one message up: the ids of the longest Generate call (2^20 tokens) and its `have`
+# One message up: the ids of the longest Generate call (2^20 tokens) and its `have`; longer Score requests come in parts.
+MAX_MESSAGE_BYTES = 5 << 20
+KEPT_REPLY_S = 120.0  # how long a finished reply is kept for resumption
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,10 @@ class StreamLimits:
         max_window_bytes: largest reply window that a student may open.
         max_open_requests: unanswered requests of one stream.
         max_unread_refusals: refusals of one stream that the student has not read; then its stream is not read from.
-        max_message_bytes: of one message up; longer Score requests come in parts.
         max_request_bytes: of one Score request that comes in parts.
         stall_s: a peer that takes no message for this long is dropped; so is a request whose next part does not come.
-        max_calls, max_tenant_calls: open Score streams, Generate and Head calls, of the edge and of one tenant.
-        max_heads, max_tenant_heads: of these, Head calls.
+        max_calls, max_tenant_calls: open Score streams, Generate and Artifact calls, of the edge and of one tenant.
+        max_artifacts, max_tenant_artifacts: of these, Artifact calls.
         max_tenant_requests: unanswered requests of one tenant, all its streams and calls together.
         max_request_held_bytes, max_tenant_request_held_bytes: bytes of unanswered requests. A single request passes.
         max_reply_held_bytes, max_tenant_reply_held_bytes: reply bytes computed, or being computed, that the peer has
@@ -27,19 +28,17 @@ class StreamLimits:
         unproven_reply_held_bytes: the same for a tenant that has taken nothing lately: what it took in the last
             seconds is added, so that a peer that does not read holds little and a fast one is not held up.
         kept_reply_bytes: finished replies kept for resumption, all streams together.
-        kept_reply_s: how long they are kept.
     """
 
     max_window_bytes: int = 256 << 20
     max_open_requests: int = 1024
     max_unread_refusals: int = 64
-    max_message_bytes: int = MAX_MESSAGE_BYTES
     max_request_bytes: int = 64 << 20
     stall_s: float = 120.0
     max_calls: int = 4096
     max_tenant_calls: int = 512
-    max_heads: int = 8
-    max_tenant_heads: int = 4
+    max_artifacts: int = 8
+    max_tenant_artifacts: int = 4
     max_tenant_requests: int = 4096
     max_request_held_bytes: int = 256 << 20
     max_tenant_request_held_bytes: int = 32 << 20
@@ -47,10 +46,9 @@ class StreamLimits:
     max_tenant_reply_held_bytes: int = 1 << 30
     unproven_reply_held_bytes: int = 64 << 20
     kept_reply_bytes: int = 64 << 20
-    kept_reply_s: float = 120.0
 
 
-def with_message_limit(options: list[tuple[str, int]], max_message_bytes: int) -> list[tuple[str, int]]:
-    """Channel options of a server that receives messages of this length at most."""
+def with_message_limit(options: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Channel options of a server that receives messages of `MAX_MESSAGE_BYTES` at most."""
     name = "grpc.max_receive_message_length"
-    return [*(option for option in options if option[0] != name), (name, max_message_bytes)]
+    return [*(option for option in options if option[0] != name), (name, MAX_MESSAGE_BYTES)]

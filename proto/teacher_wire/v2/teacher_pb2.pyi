@@ -18,17 +18,18 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BFLOAT16: _ClassVar[DType]
     FLOAT32: _ClassVar[DType]
 
-class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class Check(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
-    TOP_K: _ClassVar[Transport]
-    HIDDEN: _ClassVar[Transport]
-    FULL: _ClassVar[Transport]
+    ALL: _ClassVar[Check]
+    SAMPLED: _ClassVar[Check]
 
-class Compression(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class Axis(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    NONE: _ClassVar[Compression]
-    INT8_BLOCKS: _ClassVar[Compression]
+    AXIS_UNSPECIFIED: _ClassVar[Axis]
+    ROW: _ClassVar[Axis]
+    CHECKED: _ClassVar[Axis]
+    SEQUENCE: _ClassVar[Axis]
+    PAIR: _ClassVar[Axis]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -44,12 +45,13 @@ INT8: DType
 FLOAT16: DType
 BFLOAT16: DType
 FLOAT32: DType
-TRANSPORT_UNSPECIFIED: Transport
-TOP_K: Transport
-HIDDEN: Transport
-FULL: Transport
-NONE: Compression
-INT8_BLOCKS: Compression
+ALL: Check
+SAMPLED: Check
+AXIS_UNSPECIFIED: Axis
+ROW: Axis
+CHECKED: Axis
+SEQUENCE: Axis
+PAIR: Axis
 FINISH_UNSPECIFIED: FinishReason
 STOP: FinishReason
 LENGTH: FinishReason
@@ -79,7 +81,7 @@ class DescribeReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., teachers: _Optional[_Iterable[_Union[TeacherInfo, _Mapping]]] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "head_sha256", "transports", "deterministic", "limits", "generates", "base_tokenizer_sha256", "added_tokens")
+    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "artifacts", "transports", "deterministic", "limits", "generates", "base_tokenizer_sha256", "added_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -91,7 +93,7 @@ class TeacherInfo(_message.Message):
     CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
-    HEAD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACTS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
@@ -109,14 +111,14 @@ class TeacherInfo(_message.Message):
     chat_template_sha256: str
     hidden_size: int
     layers: int
-    head_sha256: str
+    artifacts: _containers.RepeatedCompositeFieldContainer[ArtifactInfo]
     transports: _containers.RepeatedScalarFieldContainer[str]
     deterministic: bool
     limits: Limits
     generates: _containers.RepeatedScalarFieldContainer[str]
     base_tokenizer_sha256: str
     added_tokens: str
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., head_sha256: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes", "max_new_tokens", "max_samples", "max_generate_tokens", "max_schema_bytes")
@@ -140,19 +142,34 @@ class Limits(_message.Message):
     max_schema_bytes: int
     def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_samples: _Optional[int] = ..., max_generate_tokens: _Optional[int] = ..., max_schema_bytes: _Optional[int] = ...) -> None: ...
 
+class Signal(_message.Message):
+    __slots__ = ("kind", "layers", "reduction", "numbers")
+    class NumbersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    REDUCTION_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    reduction: str
+    numbers: _containers.ScalarMap[str, float]
+    def __init__(self, kind: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., reduction: _Optional[str] = ..., numbers: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
 class SignalSpec(_message.Message):
-    __slots__ = ("transport", "k", "vocab_rows", "extra", "compression")
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    K_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("vocab_rows", "signals", "check")
     VOCAB_ROWS_FIELD_NUMBER: _ClassVar[int]
-    EXTRA_FIELD_NUMBER: _ClassVar[int]
-    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
-    transport: Transport
-    k: int
+    SIGNALS_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
     vocab_rows: int
-    extra: int
-    compression: Compression
-    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., k: _Optional[int] = ..., vocab_rows: _Optional[int] = ..., extra: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ...) -> None: ...
+    signals: _containers.RepeatedCompositeFieldContainer[Signal]
+    check: Check
+    def __init__(self, vocab_rows: _Optional[int] = ..., signals: _Optional[_Iterable[_Union[Signal, _Mapping]]] = ..., check: _Optional[_Union[Check, str]] = ...) -> None: ...
 
 class ScoreUp(_message.Message):
     __slots__ = ("open", "request", "credit", "ack", "cancel", "part")
@@ -251,40 +268,30 @@ class ScoreDown(_message.Message):
     def __init__(self, chunk: _Optional[_Union[ScoreChunk, _Mapping]] = ..., done: _Optional[_Union[ScoreDone, _Mapping]] = ..., failed: _Optional[_Union[ScoreFailed, _Mapping]] = ...) -> None: ...
 
 class ScoreChunk(_message.Message):
-    __slots__ = ("request_id", "reply_id", "index", "first_row", "rows", "lse", "label_logp", "topk_ids", "topk_logits", "tail_logp", "hidden", "logits", "state_int8", "state_scales", "outlier_ids", "outlier_values")
+    __slots__ = ("request_id", "reply_id", "index", "first_row", "rows", "tensors")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REPLY_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
-    LSE_FIELD_NUMBER: _ClassVar[int]
-    LABEL_LOGP_FIELD_NUMBER: _ClassVar[int]
-    TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
-    TOPK_LOGITS_FIELD_NUMBER: _ClassVar[int]
-    TAIL_LOGP_FIELD_NUMBER: _ClassVar[int]
-    HIDDEN_FIELD_NUMBER: _ClassVar[int]
-    LOGITS_FIELD_NUMBER: _ClassVar[int]
-    STATE_INT8_FIELD_NUMBER: _ClassVar[int]
-    STATE_SCALES_FIELD_NUMBER: _ClassVar[int]
-    OUTLIER_IDS_FIELD_NUMBER: _ClassVar[int]
-    OUTLIER_VALUES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     reply_id: int
     index: int
     first_row: int
     rows: int
-    lse: Tensor
-    label_logp: Tensor
-    topk_ids: Tensor
-    topk_logits: Tensor
-    tail_logp: Tensor
-    hidden: Tensor
-    logits: Tensor
-    state_int8: Tensor
-    state_scales: Tensor
-    outlier_ids: Tensor
-    outlier_values: Tensor
-    def __init__(self, request_id: _Optional[str] = ..., reply_id: _Optional[int] = ..., index: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ..., label_logp: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., topk_logits: _Optional[_Union[Tensor, _Mapping]] = ..., tail_logp: _Optional[_Union[Tensor, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., state_int8: _Optional[_Union[Tensor, _Mapping]] = ..., state_scales: _Optional[_Union[Tensor, _Mapping]] = ..., outlier_ids: _Optional[_Union[Tensor, _Mapping]] = ..., outlier_values: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    tensors: _containers.RepeatedCompositeFieldContainer[NamedTensor]
+    def __init__(self, request_id: _Optional[str] = ..., reply_id: _Optional[int] = ..., index: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ...) -> None: ...
+
+class NamedTensor(_message.Message):
+    __slots__ = ("name", "axis", "tensor")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    AXIS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    axis: Axis
+    tensor: Tensor
+    def __init__(self, name: _Optional[str] = ..., axis: _Optional[_Union[Axis, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class ScoreDone(_message.Message):
     __slots__ = ("request_id", "reply_id", "chunks", "rows", "fingerprint", "timing")
@@ -406,45 +413,70 @@ class GenerateDone(_message.Message):
     fingerprint: str
     def __init__(self, samples: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
-class HeadRequest(_message.Message):
-    __slots__ = ("teacher", "fingerprint", "offset", "timeout_ms")
+class ArtifactInfo(_message.Message):
+    __slots__ = ("kind", "sha256", "bytes")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    sha256: str
+    bytes: int
+    def __init__(self, kind: _Optional[str] = ..., sha256: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class ArtifactRequest(_message.Message):
+    __slots__ = ("teacher", "fingerprint", "kind", "sha256", "offset", "timeout_ms")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     fingerprint: str
+    kind: str
+    sha256: str
     offset: int
     timeout_ms: int
-    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., offset: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kind: _Optional[str] = ..., sha256: _Optional[str] = ..., offset: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
 
-class HeadChunk(_message.Message):
+class ArtifactChunk(_message.Message):
     __slots__ = ("header", "offset", "data")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    header: HeadHeader
+    header: ArtifactHeader
     offset: int
     data: bytes
-    def __init__(self, header: _Optional[_Union[HeadHeader, _Mapping]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[ArtifactHeader, _Mapping]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class HeadHeader(_message.Message):
-    __slots__ = ("dtype", "rows", "columns", "bias", "logit_scale", "final_softcap", "sha256")
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
-    COLUMNS_FIELD_NUMBER: _ClassVar[int]
-    BIAS_FIELD_NUMBER: _ClassVar[int]
-    LOGIT_SCALE_FIELD_NUMBER: _ClassVar[int]
-    FINAL_SOFTCAP_FIELD_NUMBER: _ClassVar[int]
+class ArtifactHeader(_message.Message):
+    __slots__ = ("kind", "sha256", "tensors", "numbers")
+    class NumbersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    KIND_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
-    dtype: DType
-    rows: int
-    columns: int
-    bias: Tensor
-    logit_scale: float
-    final_softcap: float
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
     sha256: str
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., bias: _Optional[_Union[Tensor, _Mapping]] = ..., logit_scale: _Optional[float] = ..., final_softcap: _Optional[float] = ..., sha256: _Optional[str] = ...) -> None: ...
+    tensors: _containers.RepeatedCompositeFieldContainer[ArtifactTensor]
+    numbers: _containers.ScalarMap[str, float]
+    def __init__(self, kind: _Optional[str] = ..., sha256: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[ArtifactTensor, _Mapping]]] = ..., numbers: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class ArtifactTensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -49,10 +49,10 @@ class TeacherStub(object):
                 request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.GenerateDown.FromString,
                 _registered_method=True)
-        self.Head = channel.unary_stream(
-                '/teacher_wire.v2.Teacher/Head',
-                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.HeadRequest.SerializeToString,
-                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.HeadChunk.FromString,
+        self.Artifact = channel.unary_stream(
+                '/teacher_wire.v2.Teacher/Artifact',
+                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.FromString,
                 _registered_method=True)
         self.Status = channel.unary_unary(
                 '/teacher_wire.v2.Teacher/Status',
@@ -88,8 +88,9 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Head(self, request, context):
-        """The output head, for students that turn hidden states into logits.
+    def Artifact(self, request, context):
+        """What a student fetches once and keeps: the output head, for students that
+        turn hidden states into logits, and whatever else does not depend on a request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,10 +121,10 @@ def add_TeacherServicer_to_server(servicer, server):
                     request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.GenerateRequest.FromString,
                     response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.GenerateDown.SerializeToString,
             ),
-            'Head': grpc.unary_stream_rpc_method_handler(
-                    servicer.Head,
-                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.HeadRequest.FromString,
-                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.HeadChunk.SerializeToString,
+            'Artifact': grpc.unary_stream_rpc_method_handler(
+                    servicer.Artifact,
+                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.FromString,
+                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -223,7 +224,7 @@ class Teacher(object):
             _registered_method=True)
 
     @staticmethod
-    def Head(request,
+    def Artifact(request,
             target,
             options=(),
             channel_credentials=None,
@@ -236,9 +237,9 @@ class Teacher(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/teacher_wire.v2.Teacher/Head',
-            teacher__wire_dot_v2_dot_teacher__pb2.HeadRequest.SerializeToString,
-            teacher__wire_dot_v2_dot_teacher__pb2.HeadChunk.FromString,
+            '/teacher_wire.v2.Teacher/Artifact',
+            teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.SerializeToString,
+            teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from student_trainer.errors import DataError
+from student_trainer.files import write_whole
 
 BadRowPolicy = Literal["refuse", "skip"]
 BAD_ROWS_NAME = "bad_rows.jsonl"
@@ -112,9 +113,7 @@ def write_bad_rows(folder: Path, bad: Sequence[BadRow]) -> None:
         json.dumps({"file": row.file, "line": row.line, "reason": row.reason, "row": row.row}, default=str) + "\n"
         for row in bad
     ]
-    partial = folder / f"{BAD_ROWS_NAME}.partial"
-    partial.write_text("".join(lines))
-    partial.replace(folder / BAD_ROWS_NAME)
+    write_whole(folder / BAD_ROWS_NAME, "".join(lines))
 
 
 def _reason(error: DataError) -> str:

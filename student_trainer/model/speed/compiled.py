@@ -127,7 +127,7 @@ def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """What attention gives is kept, one [B, L, D] a layer; all else is computed again.
 
     To the compiler every attention might draw random numbers (torch tags it `nondeterministic_seeded`, with or without dropout); computed
-    twice, it would save and restore the generator's state around it, which no recording (`graphed.py`) can hold.
+    twice, it would save and restore the generator's state around it, which no recording (`speed/cuda_graphs.py`) can hold.
     """
     draws = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
     is_kept = draws and "attention" in str(op)  # not dropout: its outputs are as large as all that checkpointing saves

@@ -1,6 +1,6 @@
 """The body's passes as recordings: one launch forward and one back a micro-batch, where the host would launch thousands of kernels.
 
-In: a function from ids to states and the parameters it trains; out: the same function. A shape is run as ever until it has come often
+In: the student's pass and the parameters it trains; out: the same pass, taps included. A shape is run as ever until it has come often
 enough, then recorded (`cuda_recorder.py`), tried against the plain passes, and replayed from then on. Whatever a recording reads and writes
 keeps its place in memory: parameters, and gradients as views of one buffer.
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from student_trainer.errors import StudentError
+from student_trainer.losses.term import StudentOutputs
+from student_trainer.model.forward import StudentForward
 
 STEPS_AN_OCTAVE = 8
 SHORTEST = 32
@@ -26,7 +28,9 @@ WORTH_RECORDING = 6  # a recording takes 0.4 s, what six to twelve replays save 
 MOST_SHAPES = 64  # recordings share one pool of memory; each keeps its states and some 10 MB of its own
 # Between a replay and the plain passes, as a share of the norm of what they give; of a gradient near nothing, of a hundredth of the largest.
 _TOLERANCE, _NEAR_NOTHING = 1e-2, 1e-2
-Body = Callable[[Tensor], Tensor]
+Outputs = tuple[Tensor, ...]  # [B, L, D] each: the final states, then the taps
+Body = Callable[[Tensor], Outputs]
+_Kind = tuple[torch.Size, tuple[int, ...]]  # of passes: the shape of the ids, and the taps
 
 
 def padded_length(longest: int) -> int:
@@ -102,6 +106,13 @@ class Gradients:
         return float((distance / norm.maximum((norm.max() * _NEAR_NOTHING).clamp(min=1e-30))).max())
 
 
+def gradients_of(outputs: Outputs, grads: Outputs, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    """What gradients of the outputs make of the parameters; an output without a graph, as an embedding may be, adds nothing."""
+    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+    with_graph, theirs = zip(*pairs, strict=True)
+    return torch.autograd.grad(with_graph, parameters, theirs, allow_unused=True)
+
+
 class Passes(Protocol):
     """One shape's recordings, and the tensors they read and write in place."""
 
@@ -110,18 +121,18 @@ class Passes(Protocol):
         """Read by `forward`."""
 
     @property
-    def state_BLD(self) -> Tensor:
+    def outputs(self) -> Outputs:
         """Written by `forward`."""
 
     @property
-    def grad_BLD(self) -> Tensor:
-        """Read by `backward`."""
+    def grads(self) -> Outputs:
+        """Read by `backward`, one for each of the outputs."""
 
     def forward(self) -> None:
-        """`state_BLD` of `ids_BL`."""
+        """`outputs` of `ids_BL`."""
 
     def backward(self) -> None:
-        """Adds what `grad_BLD` makes of the last `forward` to the gradients."""
+        """Adds what `grads` make of the last `forward` to the gradients."""
 
 
 class Recorder(Protocol):
@@ -144,7 +155,7 @@ class GraphedBody:
     fails (and is told of).
 
     Args:
-        run: ids [B, L] -> states [B, L, D] with a graph of autograd; no random numbers, no wait for the device.
+        run: the pass, with a graph of autograd; no random numbers, no wait for the device.
         parameters: what `run` trains, at least one; others get no gradient from a replay.
         recorder: makes the passes of a shape.
         on_trouble: told in a sentence if a shape cannot be recorded (it and all others to come are then run as ever), if there is no room for
@@ -155,7 +166,7 @@ class GraphedBody:
 
     def __init__(
         self,
-        run: Body,
+        run: StudentForward,
         parameters: Sequence[nn.Parameter],
         recorder: Recorder,
         on_trouble: Callable[[str], None],
@@ -170,41 +181,46 @@ class GraphedBody:
         self._told: set[str] = set()
         self._is_ready = is_ready
         self._worth = worth
-        self._came: Counter[torch.Size] = Counter()
-        self._passes: dict[torch.Size, Passes] = {}
+        self._came: Counter[_Kind] = Counter()
+        self._passes: dict[_Kind, Passes] = {}
         self._works = True
         self._anchor = torch.zeros((), device=self._parameters[0].device, requires_grad=True)
 
     @property
     def recorded(self) -> int:
-        """How many shapes are replayed."""
+        """How many kinds of passes, by shape and taps, are replayed."""
         return len(self._passes)
 
-    def __call__(self, ids_BL: Tensor) -> Tensor:
-        """States [B, L, D] of ids on the device."""
-        shape = ids_BL.shape
-        self._came[shape] += 1
-        if shape not in self._passes and (self._came[shape] < self._worth or not self._can_record(ids_BL)):
+    def __call__(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+        """The pass of ids on the device."""
+        kind = input_ids_BL.shape, tuple(taps)
+        self._came[kind] += 1
+        if kind not in self._passes and (self._came[kind] < self._worth or not self._can_record(kind, input_ids_BL)):
             if self._gradients is not None:
                 self._gradients.attach()
-            return self._run(ids_BL)
-        return _Replay.apply(self._anchor, self._passes[shape], self._gradients, ids_BL)
+            return self._run(input_ids_BL, taps)
+        final_BLD, *tapped = _Replay.apply(self._anchor, self._passes[kind], self._gradients, input_ids_BL)
+        return StudentOutputs(final_BLD, dict(zip(taps, tapped, strict=True)))
 
-    def _can_record(self, ids_BL: Tensor) -> bool:
-        """Whether the shape has passes now."""
+    def _can_record(self, kind: _Kind, ids_BL: Tensor) -> bool:
+        """Whether this kind of pass can be replayed now."""
         if not self._works or len(self._passes) >= MOST_SHAPES or not self._is_ready():
             return False
+
+        def run(ids_BL: Tensor) -> Outputs:
+            return self._run(ids_BL, kind[1]).tensors()
+
         try:
             self._recorder.check_room()
         except NoRoomError as error:
-            self._came[ids_BL.shape] = 0  # asked again when it has come as often again
+            self._came[kind] = 0  # asked again when it has come as often again
             self._tell("room", f"passes of more lengths are not recorded while memory is short: {error}")
             return False
         try:
             if self._gradients is None:
-                self._gradients = Gradients(self._trained(ids_BL))
-            passes = self._recorder.record(self._run, self._gradients, ids_BL.clone())
-            off = self._try(passes, self._gradients)
+                self._gradients = Gradients(self._trained(run, ids_BL))
+            passes = self._recorder.record(run, self._gradients, ids_BL.clone())
+            off = self._try(run, passes, self._gradients)
         except StudentError:  # layers that must be compiled, and are not
             raise
         except Exception as error:  # whatever it is, a run goes on without
@@ -222,7 +238,7 @@ class GraphedBody:
                 f"recorded passes round otherwise than plain ones here (by {off:.2g} of what they give), so a resumed run will not end with "
                 "the bits of an unbroken one; with model.graphs=false it would",
             )
-        self._passes[ids_BL.shape] = passes
+        self._passes[kind] = passes
         return True
 
     def _tell(self, what: str, sentence: str) -> None:
@@ -231,17 +247,17 @@ class GraphedBody:
             self._told.add(what)
             self._on_trouble(sentence)
 
-    def _trained(self, ids_BL: Tensor) -> list[nn.Parameter]:
+    def _trained(self, run: Body, ids_BL: Tensor) -> list[nn.Parameter]:
         """The parameters that get a gradient; others keep none, so that an optimizer leaves them alone."""
-        state_BLD = self._run(ids_BL)
-        gradients = torch.autograd.grad(state_BLD, self._parameters, torch.zeros_like(state_BLD), allow_unused=True)
+        outputs = run(ids_BL)
+        gradients = gradients_of(outputs, tuple(map(torch.zeros_like, outputs)), self._parameters)
         return [p for p, gradient in zip(self._parameters, gradients, strict=True) if gradient is not None]
 
-    def _try(self, passes: Passes, gradients: Gradients) -> float:
+    def _try(self, run: Body, passes: Passes, gradients: Gradients) -> float:
         """Replays both passes and compares them with the plain ones; leaves the gradients as they were, whatever happens.
 
         Returns:
-            the largest distance of states and gradients, as a share of their norms; 0 if all bits are the same.
+            the largest distance of outputs and gradients, as a share of their norms; 0 if all bits are the same.
 
         Raises:
             RuntimeError: they differ by more than rounding.
@@ -250,15 +266,20 @@ class GraphedBody:
         before = gradients.copied()
         try:
             gradients.zero()
-            plain_BLD = self._run(passes.ids_BL)
-            passes.grad_BLD.copy_(torch.linspace(-1, 1, plain_BLD.numel(), device=plain_BLD.device).view_as(plain_BLD))
-            gradients.add(torch.autograd.grad(plain_BLD, gradients.parameters, passes.grad_BLD, allow_unused=True))
-            expected, plain_BLD = gradients.copied(), plain_BLD.detach()
+            plain = run(passes.ids_BL)
+            for plain_BLD, grad_BLD in zip(plain, passes.grads, strict=True):
+                slope_BLD = torch.linspace(-1, 1, plain_BLD.numel(), device=plain_BLD.device)
+                grad_BLD.copy_(slope_BLD.view_as(plain_BLD))
+            gradients.add(gradients_of(plain, passes.grads, gradients.parameters))
+            expected, plain = gradients.copied(), tuple(plain_BLD.detach() for plain_BLD in plain)
             for _ in range(2):  # the second time over what the first has left behind
                 gradients.zero()
                 passes.forward()
                 passes.backward()
-            state_off = float(_norm(passes.state_BLD - plain_BLD) / _norm(plain_BLD).clamp(min=1e-30))
+            state_off = max(
+                float(_norm(found_BLD - plain_BLD) / _norm(plain_BLD).clamp(min=1e-30))
+                for found_BLD, plain_BLD in zip(passes.outputs, plain, strict=True)
+            )
             gradient_off = gradients.off(expected)
         finally:
             gradients.put(before)
@@ -276,16 +297,17 @@ class _Replay(torch.autograd.Function):
     """Both passes of one micro-batch; `anchor` makes autograd call the second."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, passes: Passes, gradients: Gradients, ids_BL: Tensor) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, passes: Passes, gradients: Gradients, ids_BL: Tensor) -> Outputs:
         ctx.passes, ctx.gradients = passes, gradients
         passes.ids_BL.copy_(ids_BL)
         passes.forward()
-        return passes.state_BLD.detach()
+        return tuple(output_BLD.detach() for output_BLD in passes.outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[None, ...]:
-        ctx.passes.grad_BLD.copy_(grad_BLD)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        for grad_BLD, given_BLD in zip(ctx.passes.grads, grads, strict=True):
+            grad_BLD.copy_(given_BLD)
         ctx.gradients.attach()
         ctx.passes.backward()
         return None, None, None, None

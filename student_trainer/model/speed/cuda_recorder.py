@@ -16,11 +16,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from student_trainer.model.speed.cuda_graphs import Body, Gradients, NoRoomError, Passes
+from student_trainer.model.speed.cuda_graphs import Body, Gradients, NoRoomError, Outputs, Passes, gradients_of
 
 
 class CudaRecorder:
-    """On the current device; see `graphed.Recorder`. What a step needs at most is measured from when it is made."""
+    """On the current device; see `cuda_graphs.Recorder`. What a step needs at most is measured from when it is made."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -49,17 +49,17 @@ class CudaRecorder:
         recording, working = _stream(ids_BL.device), torch.cuda.current_stream()
         recording.wait_stream(working)
         with torch.cuda.stream(recording):  # libraries set up what they need for a stream the first time they see it
-            state_BLD = run(ids_BL)
-            torch.autograd.grad(state_BLD, gradients.parameters, torch.zeros_like(state_BLD), allow_unused=True)
-            del state_BLD
+            outputs = run(ids_BL)
+            gradients_of(outputs, tuple(map(torch.zeros_like, outputs)), gradients.parameters)
+            del outputs
         working.wait_stream(recording)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self._capture(forward, recording):
-            state_BLD = run(ids_BL)
-        grad_BLD = torch.zeros_like(state_BLD, memory_format=torch.contiguous_format)
+            outputs = run(ids_BL)
+        grads = tuple(torch.zeros_like(output, memory_format=torch.contiguous_format) for output in outputs)
         with self._capture(backward, recording):
-            gradients.add(torch.autograd.grad(state_BLD, gradients.parameters, grad_BLD, allow_unused=True))
-        return _CudaPasses(ids_BL, state_BLD.detach(), grad_BLD, forward, backward)
+            gradients.add(gradients_of(outputs, grads, gradients.parameters))
+        return _CudaPasses(ids_BL, tuple(output.detach() for output in outputs), grads, forward, backward)
 
     @contextlib.contextmanager
     def _capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
@@ -102,8 +102,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 @dataclass(frozen=True)
 class _CudaPasses:
     ids_BL: Tensor
-    state_BLD: Tensor
-    grad_BLD: Tensor
+    outputs: Outputs
+    grads: Outputs
     _forward: torch.cuda.CUDAGraph
     _backward: torch.cuda.CUDAGraph
 

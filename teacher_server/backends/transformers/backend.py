@@ -22,24 +22,27 @@ from safetensors import SafetensorError
 from torch import Tensor as Torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from teacher_server.backends import grammar, logits, lora
+from teacher_server.backends import grammar, internlm, logits, lora
 from teacher_server.backends.base import ModelFacts
+from teacher_server.backends.head import Head, offered
 from teacher_server.backends.model_folder import find, fingerprint
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
-from teacher_server.backends.transformers import decoder_runners, internlm, quantized
+from teacher_server.backends.transformers import decoder_runners, quantized
 from teacher_server.backends.transformers.decode_loop import ModelStepper
 from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
 from teacher_server.config.backends import TransformersBackend as Config
 from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
-from teacher_server.signals.reduce import OutputHead, reduce
+from teacher_server.signals.base import Rows
+from teacher_server.signals.reduce import reduce
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
+from teacher_wire.artifacts.messages import Artifact
+from teacher_wire.core.axes import Entries
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.errors import CapabilityError
-from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import HeadHeader, TeacherHead
-from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
+from teacher_wire.core.checked_rows import checked_rows
+from teacher_wire.core.info import ArtifactInfo
+from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, Timing
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +126,7 @@ class TransformersModel:
         if projection is None:
             raise ServerConfigError(f"model {config.model!r} has no output head")
         text, transform = model_config.get_text_config(), logits.transform_of(model_config)
-        self._head = OutputHead(projection.weight, getattr(projection, "bias", None), transform.scale, transform.cap)
+        self._head = Head(projection.weight, getattr(projection, "bias", None), transform.scale, transform.cap)
         self._probe(model)
         alone = {"prefix_min_tokens": 0} if deterministic else {}
         with torch.inference_mode():
@@ -134,7 +137,7 @@ class TransformersModel:
         self._tokenizer = tokenizer
         self._end_ids = end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
-        served_head = self.head() if config.serve_head else None
+        artifacts, transports = offered(self._head, config.serve_head)
         self._facts = ModelFacts(
             model=config.model,
             fingerprint=digest,
@@ -145,8 +148,8 @@ class TransformersModel:
             **tokenizer_identity(tokenizer),
             hidden_size=columns,
             layers=text.num_hidden_layers,
-            head_sha256=served_head.header.sha256 if served_head else "",
-            transports=("top_k", "hidden", "full") if served_head else ("top_k", "full"),
+            artifacts=artifacts,
+            transports=transports,
             max_sequence_tokens=logits.position_limit(model_config),
             generates=self._generates(min(rows, len(tokenizer))),
         )
@@ -182,15 +185,8 @@ class TransformersModel:
             grammars = grammar.Grammars(self._tokenizer, vocab_rows, self._end_ids)
         return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
 
-    def head(self) -> TeacherHead:
-        if not self._config.serve_head:
-            raise CapabilityError("this teacher does not serve its output head", field="head", value=self._config.model)
-        weight = to_wire(self._head.weight_VD.detach().cpu().contiguous())
-        bias = None if self._head.bias_V is None else to_wire(self._head.bias_V.detach().cpu())
-        scale, softcap = self._head.logit_scale, self._head.final_softcap
-        digest = head_sha256(weight, bias, scale, softcap)
-        rows, columns = weight.shape
-        return TeacherHead(HeadHeader(weight.dtype, rows, columns, bias, scale, softcap, digest), weight)
+    def artifact(self, wanted: ArtifactInfo) -> Artifact:
+        return self._head.artifact()
 
     def score(self, jobs: list[Job]) -> list[TeacherSignals]:
         return self.begin(jobs)()
@@ -224,8 +220,10 @@ class TransformersModel:
             stop = start + sum(batch.rows for batch in batches)
             labels_N = np.concatenate([batch.labels_N() for batch in batches])
             extra = [batch.extra_ids_NM for batch in batches if batch.extra_ids_NM is not None]
-            rows_of = HostRows(stop - start, self._chunk_bytes)
-            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec)
+            sequence_N = np.concatenate([batch.sequences_of_rows() + (1 << 32) * i for i, batch in enumerate(batches)])
+            checked_N = np.concatenate([checked_rows(batch) for batch in batches]) if spec.check == "sampled" else None
+            rows_of = self._host_rows(spec, batches)
+            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec, sequence_N, None, checked_N)
             found.append((members, rows_of.end()))
             start = stop
         watch.mark("reduce")
@@ -237,10 +235,14 @@ class TransformersModel:
         """The same, each sequence by itself; all its rows are reduced in chunks from its first, wanted or not."""
         found = []
         for spec, members in groups.items():
-            rows_of = HostRows(sum(jobs[index][0].rows for index in members), self._chunk_bytes)
+            rows_of = self._host_rows(spec, [jobs[index][0] for index in members])
             for batch in (jobs[index][0] for index in members):
                 named_at = 0
-                for ids_L, wanted_L in zip(_sequences(batch), _wanted(batch), strict=True):
+                checked_T = np.zeros(batch.tokens, np.bool_)
+                if spec.check == "sampled":
+                    checked_T[batch.rows_of()] = checked_rows(batch)
+                checked = np.split(checked_T, batch.cu_lengths_B1[1:-1])
+                for ids_L, wanted_L, checked_L in zip(_sequences(batch), _wanted(batch), checked, strict=True):
                     kept_R = wanted_L[:-1]
                     if not kept_R.any():
                         continue
@@ -253,7 +255,8 @@ class TransformersModel:
                         named_at += int(kept_R.sum())
                         extra = [named_RM]
                     labels_R = np.where(kept_R, ids_L[1:], 0)  # others' may lie outside the spec's vocabulary
-                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, kept_R)
+                    checked_R = checked_L[:-1] if spec.check == "sampled" else None
+                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, None, kept_R, checked_R)
                     watch.mark("reduce")
             found.append((members, rows_of.end()))
         return found
@@ -265,11 +268,22 @@ class TransformersModel:
         labels_R: np.ndarray,
         extra: list[np.ndarray],
         spec: SignalSpec,
-        kept_R: np.ndarray | None = None,
+        sequence_R: np.ndarray | None,
+        kept_R: np.ndarray | None,
+        checked_R: np.ndarray | None,
     ) -> None:
         labels = to_device(labels_R, self._device).long()
         named = to_device(np.concatenate(extra), self._device).long() if extra else None
-        reduce(self._head, hidden_RD, labels, named, spec, self._chunk_bytes, kept_R, into)
+        rows = Rows(hidden_RD, labels, named, sequence_R, kept_R, checked_R)
+        reduce(self._head, rows, spec, self._chunk_bytes, into)
+
+    def _host_rows(self, spec: SignalSpec, batches: list[TokenBatch]) -> HostRows:
+        """Room on the host for one answer about several batches."""
+        axes = {part.axis for part in spec.fields(self._shape(spec))}
+        return HostRows(Entries.totals(batches, axes), self._chunk_bytes)
+
+    def _shape(self, spec: SignalSpec) -> AnswerShape:
+        return AnswerShape(spec.vocab_rows, self._facts.hidden_size, self._facts.dtype)
 
     def _answers(
         self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: _Stopwatch
@@ -277,13 +291,10 @@ class TransformersModel:
         answers: dict[int, TeacherSignals] = {}
         for members, copy in copies:
             spec = jobs[members[0]][1]
-            tensors = {name: to_wire(host, _ids_below(name, spec)) for name, host in copy.wait().items()}
-            together = TeacherSignals.of(tensors, self._facts.fingerprint)
-            start = 0
-            for index in members:
-                stop = start + jobs[index][0].rows
-                answers[index] = together.slice(start, stop)
-                start = stop
+            types = {part.name: part.dtype for part in spec.fields(self._shape(spec))}
+            tensors = {name: to_wire(host, types[name]) for name, host in copy.wait().items()}
+            together = TeacherSignals(tensors, self._facts.fingerprint)
+            answers |= dict(zip(members, together.divide([jobs[index][0] for index in members]), strict=True))
         spent = watch.us()
         timing = Timing(
             forward_us=spent.get("forward", 0),
@@ -341,11 +352,6 @@ class TransformersModel:
         said = logits.disagreement(own_BLV, ours_BLV, state_BLD, self._config.dtype)
         if said:
             raise ServerConfigError(f"{kind}: {said}; this architecture is not supported, its labels would be wrong")
-
-
-def _ids_below(name: str, spec: SignalSpec) -> int:
-    """The bound of an id tensor: channels of a state, or tokens."""
-    return 1 << 16 if name == "outlier_ids_NO" else spec.vocab_rows
 
 
 def _sequences(batch: TokenBatch) -> list[np.ndarray]:

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from teacher_server.backends import grammar
+from teacher_server.backends import grammar, internlm
 from teacher_server.backends.base import ModelFacts
-from teacher_server.backends.head import Head, label_logp, load_head, reduce
+from teacher_server.backends.head import Head, label_logp, load_head, offered, reduce
 from teacher_server.backends.model_folder import find, fingerprint
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
-from teacher_server.backends.transformers import internlm
 from teacher_server.backends.vllm.architectures import check_known
 from teacher_server.backends.vllm.states import StatesUnderWay
 from teacher_server.backends.vllm.writing import EngineGeneration, Writer, refuse_sampling, sample_seed
@@ -34,9 +33,10 @@ from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import OnThread
 from teacher_server.decoding.sequence_queue import Sequence
 from teacher_server.errors import ServerConfigError
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, LimitError, RequestError, TeacherWireError
-from teacher_wire.core.info import TeacherHead
+from teacher_wire.core.info import ArtifactInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
 from teacher_wire.core.tensor import DTYPES
 from teacher_wire.generate.messages import Sample, SamplingSpec
@@ -196,7 +196,7 @@ class VllmModel:
             raise
         text = model_config.get_text_config()
         rows, columns = head.weight_VD.shape
-        scores = "score" in engines
+        artifacts, transports = offered(head, config.serve_head) if "score" in engines else ((), ())
         self._facts = ModelFacts(
             model=config.model,
             # Labels of two backends differ by rounding: they are two teachers to caches and to runs that resume.
@@ -208,8 +208,8 @@ class VllmModel:
             **tokenizer_identity(tokenizer),
             hidden_size=columns,
             layers=text.num_hidden_layers,
-            head_sha256=head.on_wire().header.sha256 if scores and config.serve_head else "",
-            transports=_transports(config) if scores else (),
+            artifacts=artifacts,
+            transports=transports,
             max_sequence_tokens=min(engine.max_model_len for engine in engines.values()),
             generates=self._generates(),
         )
@@ -223,10 +223,8 @@ class VllmModel:
             return ()
         return ("tokens", "json_schema") if "score" in self._engines else ("tokens",)
 
-    def head(self) -> TeacherHead:
-        if not self._facts.head_sha256:
-            raise CapabilityError("this teacher does not serve its output head", field="head", value=self._config.model)
-        return self._head.on_wire()
+    def artifact(self, wanted: ArtifactInfo) -> Artifact:
+        return self._head.artifact()
 
     # ------------------------------------------------------------------ score
 
@@ -266,11 +264,12 @@ class VllmModel:
             CapabilityError, LimitError, RequestError: naming field, value and limit.
         """
         facts = self._facts
-        if spec.transport not in facts.transports:
-            raise CapabilityError(
-                "this backend does not give this signal",
-                field="transport", value=spec.transport, limit="|".join(facts.transports),
-            )  # fmt: skip
+        for kind in spec.kinds:
+            if kind not in facts.transports:
+                raise CapabilityError(
+                    "this backend does not give this signal",
+                    field="signal", value=kind, limit="|".join(facts.transports),
+                )  # fmt: skip
         answer_bytes = batch.rows * spec.row_bytes(facts.hidden_size, DTYPES[facts.dtype][1])
         for field, value, limit in (
             ("vocab_rows", spec.vocab_rows, facts.vocab_rows),
@@ -376,7 +375,3 @@ class VllmModel:
     def close(self) -> None:
         """Ends all engines."""
         _close(self._engines, self._loop)
-
-
-def _transports(config: Config) -> tuple[str, ...]:
-    return ("top_k", "hidden", "full") if config.serve_head else ("top_k", "full")

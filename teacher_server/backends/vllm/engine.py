@@ -61,12 +61,10 @@ class Load:
 
     Attributes:
         running, waiting: sequences.
-        kv_cache_usage: part of the cache in use, from 0 to 1.
     """
 
     running: int = 0
     waiting: int = 0
-    kv_cache_usage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,6 @@ class _LoadLogger(StatLoggerBase):
         if scheduler_stats is not None:
             self._load.running = scheduler_stats.num_running_reqs
             self._load.waiting = scheduler_stats.num_waiting_reqs
-            self._load.kv_cache_usage = scheduler_stats.kv_cache_usage
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.data.batch_plan import OrderedDataset, RunOrder
+from student_trainer.data.batch_plan import RunOrder
 
 
 def order(n, batch_size=2, accumulation=2, epochs=1.0, max_steps=None, seed=0):
@@ -34,10 +34,5 @@ def test_seeds_and_epochs_differ():
     assert runs[0][:100] != runs[0][100:]
 
 
-def test_the_data_loader_sees_what_the_feed_asks_for():
-    run = order(7, max_steps=5)
-    seen = OrderedDataset([f"row{i}" for i in range(7)], run)
-    read = [seen[p] for p in range(len(seen))]
-    asked = [f"row{i}" for number in range(run.batches) for i in run.batch(number)]
-    assert read == asked
-    assert run.epoch_at(7) == 4.0
+def test_passes_over_the_data_are_counted():
+    assert order(7, max_steps=5).epoch_at(7) == 4.0

@@ -18,8 +18,8 @@ from student_trainer.evaluation.report import (
     paired,
     print_table,
     reading,
-    write_report,
 )
+from student_trainer.evaluation.report_folder import write_report
 
 
 def results(**gkd: float) -> Results:

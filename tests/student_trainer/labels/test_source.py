@@ -12,19 +12,19 @@ from student_trainer.labels.service import LabelDesk
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError, ServerError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.budget import files_of
 from teacher_wire.labels.store import LabelStore, label_keys
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from tests.teacher_wire.labels.labels_of import assert_same_labels
 
 SPECS = [
-    SignalSpec("hidden", 64),
-    SignalSpec("hidden", 64, compression="int8"),
-    SignalSpec("full", 64),
-    SignalSpec("top_k", 64, k=9),
+    spec_of("hidden", 64),
+    spec_of("hidden", 64, reduction="int8"),
+    spec_of("full", 64),
+    spec_of("top_k", 64, k=9),
 ]
 
 
@@ -60,7 +60,7 @@ def request(*numbers, **changes):
     return LabelRequest(batch, tuple(f"row {n}" for n in numbers))
 
 
-@pytest.fixture(params=SPECS, ids=lambda spec: f"{spec.transport}-{spec.compression}")
+@pytest.fixture(params=SPECS, ids=lambda spec: repr(spec.signals))
 def spec(request):
     return request.param
 
@@ -108,12 +108,13 @@ def test_what_is_on_disk_needs_no_connection(store, spec):
         desk.source(fake.teacher_info(), spec), lambda number: request(1 - number, number),
         first=0, count=2, max_bytes=1 << 30, max_batches=10,
     )  # fmt: skip
-    bounds = request(0, 1).batch.row_bounds_B1
-    backwards = [first.signals.slice(bounds[b], bounds[b + 1]) for b in (1, 0)]
-    assert_same_labels(feed.take(0).ready, type(first.signals).join(backwards))
-    assert_same_labels(feed.take(1).ready, first.signals)
+    backwards = first.signals.cut(request(0, 1).batch)[::-1]
+    taken = [feed.take(0), feed.take(1)]
+    assert_same_labels(taken[0].ready, type(first.signals).join(backwards))
+    assert_same_labels(taken[1].ready, first.signals)
     feed.close()
-    assert feed.stats.usage == LabelUsage(disk_sequences=4, disk_tokens=80) and feed.stats.usage.disk_share == 1.0
+    assert all(one.usage == LabelUsage(disk_sequences=2, disk_tokens=40) for one in taken)
+    assert desk.usage == LabelUsage(disk_sequences=4, disk_tokens=80) and desk.usage.disk_share == 1.0
 
 
 def test_every_sequence_is_asked_for_once_however_often_it_is_under_way(store):
@@ -152,7 +153,7 @@ def test_a_fickle_teacher_is_believed_once(store):
         (later,), _ = labels_of(server.address, fake, store, [request(0, 1)])
         assert_same_labels(later.signals, first.signals)
         (without,), _ = labels_of(server.address, fake, None, [request(0, 1)])
-        assert without.signals.hidden_ND.array.tobytes() != first.signals.hidden_ND.array.tobytes()
+        assert without.signals["hidden_ND"].array.tobytes() != first.signals["hidden_ND"].array.tobytes()
 
 
 def test_damaged_labels_are_fetched_again_and_counted(store):
@@ -182,14 +183,14 @@ def test_a_sequence_without_a_row_has_no_labels(store):
 
 
 def test_named_ids_are_part_of_the_question(store):
-    spec = SignalSpec("top_k", 64, k=4, extra=2)
+    spec = spec_of("top_k", 64, k=4, extra=2)
     rows = request(0).batch.rows
     named = [np.tile(np.array(pair, np.int32), (rows, 1)) for pair in ((1, 2), (3, 4))]
     fake = Recorder()
     with serve(fake) as server:
         for extra in (named[0], named[1], named[0]):
             (found,), _ = labels_of(server.address, fake, store, [request(0, extra_ids_NM=extra)], spec)
-            assert all(set(extra[0]) <= set(row) for row in found.signals.topk_ids_NK.array.tolist())
+            assert all(set(extra[0]) <= set(row) for row in found.signals["topk_ids_NK"].array.tolist())
     assert fake.calls == 3 and not list(files_of(store.folder)), "no later step names the same: they are not kept"
 
 

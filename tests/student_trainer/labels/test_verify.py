@@ -8,15 +8,15 @@ import pytest
 from student_trainer.labels.verify import check_signals
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.core.tensor import float32
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher, _spoil
 
 SPECS = {
-    "top_k": SignalSpec("top_k", 64, k=6),
-    "all_kept": SignalSpec("top_k", 64, k=64),
-    "full": SignalSpec("full", 64),
-    "hidden": SignalSpec("hidden", 64),
+    "top_k": spec_of("top_k", 64, k=6),
+    "all_kept": spec_of("top_k", 64, k=64),
+    "full": spec_of("full", 64),
+    "hidden": spec_of("hidden", 64),
 }
 NAMES = ("rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3")
 
@@ -60,15 +60,15 @@ def test_another_sequences_labels_are_refused(transport):
 def test_one_bad_row_is_found_and_placed():
     spec = SPECS["full"]
     signals = FakeTeacher().signals(spec, batch())
-    logits = signals.logits_NV.array.copy()
+    logits = signals["logits_NV"].array.copy()
     logits[13] += np.linspace(-3, 3, 64)  # 11 rows of sequence 0, so row 2 of sequence 1
     with pytest.raises(LabelError, match=r"rows\.jsonl:2, row 2: .*1 of 38"):
-        check_signals(replace(signals, logits_NV=float32(logits)), spec, batch(), NAMES)
+        check_signals(replace(signals, tensors=signals.tensors | {"logits_NV": float32(logits)}), spec, batch(), NAMES)
 
 
 def test_an_id_beyond_the_vocabulary_is_refused():
     spec = SPECS["top_k"]
     signals = FakeTeacher().signals(spec, batch())
-    narrow = SignalSpec("top_k", 20, k=6)
+    narrow = spec_of("top_k", 20, k=6)
     with pytest.raises(LabelError, match="outside the vocabulary"):
         check_signals(signals, narrow, batch(), NAMES)

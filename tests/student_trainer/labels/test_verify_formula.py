@@ -9,17 +9,18 @@ from student_trainer.labels import verify
 from student_trainer.labels.verify import LOGP_TOLERANCE, MASS_TOLERANCE, check_signals
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
+from teacher_wire.score.signals import spec_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def plain_formulas(signals, spec, batch, report):
     """Every row and entry in int64 and float64, as it was first written."""
-    ids_NK = signals.topk_ids_NK.array.astype(np.int64)
-    logits_NK = signals.topk_logits_NK.as_float32()
-    lse_N, label_N, tail_N = signals.lse_N.array, signals.label_logp_N.array, signals.tail_logp_N.array
+    ids_NK = signals["topk_ids_NK"].array.astype(np.int64)
+    logits_NK = signals["topk_logits_NK"].as_float32()
+    lse_N, label_N, tail_N = signals.lse_N.array, signals.label_logp_N.array, signals["tail_logp_N"].array
     top_N = ids_NK.max(-1)
     report.refuse(top_N >= spec.vocab_rows, "topk_ids", "an id outside the vocabulary", top_N, spec.vocab_rows - 1)
     report.refuse(~np.isfinite(logits_NK).all(-1), "topk_logits", "holds NaN or infinity", lse_N)
@@ -44,7 +45,7 @@ def plain_formulas(signals, spec, batch, report):
         difference_N,
         LOGP_TOLERANCE,
     )
-    above_N = ~kept_N & (label_N > logits_NK[:, spec.k - 1] - lse_N + LOGP_TOLERANCE)
+    above_N = ~kept_N & (label_N > logits_NK[:, spec.signals[0].k - 1] - lse_N + LOGP_TOLERANCE)
     report.refuse(
         above_N,
         "label_logp",
@@ -62,7 +63,7 @@ def bits_of(values, dtype):
 
 def right_answer(rng, vocab_rows, k, extra, dtype, scale, sequences=2):
     """Labels of random logits over a small or sparse vocabulary, what they are about and what was asked."""
-    spec = SignalSpec("top_k", vocab_rows, k=k, extra=extra)
+    spec = spec_of("top_k", vocab_rows, k=k, extra=extra)
     ids = [rng.integers(0, vocab_rows, rng.integers(2, 9)).tolist() for _ in range(sequences)]
     batch = TokenBatch.pack(ids)
     rows = batch.rows
@@ -161,7 +162,7 @@ def test_the_same_verdict_as_the_plain_formulas(dtype, mistake):
         tensors, spec, batch = right_answer(rng, *shape, dtype, scale)
         spoil(rng, tensors, mistake, size, spec.vocab_rows)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            found, expected = both(monkeypatch, TeacherSignals.of(tensors), spec, batch)
+            found, expected = both(monkeypatch, TeacherSignals(tensors), spec, batch)
         assert found == expected
         seen.add(expected[1] if expected != "passed" else expected)
 
@@ -182,7 +183,7 @@ def test_a_mass_at_the_very_edge_is_decided_as_in_float64(monkeypatch):
         kept_N = np.exp(logits_NK - lse_N[:, None]).sum(-1)
         edge = 1 + MASS_TOLERANCE * rng.choice([-1, 1]) + rng.normal(0, 1e-7)
         tensors["tail_logp_N"].array[:] = np.log(edge - kept_N)
-        found, expected = both(monkeypatch, TeacherSignals.of(tensors), spec, batch)
+        found, expected = both(monkeypatch, TeacherSignals(tensors), spec, batch)
         assert found == expected
         verdicts.add(expected == "passed")
     assert verdicts == {True, False}

@@ -13,7 +13,8 @@ from student_trainer.errors import ConfigError
 from student_trainer.losses.divergence import KINDS, Divergence, advice, divergence_and_grad
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import FLOAT32
-from student_trainer.losses.output import OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import FullRows, HiddenRows
 from tests.student_trainer.losses import oracle, second_oracles
 

@@ -13,7 +13,8 @@ from student_trainer.losses import fused
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.losses.output import OutputLoss, OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import OutputLoss, output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows
 from tests.student_trainer.losses.worlds import World, world
 

@@ -9,7 +9,8 @@ import torch
 
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import BFLOAT16, CHANCE, FLOAT32, Integrity, Tally, TeacherHeadMismatch, forgiven
-from student_trainer.losses.output import OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import TeacherRows
 from teacher_wire.core.errors import LabelError
 from tests.student_trainer.losses.worlds import World, world

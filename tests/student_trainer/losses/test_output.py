@@ -10,7 +10,8 @@ from torch import Tensor
 from student_trainer.errors import ConfigError, DataError
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head, Lora
-from student_trainer.losses.output import OutputLoss, OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import OutputLoss, output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import TopKRows
 from tests.student_trainer.losses import oracle
 from tests.student_trainer.losses.worlds import world
@@ -247,8 +248,8 @@ def test_masked_rows_are_never_read() -> None:
 def test_nothing_is_computed_for_the_backward_pass_under_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = W.hidden_ND.clone().requires_grad_(), W.weight_VD.clone().requires_grad_()
     want = run(Head(weight), hidden=hidden).total.detach()
-    monkeypatch.setattr("student_trainer.losses.output.project_back", None)
-    monkeypatch.setattr("student_trainer.losses.output.add_outer", None)
+    monkeypatch.setattr("student_trainer.losses.output.gradients.project_back", None)
+    monkeypatch.setattr("student_trainer.losses.output.gradients.add_outer", None)
     with torch.no_grad():
         total = run(Head(weight), hidden=hidden).total
     assert not total.requires_grad

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from student_trainer.config.run import LoraSettings, ModelConfig
+from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import Student, load_student, quicken
 from student_trainer.model.speed import compiled

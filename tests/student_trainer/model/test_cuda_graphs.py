@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from student_trainer.config.run import LoraSettings, ModelConfig
+from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import load_student
 from student_trainer.model.speed import cuda_graphs
@@ -29,19 +29,21 @@ class Rerun:
     def __init__(self, run, gradients, ids_BL, fault):
         Rerun.made += 1
         self._run, self._gradients, self._fault = run, gradients, fault
-        self._state = run(ids_BL)
-        self.ids_BL, self.state_BLD = ids_BL, self._state.detach().clone()
-        self.grad_BLD = torch.zeros_like(self.state_BLD)
+        self._outputs = run(ids_BL)
+        self.ids_BL, self.outputs = ids_BL, tuple(output.detach().clone() for output in self._outputs)
+        self.grads = tuple(torch.zeros_like(output) for output in self.outputs)
 
     def forward(self):
         if self._fault == "breaks":
             raise torch.OutOfMemoryError("CUDA out of memory")
         with torch.enable_grad():
-            self._state = self._run(self.ids_BL)
-        self.state_BLD.copy_(self._state.detach() * {"wrong": 1.1, "rounds": 1 + 1e-6}.get(self._fault, 1))
+            self._outputs = self._run(self.ids_BL)
+        factor = {"wrong": 1.1, "rounds": 1 + 1e-6}.get(self._fault, 1)
+        for kept, output in zip(self.outputs, self._outputs, strict=True):
+            kept.copy_(output.detach() * factor)
 
     def backward(self):
-        grads = torch.autograd.grad(self._state, self._gradients.parameters, self.grad_BLD, allow_unused=True)
+        grads = cuda_graphs.gradients_of(self._outputs, self.grads, self._gradients.parameters)
         if self._fault == "forgets":
             smallest = min(
                 range(len(grads)), key=lambda i: float("inf") if grads[i] is None else float(grads[i].norm())
@@ -96,14 +98,14 @@ def test_the_plain_gradients_over_windows_and_shapes(model_factory, lora):
     student = student_of(model_factory("qwen2"), lora)
     plain = copy.deepcopy(student)
     told = []
-    body = cuda_graphs.GraphedBody(student.states, trained(student), Rerunner(), told.append, worth=2)
+    body = cuda_graphs.GraphedBody(student.forward, trained(student), Rerunner(), told.append, worth=2)
     generator = torch.Generator().manual_seed(0)
     for window in range(3):  # gradients of a window add up, and are taken away at its end
         for shape in SHAPES:
             ids_BL = torch.randint(0, 300, shape, generator=generator)
             weight_BLD = torch.randn(*shape, 32, generator=generator)
-            for states in (body, plain.states):
-                (states(ids_BL) * weight_BLD).sum().backward()
+            for run in (body, plain.forward):
+                (run(ids_BL).final_BLD * weight_BLD).sum().backward()
         expected = {name: p.grad for name, p in plain.model.named_parameters() if p.grad is not None}
         found = dict(student.model.named_parameters())
         for name, grad in expected.items():
@@ -129,11 +131,11 @@ def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(mode
     plain = copy.deepcopy(student)
     told = []
     recorder = Rerunner(fault)
-    body = cuda_graphs.GraphedBody(student.states, trained(student), recorder, told.append, worth=2)
+    body = cuda_graphs.GraphedBody(student.forward, trained(student), recorder, told.append, worth=2)
     for number in range(4):
         ids_BL = torch.arange(32).reshape(2, 16) + number
-        for states in (body, plain.states):
-            (states(ids_BL) ** 2).sum().backward()
+        for run in (body, plain.forward):
+            (run(ids_BL).final_BLD ** 2).sum().backward()
     for one, other in zip(trained(student), trained(plain), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     assert body.recorded == 0 and recorder.settled == 1
@@ -142,7 +144,7 @@ def test_what_cannot_be_recorded_or_replays_wrongly_is_told_and_run_as_ever(mode
 
 def test_what_a_user_has_to_mend_is_not_hidden(model_factory):
     student = student_of(model_factory("qwen2"), {"rank": 4})
-    body = cuda_graphs.GraphedBody(student.states, trained(student), Rerunner("refused"), pytest.fail, worth=1)
+    body = cuda_graphs.GraphedBody(student.forward, trained(student), Rerunner("refused"), pytest.fail, worth=1)
     with pytest.raises(ModelError):
         body(torch.arange(32).reshape(2, 16))
 
@@ -151,7 +153,7 @@ def test_what_there_is_no_room_for_is_recorded_when_there_is(model_factory):
     student = student_of(model_factory("qwen2"), {"rank": 4})
     told, recorder, ready = [], Rerunner("full"), [False]
     body = cuda_graphs.GraphedBody(
-        student.states, trained(student), recorder, told.append, is_ready=lambda: ready[0], worth=2
+        student.forward, trained(student), recorder, told.append, is_ready=lambda: ready[0], worth=2
     )
     for number in range(1, 12):
         body(torch.arange(32).reshape(2, 16))
@@ -165,7 +167,7 @@ def test_what_there_is_no_room_for_is_recorded_when_there_is(model_factory):
 def test_replays_that_round_otherwise_are_told_of_where_bits_matter(model_factory, fault, deterministic):
     student = student_of(model_factory("qwen2"), {"rank": 4})
     told = []
-    body = cuda_graphs.GraphedBody(student.states, trained(student), Rerunner(fault), told.append, worth=1)
+    body = cuda_graphs.GraphedBody(student.forward, trained(student), Rerunner(fault), told.append, worth=1)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:

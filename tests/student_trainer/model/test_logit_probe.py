@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_trainer.config.run import ModelConfig
+from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model import logit_probe
 from student_trainer.model.load import load_student

@@ -11,9 +11,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from student_trainer.config.run import ModelConfig
+from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
-from student_trainer.losses.output import OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.model import precision
 from student_trainer.model.load import load_student
 from student_trainer.training.run import train

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from student_trainer.config.run import LabelConfig
+from student_trainer.config.teachers import LabelConfig
 from student_trainer.errors import ConfigError
+from student_trainer.findings import Findings
 from student_trainer.teachers.handshake import StudentFacts, agree
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
 INFO = FakeTeacher(tokenizer_sha256="t" * 64, chat_template_sha256="c" * 64).teacher_info()
@@ -19,15 +20,19 @@ STUDENT = StudentFacts(
 
 def meet(info=INFO, student=STUDENT, labels=None, **changes):
     return agree(
-        info, student, labels or LabelConfig(), **{"asked_by": "loss.output (jsd)", "longest": ("f:1", 10), **changes}
+        info,
+        student,
+        labels or LabelConfig(),
+        Findings(),
+        **{"asked_by": "loss.output (jsd)", "longest": ("f:1", 10), **changes},
     )
 
 
 def test_the_vocabulary_is_what_all_three_share():
-    assert meet() == SignalSpec("hidden", 60)
+    assert meet() == spec_of("hidden", 60)
     assert meet(student=replace(STUDENT, tokenizer_size=1000)).vocab_rows == 62
     assert meet(student=replace(STUDENT, tokenizer_size=1000, vocab_rows=1000)).vocab_rows == 64
-    assert meet(labels=LabelConfig(transport="top_k", k=5)) == SignalSpec("top_k", 60, k=5)
+    assert meet(labels=LabelConfig(transport="top_k", k=5)) == spec_of("top_k", 60, k=5)
 
 
 @pytest.mark.parametrize(

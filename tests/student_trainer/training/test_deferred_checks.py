@@ -9,7 +9,7 @@ import torch
 from student_trainer.errors import NonFiniteError, RunError
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMismatch
-from student_trainer.training import checkpoint
+from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.deferred_checks import ON_THEIR_WAY, Verdicts
 from student_trainer.training.run import _name_bad_labels
 from teacher_wire.core.batch import TokenBatch

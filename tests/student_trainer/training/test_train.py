@@ -17,12 +17,12 @@ from student_trainer.errors import ConfigError, RunError
 from student_trainer.labels.packing import pack
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.model.load import load_student
-from student_trainer.training import checkpoint
+from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.metrics import TIMED
 from student_trainer.training.run import train
 from student_trainer.training.trainer import learning_rate_share
 from teacher_wire.core.errors import LabelError, MismatchError
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 
@@ -137,7 +137,7 @@ def test_the_first_loss_is_the_divergence_of_student_and_teacher(config_of, fake
     for index in [i for number in range(2) for i in order.batch(number)]:
         packed = pack([data[index].example]).batch
         teacher = (
-            torch.from_numpy(fake.signals(SignalSpec("full", vocab), packed).logits_NV.array).double().log_softmax(-1)
+            torch.from_numpy(fake.signals(spec_of("full", vocab), packed)["logits_NV"].array).double().log_softmax(-1)
         )
         with torch.no_grad():
             logits = student.model(torch.from_numpy(packed.token_ids_T).long()[None]).logits[
@@ -255,15 +255,15 @@ def test_a_run_is_not_resumed_on_other_rows_or_from_other_weights(tmp_path, mode
 
 def test_auto_keeps_to_its_choice_over_a_resumption(config_of, monkeypatch):
     """The link is measured anew; a run must not change its labels for it."""
-    from student_trainer.config.run import LabelConfig
-    from student_trainer.teachers import session
+    from student_trainer.config.teachers import LabelConfig
+    from student_trainer.teachers import trial
 
     config = config_of(labels={"transport": "auto"})
     chosen = LabelConfig(transport="hidden", compression="int8")
-    monkeypatch.setattr(session, "choose", lambda *args, **kwargs: (chosen, "slow today"))
+    monkeypatch.setattr(trial, "choose", lambda *args, **kwargs: (chosen, "slow today"))
     train(config, console=QUIET)
     (config.run.output_dir / "result.json").unlink()
-    monkeypatch.setattr(session, "choose", lambda *args, **kwargs: pytest.fail("it has been chosen"))
+    monkeypatch.setattr(trial, "choose", lambda *args, **kwargs: pytest.fail("it has been chosen"))
     train(config, resume=True, console=QUIET)
 
 
@@ -417,7 +417,7 @@ def test_students_of_every_family(tmp_path, model_factory, rows_file, family):
 
 
 def test_learning_rate_is_a_function_of_the_step():
-    from student_trainer.config.run import OptimizationConfig
+    from student_trainer.config.training import OptimizationConfig
 
     settings = OptimizationConfig(warmup_steps=4, schedule="cosine", min_lr_share=0.1)
     shares = [learning_rate_share(step, 20, settings) for step in range(21)]

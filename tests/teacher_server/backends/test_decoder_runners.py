@@ -12,17 +12,17 @@ import torch
 from teacher_server.backends.transformers import attention, decoder_runners
 from teacher_server.backends.transformers.fused import FusedBody
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
 from tests.teacher_server.backends.test_transformers import FAMILIES, TOLERANCE, backend, direct_logits, sequences
 
 PROMPT = sequences(seed=7, lengths=(40,))[0]
 MIXED = [*sequences(lengths=(3, 40, 2, 17)), *(PROMPT + tail for tail in sequences(seed=8, lengths=(2, 5, 30, 5)))]
-FULL = SignalSpec("full", 300)
+FULL = spec_of("full", 300)
 
 
 def logits(teacher, rows):
     (signals,) = teacher.score([(TokenBatch.pack(rows), FULL)])
-    return torch.from_numpy(signals.logits_NV.as_float32())
+    return torch.from_numpy(signals["logits_NV"].as_float32())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from student_trainer.config.run import ModelConfig
+from student_trainer.config.model import ModelConfig
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.labels.rows_on_device import head_on
 from student_trainer.model.load import load_student
@@ -20,7 +20,8 @@ from teacher_server.config.server import ServerConfig
 from teacher_server.control.preflight import check_files
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
+from tests.tiny import head_of
 
 CHANGED = [
     "falcon_h1",
@@ -44,9 +45,9 @@ def teacher(folder, dtype="float32"):
 def served(model):
     """Logits by `full` and by states and head, as a student computes them."""
     batch = TokenBatch.pack(ROWS)
-    full, hidden = model.score([(batch, SignalSpec("full", 300)), (batch, SignalSpec("hidden", 300))])
-    head = head_on(model.head(), 300, torch.device("cpu"))
-    return to_torch(full.logits_NV).float(), head.logits(to_torch(hidden.hidden_ND)).float()
+    full, hidden = model.score([(batch, spec_of("full", 300)), (batch, spec_of("hidden", 300))])
+    head = head_on(head_of(model), 300, torch.device("cpu"))
+    return to_torch(full["logits_NV"]).float(), head.logits(to_torch(hidden["hidden_ND"])).float()
 
 
 def direct(model):
@@ -61,8 +62,8 @@ def test_labels_are_the_models_own_logits(model_factory, family):
     model = teacher(folder)
     for found in served(model):
         torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
-    header = model.head().header
-    assert (header.logit_scale != 1 or header.final_softcap > 0) == (family in CHANGED)
+    head = head_of(model)
+    assert (head.logit_scale != 1 or head.final_softcap > 0) == (family in CHANGED)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,7 +5,6 @@ bfloat16 models 0.15, about three steps of bfloat16 at that magnitude.
 """
 
 import hashlib
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +17,8 @@ from teacher_server.backends.transformers.backend import load
 from teacher_server.config.backends import TransformersBackend
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import spec_of
+from tests.tiny import head_of
 
 FAMILIES = ["qwen2", "llama", "internlm3", "glm", "glm4", "gemma2", "cohere", "granite"]
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15}
@@ -52,11 +52,11 @@ def test_labels_equal_the_model_called_directly(model_factory, family, dtype):
     expected = direct_logits(folder, rows, dtype)
     near = {"atol": TOLERANCE[dtype], "rtol": 0}
     hidden, full, top = teacher.score(
-        [(batch, SignalSpec("hidden", 300)), (batch, SignalSpec("full", 300)), (batch, SignalSpec("top_k", 300, k=9))]
+        [(batch, spec_of("hidden", 300)), (batch, spec_of("full", 300)), (batch, spec_of("top_k", 300, k=9))]
     )
-    head = head_on(teacher.head(), 300, torch.device("cpu"))
-    torch.testing.assert_close(head.logits(to_torch(hidden.hidden_ND)).float(), expected, **near)
-    served = to_torch(full.logits_NV).float()
+    head = head_on(head_of(teacher), 300, torch.device("cpu"))
+    torch.testing.assert_close(head.logits(to_torch(hidden["hidden_ND"])).float(), expected, **near)
+    served = to_torch(full["logits_NV"]).float()
     torch.testing.assert_close(served, expected, **near)
     logp = served.double().log_softmax(-1)
     torch.testing.assert_close(to_torch(full.lse_N).double(), served.double().logsumexp(-1), atol=1e-4, rtol=0)
@@ -66,45 +66,44 @@ def test_labels_equal_the_model_called_directly(model_factory, family, dtype):
     )
     # top-k: ids and values exactly those of the served distribution, tail mass within 1e-4
     order = np.lexsort((np.broadcast_to(np.arange(300), served.shape), -served.numpy()), axis=-1)[:, :9]
-    np.testing.assert_array_equal(top.topk_ids_NK.array, order)
-    np.testing.assert_array_equal(top.topk_logits_NK.as_float32(), np.take_along_axis(served.numpy(), order, -1))
+    np.testing.assert_array_equal(top["topk_ids_NK"].array, order)
+    np.testing.assert_array_equal(top["topk_logits_NK"].as_float32(), np.take_along_axis(served.numpy(), order, -1))
     kept = logp.exp().gather(-1, torch.from_numpy(order.copy())).sum(-1)
-    np.testing.assert_allclose(np.exp(top.tail_logp_N.array), 1 - kept, atol=1e-4)
+    np.testing.assert_allclose(np.exp(top["tail_logp_N"].array), 1 - kept, atol=1e-4)
 
 
 def test_alone_or_in_company_labels_agree(model_factory):
     teacher = backend(model_factory("qwen2"))
     rows = sequences()
-    spec = SignalSpec("full", 300)
+    spec = spec_of("full", 300)
     (together,) = teacher.score([(TokenBatch.pack(rows), spec)])
     shared = teacher.score([(TokenBatch.pack([row]), spec) for row in rows])
     alone = [teacher.score([(TokenBatch.pack([row]), spec)])[0] for row in rows]
     for parts in (shared, alone):
-        joined = np.concatenate([part.logits_NV.array for part in parts])
-        np.testing.assert_allclose(joined, together.logits_NV.array, atol=TOLERANCE["float32"])
+        joined = np.concatenate([part["logits_NV"].array for part in parts])
+        np.testing.assert_allclose(joined, together["logits_NV"].array, atol=TOLERANCE["float32"])
 
 
 SPECS = [
-    SignalSpec("full", 300),
-    SignalSpec("top_k", 290, k=5),
-    SignalSpec("top_k", 300, k=5, extra=2),
-    SignalSpec("hidden", 300),
-    SignalSpec("hidden", 300, compression="int8"),
+    spec_of("full", 300),
+    spec_of("top_k", 290, k=5),
+    spec_of("top_k", 300, k=5, extra=2),
+    spec_of("hidden", 300),
+    spec_of("hidden", 300, reduction="int8"),
 ]
 
 
 def by_sequence(signals, batch, rows):
     """The bytes of each sequence's answer, by its ids."""
-    bounds = np.concatenate([[0], np.cumsum([len(row) - 1 for row in rows])])
-    parts = [signals.slice(int(a), int(b)) for a, b in pairwise(bounds)]
+    parts = signals.cut(batch)
     return {
-        tuple(row): {n: t.array.tobytes() for n, t in part.tensors().items()}
+        tuple(row): {n: t.array.tobytes() for n, t in part.tensors.items()}
         for row, part in zip(rows, parts, strict=True)
     }
 
 
 @pytest.mark.parametrize("settings", [{}, {"layers": "fused"}, {"packing": "off"}], ids=["packed", "fused", "padded"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.transport}{s.extra or ''}_{s.compression}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: repr(s.signals))
 def test_deterministic_labels_are_a_function_of_the_sequence_alone(model_factory, spec, settings):
     """Bit for bit: alone, in any company, in any order, with other specs beside it, whatever other rows are wanted."""
     teacher = backend(model_factory("qwen2"), deterministic=True, reduce_mb=1, **settings)
@@ -114,7 +113,7 @@ def test_deterministic_labels_are_a_function_of_the_sequence_alone(model_factory
 
     def ask(rows, wanted=None):
         extra = None
-        if spec.extra:
+        if spec.extra_ids:
             extra = np.concatenate([np.array([row[:-1], row[1:]]).T for row in rows]).astype(np.int32)
             extra[:, 1] = np.where(extra[:, 0] == extra[:, 1], (extra[:, 0] + 1) % 290, extra[:, 1])
         batch = TokenBatch.pack(rows)
@@ -130,20 +129,20 @@ def test_deterministic_labels_are_a_function_of_the_sequence_alone(model_factory
             answer = answers[len(jobs) // 2]
             for row, found in by_sequence(answer, batch, company).items():
                 assert found == alone[row], f"{len(row)} tokens"
-    if not spec.extra:  # some rows only
+    if not spec.extra_ids:  # some rows only
         row = rows[1]
         wanted = np.arange(len(row)) % 7 == 2
         wanted[-1] = False
         (some,) = teacher.score([(TokenBatch.pack([row], [wanted]), spec)])
         (every,) = teacher.score([(ask([row]), spec)])
-        for name, tensor in every.tensors().items():
-            assert tensor.array[wanted[:-1]].tobytes() == some.tensors()[name].array.tobytes(), name
+        for name, tensor in every.tensors.items():
+            assert tensor.array[wanted[:-1]].tobytes() == some.tensors[name].array.tobytes(), name
 
 
 def test_a_token_outside_the_specs_vocabulary_may_follow_an_unwanted_row(model_factory):
     teacher = backend(model_factory("qwen2"), deterministic=True)
     wanted = [[False, True, False, False]]
-    (found,) = teacher.score([(TokenBatch.pack([[3, 299, 5, 298]], wanted), SignalSpec("full", 290))])
+    (found,) = teacher.score([(TokenBatch.pack([[3, 299, 5, 298]], wanted), spec_of("full", 290))])
     logits = direct_logits(model_factory("qwen2"), [[3, 299, 5, 298]])[1:2, :290]
     np.testing.assert_allclose(found.label_logp_N.array, logits.log_softmax(-1)[:, 5], atol=1e-4)
 
@@ -155,8 +154,8 @@ def test_a_batch_may_begin_before_the_last_is_waited_for(model_factory):
     waits = [teacher.begin(job) for job in jobs]
     for job, wait in zip(jobs, waits, strict=True):
         (found,), (expected,) = wait(), teacher.score(job)
-        for name, tensor in expected.tensors().items():
-            np.testing.assert_array_equal(found.tensors()[name].array, tensor.array)
+        for name, tensor in expected.tensors.items():
+            np.testing.assert_array_equal(found.tensors[name].array, tensor.array)
         assert found.timing.batch_tokens == job[0][0].tokens and found.timing.forward_us > 0
 
 
@@ -168,14 +167,14 @@ def test_requests_of_several_kinds_share_a_pass(model_factory):
     together = teacher.score([(TokenBatch.pack([row]), spec) for row, spec in zip(rows, kinds, strict=True)])
     for row, spec, found in zip(rows, kinds, together, strict=True):
         (alone,) = teacher.score([(TokenBatch.pack([row]), spec)])
-        assert found.rows == len(row) - 1 and set(found.tensors()) == set(alone.tensors())
+        assert found.rows == len(row) - 1 and set(found.tensors) == set(alone.tensors)
         np.testing.assert_allclose(found.lse_N.array, alone.lse_N.array, atol=TOLERANCE["float32"])
 
 
 def test_row_t_describes_token_t_plus_1(model_factory):
     """Three tokens, two rows; the label of row 0 is token 1."""
     folder = model_factory("qwen2")
-    (signals,) = backend(folder).score([(TokenBatch.pack([[5, 77, 200]]), SignalSpec("full", 300))])
+    (signals,) = backend(folder).score([(TokenBatch.pack([[5, 77, 200]]), spec_of("full", 300))])
     logp = direct_logits(folder, [[5, 77, 200]]).log_softmax(-1)
     np.testing.assert_allclose(signals.label_logp_N.array, [logp[0, 77], logp[1, 200]], atol=1e-4)
 
@@ -184,18 +183,18 @@ def test_only_wanted_rows_come_back(model_factory):
     teacher = backend(model_factory("qwen2"))
     rows = sequences(lengths=(6, 5))
     wanted = [[False, True, False, True, False, False], [True, False, False, False, False]]
-    (some,) = teacher.score([(TokenBatch.pack(rows, wanted), SignalSpec("full", 300))])
-    (every,) = teacher.score([(TokenBatch.pack(rows), SignalSpec("full", 300))])
-    np.testing.assert_allclose(some.logits_NV.array, every.logits_NV.array[[1, 3, 5]], atol=TOLERANCE["float32"])
+    (some,) = teacher.score([(TokenBatch.pack(rows, wanted), spec_of("full", 300))])
+    (every,) = teacher.score([(TokenBatch.pack(rows), spec_of("full", 300))])
+    np.testing.assert_allclose(some["logits_NV"].array, every["logits_NV"].array[[1, 3, 5]], atol=TOLERANCE["float32"])
 
 
 def test_a_smaller_vocabulary_is_renormalised(model_factory):
     """Qwen2.5-7B has 152,064 rows and 1.5B 151,936: the distribution is over the shared ones (algorithms.md 1.6)."""
     teacher = backend(model_factory("qwen2"))
     batch = TokenBatch.pack([[5, 7, 11, 13]])
-    (small,) = teacher.score([(batch, SignalSpec("full", 280))])
-    (whole,) = teacher.score([(batch, SignalSpec("full", 300))])
-    logits = whole.logits_NV.array[:, :280].astype(np.float64)
+    (small,) = teacher.score([(batch, spec_of("full", 280))])
+    (whole,) = teacher.score([(batch, spec_of("full", 300))])
+    logits = whole["logits_NV"].array[:, :280].astype(np.float64)
     np.testing.assert_allclose(small.lse_N.array, np.log(np.exp(logits).sum(-1)), atol=1e-4)
 
 
@@ -203,10 +202,8 @@ def test_compressed_states_carry_the_figures_of_what_travels(model_factory):
     """The student's integrity check must hold to float32 accuracy although the state is rounded."""
     teacher = backend(model_factory("qwen2", hidden=160))
     batch = TokenBatch.pack(sequences())
-    exact, packed = teacher.score(
-        [(batch, SignalSpec("hidden", 300)), (batch, SignalSpec("hidden", 300, compression="int8"))]
-    )
-    head = head_on(teacher.head(), 300, torch.device("cpu"))
+    exact, packed = teacher.score([(batch, spec_of("hidden", 300)), (batch, spec_of("hidden", 300, reduction="int8"))])
+    head = head_on(head_of(teacher), 300, torch.device("cpu"))
     seen = head.logits(LabelTensors.of(packed).state(torch.float32))
     np.testing.assert_allclose(packed.lse_N.array, seen.logsumexp(-1), atol=1e-4)
     true = head.logits(LabelTensors.of(exact).state(torch.float32)).double().log_softmax(-1)
@@ -220,9 +217,9 @@ def test_chunked_reductions_change_nothing(model_factory):
     batch = TokenBatch.pack(sequences(lengths=(120, 100)))
     one = backend(folder)
     one._chunk_bytes = 0  # a row at a time
-    (tiny,) = one.score([(batch, SignalSpec("top_k", 300, k=4))])
-    (big,) = backend(folder).score([(batch, SignalSpec("top_k", 300, k=4))])
-    np.testing.assert_array_equal(tiny.topk_ids_NK.array, big.topk_ids_NK.array)
+    (tiny,) = one.score([(batch, spec_of("top_k", 300, k=4))])
+    (big,) = backend(folder).score([(batch, spec_of("top_k", 300, k=4))])
+    np.testing.assert_array_equal(tiny["topk_ids_NK"].array, big["topk_ids_NK"].array)
     np.testing.assert_allclose(tiny.lse_N.array, big.lse_N.array, atol=1e-5)
 
 
@@ -235,12 +232,8 @@ def test_the_fingerprint_is_of_weights_configuration_and_dtype(model_factory, tm
 
 
 def test_a_teacher_may_keep_its_head(model_factory):
-    from teacher_wire.core.errors import CapabilityError
-
     teacher = backend(model_factory("qwen2"), serve_head=False)
-    assert teacher.facts.transports == ("top_k", "full") and teacher.facts.head_sha256 == ""
-    with pytest.raises(CapabilityError):
-        teacher.head()
+    assert teacher.facts.transports == ("top_k", "full") and teacher.facts.artifacts == ()
 
 
 @pytest.mark.parametrize(

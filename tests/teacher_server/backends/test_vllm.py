@@ -30,11 +30,13 @@ from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import LimitError, RequestError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.loopback import serve
 from tests.e2e.classroom import EngineService
+from tests.faults import test_hostile_score as hostile_score
 from tests.faults.test_hostile_generate import REQUESTS, attack
+from tests.tiny import head_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -47,7 +49,7 @@ VOCAB = 300
 SMALL_BLOCKS = {
     "block_size": 32
 }  # vLLM's default on a CPU is 128: no prefix of these short sequences would ever be cached
-HIDDEN = SignalSpec("hidden", VOCAB)
+HIDDEN = spec_of("hidden", VOCAB)
 PROMPTS = [[5, 6, 7], [9] * 30, [1, 2], [5, 6, 7]]
 
 
@@ -125,20 +127,20 @@ def scoring(folder, dtype, prefix_caching):
 def assert_labels_equal(model, folder, times):
     """In float32: every row's likeliest token, and all numbers within rounding, each time they are asked for."""
     batch = TokenBatch.pack(sequences())
-    jobs = [(batch, HIDDEN), (batch, SignalSpec("top_k", VOCAB, k=9)), (batch, SignalSpec("full", VOCAB))]
+    jobs = [(batch, HIDDEN), (batch, spec_of("top_k", VOCAB, k=9)), (batch, spec_of("full", VOCAB))]
     theirs = reference(folder, "float32").score(jobs)
     for _ in range(times):
         ours = model.score(jobs)
         for mine, other in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(mine.lse_N.array, other.lse_N.array, atol=2e-4)
             np.testing.assert_allclose(mine.label_logp_N.array, other.label_logp_N.array, atol=2e-4)
-        assert cosine(ours[0].hidden_ND.array, theirs[0].hidden_ND.array).min() > 0.9999
-        np.testing.assert_allclose(ours[0].hidden_ND.array, theirs[0].hidden_ND.array, atol=5e-4)
-        np.testing.assert_allclose(ours[2].logits_NV.array, theirs[2].logits_NV.array, atol=5e-4)
-        top_1_N = theirs[2].logits_NV.array.argmax(-1)
+        assert cosine(ours[0]["hidden_ND"].array, theirs[0]["hidden_ND"].array).min() > 0.9999
+        np.testing.assert_allclose(ours[0]["hidden_ND"].array, theirs[0]["hidden_ND"].array, atol=5e-4)
+        np.testing.assert_allclose(ours[2]["logits_NV"].array, theirs[2]["logits_NV"].array, atol=5e-4)
+        top_1_N = theirs[2]["logits_NV"].array.argmax(-1)
         assert len(top_1_N) == batch.rows
-        np.testing.assert_array_equal(ours[2].logits_NV.array.argmax(-1), top_1_N)
-        np.testing.assert_array_equal(ours[1].topk_ids_NK.array[:, 0], top_1_N)
+        np.testing.assert_array_equal(ours[2]["logits_NV"].array.argmax(-1), top_1_N)
+        np.testing.assert_array_equal(ours[1]["topk_ids_NK"].array[:, 0], top_1_N)
 
 
 def assert_states_point_the_same_way(model, folder, times):
@@ -147,8 +149,8 @@ def assert_states_point_the_same_way(model, folder, times):
     (theirs,) = reference(folder, "bfloat16").score([(batch, HIDDEN)])
     for _ in range(times):
         (ours,) = model.score([(batch, HIDDEN)])
-        assert ours.hidden_ND.dtype == "bfloat16" and ours.rows == batch.rows
-        assert cosine(ours.hidden_ND.as_float32(), theirs.hidden_ND.as_float32()).min() >= 0.9999
+        assert ours["hidden_ND"].dtype == "bfloat16" and ours.rows == batch.rows
+        assert cosine(ours["hidden_ND"].as_float32(), theirs["hidden_ND"].as_float32()).min() >= 0.9999
 
 
 def test_labels_equal_the_transformers_backends_row_for_row(wide, folder):
@@ -171,13 +173,13 @@ def test_in_bfloat16_with_a_prefix_cache_states_point_the_same_way(calm):
 
 def test_batches_begun_while_others_are_under_way_get_their_own_labels(wide):
     """As the engine does: the next is in vLLM before the last is waited for, and the waits are in other threads."""
-    jobs = [[(TokenBatch.pack([ids]), SignalSpec("full", VOCAB))] for ids in sequences()]
+    jobs = [[(TokenBatch.pack([ids]), spec_of("full", VOCAB))] for ids in sequences()]
     alone = [wide.score(job)[0] for job in jobs]
     with ThreadPoolExecutor(2) as pool:
         waits = [pool.submit(wide.begin(job)) for job in jobs]
         for wait, expected in zip(waits, alone, strict=True):
             (mine,) = wait.result(timeout=60)
-            np.testing.assert_allclose(mine.logits_NV.array, expected.logits_NV.array, atol=5e-4)
+            np.testing.assert_allclose(mine["logits_NV"].array, expected["logits_NV"].array, atol=5e-4)
             assert mine.timing.batch_tokens == expected.timing.batch_tokens
 
 
@@ -186,18 +188,18 @@ def test_only_wanted_rows_come_back(wide):
     wanted = [[False, True, False, True, False, False], [False] * 3, [False] * 48 + [True, False]]
     (some,) = wide.score([(TokenBatch.pack(rows, wanted), HIDDEN)])
     (every,) = wide.score([(TokenBatch.pack(rows), HIDDEN)])
-    np.testing.assert_allclose(some.hidden_ND.array, every.hidden_ND.array[[1, 3, 55]], atol=2e-4)
+    np.testing.assert_allclose(some["hidden_ND"].array, every["hidden_ND"].array[[1, 3, 55]], atol=2e-4)
     np.testing.assert_allclose(some.label_logp_N.array, every.label_logp_N.array[[1, 3, 55]], atol=2e-4)
 
 
 def test_the_teacher_says_what_it_is(wide, narrow, folder):
     same = reference(folder, "float32").facts
     facts = wide.facts
-    assert facts.head_sha256 == same.head_sha256 and facts.tokenizer_sha256 == same.tokenizer_sha256
+    assert facts.artifacts == same.artifacts and facts.tokenizer_sha256 == same.tokenizer_sha256
     assert facts.fingerprint != same.fingerprint, "labels of two backends differ by rounding"
     assert (facts.transports, facts.generates) == (("top_k", "hidden", "full"), ("tokens", "json_schema"))
     assert narrow.facts.generates == () and facts.max_sequence_tokens == 128
-    np.testing.assert_array_equal(wide.head().weight_VD.array, reference(folder, "float32").head().weight_VD.array)
+    np.testing.assert_array_equal(head_of(wide).weight_VD.array, head_of(reference(folder, "float32")).weight_VD.array)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +207,9 @@ def test_the_teacher_says_what_it_is(wide, narrow, folder):
     [
         ([[1] * 129], HIDDEN, LimitError),
         ([[1, VOCAB]], HIDDEN, RequestError),
-        ([[1, 299]], SignalSpec("full", 299), RequestError),
-        ([[1, 2]], SignalSpec("full", VOCAB + 1), LimitError),
-        ([[1] * 128] * 1000, SignalSpec("full", VOCAB), LimitError),
+        ([[1, 299]], spec_of("full", 299), RequestError),
+        ([[1, 2]], spec_of("full", VOCAB + 1), LimitError),
+        ([[1] * 128] * 1000, spec_of("full", VOCAB), LimitError),
     ],
     ids=["too long", "foreign id", "foreign label", "wide", "tokens x vocabulary"],
 )
@@ -309,7 +311,7 @@ async def test_finished_samples_obey_their_schema_and_carry_log_probabilities_be
         trace = SamplingSpec(max_new_tokens=20, json_schema=json.dumps(generation_schema(Caps())))
         assert len(await write(engine, trace, [[5, 6, 7]])) == 1, "vLLM takes the schema of traces"
         ids = [5, 6, 7, *finished[0].token_ids_n.tolist()]
-        scored = await engine.score(ScoreCall("r", "t", "", SignalSpec("full", VOCAB), TokenBatch.pack([ids])))
+        scored = await engine.score(ScoreCall("r", "t", "", spec_of("full", VOCAB), TokenBatch.pack([ids])))
         np.testing.assert_allclose(scored.label_logp_N.array[2:], finished[0].token_logp_n, atol=5e-4)
 
 
@@ -361,6 +363,16 @@ async def test_two_thousand_hostile_requests_leave_vllm_alive(wide):
     wide.check_health()
     assert wide.score([(TokenBatch.pack([[1, 2]]), HIDDEN)])[0].rows == 1
     await until(lambda: wide.counters()["vllm_generate_running"] == 0)
+
+
+async def test_two_thousand_hostile_score_requests_leave_vllm_alive(wide, capsys):
+    service = EngineService(TeacherEngine(TeacherConfig.model_validate(
+        {"name": "t", "backend": wide._config.model_dump()}), wide))  # fmt: skip
+    rounds = await hostile_score.withstand(service)
+    wide.check_health()
+    assert wide.score([(TokenBatch.pack([[1, 2]]), HIDDEN)])[0].rows == 1
+    with capsys.disabled():
+        print("", *hostile_score.told(rounds), sep="\n")
 
 
 def test_what_vllm_would_change_without_a_word_is_refused():

@@ -53,3 +53,30 @@ def test_a_bad_file_is_told_once_and_a_missing_one_waited_for(path):
     assert [file.poll(), file.poll()] == [None, None]
     write(path, TEXT % 2)
     assert [file.poll(), file.poll().teachers[0].backend.seed] == [None, 2]
+
+
+@pytest.mark.parametrize("way", ["symlink", "symlink of its folder", "rename"])
+def test_a_config_swapped_with_equal_size_and_time_is_followed(tmp_path, way):
+    """Kind s16: a link turned to another file (Nix, Kubernetes), `rsync -a`: neither size nor time need differ."""
+    for seed in (1, 2):
+        (tmp_path / f"v{seed}").mkdir()
+        (tmp_path / f"v{seed}" / "server.yaml").write_text(TEXT % seed)
+        os.utime(tmp_path / f"v{seed}" / "server.yaml", ns=(10**18, 10**18))
+    if way == "symlink of its folder":
+        link = tmp_path / "current"
+        path, targets = link / "server.yaml", ("v1", "v2")
+    else:
+        link = path = tmp_path / "server.yaml"
+        targets = ("v1/server.yaml", "v2/server.yaml")
+    if way == "rename":
+        (tmp_path / targets[0]).replace(path)
+    else:
+        link.symlink_to(targets[0])
+    file = ConfigFile(path, None)
+    assert file.config.teachers[0].backend.seed == 1 and file.poll() is None
+    if way == "rename":
+        (tmp_path / targets[1]).replace(path)
+    else:
+        (fresh := tmp_path / "fresh").symlink_to(targets[1])
+        fresh.replace(link)
+    assert [file.poll(), file.poll().teachers[0].backend.seed] == [None, 2]

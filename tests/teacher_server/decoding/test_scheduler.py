@@ -118,16 +118,16 @@ async def test_a_sample_depends_on_prompt_seed_and_number_alone(model_factory):
 async def test_scoring_goes_on_between_tokens_and_agrees(model_factory):
     from teacher_wire.core.batch import TokenBatch
     from teacher_wire.core.calls import ScoreCall
-    from teacher_wire.core.signals import SignalSpec
+    from teacher_wire.score.signals import spec_of
 
     async with running(model_factory("qwen2")) as engine:
         writing = asyncio.create_task(write(engine, SamplingSpec(max_new_tokens=60, ignore_eos=True, seed=1)))
         await until(lambda: engine.counters()["generate_steps"] >= 2)
-        await engine.score(ScoreCall("r", "t", "", SignalSpec("full", 300), TokenBatch.pack([[1, 2]])))
+        await engine.score(ScoreCall("r", "t", "", spec_of("full", 300), TokenBatch.pack([[1, 2]])))
         assert not writing.done()
         sample = (await writing)[1, 0]
         ids = [*PROMPTS[1], *sample.token_ids_n.tolist()]
-        scored = await engine.score(ScoreCall("r", "t", "", SignalSpec("full", 300), TokenBatch.pack([ids])))
+        scored = await engine.score(ScoreCall("r", "t", "", spec_of("full", 300), TokenBatch.pack([ids])))
         np.testing.assert_allclose(scored.label_logp_N.array[len(PROMPTS[1]) - 1 :], sample.token_logp_n, atol=2e-4)
 
 

@@ -82,6 +82,21 @@ def test_bytes_are_a_quota_of_their_own():
     assert admission.counters()["t"]["refused"] == 1
 
 
+def test_a_reply_that_is_not_made_is_neither_charged_nor_counted():
+    admission = Admission(Clock())
+    admission.configure({"t": TenantConfig(bytes_per_s=1000)})
+    for _ in range(20):
+        with pytest.raises(ValueError, match="no answer"), admission.sending("t", 800):
+            raise ValueError("no answer")
+    assert admission.counters().get("t", {"sent_bytes": 0})["sent_bytes"] == 0
+    with admission.sending("t", 800):
+        assert admission.counters().get("t", {"sent_bytes": 0})["sent_bytes"] == 0, "it is not there yet"
+    assert admission.counters()["t"]["sent_bytes"] == 800
+    with pytest.raises(OverloadedError, match="quota"), admission.sending("t", 1):
+        pass
+    assert admission.counters()["t"]["sent_bytes"] == 800
+
+
 def test_a_call_of_generate_is_charged_for_what_may_be_written_and_settled_for_what_was():
     clock = Clock()
     admission = Admission(clock)

@@ -13,13 +13,13 @@ from teacher_server.edge.label_sharing import LabelSharing
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import OverloadedError, ServerError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.core.tensor import float32
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
 from teacher_wire.labels.store import LabelStore
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
-SPEC = SignalSpec("top_k", 64, k=4)
+SPEC = spec_of("top_k", 64, k=4)
 
 
 class Teacher(FakeTeacher):
@@ -41,7 +41,8 @@ class Teacher(FakeTeacher):
             signals = await super().score(call)
         finally:
             self.ended += 1
-        return replace(signals, lse_N=float32(signals.lse_N.array + np.float32(1e-5) * self.calls))
+        lse_N = float32(signals.lse_N.array + np.float32(1e-5) * self.calls)
+        return replace(signals, tensors=signals.tensors | {"lse_N": lse_N})
 
 
 def sharing(teacher, folder=None, memory_bytes=1 << 20, admission=None):
@@ -58,7 +59,7 @@ def rows(signals, call, sequence):
     bounds = call.batch.row_bounds_B1
     return {
         name: tensor.array[bounds[sequence] : bounds[sequence + 1]].tobytes()
-        for name, tensor in signals.tensors().items()
+        for name, tensor in signals.tensors.items()
     }
 
 
@@ -119,7 +120,7 @@ async def test_what_was_asked_otherwise_is_not_shared(other):
     shared = sharing(teacher)
     call = call_of(teacher, A)
     changed = {
-        "spec": replace(call, spec=SignalSpec("top_k", 64, k=5)),
+        "spec": replace(call, spec=spec_of("top_k", 64, k=5)),
         "wanted": call_of(teacher, A, wanted=[[True, False, True, False]]),
         "fingerprint": replace(call, fingerprint="other"),
     }[other]

@@ -11,14 +11,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from teacher_server.config.server import EdgeConfig, TenantConfig
 from teacher_server.edge.server import SERVICE, EdgeServer
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.errors import ForbiddenError, OverloadedError, RequestError
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.errors import ForbiddenError, OverloadedError, RequestError, ServerError
 from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.transport.channel import Credentials
 from tests.e2e.conftest import free_port
 
-SPEC = SignalSpec("top_k", 64, k=4)
+SPEC = spec_of("top_k", 64, k=4)
 TOKEN_A, TOKEN_B = "a" * 20, "b" * 20
 
 
@@ -84,6 +84,29 @@ async def test_a_student_over_its_quota_waits_as_told_and_says_so():
         assert told[0].field == "tenants.slow.tokens_per_s" and told[0].retry_after_s > 0
         assert len(told) < 60  # not twenty requests again and again
         assert server.counters()["tenants"]["slow"]["computed_tokens"] == 400
+
+
+async def test_answers_that_never_came_are_no_bytes_sent_and_cost_none():
+    """They were counted, and charged, before any work; a request asked again was so at every try."""
+
+    class Failing(FakeTeacher):
+        async def score(self, call):
+            if call.batch.token_ids_T[0] < 60:
+                raise ServerError("a fault")
+            return await super().score(call)
+
+    async with edge(Failing()) as server:
+        server.set_tenants({"t": TenantConfig(bytes_per_s=500)})
+        size = 7 * SPEC.row_bytes(16, 4)
+        async with client_of(server, tenant="t") as client:
+            info = await client.teacher()
+            for number in range(10):
+                with pytest.raises(ServerError):
+                    await client.score(info, SPEC, TokenBatch.pack([[number] * 8]))
+            assert server.counters()["tenants"].get("t", {"sent_bytes": 0})["sent_bytes"] == 0
+            await client.score(info, SPEC, TokenBatch.pack([[60] * 8]))
+            tenant = server.counters()["tenants"]["t"]
+        assert tenant["sent_bytes"] == size and tenant["refused"] == 0
 
 
 async def test_quotas_change_while_students_wait():

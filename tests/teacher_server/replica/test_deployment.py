@@ -14,13 +14,15 @@ from teacher_server.telemetry.records import News, Plan, TeacherPlan
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import MismatchError, NotFoundError, ServerError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec, check_generate
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.loopback import serve
 
 OLD, NEW = FakeTeacher(seed=0), FakeTeacher(seed=1)
-SPEC = SignalSpec("full", 64)
+SPEC = spec_of("full", 64)
 OLD_PRINT, NEW_PRINT = OLD.teacher_info().fingerprint, NEW.teacher_info().fingerprint
 
 
@@ -172,10 +174,21 @@ class Streams:
     def generate(self):
         return types.SimpleNamespace(remote=self._generate)
 
+    @property
+    def info(self):
+        async def call():
+            return self._met().teacher_info()
+
+        return types.SimpleNamespace(remote=call)
+
+    def _met(self):
+        wanted, teachers = getattr(self, "fingerprint", ""), getattr(self, "root", self).teachers
+        return next((t for t in teachers if t.teacher_info().fingerprint == wanted), teachers[0])
+
     def _generate(self, asked):
         root, wanted = self.root, getattr(self, "fingerprint", "")
         root.asked.append((wanted, len(asked.have)))
-        teacher = next((t for t in root.teachers if t.teacher_info().fingerprint == wanted), root.teachers[0])
+        teacher = self._met()
         after, trouble = root.troubles.pop(0) if root.troubles else (10**9, None)
 
         async def samples():
@@ -239,6 +252,38 @@ async def test_a_roll_gives_each_call_the_weights_it_asks_for():
     teachers.take(news(NEW))
     with pytest.raises(MismatchError):
         await written(teachers, asked_of(OLD_PRINT))
+
+
+async def test_during_a_roll_a_call_over_the_wire_is_checked_against_the_weights_it_names():
+    """It was against the newest: students of the old ones, which still lived, were refused with MismatchError."""
+    handle = Streams(NEW, OLD)
+    teachers = edge_of(handle)
+    teachers.take(news(NEW, OLD))
+    with serve(teachers) as server:
+        async with TeacherClient(server.address, retry_for_s=0) as client:
+            for info in (OLD.teacher_info(), NEW.teacher_info()):
+                spec, prompts = SamplingSpec(samples=4, max_new_tokens=3), PromptBatch.pack([[1], [2]])
+                assert len([sample async for sample in client.generate(info, spec, prompts)]) == 8
+            teachers.take(news(NEW))
+            handle.teachers.remove(OLD)
+            with pytest.raises(MismatchError):
+                async for _ in client.generate(OLD.teacher_info(), spec, prompts):
+                    pass
+    assert {fingerprint for fingerprint, _ in handle.asked} >= {OLD_PRINT, NEW_PRINT}
+
+
+async def test_a_lost_replica_or_a_word_of_rays_own_costs_no_call_over_the_wire():
+    """A CancelledError that is not ours left the call without a status: the student waited for ever."""
+    handle = Streams(OLD)
+    teachers = edge_of(handle)
+    teachers.take(news(OLD))
+    handle.troubles = [(2, asyncio.CancelledError()), (1, UnavailableError("killed")), (0, RayActorError())]
+    with serve(teachers) as server:
+        async with TeacherClient(server.address, retry_for_s=0) as client:
+            spec, prompts = SamplingSpec(samples=4, max_new_tokens=3), PromptBatch.pack([[1], [2]])
+            async with asyncio.timeout(60):
+                found = [sample async for sample in client.generate(OLD.teacher_info(), spec, prompts)]
+    assert len({(sample.prompt, sample.index) for sample in found}) == len(found) == 8
 
 
 async def test_faults_of_a_call_end_it_and_closing_it_cancels_the_replicas_work():

@@ -11,22 +11,23 @@ import pytest
 from teacher_server.backends.fake import FakeModel
 from teacher_server.config.backends import FakeBackend
 from teacher_server.config.server import TeacherConfig
+from teacher_server.replica import engine as engine_module
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import DeadlineError, MismatchError, OverloadedError, ServerError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
+from teacher_wire.score.signals import spec_of
 
-SPEC = SignalSpec("full", 64)
+SPEC = spec_of("full", 64)
 POISON = 63
 
 
 class Model(FakeModel):
     """Waits at a gate, counts, and fails on a poisoned token."""
 
-    def __init__(self) -> None:
-        super().__init__(FakeBackend())
+    def __init__(self, **settings) -> None:
+        super().__init__(FakeBackend(**settings))
         self.gate = threading.Event()
         self.gate.set()
         self.batches = []
@@ -91,6 +92,26 @@ async def test_what_waits_together_runs_together():
             "refused": 0,
             "tenants": {"": {"queued_tokens": 0, "served_tokens": 24, "refused": 0}},
         }
+
+
+async def test_a_batch_holds_labels_of_no_more_bytes_than_its_budget(monkeypatch):
+    """The rows of `full` are all held until the batch is over: 5 GB for one of few tokens, of a large vocabulary."""
+    monkeypatch.setattr(engine_module, "_ANSWER_BYTES", 0, raising=False)  # then the largest reply is the budget
+    model, spec = Model(vocab_rows=4096), spec_of("full", 4096)
+    config = {"name": "t", "backend": {"kind": "fake", "vocab_rows": 4096}, "limits": {"max_reply_mb": 1}}
+    engine = TeacherEngine(TeacherConfig.model_validate(config), model)
+    engine.start()
+    model.gate.clear()
+    tasks = [asyncio.create_task(engine.score(call(i, 21, spec=spec))) for i in range(12)]  # 20 rows, 320 KB
+    tasks += [asyncio.create_task(engine.score(call(i, 21))) for i in range(12, 24)]  # 20 rows, 5 KB
+    await until(lambda: engine.counters()["waiting"] == len(tasks))
+    model.gate.set()
+    answers = await asyncio.gather(*tasks)
+    await engine.stop()
+    assert [answer.rows for answer in answers] == [20] * 24
+    large = [sum(first < 12 for first in batch) for batch in model.batches]
+    assert sum(large) == 12 and max(large) <= 3, model.batches
+    assert len(model.batches) < 12, "small answers travel together"
 
 
 async def test_one_bad_request_fails_alone():
@@ -246,3 +267,44 @@ async def test_a_backend_that_fails_on_everything_is_given_up_after_its_own_prob
         await until(lambda: engine.trouble)
         with pytest.raises(RuntimeError, match="its own probe failed too: RuntimeError: weights are gone"):
             engine.check_health()
+
+
+async def test_a_forward_pass_that_hangs_makes_the_replica_unhealthy_and_callers_ask_another_one():
+    async with running(hang_s=3600) as (engine, model):
+        engine._health._clock = lambda: now_s
+        now_s, before = 0.0, len(model.batches)
+        model.gate.clear()
+        tasks = [asyncio.create_task(engine.score(call(first))) for first in range(3)]
+        await until(lambda: engine._health._running)
+        now_s = 3599.0
+        engine.check_health()
+        now_s = 3601.0
+        with pytest.raises(RuntimeError, match=r"has run for 3601 s \(hang_s 3600\)"):
+            engine.check_health()
+        for answer in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(answer, UnavailableError)
+        with pytest.raises(UnavailableError):
+            await engine.score(call(9))
+        assert engine.counters()["given_up"] == 1 and len(model.batches) == before
+
+
+async def test_an_idle_replica_is_healthy_however_long_it_waits():
+    async with running(hang_s=1) as (engine, _):
+        now_s = 0.0
+        engine._health._clock = lambda: now_s
+        await engine.score(call(1))
+        now_s = 1e6
+        engine.check_health()
+
+
+async def test_without_a_limit_a_forward_pass_may_take_for_ever():
+    async with running(hang_s=None) as (engine, model):
+        now_s = 0.0
+        engine._health._clock = lambda: now_s
+        model.gate.clear()
+        task = asyncio.create_task(engine.score(call(2)))
+        await until(lambda: engine._health._running)
+        now_s = 1e6
+        engine.check_health()
+        model.gate.set()
+        await task

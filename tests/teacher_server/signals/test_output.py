@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teacher_server.signals import output, state
+from teacher_server.signals.base import Rows
 from teacher_server.signals.reduce import OutputHead, reduce
 from teacher_server.signals.transfer import HostRows, ToHost
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.axes import Axis
+from teacher_wire.score.signals import spec_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,23 +117,24 @@ def test_a_zero_state_stays_zero():
 @pytest.mark.parametrize(
     "spec",
     [
-        SignalSpec("full", 300),
-        SignalSpec("top_k", 300, 5, 2),
-        SignalSpec("hidden", 300),
-        SignalSpec("hidden", 300, compression="int8"),
+        spec_of("full", 300),
+        spec_of("top_k", 300, k=5, extra=2),
+        spec_of("hidden", 300),
+        spec_of("hidden", 300, reduction="int8"),
     ],
 )
 def test_rows_handed_over_in_chunks_are_those_gathered_at_once(spec, chunk_rows):
     torch.manual_seed(0)
     head = OutputHead(torch.randn(300, 256), None, 1.0, 0.0)
     hidden, labels = torch.randn(40, 256), torch.randint(0, 300, (40,))
-    extra = torch.randperm(300)[:80].view(40, 2) if spec.extra else None
+    extra = torch.randperm(300)[:80].view(40, 2) if spec.extra_ids else None
     chunk_bytes = chunk_rows * 300 * 4
     for kept in (None, np.arange(40) % 3 == 0, np.ones(40, np.bool_)):
-        expected = ToHost(reduce(head, hidden, labels, extra, spec, chunk_bytes, kept)).wait()
-        rows = HostRows(2 * (40 if kept is None else int(kept.sum())), held_bytes=0)
+        asked = Rows(hidden, labels, extra, None, kept)
+        expected = ToHost(reduce(head, asked, spec, chunk_bytes)).wait()
+        rows = HostRows({Axis.ROW: 2 * (40 if kept is None else int(kept.sum()))}, held_bytes=0)
         for _ in range(2):  # two sequences of one answer
-            assert reduce(head, hidden, labels, extra, spec, chunk_bytes, kept, rows) == {}
+            assert reduce(head, asked, spec, chunk_bytes, rows) == {}
         found = rows.end().wait()
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -139,7 +142,7 @@ def test_rows_handed_over_in_chunks_are_those_gathered_at_once(spec, chunk_rows)
 
 
 def test_an_answer_that_lacks_rows_is_our_own_fault():
-    rows = HostRows(3, held_bytes=0)
+    rows = HostRows({Axis.ROW: 3}, held_bytes=0)
     rows.add({"lse_N": torch.zeros(2)})
     with pytest.raises(AssertionError, match="lse_N"):
         rows.end()

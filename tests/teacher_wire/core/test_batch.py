@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teacher_wire.core.axes import Entries
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError, RequestError
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.core.tensor import token_id_dtype
+from teacher_wire.score.signals import Full, Hidden, TopK, spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
 
@@ -58,15 +60,17 @@ def test_what_does_not_fit_is_refused_by_field(ids, cu, wanted, field):
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (("top_k", 10, 0), "k"),
-        (("top_k", 10, 11), "k"),
-        (("top_k", 10, 8, 3), "k"),
-        (("hidden", 10, 0, 2), "k"),
-        (("full", 10, 0, 0, "int8"), "compression"),
-        (("hidden", 10, 0, 0, "zip"), "compression"),
-        (("full", 10, 1), "k"),
-        (("hidden", 1), "vocab_rows"),
-        (("logits", 10), "transport"),
+        ((10, (TopK(0),)), "k"),
+        ((10, (TopK(11),)), "k"),
+        ((10, (TopK(8, 3),)), "k"),
+        ((10, (TopK(8, -1),)), "k"),
+        ((10, (Hidden("zip"),)), "reduction"),
+        ((1, (Hidden(),)), "vocab_rows"),
+        ((10, ()), "signals"),
+        ((10, (Hidden(), Full(), Hidden("int8"))), "signals"),
+        ((10, (Hidden(),), "some"), "check"),
+        ((10, (Hidden(), TopK(2)), "sampled"), "check"),
+        ((10, (Full(),), "sampled"), "check"),
     ],
 )
 def test_a_spec_that_means_nothing_is_refused(arguments, field):
@@ -79,8 +83,8 @@ def test_ids_take_as_few_bytes_as_the_vocabulary_allows():
     assert token_id_dtype(1 << 16) == "uint16"
     assert token_id_dtype((1 << 16) + 1) == "uint24"
     # k=64 of a bf16 teacher with a vocabulary of 152,064: at most 350 bytes a token (speed.md)
-    assert SignalSpec("top_k", 152_064, k=64).row_bytes(3584, 2) == 332
-    assert SignalSpec("hidden", 152_064, compression="int8").row_bytes(3584, 2) == 3704 + 8  # algorithms.md 2.5
+    assert spec_of("top_k", 152_064, k=64).row_bytes(3584, 2) == 332
+    assert spec_of("hidden", 152_064, reduction="int8").row_bytes(3584, 2) == 3704 + 8  # algorithms.md 2.5
 
 
 @pytest.mark.parametrize("extra", [[[1, 1], [2, 3]], [[1, -2], [2, 3]], [[1, 2]], [[]]])
@@ -98,16 +102,14 @@ def test_named_ids_must_fit_the_rows(extra):
 def test_slices_join_to_the_whole():
     fake = FakeTeacher()
     batch = TokenBatch.pack([[1, 2, 3, 4, 5, 6]])
-    whole = fake.signals(SignalSpec("top_k", 64, k=3), batch)
-    joined = TeacherSignals.join([whole.slice(0, 2), whole.slice(2, 5)])
-    for name, tensor in whole.tensors().items():
-        np.testing.assert_array_equal(joined.tensors()[name].array, tensor.array)
+    whole = fake.signals(spec_of("top_k", 64, k=3), batch)
+    joined = TeacherSignals.join([whole.slice(Entries(batch), 0, 2), whole.slice(Entries(batch), 2, 5)])
+    for name, tensor in whole.tensors.items():
+        np.testing.assert_array_equal(joined.tensors[name].array, tensor.array)
 
 
 def test_parts_of_different_answers_do_not_join():
     fake = FakeTeacher()
     batch = TokenBatch.pack([[1, 2, 3]])
     with pytest.raises(LabelError):
-        TeacherSignals.join(
-            [fake.signals(SignalSpec("hidden", 64), batch), fake.signals(SignalSpec("full", 64), batch)]
-        )
+        TeacherSignals.join([fake.signals(spec_of("hidden", 64), batch), fake.signals(spec_of("full", 64), batch)])

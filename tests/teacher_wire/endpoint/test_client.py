@@ -8,6 +8,8 @@ import grpc
 import numpy as np
 import pytest
 
+from teacher_wire import PROTOCOL
+from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
@@ -22,23 +24,25 @@ from teacher_wire.core.errors import (
     ServerError,
     UnavailableError,
 )
-from teacher_wire.core.signals import SignalSpec
+from teacher_wire.core.tensor import float32
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.endpoint.servicer import StreamLimits
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import LoopbackServer, serve
 from teacher_wire.v2 import teacher_pb2 as pb
 from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
+from tests.tiny import fetched_head
 
 QUICK = (0.02, 0.05)
 BATCH = TokenBatch.pack([[1, 2, 3], [4, 5, 6, 7, 8]])
 SPECS = [
-    SignalSpec("hidden", 64),
-    SignalSpec("full", 60),
-    SignalSpec("top_k", 64, k=5),
-    SignalSpec("top_k", 64, k=64),
-    SignalSpec("hidden", 64, compression="int8"),
+    spec_of("hidden", 64),
+    spec_of("full", 60),
+    spec_of("top_k", 64, k=5),
+    spec_of("top_k", 64, k=64),
+    spec_of("hidden", 64, reduction="int8"),
 ]
 
 
@@ -62,14 +66,14 @@ async def nothing_left(server, within_s=5.0):
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.transport}{s.k or ''}{s.compression}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: repr(s.signals))
 async def test_labels_arrive_as_the_teacher_made_them(spec):
     fake = FakeTeacher()
     async with connected(fake) as client:
         info = await client.teacher()
         signals = await client.score(info, spec, BATCH)
-        for name, tensor in fake.signals(spec, BATCH).tensors().items():
-            np.testing.assert_array_equal(signals.tensors()[name].array, tensor.array)
+        for name, tensor in fake.signals(spec, BATCH).tensors.items():
+            np.testing.assert_array_equal(signals.tensors[name].array, tensor.array)
         assert signals.fingerprint == info.fingerprint
         await nothing_left(client.server)
 
@@ -80,15 +84,15 @@ async def test_ids_that_the_student_names_are_kept():
     batch = replace(BATCH, extra_ids_NM=extra)
     async with connected(fake) as client:
         info = await client.teacher()
-        spec = SignalSpec("top_k", 64, k=4, extra=3)
+        spec = spec_of("top_k", 64, k=4, extra=3)
         signals = await client.score(info, spec, batch)
-        assert signals.topk_ids_NK.shape == (BATCH.rows, 7)
+        assert signals["topk_ids_NK"].shape == (BATCH.rows, 7)
         for row in range(BATCH.rows):
-            assert set(extra[row]) <= set(signals.topk_ids_NK.array[row].tolist())
+            assert set(extra[row]) <= set(signals["topk_ids_NK"].array[row].tolist())
         for wrong, field in [
-            (replace(spec, extra=2), "extra_ids"),
+            (spec_of("top_k", 64, k=4, extra=2), "extra_ids"),
             (replace(spec, vocab_rows=20), "extra_ids"),
-            (SignalSpec("top_k", 64, k=62), "extra_ids"),
+            (spec_of("top_k", 64, k=62), "extra_ids"),
         ]:
             with pytest.raises(RequestError) as caught:
                 await client.score(info, wrong, batch)
@@ -100,10 +104,10 @@ async def test_answers_of_many_requests_come_in_chunks_and_find_their_requests()
     async with connected(fake, window_bytes=4 << 20) as client:
         info = await client.teacher()
         batches = [big_batch(seed=i) for i in range(8)]
-        answers = await asyncio.gather(*(client.score(info, SignalSpec("full", 64), batch) for batch in batches))
+        answers = await asyncio.gather(*(client.score(info, spec_of("full", 64), batch) for batch in batches))
         for batch, answer in zip(batches, answers, strict=True):
             np.testing.assert_array_equal(
-                answer.logits_NV.array, fake.signals(SignalSpec("full", 64), batch).logits_NV.array
+                answer["logits_NV"].array, fake.signals(spec_of("full", 64), batch)["logits_NV"].array
             )
 
 
@@ -111,11 +115,16 @@ async def test_the_head_arrives_and_its_digest_is_checked():
     fake = FakeTeacher()
     async with connected(fake) as client:
         info = await client.teacher()
-        head = await client.head(info)
+        head = await fetched_head(client, info)
         np.testing.assert_array_equal(head.weight_VD.array, fake.weight_VD)
-        fake.weight_VD = fake.weight_VD + 1  # the server now sends other bytes under the old description
+        described = fake.artifacts()
+        fake.weight_VD = fake.weight_VD + 1
+        with pytest.raises(CapabilityError):  # the server has no such head any more
+            await fetched_head(client, info)
+        changed = Artifact(described[0].header, {"weight_VD": float32(fake.weight_VD)})
+        fake.artifact = lambda call: changed  # it sends other bytes under the old description
         with pytest.raises(LabelError):
-            await client.head(info)
+            await fetched_head(client, info)
 
 
 @pytest.mark.parametrize("mistake", ["truncated", "foreign"])
@@ -131,11 +140,11 @@ async def test_limits_are_checked_before_anything_is_sent():
         info = await client.teacher()
         for batch, spec, error, field in [
             (TokenBatch.pack([[1, 99]]), SPECS[0], RequestError, "token_ids[1]"),
-            (TokenBatch.pack([[1, 62]]), SignalSpec("full", 60), RequestError, "label of row 0"),
+            (TokenBatch.pack([[1, 62]]), spec_of("full", 60), RequestError, "label of row 0"),
             (TokenBatch.pack([[1] * 5000]), SPECS[0], LimitError, "sequence 0 tokens"),
             (TokenBatch.pack([[1, 2]] * 300), SPECS[2], LimitError, "request sequences"),
             (TokenBatch.pack([[1] * 100]), SPECS[1], LimitError, "reply bytes"),
-            (BATCH, SignalSpec("full", 65), RequestError, "vocab_rows"),
+            (BATCH, spec_of("full", 65), RequestError, "vocab_rows"),
         ]:
             with pytest.raises(error) as caught:
                 await client.score(info, spec, batch)
@@ -149,7 +158,7 @@ async def test_the_server_checks_too_and_the_stream_lives_on():
     with serve(fake) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             call = pb_grpc.TeacherStub(channel).Score()
-            await call.write(pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=1 << 20)))
+            await call.write(pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=1 << 20)))
 
             async def ask(request_id, **changes):
                 request = codec.encode_call(ScoreCall(request_id, "fake", "", SPECS[0], BATCH))
@@ -172,8 +181,8 @@ async def test_the_server_checks_too_and_the_stream_lives_on():
     [
         (pb.ScoreUp(credit=pb.Credit(bytes=1)), grpc.StatusCode.INVALID_ARGUMENT),
         (pb.ScoreUp(), grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.ScoreUp(open=pb.Open(protocol=1)), grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=1 << 62)), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.ScoreUp(open=pb.Open(protocol=PROTOCOL)), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=1 << 62)), grpc.StatusCode.INVALID_ARGUMENT),
         (pb.ScoreUp(open=pb.Open(protocol=9, window_bytes=1)), grpc.StatusCode.UNIMPLEMENTED),
     ],
 )
@@ -282,7 +291,7 @@ async def test_a_server_that_goes_and_comes_back_loses_nothing():
         await asyncio.to_thread(server.start)
         for i, task in enumerate(tasks):
             np.testing.assert_array_equal(
-                (await task).logits_NV.array, fake.signals(SPECS[1], big_batch(seed=i)).logits_NV.array
+                (await task)["logits_NV"].array, fake.signals(SPECS[1], big_batch(seed=i))["logits_NV"].array
             )
         assert client.stats.reconnects >= 1
     await asyncio.to_thread(server.stop)
@@ -297,7 +306,7 @@ class Wire:
         self.window_bytes = window_bytes
 
     async def __aenter__(self):
-        await self.call.write(pb.ScoreUp(open=pb.Open(protocol=1, window_bytes=self.window_bytes)))
+        await self.call.write(pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=self.window_bytes)))
         return self
 
     async def __aexit__(self, *exc):
@@ -353,7 +362,8 @@ async def test_a_reader_that_stops_stops_the_teacher_within_its_window():
 async def test_a_broken_stream_goes_on_at_the_next_chunk():
     fake = FakeTeacher()
     batch = big_batch(sequences=40)
-    expected = [down.chunk for down in codec.encode_chunks("r", 0, fake.signals(SPECS[1], batch))]
+    call = ScoreCall("r", "fake", "", SPECS[1], batch)
+    expected = [down.chunk for down, _ in codec.encode_chunks(call, 0, fake.signals(SPECS[1], batch))]
     assert len(expected) > 2
     with serve(fake) as server:
         async with Wire(server.address, 64 << 20) as wire:
@@ -368,7 +378,7 @@ async def test_a_broken_stream_goes_on_at_the_next_chunk():
                 rest.append(down.chunk)
             assert [chunk.index for chunk in rest] == list(range(1, len(expected)))
             assert {chunk.reply_id for chunk in rest} == {first.reply_id}
-            assert [c.logits.data for c in rest] == [c.logits.data for c in expected[1:]]
+            assert [c.tensors for c in rest] == [c.tensors for c in expected[1:]]
             assert fake.calls == 1, "the answer was kept, not computed again"
             # Another batch under the same id is another request: nothing of the kept answer may leak.
             await wire.ask("r", big_batch(seed=5), resume=pb.Resume(reply_id=first.reply_id, next_chunk=1))

@@ -5,19 +5,20 @@ import asyncio
 import numpy as np
 import pytest
 
-from student_trainer.config.run import TeacherConfig
-from student_trainer.teachers.connect import connector
+from student_trainer.config.teachers import TeacherConfig
+from student_trainer.teachers.connect import Connection
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import DeadlineError, LimitError, UnavailableError
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import PromptBatch, SamplingSpec
 from teacher_wire.score import codec
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
+from tests.tiny import fetched_head
 
 QUICK = (0.01, 0.02)
-SPEC = SignalSpec("full", 64)
+SPEC = spec_of("full", 64)
 BATCH = TokenBatch.pack([[1, 2, 3], [4, 5, 6, 7, 8]])
 
 
@@ -38,9 +39,9 @@ class Silent(FakeTeacher):
         await self._maybe_lose()
         return await super().score(call)
 
-    async def head_bytes(self, *args):
+    async def artifact_bytes(self, *args):
         await self._maybe_lose()
-        return await super().head_bytes(*args)
+        return await super().artifact_bytes(*args)
 
     async def generate(self, call):
         await self._maybe_lose()
@@ -74,7 +75,7 @@ async def test_a_lost_score_is_asked_again(deaf):
     with serve(fake) as server:
         async with client_of(server, on_trouble=told.append) as client:
             signals = await client.score(await client.teacher(), SPEC, BATCH)
-    np.testing.assert_array_equal(signals.logits_NV.array, fake.signals(SPEC, BATCH).logits_NV.array)
+    np.testing.assert_array_equal(signals["logits_NV"].array, fake.signals(SPEC, BATCH)["logits_NV"].array)
     assert fake.heard >= 2 and told
     if deaf == "deaf to it":
         assert "no answer came" in str(told[0]) and "teacher.answer_s, value=0.3" in str(told[0])
@@ -123,13 +124,13 @@ async def test_a_lost_head_is_fetched_again():
     fake = Silent()
     with serve(fake) as server:
         async with client_of(server) as client:
-            head = await client.head(await client.teacher())
+            head = await fetched_head(client, await client.teacher())
     np.testing.assert_array_equal(head.weight_VD.array, fake.weight_VD)
     fake.heard, fake.lost = 0, 10**9
     with serve(fake) as server:
         async with client_of(server, retry_for_s=0.5) as client:
             with pytest.raises(UnavailableError, match="no answer came"):
-                await client.head(await client.teacher())
+                await fetched_head(client, await client.teacher())
 
 
 async def test_lost_writing_is_asked_again():
@@ -144,7 +145,7 @@ async def test_lost_writing_is_asked_again():
 
 async def test_the_setting_arrives():
     settings = TeacherConfig(address="127.0.0.1:1", answer_s=7)
-    async with connector(settings, "127.0.0.1:1", lambda error: None)() as client:
+    async with Connection.of(settings, "127.0.0.1:1").client(lambda error: None) as client:
         assert client._answer_s == 7
     assert TeacherConfig(address="a:1").answer_s == 600
 

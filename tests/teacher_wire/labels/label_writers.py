@@ -33,9 +33,9 @@ def signed(entry: LabelEntry, writer: int) -> LabelEntry:
     """The same with every bit of the labels the writer's."""
     tensors = {
         name: dataclasses.replace(tensor, array=np.full_like(tensor.array, writer))
-        for name, tensor in entry.signals.tensors().items()
+        for name, tensor in entry.signals.tensors.items()
     }
-    return dataclasses.replace(entry, signals=dataclasses.replace(entry.signals, **tensors))
+    return dataclasses.replace(entry, signals=dataclasses.replace(entry.signals, tensors=tensors))
 
 
 def _start(work: Callable[[], None]) -> int:

@@ -22,6 +22,7 @@ from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.labels import blob
 from teacher_wire.labels.blob import decode_labels, encode_labels
 from teacher_wire.labels.store import LabelStore, label_keys
+from teacher_wire.score.signals import Full, Hidden, spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from tests.teacher_wire.labels.labels_of import SPECS, assert_same_labels, entry_of, key_of
 
@@ -80,12 +81,12 @@ def test_a_sequence_that_is_not_there_is_refused():
 
 def test_labels_of_selected_sequences_are_the_slices_of_the_whole_answer():
     """What the cache relies on: rows [bounds[b], bounds[b+1]) are sequence b's."""
-    fake, spec = FakeTeacher(), SignalSpec("hidden", 64)
+    fake, spec = FakeTeacher(), spec_of("hidden", 64)
     batch = TokenBatch.pack([[1, 2, 3], [4, 5], [6, 7, 8, 9]])
-    whole, bounds = fake.signals(spec, batch), batch.row_bounds_B1
-    parts = [whole.slice(int(bounds[b]), int(bounds[b + 1])) for b in (2, 0)]
-    expected = fake.signals(spec, batch.select([2, 0])).hidden_ND.array
-    np.testing.assert_array_equal(TeacherSignals.join(parts).hidden_ND.array, expected)
+    whole = fake.signals(spec, batch)
+    parts = [whole.cut(batch)[b] for b in (2, 0)]
+    expected = fake.signals(spec, batch.select([2, 0]))["hidden_ND"].array
+    np.testing.assert_array_equal(TeacherSignals.join(parts)["hidden_ND"].array, expected)
 
 
 # ----------------------------------------------------------------------- keys
@@ -97,14 +98,24 @@ def variants(entry):
     yield "fingerprint's end", dataclasses.replace(entry, fingerprint="f" * 63)
     spec = entry.spec
     for field in dataclasses.fields(SignalSpec):
+        signal = spec.signals[0]
         others = {
-            "transport": SignalSpec("full", spec.vocab_rows),
-            "vocab_rows": dataclasses.replace(spec, vocab_rows=spec.vocab_rows - 1),
-            "k": dataclasses.replace(spec, k=spec.k + 1, extra=spec.extra),
-            "extra": dataclasses.replace(spec, extra=spec.extra + 1),
-            "compression": SignalSpec("hidden", spec.vocab_rows, compression="int8"),
+            "signals": [
+                (Full(),),
+                (Hidden(),),
+                (Hidden("int8"),),
+                (dataclasses.replace(signal, k=signal.k + 1),),
+                (dataclasses.replace(signal, extra=signal.extra + 1),),
+                (signal, Hidden()),
+                (Hidden(), signal),
+            ],
+            "vocab_rows": [spec.vocab_rows - 1],
+            "check": [],  # of a spec that may have a sample checked, below
         }
-        yield field.name, dataclasses.replace(entry, spec=others[field.name])  # a new field must be added here
+        for number, other in enumerate(others[field.name]):  # a new field must be added here
+            changed = dataclasses.replace(spec, **{field.name: other})
+            yield f"{field.name} {number}", dataclasses.replace(entry, spec=changed)
+    yield "check", dataclasses.replace(entry, spec=spec_of("hidden", spec.vocab_rows, "sampled"))
     batch = entry.sequence
     ids, wanted, extra = batch.token_ids_T.copy(), batch.wanted_T.copy(), batch.extra_ids_NM.copy()
     ids[-1] += 1
@@ -142,7 +153,7 @@ def test_the_key_of_today_is_the_key_of_tomorrow():
     spec = b'{"compression": "none", "extra": 0, "k": 4, "transport": "top_k", "vocab_rows": 100}'
     parts = [b"lyceum-label/1", b"teacher", spec, struct.pack("<3i", 1, 2, 3), b"\1\1\0", b""]
     recipe = b"".join(struct.pack("<Q", len(part)) + part for part in parts)
-    assert label_keys("teacher", SignalSpec("top_k", 100, k=4), batch) == [hashlib.sha256(recipe).hexdigest()]
+    assert label_keys("teacher", spec_of("top_k", 100, k=4), batch) == [hashlib.sha256(recipe).hexdigest()]
 
 
 # ----------------------------------------------------------------------- blobs
@@ -157,14 +168,7 @@ def test_the_key_of_today_is_the_key_of_tomorrow():
 def test_what_is_kept_comes_back_bit_for_bit(name, dtype, tokens, seed):
     entry = entry_of(SPECS[name], seed=seed, tokens=tokens, dtype=dtype)
     found = decode_labels(key_of(entry), encode_labels(key_of(entry), entry))
-    assert_same_labels(found.signals, entry.signals)
-    assert (found.fingerprint, found.spec) == (entry.fingerprint, entry.spec)
-    for array, expected in (
-        (found.sequence.token_ids_T, entry.sequence.token_ids_T),
-        (found.sequence.wanted_T, entry.sequence.wanted_T),
-        (found.sequence.extra_ids_NM, entry.sequence.extra_ids_NM),
-    ):
-        np.testing.assert_array_equal(array, expected)
+    assert_same_labels(found, entry.signals)
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
@@ -172,15 +176,15 @@ def test_rows_that_came_off_the_wire_as_views_are_kept(store, name):
     """Slices of one answer, read-only and not at the start of their buffer, as the feed has them."""
     entry = entry_of(SPECS[name], tokens=9)
     twice = TeacherSignals.join([entry.signals, entry.signals])
-    for tensor in twice.tensors().values():
+    for tensor in twice.tensors.values():
         tensor.array.flags.writeable = False
-    mine = dataclasses.replace(entry, signals=twice.slice(entry.sequence.rows, 2 * entry.sequence.rows))
+    mine = dataclasses.replace(entry, signals=twice.divide([entry.sequence] * 2)[1])
     put(store, mine)
     assert_same_labels(store.get(key_of(entry)), entry.signals)
 
 
 def test_24_bit_ids_take_three_bytes():
-    wide, narrow = (entry_of(SignalSpec("top_k", rows, k=100), tokens=50) for rows in (70_000, 60_000))
+    wide, narrow = (entry_of(spec_of("top_k", rows, k=100), tokens=50) for rows in (70_000, 60_000))
     sizes = [len(encode_labels(key_of(entry), entry)) for entry in (wide, narrow)]
     rows = wide.sequence.rows
     assert rows * 100 - 64 < sizes[0] - sizes[1] < rows * 100 + 64
@@ -302,7 +306,7 @@ def test_threads_agree_on_one_answer(store):
     def write(thread: int) -> None:
         for place, choices in enumerate(variants_of):
             together.wait()
-            seen[place].append(put(store, choices[thread]).hidden_ND.array.tobytes())
+            seen[place].append(put(store, choices[thread])["hidden_ND"].array.tobytes())
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -317,8 +321,8 @@ def _lookalikes(seed):
     """Eight answers to one question that differ in their bits."""
     signals = entry_of(SPECS["hidden"], seed=seed).signals
     for number in range(8):
-        hidden = dataclasses.replace(signals.hidden_ND, array=np.full_like(signals.hidden_ND.array, number))
-        yield dataclasses.replace(signals, hidden_ND=hidden)
+        hidden = dataclasses.replace(signals["hidden_ND"], array=np.full_like(signals["hidden_ND"].array, number))
+        yield dataclasses.replace(signals, tensors=signals.tensors | {"hidden_ND": hidden})
 
 
 def test_without_hard_links_labels_are_kept_all_the_same(store, monkeypatch):
@@ -474,9 +478,9 @@ def test_the_same_labels_are_the_same_file(tmp_path):
         "from teacher_wire.testing.fake_teacher import FakeTeacher\n"
         "from teacher_wire.labels.blob import LabelEntry, encode_labels, label_keys\n"
         "from teacher_wire.core.batch import TokenBatch\n"
-        "from teacher_wire.core.signals import SignalSpec\n"
+        "from teacher_wire.score.signals import Full, Hidden, spec_of\n"
         "import hashlib\n"
-        "spec, batch = SignalSpec('top_k', 64, k=3), TokenBatch.pack([[1, 2, 3]])\n"
+        "spec, batch = spec_of('top_k', 64, k=3), TokenBatch.pack([[1, 2, 3]])\n"
         "entry = LabelEntry('f', spec, batch, FakeTeacher().signals(spec, batch))\n"
         "print(hashlib.sha256(encode_labels(label_keys('f', spec, batch)[0], entry)).hexdigest())\n"
     )

@@ -36,7 +36,7 @@ def test_fifty_killed_writers_leave_no_bad_labels_and_no_stuck_lock(tmp_path):
         entry = answer(question, 0)
         found = store.get(key_of(entry))
         if found is not None:
-            writers = {float(value) for t in found.tensors().values() for value in np.unique(t.array)}
+            writers = {float(value) for t in found.tensors.values() for value in np.unique(t.array)}
             assert len(writers) == 1 and writers != {0.0}, "one writer's labels, whole"
             continue
         kept = store.keep(key_of(entry), entry.fingerprint, entry.spec, entry.sequence, entry.signals)

@@ -1,12 +1,13 @@
-"""What a person sees while a run goes on: one live line, and a line a log step. Draws only; decides nothing."""
+"""What a person sees while a run goes on: one live line, and a line per log step. Draws only; decides nothing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from student_trainer.progress import ProgressBar
 
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -36,41 +37,28 @@ class ConsoleProgress(TrainerCallback):
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
         self._title = title
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._bar: ProgressBar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
-            console=self._console,
-            transient=True,
-        )
-        self._task = self._progress.add_task(
-            self._title, total=state.max_steps, completed=state.global_step, figures=""
-        )
-        self._progress.start()
+        self._bar = ProgressBar(self._console, self._title, state.max_steps, done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        if self._bar is not None:
+            self._bar.update(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         figures = describe_logs(logs or {})
-        if self._progress is None or not figures:
+        if self._bar is None or not figures:
             return
-        self._progress.update(self._task, figures=figures)
+        self._bar.update(figures=figures)
         if "eval_nll_per_byte" in (logs or {}) or not self._console.is_terminal:
-            self._progress.console.print(f"[dim]{self._title} step {state.global_step}:[/] {figures}", highlight=False)
+            self._console.print(f"[dim]{self._title} step {state.global_step}:[/] {figures}", highlight=False)
 
     def close(self) -> None:
         """Takes the bar away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -18,8 +18,9 @@ from student_trainer.errors import NonFiniteError, RunError
 from student_trainer.files import disk_trouble_named, move_into, sync, sync_tree
 from student_trainer.model.load import Student
 from student_trainer.model.saving import not_finite, save_student, try_saving
-from student_trainer.training import checkpoint
+from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.deferred_checks import Verdicts
+from student_trainer.training.learner import Learner
 
 
 class KeepingTrainer(Trainer):
@@ -27,6 +28,7 @@ class KeepingTrainer(Trainer):
 
     _config: TrainConfig
     _student: Student
+    _learner: Learner
     _verdicts: Verdicts
     _on_trouble: Callable[[str], None]
     _writing: Path | None = None  # where a checkpoint is being written
@@ -99,23 +101,26 @@ class KeepingTrainer(Trainer):
 
     def _write(self, folder: Path, state_dict: Any = None, *, exported: bool = False) -> None:
         self._verdicts.settle()
-        broken = not_finite(self._student.model, trained_only=True)
+        broken = self._broken()
         if broken:
             raise NonFiniteError(
                 f"step {self.state.global_step}: its update has made the weights not finite, so they are not saved"
                 f"{self._why_not_finite()}"
             )
         save_student(self._student, folder, state_dict, exported=exported)
+        if not exported:
+            self._learner.save_projectors(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         checkpoint.save_state(Path(output_dir), self.optimizer, self.lr_scheduler, self._verdicts.in_a_row)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, self._student.model)
         except (OSError, ValueError, RuntimeError) as error:
             raise RunError(f"{resume_from_checkpoint} cannot be read: {str(error)[:300]}") from error
-        if broken := not_finite(self._student.model, trained_only=True):
+        self._learner.load_projectors(Path(resume_from_checkpoint))
+        if broken := self._broken():
             raise NonFiniteError(
                 f"{resume_from_checkpoint}: its weights are not finite ({broken}); move it away to go on from the one before"
             )
@@ -131,10 +136,15 @@ class KeepingTrainer(Trainer):
         if checkpoint_dir is not None and (told := checkpoint.load_random(Path(checkpoint_dir))):
             self._on_trouble(told)
 
+    def _broken(self) -> str:
+        """The name of a trained weight that is not finite; empty if there is none."""
+        parts = (self._student.model, self._learner.projectors)
+        return next((name for part in parts if (name := not_finite(part, trained_only=True))), "")
+
     def _why_not_finite(self) -> str:
         """What is known of it, what is left, and what to try; for the end of a sentence."""
         settings, model = self._config.train, self._config.model
-        broken = not_finite(self._student.model, trained_only=True)
+        broken = self._broken()
         newest = checkpoint.newest_whole(Path(self.args.output_dir))
         ways = [f"a lower train.learning_rate={settings.learning_rate:g}"]
         ways += ["train.max_grad_norm=1"] * (settings.max_grad_norm == 0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from student_trainer.teachers.head_cache import fetch_head
+from student_trainer.teachers.artifact_cache import fetch_head
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
@@ -12,9 +12,9 @@ from teacher_wire.testing.loopback import serve
 class Counting(FakeTeacher):
     fetched = 0
 
-    async def head_bytes(self, *args):
+    async def artifact_bytes(self, *args):
         self.fetched += 1
-        return await super().head_bytes(*args)
+        return await super().artifact_bytes(*args)
 
 
 async def test_fetched_once_and_equal(tmp_path):

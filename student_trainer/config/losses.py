@@ -1,0 +1,71 @@
+"""The section `loss`: what is minimised."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from student_trainer.config.fields import Fraction, Positive
+from student_trainer.config.files import Settings
+
+
+class ScheduleConfig(Settings):
+    """A number that changes with the optimizer step (algorithms.md 11)."""
+
+    kind: Literal["constant", "linear", "cosine", "exponential"] = "linear"
+    start: Annotated[float, Field(gt=0)]
+    end: Annotated[float, Field(gt=0)]
+    steps: Positive
+
+
+class OutputLossConfig(Settings):
+    """Divergence of the output distributions (algorithms.md 1).
+
+    Attributes:
+        weight: of this term.
+        beta: of `jsd`; 0 is forward KL, 1 reverse KL, exactly.
+        alpha: of `skew_kl`, `skew_rkl` (0.1 if null) and `adaptive_kl` (0.5 if null).
+        normalization: `paper`, or `unit` = D / (beta (1 - beta)), comparable across beta.
+        temperature: of the loss, constant or a schedule. Not the temperature of sampling.
+        tau_squared: multiply by temperature squared; null means: under a schedule.
+        tempered_head: with `top_k`, the other objective of algorithms.md 2.4 that has a meaning at any temperature.
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "adaptive_kl"] = "forward_kl"
+    beta: Fraction = 0.5
+    alpha: Fraction | None = None
+    normalization: Literal["paper", "unit"] = "paper"
+    temperature: Annotated[float, Field(gt=0)] | ScheduleConfig = 1.0
+    tau_squared: bool | None = None
+    tempered_head: bool = False
+
+
+class LossConfig(Settings):
+    """The training objective: distillation, hard labels, or both.
+
+    Attributes:
+        output: the distillation term, or null.
+        sft_weight: of the cross-entropy with the data's own tokens. 0.5 beside a distillation term if left out, which did better than either
+            term alone on rows whose answers are good (docs/results.md); set 0 where the answers are the teacher's own or poor.
+        chunk_mb: bound on logits held at a time.
+    """
+
+    output: OutputLossConfig | None = OutputLossConfig()
+    sft_weight: Annotated[float, Field(ge=0)] = 0.5
+    chunk_mb: Positive = 1024
+
+    @model_validator(mode="before")
+    @classmethod
+    def _distil_or_say(cls, value: Any) -> Any:
+        """Without a distillation term the weight must be said: half a loss is nobody's default."""
+        if isinstance(value, dict) and "output" in value and value["output"] is None:
+            return {"sft_weight": 0.0, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> LossConfig:
+        if self.output is None and self.sft_weight == 0:
+            raise ValueError("nothing to learn: set output, or sft_weight above 0")
+        return self

@@ -1,0 +1,118 @@
+"""The sections about teachers: where one is (`teacher`), how its labels travel (`labels`), how far ahead they are fetched (`feed`) and what is
+kept of them on disk (`cache`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from student_trainer.config.fields import HomePath, Positive
+from student_trainer.config.files import Settings
+from teacher_wire.transport.proxy import AUTO, NONE, proxy_url
+
+
+class TeacherConfig(Settings):
+    """Whom to learn from: a server at `address`, or one started beside us from `embedded`.
+
+    Attributes:
+        address: HOST:PORT; several with commas are edges of one server, of which any will do.
+        name: which teacher of the server; may be left out if it has one.
+        embedded: a teacher-server config; needs the teacher extra.
+        ca_file, cert_file, key_file: TLS.
+        token_env: environment variable that holds our token.
+        tenant: whose account this run is on; a token says it already.
+        proxy: `auto` takes the HTTP proxy that grpc_proxy, https_proxy or http_proxy names (no_proxy excepted), `none` takes none, else
+            http://HOST:PORT. Addresses of this machine never take one.
+        wait_s: how long to wait for the server at the start.
+        retry_s: how long a request is retried while the server is away.
+        answer_s: how long a request that the server has taken may stay without any part of its answer before it is made again.
+        allow_template_mismatch: learn although the teacher's chat template differs from ours.
+    """
+
+    address: str | None = None
+    embedded: HomePath | None = None
+    name: str = ""
+    ca_file: HomePath | None = None
+    cert_file: HomePath | None = None
+    key_file: HomePath | None = None
+    token_env: str = "LYCEUM_TOKEN"
+    tenant: str = ""
+    proxy: str = "auto"
+    wait_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 5.0
+    retry_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 300.0
+    answer_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 600.0
+    allow_template_mismatch: bool = False
+
+    @field_validator("proxy")
+    @classmethod
+    def _a_proxy(cls, value: str) -> str:
+        return value if value in (AUTO, NONE) else proxy_url(value)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TeacherConfig:
+        if (self.address is None) == (self.embedded is None):
+            raise ValueError("set exactly one of address and embedded")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("set both of cert_file and key_file, or neither: a certificate needs its key")
+        if self.cert_file is not None and self.ca_file is None:
+            raise ValueError("cert_file needs ca_file: without one the connection is plain text")
+        return self
+
+
+class LabelConfig(Settings):
+    """How labels travel (algorithms.md 2, 3).
+
+    Attributes:
+        transport: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass;
+            `full` sends every logit, for small vocabularies; `auto` picks the exact one that fits card and link.
+        k: kept entries of `top_k`.
+        extra_ids: of `top_k`, the student's own likeliest ids a row that are kept too, for divergences that weigh by the
+            student (reverse KL, JSD). Asked for when the student has seen the batch, so not ahead.
+        compression: of `hidden`: int8 in blocks takes half the bytes (algorithms.md 3.4).
+    """
+
+    transport: Literal["hidden", "top_k", "full", "auto"] = "hidden"
+    k: Positive = 128
+    extra_ids: Annotated[int, Field(ge=0)] = 0
+    compression: Literal["none", "int8"] = "none"
+
+    @model_validator(mode="after")
+    def _fitting(self) -> LabelConfig:
+        if self.extra_ids and self.transport != "top_k":
+            raise ValueError(f"extra_ids belong to transport top_k, not {self.transport}")
+        if self.compression != "none" and self.transport != "hidden":
+            raise ValueError(
+                f"compression belongs to transport hidden, not {self.transport} (auto decides it by itself)"
+            )
+        return self
+
+
+class FeedConfig(Settings):
+    """How far labels are fetched ahead of the step that needs them.
+
+    Attributes:
+        max_mb: host memory of labels requested or waiting: as they travel, decoded, and in memory that a GPU copies from. One request is
+            made however large it is. Labels of held-out rows are kept beside it up to as much again.
+        max_batches: micro-batches requested or waiting, at most; how many it takes to hide the teacher's time is measured.
+        window_mb: reply bytes the server may have under way.
+    """
+
+    max_mb: Positive = 768
+    max_batches: Positive = 64
+    window_mb: Positive = 64
+
+
+class CacheConfig(Settings):
+    """What is kept on disk for all runs of this machine: labels in `run.cache_dir/labels`, teachers' output heads in `run.cache_dir/heads`.
+
+    Attributes:
+        labels: keep labels and use them; whatever a teacher was asked once, it need not be asked again.
+        max_gb: budget of the labels; the longest unused go first.
+        heads_gb: budget of the heads, likewise; 0 keeps none.
+    """
+
+    labels: bool = True
+    max_gb: Annotated[float, Field(gt=0, le=2**40)] = 50.0
+    heads_gb: Annotated[float, Field(ge=0, le=2**40)] = 20.0

@@ -1,0 +1,1 @@
+"""The loss on output distributions: distillation and cross-entropy over one chunked pass through the head."""

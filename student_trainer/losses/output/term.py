@@ -1,0 +1,81 @@
+"""The output loss as a term: distillation and the data's own tokens, over one chunked pass through the student's head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from student_trainer.losses.head import Head
+from student_trainer.losses.output.loss import output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
+from student_trainer.losses.term import (
+    Mean,
+    Needs,
+    StudentOutputs,
+    SupervisedRows,
+    TeacherLabels,
+    TermResult,
+    WantedSignal,
+)
+
+
+class OutputTerm:
+    """See module.
+
+    Args:
+        spec_at: step -> what is computed.
+        head: the student's output head as it is now, over the shared ids; asked once a micro-batch.
+        signals: that it needs of the teacher; none for hard labels only.
+    """
+
+    name = "output"
+
+    def __init__(
+        self, spec_at: Callable[[int], OutputLossSpec], head: Callable[[], Head], signals: tuple[WantedSignal, ...] = ()
+    ) -> None:
+        self._spec_at = spec_at
+        self._head = head
+        self._signals = signals
+
+    def needs(self) -> Needs:
+        return Needs(self._signals)
+
+    def term(
+        self,
+        outputs: StudentOutputs,
+        labels: TeacherLabels | None,
+        rows: SupervisedRows,
+        normalizer: float | Tensor,
+        step: int,
+    ) -> TermResult:
+        """`kd_loss` and `sft_loss` in nats per weight, `acc1` and `acc3` as shares of rows.
+
+        Raises:
+            ConfigError, DataError: as `output_loss`.
+        """
+        loss = output_loss(
+            rows.of(outputs.final_BLD),
+            self._head(),
+            None if labels is None else labels.output,
+            rows.labels_N,
+            rows.weights_N,
+            normalizer,
+            self._spec_at(step),
+        )
+        parts = loss.parts
+        figures = {
+            "kd_loss": Mean(parts.kd_sum, parts.weights),
+            "sft_loss": Mean(parts.ce_sum, parts.weights),
+            "acc1": Mean(parts.acc1_hits, parts.rows),
+            "acc3": Mean(parts.acc3_hits, parts.rows),
+        }
+        return TermResult(loss.total, figures, loss.integrity)
+
+    def likeliest_ids(self, outputs: StudentOutputs, rows: SupervisedRows, count: int, step: int) -> Tensor:
+        """int64 [N, count], the student's own likeliest ids of each row, for labels that shall name them (algorithms.md 2.1)."""
+        head = self._head()
+        chunk_rows = self._spec_at(step).chunk_rows(head.vocab_rows)
+        chunks = rows.of(outputs.final_BLD).split(chunk_rows)
+        return torch.cat([head.logits(chunk_CD).topk(count, dim=-1).indices for chunk_CD in chunks])

@@ -1,0 +1,146 @@
+"""What a loss term is: what it needs, what it is given for a micro-batch, and what it answers.
+
+In: the student's outputs, the teacher's labels and the supervised rows; out: one differentiable number with named parts.
+Must never know of a config, a wire or an optimizer: `total.py` sums terms, `training/objective.py` makes them from a config.
+
+Axes: B sequences, L padded length, N supervised rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from student_trainer.losses.integrity import Integrity
+from student_trainer.losses.rows import TeacherRows
+
+
+@dataclass(frozen=True, eq=False)
+class StudentOutputs:
+    """What one pass of the student gives.
+
+    Attributes:
+        final_BLD: states after the final norm, as the output head reads them.
+        taps: by number, the outputs [B, L, D] of the blocks that were asked for, before any norm; 0 is the embedding, the input of
+            block 1. In the dtype of the residual stream. Gradients flow through them.
+    """
+
+    final_BLD: Tensor
+    taps: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them: the final states, then the taps in their order."""
+        return self.final_BLD, *self.taps.values()
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherLabels:
+    """A teacher's answer about a micro-batch, on the student's device.
+
+    Attributes:
+        output: its rows over the vocabulary, as the output losses read them.
+        named: every tensor of the answer by its name on the wire, such as "hidden_ND".
+    """
+
+    output: TeacherRows
+    named: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SupervisedRows:
+    """The rows of a padded micro-batch that describe a supervised token, in the order of the teacher's.
+
+    Attributes:
+        index_N: int64, on the student's device: where they are in the flattened batch [B * L].
+        labels_N: int64, on the host: the tokens they describe.
+        weights_N: float32, on the host: of their losses, at least 0.
+    """
+
+    index_N: Tensor
+    labels_N: Tensor
+    weights_N: Tensor
+
+    def of(self, states_BLD: Tensor) -> Tensor:
+        """[N, D], these rows of the student's states."""
+        return states_BLD.reshape(-1, states_BLD.shape[-1])[self.index_N]
+
+
+class WantedSignal(Protocol):
+    """What a term says of a signal that it needs of the teacher."""
+
+    @property
+    def kind(self) -> str:
+        """By which a teacher offers it."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be there before a term can be computed.
+
+    Attributes:
+        signals: of the teacher.
+        taps: numbers of the student's blocks, as in `StudentOutputs.taps`.
+    """
+
+    signals: tuple[WantedSignal, ...] = ()
+    taps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """A figure of the log, whose sums over micro-batches and steps are divided when it is written.
+
+    Attributes:
+        sum: [], float64, detached, on the student's device.
+        over: [], likewise: what the sum is divided by, such as the weights of its rows.
+    """
+
+    sum: Tensor
+    over: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TermResult:
+    """What a term answers about a micro-batch.
+
+    Attributes:
+        total: [], with a graph: its share of the loss, weighted and divided by the normalizer.
+        parts: figures by their name in the log.
+        evidence: that the teacher's rows are of these tokens and its head; None if the term has looked at none.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Mean]
+    evidence: Integrity | None = None
+
+
+class LossTerm(Protocol):
+    """One summand of the loss. A term that is an nn.Module has its parameters trained and checkpointed with the student (projectors)."""
+
+    @property
+    def name(self) -> str:
+        """Of its section in `loss`; errors and the files of its parameters say it."""
+
+    def needs(self) -> Needs:
+        """Constant over a run."""
+
+    def term(
+        self,
+        outputs: StudentOutputs,
+        labels: TeacherLabels | None,
+        rows: SupervisedRows,
+        normalizer: float | Tensor,
+        step: int,
+    ) -> TermResult:
+        """The term of one micro-batch.
+
+        Args:
+            outputs: of the student, with the taps that all terms need.
+            labels: the teacher's; None in a run without one.
+            rows: which of the flattened states are supervised.
+            normalizer: Z of the whole accumulation window over all ranks (algorithms.md 1.5).
+            step: of the optimizer, counted from 0; schedules are functions of it.
+        """

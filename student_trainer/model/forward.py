@@ -1,0 +1,140 @@
+"""A pass of the student: the states that its head reads, and on request the outputs of single blocks.
+
+In: token ids; out: `StudentOutputs`. The body runs without its output head: logits are made in chunks inside the loss. A block is
+tapped from outside its call, so that compiled layers, recorded passes and gradient checkpointing stay as they are.
+Must never change what a pass computes: with taps and without, the same bits.
+
+Axes: B sequences, L padded length, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import masking_utils
+
+from student_trainer.errors import ModelError
+from student_trainer.losses.term import StudentOutputs
+
+
+class StudentForward(Protocol):
+    """A pass, computed anew (`Student.forward`) or replayed (`speed.cuda_graphs.GraphedBody`)."""
+
+    def __call__(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+        """See `run_body`."""
+
+
+def run_body(body: Any, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+    """States of right-padded sequences, with gradients if they are on.
+
+    No mask is needed, since attention is causal: a token sees nothing of what stands behind it. And without one the fast
+    kernels run, and nobody reads a mask back from the device.
+
+    Args:
+        body: the part of a causal model that makes states.
+        input_ids_BL: int64, on the body's device.
+        taps: numbers of blocks, 1 for the first; 0 for the embedding.
+
+    Raises:
+        ModelError: an architecture whose blocks cannot be tapped, or a number that is none of them.
+    """
+    taken: dict[int, Tensor] = {}
+    with _one_sequence_a_row(), _tapped(body, taps, taken):
+        final_BLD = body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+    return StudentOutputs(final_BLD, {tap: _taken(body, taken, tap, final_BLD) for tap in taps})
+
+
+def blocks_of(body: Any) -> nn.ModuleList:
+    """The decoder blocks in their order.
+
+    Raises:
+        ModelError: the architecture has no one list of them.
+    """
+    count = body.config.get_text_config().num_hidden_layers
+    found = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == count]
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(body).__name__} has {len(found)} lists of {count} blocks where one was expected: its layers cannot be tapped, so no "
+            "loss on them is possible with this student"
+        )
+    return found[0]
+
+
+class _Tapped(nn.Module):
+    """Stands in the place of a block for one pass, and keeps what the block reads and gives."""
+
+    def __init__(self, block: nn.Module, number: int, taps: Sequence[int], taken: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.training = block.training
+        # Not as a child: what looks at parameters or modules meanwhile must not find them twice.
+        self.__dict__.update(block=block, number=number, taps=taps, taken=taken)
+
+    def __getattr__(self, name: str) -> Any:
+        """Loops over blocks ask them for their kind of attention and the like."""
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block gives."""
+        if self.number == 1 and 0 in self.taps:
+            self._keep(0, args[0] if args else kwargs["hidden_states"])
+        output = self.block(*args, **kwargs)
+        if self.number in self.taps:
+            self._keep(self.number, output[0] if isinstance(output, tuple) else output)
+        return output
+
+    def _keep(self, tap: int, state_BLD: Tensor) -> None:
+        if tap in self.taken:
+            raise ModelError(
+                f"block {tap} of the student runs more than once in a pass, so its output is not one tensor"
+            )
+        self.taken[tap] = state_BLD
+
+
+@contextlib.contextmanager
+def _tapped(body: Any, taps: Sequence[int], taken: dict[int, Tensor]) -> Iterator[None]:
+    if not taps:
+        yield
+        return
+    blocks = blocks_of(body)._modules
+    plain = dict(blocks)
+    places = sorted({max(tap, 1) for tap in taps})
+    if min(taps) < 0 or places[-1] > len(plain):
+        raise ModelError(
+            f"taps must lie in 0..{len(plain)}, the embedding and the blocks of the student, not {list(taps)}"
+        )
+    try:
+        for place in places:
+            block = plain[str(place - 1)]
+            assert block is not None
+            blocks[str(place - 1)] = _Tapped(block, place, taps, taken)
+        yield
+    finally:
+        blocks.update(plain)
+
+
+def _taken(body: Any, taken: dict[int, Tensor], tap: int, final_BLD: Tensor) -> Tensor:
+    if tap not in taken or taken[tap].shape != final_BLD.shape:
+        found = f"gives {list(taken[tap].shape)}" if tap in taken else "was not run"
+        raise ModelError(
+            f"block {tap} of {type(body).__name__} {found} where {list(final_BLD.shape)} was expected: its layers cannot be tapped"
+        )
+    return taken[tap]
+
+
+@contextlib.contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Spares transformers two questions whose answers are known.
+
+    Without a mask it looks for several sequences in a row by their positions, on the device, and waits for the answer; and while passes
+    are recorded (`speed/cuda_graphs.py`) it would not look, and make a mask of all positions instead (masking_utils, 5.16 to 5.19).
+    """
+    before = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
+    masking_utils.find_packed_sequence_indices = lambda *_: None
+    masking_utils.is_tracing = lambda *_: False
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = before

@@ -1,0 +1,95 @@
+"""Requests before step 0: a small one that takes the whole way of a batch, and one that measures the link.
+
+In: a teacher's source of labels and the rows of the run; out: nothing, or the labels that `auto` stands for.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import torch
+
+from student_trainer.config.run import TrainConfig
+from student_trainer.config.teachers import LabelConfig
+from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.labels.packing import pack
+from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.source import LabelRequest, LabelSource
+from student_trainer.teachers.choose import Probe, choose
+from student_trainer.teachers.handshake import StudentFacts, shared_rows
+from student_trainer.teachers.loss_checks import is_softened
+from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.signals import SignalSpec
+from teacher_wire.endpoint.client import TeacherClient
+from teacher_wire.score.signals import spec_of
+
+
+async def try_labels(source: LabelSource, spec: SignalSpec, data: TokenizedDataset) -> None:
+    """Asks for the labels of the shortest row, so that what cannot work fails before there is a run folder.
+
+    Raises:
+        LabelError, TeacherWireError: as `LabelSource.labels`.
+    """
+    smallest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
+    asked = pack([data[smallest].example])
+    if spec.extra_ids:
+        named = np.tile(np.arange(spec.extra_ids, dtype=np.int32), (asked.batch.rows, 1))
+        asked = replace(asked, batch=replace(asked.batch, extra_ids_NM=named))
+    await source.labels(asked)
+
+
+async def choose_labels(
+    client: TeacherClient,
+    service: LabelDesk,
+    info: TeacherInfo,
+    facts: StudentFacts,
+    config: TrainConfig,
+    data: TokenizedDataset,
+    device: torch.device,
+) -> tuple[LabelConfig, str]:
+    """The labels that `labels.transport: auto` stands for, and why: by the link, measured with one request, and the memory that is free.
+
+    Raises:
+        ConfigError: as `choose`.
+        TeacherWireError: the teacher does not answer the request.
+    """
+    rows = shared_rows(info, facts)
+    probe = None
+    asked = _probe(config, info, rows, data) if "hidden" in info.transports else None
+    if asked is not None:
+        spec = spec_of("hidden", rows)
+        began_s = time.perf_counter()
+        signals = await client.score(info, spec, asked.batch)
+        took_s = time.perf_counter() - began_s
+        await service.source(info, spec).keep(asked, signals)
+        timing = signals.timing
+        server_s = (timing.queue_us + timing.forward_us + timing.reduce_us) / 1e6
+        if timing.forward_us:  # else the server had them, and there is no forward pass to compare the link with
+            probe = Probe(transfer_s=max(0.0, took_s - server_s), forward_s=timing.forward_us / 1e6)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return choose(info, rows, free, probe, softened=is_softened(config.loss))
+
+
+def _probe(config: TrainConfig, info: TeacherInfo, rows: int, data: TokenizedDataset) -> LabelRequest | None:
+    """The first rows of a micro-batch's size that one request may hold, the shortest row if they are too long; None if that is too."""
+    limits, row_bytes = info.limits, spec_of("hidden", rows).row_bytes(info.hidden_size, info.value_bytes)
+    most_bytes = min(limits.max_reply_bytes, config.feed.window_mb << 20)
+
+    def fits(indices: list[int]) -> bool:
+        examples = [data[index].example for index in indices]
+        return (
+            len(examples) <= limits.max_request_sequences
+            and max(example.token_ids.size for example in examples) <= limits.max_sequence_tokens
+            and sum(example.token_ids.size for example in examples) <= limits.max_request_tokens
+            and sum(int(example.loss_mask.sum()) for example in examples) * row_bytes <= most_bytes
+        )
+
+    first = list(range(min(len(data), config.train.batch_size)))
+    shortest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
+    for indices in (*(first[:count] for count in range(len(first), 0, -1)), [shortest]):
+        if fits(indices):
+            return pack([data[index].example for index in indices])
+    return None

@@ -1,0 +1,1 @@
+"""Checkpoints: what is in one, and when the trainer writes, reads, keeps and removes them."""

@@ -1,0 +1,147 @@
+"""What is trained: the student, what the loss terms train beside it, and the way from a micro-batch to its loss.
+
+In: a padded micro-batch with its labels; out: a `Total`. This is the module that the trainer, its optimizer and the checkpoints see.
+The student is saved under its own names; projectors have a file of their own in checkpoints, and no place in a finished run.
+
+Axes: B sequences, L padded length, N supervised rows, M ids named by the student.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from student_trainer.errors import RunError
+from student_trainer.labels.device_transfer import ahead
+from student_trainer.labels.rows_on_device import rows_on
+from student_trainer.losses.head import Head
+from student_trainer.losses.output.term import OutputTerm
+from student_trainer.losses.term import LossTerm, StudentOutputs, SupervisedRows, TeacherLabels
+from student_trainer.losses.total import Total, taps_of, total
+from student_trainer.model.forward import StudentForward
+from student_trainer.model.load import Student
+from student_trainer.training.windows import PaddedBatch
+from teacher_wire.core.batch import TokenBatch
+
+PROJECTORS = "projectors.safetensors"
+PROJECTOR_RATE = (
+    10.0  # times the student's learning rate, without weight decay: they start from nothing (algorithms.md 4)
+)
+
+
+class Learner(nn.Module):
+    """See module.
+
+    Args:
+        student: its model becomes a part of this module.
+        terms: of the loss, at least one; those that are modules with parameters become `projectors`.
+        narrowed: dtype that the student's passes are computed in by autocast; None for its own. The losses never are.
+        teacher_head: the teacher's output head, for `hidden` labels.
+        likeliest: k, if labels hold ids that the student has named beside the k likeliest; else 0.
+
+    Attributes:
+        passes: how the student's passes are computed; recorded ones may be put here.
+        projectors: what the terms train, by the name of the term.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        terms: Sequence[LossTerm],
+        *,
+        narrowed: torch.dtype | None = None,
+        teacher_head: Head | None = None,
+        likeliest: int = 0,
+    ) -> None:
+        super().__init__()
+        self.student = student.model
+        trained = {term.name: term for term in terms if isinstance(term, nn.Module) and list(term.parameters())}
+        self.projectors = nn.ModuleDict(trained).to(student.outline.device)
+        self.passes: StudentForward = self.plain
+        self._loaded = student
+        self._terms = tuple(terms)
+        self._taps = taps_of(terms)
+        self._narrowed = narrowed
+        self._teacher_head = teacher_head
+        self._likeliest = likeliest
+
+    @property
+    def config(self) -> Any:
+        """The student's; transformers' trainer and its callbacks ask for it."""
+        return self.student.config
+
+    @property
+    def _keys_to_ignore_on_save(self) -> Any:
+        """Of the student's weights; transformers' trainer asks after it has loaded some."""
+        return getattr(self.student, "_keys_to_ignore_on_save", None)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    def plain(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+        """A pass that is computed anew."""
+        with self._autocast():
+            return self._loaded.forward(input_ids_BL, taps)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._narrowed is None else torch.autocast(self.device.type, self._narrowed)
+
+    def forward(self, batch: PaddedBatch, normalizer: float | Tensor, step: int) -> Total:
+        """The loss of one micro-batch of optimizer step `step`, divided by `normalizer`, the weight of its whole window."""
+        device = self.device
+        moved = ahead({"index_N": batch.index_N, "input_ids_BL": batch.input_ids_BL}, device)
+        labels = None if batch.labels is None else self._labels(batch)
+        rows = SupervisedRows(moved["index_N"], batch.labels_N, batch.weights_N)
+        outputs = self.passes(moved["input_ids_BL"], self._taps)
+        return total(self._terms, outputs, labels, rows, normalizer, step)
+
+    def _labels(self, batch: PaddedBatch) -> TeacherLabels:
+        assert batch.labels is not None
+        there = batch.labels.to(self.device)
+        return TeacherLabels(rows_on(there, self._teacher_head, self.device, self._likeliest), there.named)
+
+    @torch.no_grad()
+    def with_own_ids(self, batch: PaddedBatch, count: int, step: int) -> TokenBatch:
+        """The tokens of a micro-batch with the student's `count` likeliest ids of each row, as it is now (algorithms.md 2.1)."""
+        (term,) = (term for term in self._terms if isinstance(term, OutputTerm))
+        self.eval()
+        outputs = self.plain(batch.input_ids_BL.to(self.device))
+        self.train()
+        rows = SupervisedRows(batch.index_N.to(self.device), batch.labels_N, batch.weights_N)
+        ids_NM = term.likeliest_ids(outputs, rows, count, step)
+        return replace(batch.request.batch, extra_ids_NM=ids_NM.cpu().numpy().astype(np.int32))
+
+    def save_projectors(self, folder: Path) -> None:
+        """Writes them, if there are any."""
+        state = {name: tensor.detach().contiguous().cpu() for name, tensor in self.projectors.state_dict().items()}
+        if state:
+            save_file(state, str(folder / PROJECTORS))
+
+    def load_projectors(self, folder: Path) -> None:
+        """Restores them, if there are any.
+
+        Raises:
+            RunError: they are missing, damaged or others.
+        """
+        if not len(self.projectors):
+            return
+        try:
+            self.projectors.load_state_dict(load_file(str(folder / PROJECTORS)))
+        except Exception as error:  # safetensors has an error class of its own
+            raise RunError(f"{folder / PROJECTORS} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+    def projector_group(self, learning_rate: float) -> dict[str, Any] | None:
+        """The optimizer's group of them; None if there are none."""
+        parameters = [p for p in self.projectors.parameters() if p.requires_grad]
+        if not parameters:
+            return None
+        return {"params": parameters, "lr": PROJECTOR_RATE * learning_rate, "weight_decay": 0.0}

@@ -1,0 +1,184 @@
+"""What is learned from at a step: windows of micro-batches, made ready before the trainer sees them.
+
+In: data and their order, or whatever else makes examples; out: for each step its examples and what a teacher is asked about them.
+The trainer never indexes the data itself; a window is a pure function of (seed, step), so that a resumed run sees the same.
+
+Axes: B sequences, L padded length, N supervised rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from student_trainer.data.batch_plan import RunOrder
+from student_trainer.data.dataset import IndexedExample, TokenizedDataset, collate
+from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.labels.packing import pack
+from student_trainer.labels.source import LabelRequest
+from student_trainer.losses.align import row_index
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """The sequences of one pass.
+
+    Attributes:
+        number: among all micro-batches of the run, from 0.
+        examples: in the order of the request.
+        request: what a teacher is asked about them.
+    """
+
+    number: int
+    examples: tuple[IndexedExample, ...]
+    request: LabelRequest
+
+    @classmethod
+    def of(cls, number: int, examples: Sequence[IndexedExample]) -> MicroBatch:
+        """With the request that belongs to the examples."""
+        return cls(number, tuple(examples), pack([item.example for item in examples]))
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """What one optimizer step learns from.
+
+    Attributes:
+        step: from 0.
+        batches: its micro-batches, as many as `WindowSource.accumulation`.
+    """
+
+    step: int
+    batches: tuple[MicroBatch, ...]
+
+
+class WindowSource(Protocol):
+    """Where windows come from."""
+
+    @property
+    def steps(self) -> int:
+        """Of the run."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a window."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a micro-batch."""
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of the run: steps * accumulation."""
+
+    def window(self, step: int) -> Window:
+        """The window of optimizer step `step`, counted from 0; may wait for whoever makes it."""
+
+    def request(self, number: int) -> LabelRequest:
+        """What a teacher is asked about micro-batch `number`; called ahead of `window`, by another thread, and may wait."""
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data made after `step` steps."""
+
+    def close(self) -> None:
+        """Nothing more will be asked for; whoever waits in `request` is woken by a CancelledRequestError. May come twice."""
+
+
+class FixedOrder:
+    """Windows of data that are all there, in the order of the run."""
+
+    def __init__(self, data: TokenizedDataset, order: RunOrder) -> None:
+        self._data = data
+        self._order = order
+        self.steps = order.steps
+        self.accumulation = order.accumulation
+        self.batch_size = order.batch_size
+        self.batches = order.batches
+
+    def window(self, step: int) -> Window:
+        first = step * self.accumulation
+        return Window(step, tuple(self._batch(number) for number in range(first, first + self.accumulation)))
+
+    def request(self, number: int) -> LabelRequest:
+        return self._batch(number).request
+
+    def epoch_at(self, step: int) -> float:
+        return self._order.epoch_at(step)
+
+    def close(self) -> None:
+        """Nobody waits here."""
+
+    def _batch(self, number: int) -> MicroBatch:
+        return MicroBatch.of(number, [self._data[index] for index in self._order.batch(number)])
+
+
+# where windows come from -> what makes them of a run's data and order. A new source is one line here.
+SOURCES: dict[str, Callable[[TokenizedDataset, RunOrder], WindowSource]] = {"data": FixedOrder}
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedBatch:
+    """A micro-batch as the student reads it, on the host: what is known there need not be read from the device.
+
+    Attributes:
+        input_ids_BL: int64, right-padded.
+        index_N: int64, where the supervised rows are in the flattened batch.
+        labels_N: int64, the tokens they describe.
+        weights_N: float32, of their losses.
+        request: names and tokens, packed.
+        labels: what the teacher answered; None where it was not asked.
+    """
+
+    input_ids_BL: Tensor
+    index_N: Tensor
+    labels_N: Tensor
+    weights_N: Tensor
+    request: LabelRequest
+    labels: LabelTensors | None = None
+
+    @property
+    def weight(self) -> float:
+        """Of its supervised rows together."""
+        return float(self.weights_N.sum(dtype=torch.float64))
+
+
+def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda longest: longest) -> PaddedBatch:
+    """Pads a micro-batch.
+
+    Args:
+        pad_id: written behind the shorter sequences.
+        length: L for a longest sequence of so many tokens; not less.
+    """
+    packed = batch.request.batch
+    ids_BL = collate(batch.examples, pad_id, length)["input_ids"]
+    return PaddedBatch(
+        ids_BL,
+        torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, ids_BL.shape[1])),
+        torch.from_numpy(packed.labels_N()).long(),
+        torch.from_numpy(np.concatenate([item.example.target_weights for item in batch.examples])),
+        batch.request,
+    )
+
+
+class Places(Dataset[int]):
+    """What transformers' data loader counts the sequences of a run by; the windows themselves come from their source."""
+
+    def __init__(self, windows: WindowSource) -> None:
+        self._count = windows.batches * windows.batch_size
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int) -> int:
+        return place
+
+
+def places_only(places: list[int]) -> dict[str, Any]:
+    """A collator that reads no data."""
+    return {"places": tuple(places)}
