@@ -12,6 +12,7 @@ import logging
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -70,7 +71,11 @@ class _Run:
             if self._proven:  # patching takes time of a host that has none to spare
                 return self._run(layer, hidden, args, kwargs)
             # The way back is compiled now, so that what cannot be shows here and not in the middle of a backward pass.
-            with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            # Scalings are constants: taken for variables under dynamic=True, they make torch compile everything a second time.
+            with (
+                functorch_config.patch(force_non_lazy_backward_lowering=True),
+                dynamo_config.patch(specialize_float=True),
+            ):
                 output = self._run(layer, hidden, args, kwargs)
             self._proven = True
             return output

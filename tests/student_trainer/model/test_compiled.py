@@ -74,6 +74,9 @@ def test_one_graph_serves_all_layers_and_all_lengths_whatever_came_before(model_
     for length in (9, 14, 33, 70, 9, 21):
         step(student, length)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["stats"]["calls_captured"] == 2, (
+        "the layer and its checkpoint, once: no second compilation for a scaling"
+    )
 
 
 def test_measuring_is_left_alone_and_all_can_be_taken_back(model_factory):
