@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from student_trainer.errors import RunError
 from teacher_wire.labels.files import replacing
@@ -76,7 +77,7 @@ def move_into(source: Path, target: Path) -> None:
 class FolderLock:
     """That one process works in a folder, from `acquire` to the end of the block or of the process, however it ends.
 
-    The kernel holds it (flock), so nothing is left by a crash but a file that locks nothing. Reading the folder needs no lock.
+    The kernel holds it (filelock: flock), so nothing is left by a crash but a file that locks nothing. Reading the folder needs no lock.
 
     Args:
         folder: need not exist before `acquire`, which makes it.
@@ -87,7 +88,8 @@ class FolderLock:
         self._folder = folder
         self._path = folder / LOCK_NAME
         self._tell = tell
-        self._handle: int | None = None
+        # One lock for all threads of the process: a run may be begun in one and ended in another.
+        self._lock = FileLock(self._path, blocking=False, thread_local=False, fallback_to_soft=False)
         self._unlockable = False
 
     def acquire(self) -> None:
@@ -97,40 +99,36 @@ class FolderLock:
             RunError: another process has it; names pid, host and since when.
             OSError: the folder cannot be made or written to.
         """
-        while self._handle is None and not self._unlockable:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        if self._lock.is_locked or self._unlockable:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        while not self._lock.is_locked:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(handle)
-                if error.errno in _UNLOCKABLE:
-                    self._unlockable = True
-                    self._tell(
-                        f"{self._folder}: this file system knows no locks ({error.strerror}); nothing keeps a second "
-                        "process out of it"
-                    )
-                    return
-                if not isinstance(error, BlockingIOError | PermissionError):
-                    raise
+                self._lock.acquire()
+            except Timeout as error:
+                if not self._path.exists():  # its last holder took it away meanwhile
+                    continue
                 raise RunError(
                     f"{self._folder}: {self._holder()} is at work in it; wait for its end, stop it, or choose another folder"
                 ) from error
-            if not _is_still(handle, self._path):  # its last holder took it away meanwhile
-                os.close(handle)
-                continue
-            self._handle = handle
-            said = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, (json.dumps(said) + "\n").encode(), 0)
+            except OSError as error:
+                if error.errno not in _UNLOCKABLE:
+                    raise
+                self._unlockable = True
+                self._tell(
+                    f"{self._folder}: this file system knows no locks ({error.strerror}); nothing keeps a second "
+                    "process out of it"
+                )
+                return
+        said = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._path.write_text(json.dumps(said) + "\n")
 
     def release(self) -> None:
         """Gives it back and takes its file away."""
-        if self._handle is not None:
+        if self._lock.is_locked:
             with contextlib.suppress(OSError):
                 self._path.unlink()
-            os.close(self._handle)
-            self._handle = None
+            self._lock.release()
 
     def _holder(self) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -143,16 +141,6 @@ class FolderLock:
 
     def __exit__(self, *exc: object) -> None:
         self.release()
-
-
-def _is_still(handle: int, path: Path) -> bool:
-    """Whether the open file is the one at `path`."""
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    ours = os.fstat(handle)
-    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
 @contextlib.contextmanager

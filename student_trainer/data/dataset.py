@@ -20,8 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from student_trainer.data.rows.intake import BadRow, Intake
 from student_trainer.data.rows.sources import DataSource, read_source
+from student_trainer.data.text.answer import Template
+from student_trainer.data.text.clock import Clock
 from student_trainer.data.text.encoding import Encoder, TokenSequence
-from student_trainer.data.text.templates import Clock, Template, choose, rendering_sha256
+from student_trainer.data.text.templates import choose, rendering_sha256
 from student_trainer.data.trace_rows import TaskRow, TraceTasks, check_tasks, task_rows
 from student_trainer.errors import DataError
 

@@ -20,7 +20,8 @@ from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, write_bad_rows
 from student_trainer.data.rows.sources import DataSource, parse_source
-from student_trainer.data.text.templates import Clock
+from student_trainer.data.text.clock import Clock
+from student_trainer.data.token_cache import TokenCache
 from student_trainer.data.trace_rows import TraceTasks
 from student_trainer.errors import ConfigError
 from teacher_wire.core.info import TeacherInfo
@@ -31,7 +32,11 @@ _TOKEN_BYTES, _FILE_BYTES = 5, 3_500
 
 
 def load_data(
-    config: DataConfig, tokenizer: Any, console: Console, pinned: datetime.date | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    console: Console,
+    pinned: datetime.date | None = None,
+    cache_dir: Path | None = None,
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """The rows to learn from and those to measure with; says what each source holds, and how many rows there are.
 
@@ -40,6 +45,7 @@ def load_data(
         tokenizer: the student's.
         console: told what was read.
         pinned: the day on which the run began, for templates that print one; None for a new run.
+        cache_dir: of all runs of this machine; tokenised rows are kept in its folder `tokens`. None: they are not kept.
 
     Raises:
         DataError, ConfigError: naming file and line, or the setting.
@@ -48,8 +54,11 @@ def load_data(
     clock = Clock(config.date or pinned, explicit=config.date is not None)
     intakes = {"train": Intake(config.bad_rows), "eval": Intake(config.bad_rows)}
 
+    notes: list[str] = []
+    make = build_dataset if cache_dir is None else TokenCache(cache_dir / "tokens", notes.append).dataset
+
     def build(sources: Any, intake: Intake) -> TokenizedDataset:
-        return build_dataset(
+        return make(
             [source_of(source) for source in sources],
             tokenizer,
             template=config.template,
@@ -66,6 +75,8 @@ def load_data(
     with console.status("reading and tokenising the data"):
         data = build(config.train, intakes["train"])
         held_out = build(config.eval, intakes["eval"]) if config.eval else None
+    for note in notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     for name, intake in intakes.items():
         for number, facts in enumerate(intake.sources):
             console.print(f"{escape(f'data.{name}[{number}]')} {escape(facts.told)}", soft_wrap=True)

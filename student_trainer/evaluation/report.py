@@ -120,32 +120,10 @@ def paired(arm_values: Sequence[float], base_values: Sequence[float]) -> Interva
     mean, count = statistics.fmean(differences), len(differences)
     if count == 1:
         return {"mean": mean, "low": None, "high": None}
-    half = t_quantile(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    from scipy.special import stdtrit  # Student's t; a third of the import time of scipy.stats, and the same digits
+
+    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(count)
     return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """The quantile of Student's t with `freedom` degrees of freedom, for probabilities in [0.5, 1), to 1e-9."""
-    low, high = 0.0, 1.0
-    while t_cdf(high, freedom) < probability:
-        high *= 2
-    while high - low > 1e-10 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, freedom) < probability else (low, middle)
-    return high
-
-
-def t_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) for t >= 0: the finite series of Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even)."""
-    theta = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(theta) if odd else 1.0
-    total = 0.0
-    for j in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= math.cos(theta) ** 2 * (j - 1) / j
-    central = 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
-    return 0.5 + central / 2
 
 
 def as_json(results: Results) -> dict[str, object]:

@@ -80,7 +80,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
     findings.add(check_labelling(config, settled is not None))
     with connections(config.teachers, console) as reached:
         student = load_outline(config.model)
-        data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config))
+        data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config), config.run.cache_dir)
         findings.add(check_rows(config, student, data, held_out))
         sessions = open_sessions(config, reached, student, data, held_out, console, findings, settled, only_stores=True)
         if not sessions:

@@ -90,7 +90,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
-            data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config) if resume else None)
+            data, held_out = load_data(
+                config.data, student.tokenizer, console, pinned_date(config) if resume else None, config.run.cache_dir
+            )
             findings.add(check_rows(config, student.outline, data, held_out))
             settled = settled_labels(config) if resume else None
             sessions = open_sessions(config, reached, student.outline, data, held_out, console, findings, settled)

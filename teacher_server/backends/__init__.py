@@ -1,42 +1,17 @@
-"""Models behind one protocol (`base.Backend`); the visible dict of kinds is the registry."""
+"""Models behind one protocol (`base.Backend`); `config.backends.BACKENDS` is the registry of their kinds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 from teacher_server.backends.base import Backend, ModelFacts
-from teacher_server.config.backends import FakeBackend, TransformersBackend, VllmBackend
+from teacher_server.config.backends import BackendConfig
 
 
-def _transformers(config: Any, deterministic: bool) -> Backend:
-    from teacher_server.backends.transformers.backend import load
-
-    return load(config, deterministic=deterministic)
-
-
-def _vllm(config: Any, deterministic: bool) -> Backend:
-    from teacher_server.backends.vllm.backend import load
-
-    return load(config, deterministic=deterministic)
-
-
-def _fake(config: Any, deterministic: bool) -> Backend:
-    from teacher_server.backends.fake import FakeModel
-
-    return FakeModel(config)
-
-
-BACKENDS: dict[str, Callable[[Any, bool], Backend]] = {
-    "transformers": _transformers,
-    "vllm": _vllm,
-    "fake": _fake,
-}
-
-
-def build_backend(config: TransformersBackend | VllmBackend | FakeBackend, *, deterministic: bool) -> Backend:
+def build_backend(config: BackendConfig, *, deterministic: bool) -> Backend:
     """Loads the model that `config` describes; only now is torch imported, and only for kinds that need it."""
-    return BACKENDS[config.kind](config, deterministic)
+    backend: Backend = import_module(config.built_by).load(config, deterministic=deterministic)
+    return backend
 
 
-__all__ = ["BACKENDS", "Backend", "ModelFacts", "build_backend"]
+__all__ = ["Backend", "ModelFacts", "build_backend"]

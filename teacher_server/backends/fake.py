@@ -61,6 +61,12 @@ class FakeModel:
         return FakeGeneration(self._teacher)
 
 
+def load(config: FakeBackend, *, deterministic: bool) -> FakeModel:
+    """The fake; it always gives the same bits."""
+    del deterministic
+    return FakeModel(config)
+
+
 class FakeGeneration:
     """A `Generation` without a queue: every call is answered as it comes."""
 

@@ -1,22 +1,32 @@
-"""What loads a teacher's model, one section for each kind of backend.
+"""Settings of the kinds of model that can stand behind a teacher; `BACKENDS` is the registry.
 
-Nothing here builds anything: `teacher_server.backends.build_backend` does.
+In: the section `backend` of a teacher; out: the settings of its kind, which name the module that loads it. Nothing here loads anything.
+A new kind is a file of its own, with its settings and `load`, and one line in `BACKENDS`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from teacher_server.config.files import Settings
 
 
-class _Strict(Settings):
-    """A section; see `Settings`."""
+class BackendConfig(Settings):
+    """Settings of one kind of backend.
+
+    Attributes:
+        built_by: the module whose `load(config, deterministic=...)` gives the `backends.Backend`; imported only when one is built.
+        kind: its key in `BACKENDS`.
+    """
+
+    built_by: ClassVar[str]
+
+    kind: str
 
 
-class TransformersBackend(_Strict):
+class TransformersBackend(BackendConfig):
     """A causal language model that transformers loads, with every signal.
 
     Attributes:
@@ -36,6 +46,8 @@ class TransformersBackend(_Strict):
             the labels is measured at loading.
     """
 
+    built_by: ClassVar = "teacher_server.backends.transformers.backend"
+
     kind: Literal["transformers"] = "transformers"
     model: str
     revision: str | None = None
@@ -51,7 +63,7 @@ class TransformersBackend(_Strict):
     quantization: Literal["none", "fp8"] = "none"
 
 
-class VllmBackend(_Strict):
+class VllmBackend(BackendConfig):
     """A causal language model that vLLM runs: labels from its final states, and writing in running batches.
 
     Every role is an engine of its own, with its own copy of the weights: one replica with both needs twice the weights,
@@ -80,6 +92,8 @@ class VllmBackend(_Strict):
         answer_mb: largest answer to one request; `full` takes rows x vocabulary x bytes of the dtype.
     """
 
+    built_by: ClassVar = "teacher_server.backends.vllm.backend"
+
     kind: Literal["vllm"] = "vllm"
     model: str
     revision: str | None = None
@@ -105,7 +119,7 @@ class VllmBackend(_Strict):
         return self
 
 
-class FakeBackend(_Strict):
+class FakeBackend(BackendConfig):
     """The deterministic fake of `teacher_wire.testing.fake_teacher`, for trying things out without a model.
 
     Attributes:
@@ -114,6 +128,8 @@ class FakeBackend(_Strict):
         breaks_after: forward passes after which every one raises a CUDA error, as a lost context does; 0 for never.
     """
 
+    built_by: ClassVar = "teacher_server.backends.fake"
+
     kind: Literal["fake"] = "fake"
     vocab_rows: Annotated[int, Field(ge=2)] = 64
     hidden_size: Annotated[int, Field(ge=1)] = 16
@@ -121,3 +137,10 @@ class FakeBackend(_Strict):
     delay_s: Annotated[float, Field(ge=0)] = 0.0
     tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     breaks_after: Annotated[int, Field(ge=0)] = 0
+
+
+BACKENDS: dict[str, type[BackendConfig]] = {
+    "transformers": TransformersBackend,
+    "vllm": VllmBackend,
+    "fake": FakeBackend,
+}

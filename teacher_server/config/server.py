@@ -7,16 +7,21 @@ that names the key; nothing here builds anything.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
-from teacher_server.config.backends import FakeBackend, TransformersBackend, VllmBackend
+from teacher_server.config.backends import BACKENDS, BackendConfig, VllmBackend
 from teacher_server.config.files import Settings, parse_as, read_tree
 from teacher_wire.transport.channel import is_loopback
 
 EDGE_NAME = "edge"  # of the endpoint among the application's deployments
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+if TYPE_CHECKING:
+    AnyBackend = BackendConfig
+else:  # the settings of whichever kind the section names
+    AnyBackend = Annotated[Union[tuple(BACKENDS.values())], Field(discriminator="kind")]  # noqa: UP007
 
 
 class _Strict(Settings):
@@ -242,7 +247,7 @@ class TeacherConfig(_Strict):
     """
 
     name: Name
-    backend: Annotated[TransformersBackend | VllmBackend | FakeBackend, Field(discriminator="kind")]
+    backend: AnyBackend
     deterministic: bool = False
     batch: BatchConfig = BatchConfig()
     limits: LimitsConfig = LimitsConfig()

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -202,6 +203,56 @@ def test_a_lock_is_one_process_at_a_time_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path / "run") == []
 
 
+def test_whoever_is_refused_leaves_what_the_holder_wrote_of_itself(tmp_path):
+    with FolderLock(tmp_path / "run") as held:
+        held.acquire()
+        written = (tmp_path / "run" / LOCK_NAME).read_bytes()
+        for _ in range(2):
+            with pytest.raises(RunError, match=f"process {os.getpid()} on .*since 20"):
+                FolderLock(tmp_path / "run").acquire()
+        assert (tmp_path / "run" / LOCK_NAME).read_bytes() == written
+
+
+def test_a_lock_may_be_given_back_by_another_thread(tmp_path):
+    with FolderLock(tmp_path / "run") as held, FolderLock(tmp_path / "run") as other:
+        thread = threading.Thread(target=held.acquire)
+        thread.start()
+        thread.join()
+        with pytest.raises(RunError, match="is at work in it"):
+            other.acquire()
+        held.release()
+        other.acquire()
+
+
+def test_many_take_turns_and_never_two_at_once(tmp_path):
+    """Threads that take and give back: each new holder meets files that the last one is taking away."""
+    inside, worst, turns = 0, 0, []
+    guard = threading.Lock()
+
+    def work():
+        nonlocal inside, worst
+        while len(turns) < 200:
+            lock = FolderLock(tmp_path / "run")
+            try:
+                lock.acquire()
+            except RunError:
+                continue
+            with guard:
+                inside += 1
+                worst = max(worst, inside)
+                turns.append(threading.get_ident())
+            with guard:
+                inside -= 1
+            lock.release()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert worst == 1 and os.listdir(tmp_path / "run") == []
+
+
 def test_a_run_that_is_refused_for_its_lock_changes_nothing(tmp_path, half):
     run, _ = half
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -216,7 +267,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("student_trainer.files.fcntl.flock", unsupported)
+    monkeypatch.setattr("fcntl.flock", unsupported)
     told = []
     with FolderLock(tmp_path / "run", told.append) as lock:
         lock.acquire()

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.inputs import load_data
-from student_trainer.data.text import templates
+from student_trainer.data.text import clock, templates
 from student_trainer.errors import ConfigError, DataError
 from student_trainer.training.run import train
 from teacher_wire.core.errors import MismatchError
@@ -36,7 +36,7 @@ class Day(date):
 @pytest.fixture
 def calendar(monkeypatch: pytest.MonkeyPatch) -> type[Day]:
     monkeypatch.setattr(Day, "now", date(2026, 3, 1))
-    monkeypatch.setattr(templates, "date", Day)
+    monkeypatch.setattr(clock, "date", Day)
     return Day
 
 

@@ -60,7 +60,7 @@ def parse_source(text: str, format_name: str = "auto") -> DataSource:
         DataError: N is not a positive integer, or there is no path.
     """
     path, mark, count = text.rpartition("#") if "#" in text else (text, "", "")
-    if mark and _local(text).exists():
+    if mark and local_path(text).exists():
         return DataSource(text, None, format_name)
     if not path:
         raise DataError("a source is written path or path#N", field="source", value=text)
@@ -80,7 +80,7 @@ def read_source(source: DataSource, intake: Intake | None = None) -> list[Row]:
     """
     intake = intake or Intake()
     before = len(intake.bad)
-    path = _local(source.path)
+    path = local_path(source.path)
     if path.is_file():
         rows = read_file(source.path, path, intake)
     elif path.is_dir():
@@ -100,7 +100,12 @@ def read_source(source: DataSource, intake: Intake | None = None) -> list[Row]:
     return [_renamed(row, source.columns) for row in rows] if source.columns else rows
 
 
-def _local(text: str) -> Path:
+def local_path(text: str) -> Path:
+    """Where a source's path points on this machine, whether or not anything is there.
+
+    Raises:
+        DataError: `~` of somebody who has no home.
+    """
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~nobody
@@ -156,7 +161,7 @@ def _read_folder(source: DataSource, path: Path, intake: Intake) -> list[Row]:
     of_rows = [file for file in files if suffix_of(file) in READERS and file.name not in _ABOUT_DATA]
     if not of_rows:
         raise DataError(f"no file of rows in the folder; known: {', '.join(READERS)}", file=source.path)
-    if _describes_itself(path):
+    if describes_itself(path):
         return _read_datasets(source)
     by_split: dict[str, list[Path]] = {}
     for file in of_rows:
@@ -194,7 +199,7 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.parts)
 
 
-def _describes_itself(path: Path) -> bool:
+def describes_itself(path: Path) -> bool:
     """Whether a README of the folder tells `datasets` which files are which split."""
     readme = path / "README.md"
     if not readme.is_file():
@@ -218,9 +223,9 @@ def _read_datasets(source: DataSource, *, saved: bool = False) -> list[Row]:
     try:
         loaded: Any
         if saved:
-            loaded = datasets.load_from_disk(str(_local(source.path)))
+            loaded = datasets.load_from_disk(str(local_path(source.path)))
         else:
-            local = _local(source.path)
+            local = local_path(source.path)
             name = {} if source.subset is None else {"name": source.subset}
             loaded = datasets.load_dataset(str(local) if local.is_dir() else source.path, split=source.split, **name)
     except Exception as error:  # the library raises anything from OSError to its own and the hub's errors

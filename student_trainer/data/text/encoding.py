@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.data.text.templates import Answer, Template
+from student_trainer.data.text.answer import Answer, Template
 from student_trainer.errors import DataError
 
 _TAIL = 256  # characters at the end of a prompt in which a token is looked for that cuts every text

@@ -8,112 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import date, datetime, time
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from student_trainer.data.rows.formats import Conversation, Turn
+from student_trainer.data.text.answer import Answer, Template, trained
+from student_trainer.data.text.clock import Clock, reads
 from student_trainer.data.text.control_tokens import ControlTokens
-from student_trainer.data.text.layout import Laid, Place, lay_out, weights_along
+from student_trainer.data.text.layout import Laid, lay_out, weights_along
+from student_trainer.data.text.plain import PLAIN, PlainTemplate
 from student_trainer.errors import DataError
 from teacher_wire.core.identity import default_template, text_sha256
 
-PLAIN = "plain"
 TEMPLATES = ("chat", PLAIN)
 # Variables that `render_jinja_template` and this module set themselves.
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "chat_template", "conversations", "strftime_now")
-# What templates of published models call the day they print, and how they write it; set by an explicit date only, since
-# inference leaves them to the template's own default.
-_DATE_VARIABLES = {"date_string": "%d %b %Y", "current_date": "%Y-%m-%d", "datetime": "%Y-%m-%d", "today": "%Y-%m-%d"}
-
-
-class Clock:
-    """The day that chat templates print: one for the whole run.
-
-    Attributes:
-        day: it.
-        explicit: whether the config names it.
-        asked: whether a template has printed it so far.
-    """
-
-    def __init__(self, day: date | None = None, *, explicit: bool = False) -> None:
-        self.day = day or date.today()
-        self.explicit = explicit
-        self.asked = False
-
-    def strftime_now(self, form: str) -> str:
-        """In the place of the function of this name that transformers gives to templates."""
-        self.asked = True
-        return datetime.combine(self.day, time()).strftime(form)
-
-    def variables(self, source: str) -> dict[str, Any]:
-        """What a template of this source gets to know of the day."""
-        found: dict[str, Any] = {"strftime_now": self.strftime_now}
-        for name, form in _DATE_VARIABLES.items() if self.explicit else ():
-            if _reads(source, name):
-                self.asked = True
-                found[name] = self.day.strftime(form)
-        return found
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One trained turn.
-
-    Attributes:
-        turn: its number in the conversation.
-        prompt: what inference feeds the model to get it.
-        target: what the model is to write, through the end of turn where the template writes one.
-        ending: the tokenizer's eos where it does not; written behind the last answer of a sequence.
-        places: the row's own characters in `target`.
-        weights: (characters, weight of their loss) all along target and ending; empty: 1 everywhere.
-        literal: control tokens in contents are kept as text: the texts are of `ControlTokens.settled`.
-    """
-
-    turn: int
-    prompt: str
-    target: str
-    ending: str = ""
-    places: tuple[Place, ...] = ()
-    weights: tuple[tuple[int, float], ...] = ()
-    literal: bool = False
-
-
-class Template(Protocol):
-    """A way of writing conversations.
-
-    Attributes:
-        name: for people.
-        source_sha256: digest of the chat template's text; "" for `plain`.
-        control: the control tokens of the tokenizer under this template.
-        begins_with_bos: ids of a sequence begin with the tokenizer's bos, which `prompt` does not show.
-        literal_rows: conversations so far in which control tokens were kept as text.
-    """
-
-    name: str
-    source_sha256: str
-    control: ControlTokens
-    begins_with_bos: bool
-    literal_rows: int
-
-    def answers(self, conversation: Conversation, turns: str = "auto") -> list[Answer]:
-        """The trained turns in order; with turns="last" only the last turn, and none if nothing has a weight above 0.
-
-        Raises:
-            DataError: the template fails, or shows less than the row says.
-        """
-        ...
-
-    def prompt(self, conversation: Conversation) -> tuple[str, bool]:
-        """What inference feeds the model after all turns of `conversation`; and whether it is `literal`, as in `Answer`."""
-        ...
 
 
 class ChatTemplate:
@@ -144,7 +58,7 @@ class ChatTemplate:
         self.name = name
         self.source_sha256 = text_sha256(source)
         self.literal_rows = 0
-        self._sources = source, tools_source or source
+        self.sources = source, tools_source or source
         self._kwargs = dict(kwargs or {})
         self._clock = clock or Clock()
         self._special = dict(tokenizer.special_tokens_map)
@@ -154,10 +68,10 @@ class ChatTemplate:
 
     def answers(self, conversation: Conversation, turns: str = "auto") -> list[Answer]:
         self._check(conversation)
-        trained = _trained(conversation, turns)
-        literal = self._refuse_or_mark(conversation, trained)
+        learned = trained(conversation, turns)
+        literal = self._refuse_or_mark(conversation, learned)
         messages = self._messages(conversation, literal=literal)
-        return [self._answer(conversation, messages, i, literal=literal) for i in trained]
+        return [self._answer(conversation, messages, i, literal=literal) for i in learned]
 
     def prompt(self, conversation: Conversation) -> tuple[str, bool]:
         self._check(conversation)
@@ -203,7 +117,7 @@ class ChatTemplate:
     def _render(
         self, messages: list[dict[str, Any]], conversation: Conversation, *, literal: bool, generation_prompt: bool
     ) -> str:
-        source = self._sources[bool(conversation.tools)]
+        source = self.sources[bool(conversation.tools)]
         variables = {**self._clock.variables(source), **self._special, **self._kwargs, **conversation.template_kwargs}
         tools = [dict(tool) for tool in conversation.tools] or None
         try:
@@ -220,16 +134,16 @@ class ChatTemplate:
 
     def _check(self, conversation: Conversation) -> None:
         """Refuses what the template would leave out without a word."""
-        source = self._sources[bool(conversation.tools)]
-        if conversation.tools and not _reads(source, "tools"):
+        source = self.sources[bool(conversation.tools)]
+        if conversation.tools and not reads(source, "tools"):
             raise DataError(
                 f"the chat template ({self.name}) shows no tools, so the row's would be lost", field="tools"
             )
-        if any(turn.extra.get("tool_calls") for turn in conversation.turns) and not _reads(source, "tool_calls"):
+        if any(turn.extra.get("tool_calls") for turn in conversation.turns) and not reads(source, "tool_calls"):
             raise DataError(f"the chat template ({self.name}) shows no tool calls, so the row's would be lost", field="tool_calls")  # fmt: skip
         _check_kwargs(conversation.template_kwargs, source, "chat_template_kwargs")
 
-    def _refuse_or_mark(self, conversation: Conversation, trained: list[int]) -> bool:
+    def _refuse_or_mark(self, conversation: Conversation, learned: list[int]) -> bool:
         """Whether a control token stands in what others say, which then stays text.
 
         Raises:
@@ -238,7 +152,7 @@ class ChatTemplate:
         held = False
         for i, turn in enumerate(conversation.turns):
             found = self.control.first_in((turn.content, turn.extra))
-            if found and i in trained:
+            if found and i in learned:
                 raise DataError(
                     f"turn {i} of the assistant holds {found!r}, a control token of the tokenizer (id {self.control.ids[found]}); "
                     "the chat template ends turns by itself, so take it out of the row",
@@ -277,67 +191,6 @@ class ChatTemplate:
             name = str((call.get("function") or call).get("name", "")) if isinstance(call, Mapping) else ""
             if name not in laid.target:
                 raise DataError(f"the chat template does not show the call of {name!r} in turn {i}", field="tool_calls")
-
-
-class PlainTemplate:
-    """For tokenizers without a chat template: each turn before the answer and a newline, then the answer and eos; see `Template`.
-
-    A sequence begins with bos if the tokenizer puts one before text by itself.
-    """
-
-    name = PLAIN
-    source_sha256 = ""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._eos = None if tokenizer.eos_token is None else str(tokenizer.eos_token)
-        self.begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
-            tokenizer.bos_token_id
-        ]
-        self.control = ControlTokens(tokenizer, "")
-        self.literal_rows = 0
-
-    def answers(self, conversation: Conversation, turns: str = "auto") -> list[Answer]:
-        if self._eos is None:
-            raise DataError("the tokenizer has no eos token to end an answer with")
-        trained = _trained(conversation, turns)
-        literal = self._check(conversation, trained)
-        eos = self.control.settled(self._eos) if literal else self._eos
-        answers = []
-        prompt = ""
-        for i, turn in enumerate(conversation.turns):
-            if turn.role != "assistant":
-                prompt += turn.content + "\n"
-                continue
-            laid = Laid(turn.content + eos, (Place(0, len(turn.content), 0),), True)
-            if i in trained:
-                answers.append(Answer(i, prompt, laid.target, "", laid.places, weights_along(turn, laid, 0), literal))
-            prompt += laid.target
-        return answers
-
-    def prompt(self, conversation: Conversation) -> tuple[str, bool]:
-        asked = replace(conversation, turns=(*conversation.turns, Turn("assistant", "-")))
-        [answer] = self.answers(asked, "last")
-        return answer.prompt, answer.literal
-
-    def _check(self, conversation: Conversation, trained: list[int]) -> bool:
-        if conversation.tools or conversation.template_kwargs:
-            field = "tools" if conversation.tools else "chat_template_kwargs"
-            raise DataError("template=plain has no place for it; use a chat template", field=field)
-        held = False
-        for i, turn in enumerate(conversation.turns):
-            if named := [name for name in ("reasoning_content", "tool_calls") if turn.extra.get(name)]:
-                raise DataError(
-                    "template=plain has no place for it; use a chat template", field=f"messages[{i}].{named[0]}"
-                )
-            found = self.control.first_in(turn.content)
-            if found and i in trained:
-                raise DataError(
-                    f"turn {i} of the assistant holds {found!r}, a control token of the tokenizer (id {self.control.ids[found]}); "
-                    "take it out of the row", field=f"messages[{i}].content",
-                )  # fmt: skip
-            held = held or bool(found)
-        self.literal_rows += held
-        return held
 
 
 def choose(
@@ -390,29 +243,13 @@ def rendering_sha256(template: Template, kwargs: Mapping[str, Any], clock: Clock
     ).hexdigest()
 
 
-def _trained(conversation: Conversation, turns: str) -> list[int]:
-    """Numbers of the turns that are to be learned."""
-    speaking = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
-    if turns == "last":
-        speaking = speaking[-1:]
-    return [i for i in speaking if _weighs(conversation.turns[i])]
-
-
-def _weighs(turn: Turn) -> bool:
-    return turn.loss_weight > 0 and (not turn.weights or any(weight > 0 for _, weight in turn.weights))
-
-
-def _reads(source: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", source) is not None
-
-
 def _check_kwargs(kwargs: Mapping[str, Any], source: str, field: str) -> None:
     for name in kwargs:
         if name in _OWN_VARIABLES:
             raise DataError(
                 "is set for every conversation and cannot be a variable of one's own", field=f"{field}.{name}"
             )
-        if not _reads(source, name):
+        if not reads(source, name):
             raise DataError("the chat template reads no variable of this name", field=f"{field}.{name}")
 
 

@@ -8,8 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from student_trainer.data.rows.formats import Conversation, Turn
+from student_trainer.data.text.clock import Clock
 from student_trainer.data.text.encoding import Encoder, TokenSequence
-from student_trainer.data.text.templates import ChatTemplate, Clock, PlainTemplate, choose
+from student_trainer.data.text.plain import PlainTemplate
+from student_trainer.data.text.templates import ChatTemplate, choose
 from student_trainer.errors import DataError
 from tests.student_trainer.data.tiny_tokenizers import SCHEMES, metaspace, tokenizer
 

@@ -256,6 +256,18 @@ def test_our_validator_agrees_with_jsonschema(place, value):
         assert (first_problem(fields, schema) == "") == expected
 
 
+@pytest.mark.parametrize("place", [("evidence", 0, "start"), ("steps", 0, "id"), ("sampling", "seed")])
+def test_ours_is_the_stricter_where_jsonschema_takes_a_float_for_an_integer(place):
+    """Why it is not jsonschema itself: 3.0 is an integer there, and here an offset to cut bytes at."""
+    fields = to_fields(judged(draft()).trace)
+    node = fields
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = float(node[place[-1]])
+    assert jsonschema.Draft202012Validator(TRACE_SCHEMA).is_valid(fields)
+    assert "must be of type integer, not float" in first_problem(fields, TRACE_SCHEMA)
+
+
 @given(st.text(max_size=200) | JSON.map(json.dumps))
 def test_no_text_gets_past_without_a_verdict(text):
     verdict = verify(text, PROMPT)
