@@ -83,7 +83,12 @@ class TokenCache:
         """
 
         def build() -> TokenizedDataset:
-            more = {"template": template, "template_kwargs": template_kwargs, "clock": clock, "intake": intake}
+            more: dict[str, Any] = {
+                "template": template,
+                "template_kwargs": template_kwargs,
+                "clock": clock,
+                "intake": intake,
+            }
             return build_dataset(sources, tokenizer, **more, **settings)
 
         if intake.bad or intake.sources:

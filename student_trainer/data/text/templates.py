@@ -58,7 +58,7 @@ class ChatTemplate:
         self.name = name
         self.source_sha256 = text_sha256(source)
         self.literal_rows = 0
-        self.sources = source, tools_source or source
+        self.sources: tuple[str, ...] = (source, tools_source or source)
         self._kwargs = dict(kwargs or {})
         self._clock = clock or Clock()
         self._special = dict(tokenizer.special_tokens_map)
