@@ -23,7 +23,7 @@ from student_trainer.losses.divergence import Divergence, divergence_and_grad
 from student_trainer.losses.head import Head, if_trained
 from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.matmul import add_outer, project, project_back, wide
-from student_trainer.losses.rows import Seen, TeacherRows, TopKRows, check_vocabulary, seen_in_logits
+from student_trainer.losses.rows import HiddenRows, Seen, TeacherRows, TopKRows, check_vocabulary, seen_in_logits
 from student_trainer.losses.truncated import bucket_and_grad, check_temperature, tempered_head_and_grad
 
 
@@ -369,7 +369,12 @@ def _evidence(rows: TeacherRows, kept_M: Tensor, labels_M: Tensor, figures: list
     else:
         seen = Seen(rows.lse_N[:0], rows.lse_N[:0])
     served = rows.lse_N[kept_M], rows.label_logp_N[kept_M]
-    evidence = Integrity(kept_M, served[0], seen.lse_C, served[1], seen.label_logp_C, rows.tolerance)
+    checked = rows.checked if isinstance(rows, HiddenRows) else None
+    if checked is not None and kept_M.numel() < rows.lse_N.numel():
+        checked = int(
+            (~served[0].isnan()).sum()
+        )  # rows without weight, which are rare: some of these may have been checked
+    evidence = Integrity(kept_M, served[0], seen.lse_C, served[1], seen.label_logp_C, rows.tolerance, checked)
     evidence.begin()
     return evidence
 

@@ -158,7 +158,8 @@ def meet_teacher(
                         max_bytes=round(config.cache.heads_gb * 2**30),
                     )
                 head = head_on(fetched, spec.vocab_rows, student.device)
-            await _try(desk.source(info, spec, lambda: client), spec, data)
+            every_row = replace(spec, check="all")  # also where later requests have a sample checked
+            await _try(desk.source(info, every_row, lambda: client), every_row, data)
             if facts.tokens and info.tokenizer_sha256 != facts.tokenizer_sha256:
                 console.print(f"[yellow]note:[/] teacher {info.name}: {escape(facts.tokens.same_as(info))}")
             console.print(
@@ -281,7 +282,7 @@ def _measured_by(
     Only `hidden` may put the teacher's head on the card. Beside it, all logits of a batch are exact, where one request may hold them.
     """
     if labels.transport == "hidden" and "hidden" in info.transports:
-        return LabelConfig(transport="hidden")
+        return LabelConfig(transport="hidden", check="all")  # the teacher's own likelihood is measured too
     rows = [int(row.example.loss_mask.sum()) for row in held_out]
     most = max(sum(rows[i] for i in group) for group in by_length(held_out, config.train.eval_batch_size))
     needed = most * spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)

@@ -34,7 +34,7 @@ from teacher_server.config.server import TransformersBackend as Config
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.base import Rows
-from teacher_server.signals.reduce import OutputHead, reduce
+from teacher_server.signals.reduce import OutputHead, offered, reduce
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
 from teacher_wire.core.axes import Entries
 from teacher_wire.core.batch import TokenBatch
@@ -149,7 +149,7 @@ class TransformersModel:
             hidden_size=columns,
             layers=text.num_hidden_layers,
             head_sha256=served_head.header.sha256 if served_head else "",
-            transports=("top_k", "hidden", "full") if served_head else ("top_k", "full"),
+            transports=offered(serves_head=served_head is not None),
             max_sequence_tokens=logits.position_limit(model_config),
             generates=self._generates(min(rows, len(tokenizer))),
         )

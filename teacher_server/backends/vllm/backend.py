@@ -34,11 +34,11 @@ from teacher_server.config.server import VllmBackend as Config
 from teacher_server.decoding.scheduler import OnThread
 from teacher_server.decoding.sequence_queue import Sequence
 from teacher_server.errors import ServerConfigError
+from teacher_server.signals.reduce import offered
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, LimitError, RequestError, TeacherWireError
 from teacher_wire.core.info import TeacherHead
-from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
-from teacher_wire.core.tensor import DTYPES
+from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, Timing
 from teacher_wire.generate.messages import Sample, SamplingSpec
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class VllmModel:
             hidden_size=columns,
             layers=text.num_hidden_layers,
             head_sha256=head.on_wire().header.sha256 if scores and config.serve_head else "",
-            transports=_transports(config) if scores else (),
+            transports=offered(serves_head=config.serve_head) if scores else (),
             max_sequence_tokens=min(engine.max_model_len for engine in engines.values()),
             generates=self._generates(),
         )
@@ -272,7 +272,7 @@ class VllmModel:
                     "this backend does not give this signal",
                     field="signal", value=kind, limit="|".join(facts.transports),
                 )  # fmt: skip
-        answer_bytes = batch.rows * spec.row_bytes(facts.hidden_size, DTYPES[facts.dtype][1])
+        answer_bytes = spec.answer_bytes(batch, AnswerShape(spec.vocab_rows, facts.hidden_size, facts.dtype))
         for field, value, limit in (
             ("vocab_rows", spec.vocab_rows, facts.vocab_rows),
             ("sequence tokens", int(batch.lengths_B.max()), facts.max_sequence_tokens),
@@ -377,7 +377,3 @@ class VllmModel:
     def close(self) -> None:
         """Ends all engines."""
         _close(self._engines, self._loop)
-
-
-def _transports(config: Config) -> tuple[str, ...]:
-    return ("top_k", "hidden", "full") if config.serve_head else ("top_k", "full")

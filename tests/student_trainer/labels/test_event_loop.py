@@ -7,7 +7,7 @@ import sys
 def test_a_program_that_has_run_a_loop_of_its_own_can_still_ask():
     code = (
         "import asyncio\n"
-        "from student_trainer.feed import background\n"
+        "from student_trainer.labels import event_loop as background\n"
         "async def nothing(): return 1\n"
         "asyncio.run(nothing())\n"
         "print(background.run(nothing()))\n"
