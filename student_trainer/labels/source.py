@@ -137,6 +137,16 @@ class LabelSource:
         self._usage.add(found.usage)
         return found
 
+    async def has(self, request: LabelRequest) -> bool:
+        """Whether all labels of `request` are on disk."""
+        if self._store is None:
+            return False
+        keys = label_keys(self._info.fingerprint, self._spec, request.batch)
+        found = await asyncio.to_thread(
+            self._look_up, self._store, request.batch, {key: b for b, key in enumerate(keys)}
+        )
+        return None not in found.values()
+
     async def keep(self, request: LabelRequest, answer: TeacherSignals) -> None:
         """Checks and keeps the labels of `request` that somebody else has asked for, and counts them as asked."""
         if self._store is None:

@@ -158,8 +158,7 @@ def meet_teacher(
                         max_bytes=round(config.cache.heads_gb * 2**30),
                     )
                 head = head_on(fetched, spec.vocab_rows, student.device)
-            every_row = replace(spec, check="all")  # also where later requests have a sample checked
-            await _try(desk.source(info, every_row, lambda: client), every_row, data)
+            await _try(partial(desk.source, info, connect=lambda: client), spec, data)
             if facts.tokens and info.tokenizer_sha256 != facts.tokenizer_sha256:
                 console.print(f"[yellow]note:[/] teacher {info.name}: {escape(facts.tokens.same_as(info))}")
             console.print(
@@ -170,13 +169,19 @@ def meet_teacher(
     return event_loop.run(meet())
 
 
-async def _try(source: LabelSource, spec: SignalSpec, data: TokenizedDataset) -> None:
-    """One small request through everything, so that what cannot work fails before there is a run folder."""
+async def _try(source_of: Callable[[SignalSpec], LabelSource], spec: SignalSpec, data: TokenizedDataset) -> None:
+    """One small request through everything, so that what cannot work fails before there is a run folder.
+
+    Every row of it is checked, also where later requests have a sample checked, unless its labels are on disk.
+    """
     smallest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
     asked = pack([data[smallest].example])
     if spec.extra_ids:
         named = np.tile(np.arange(spec.extra_ids, dtype=np.int32), (asked.batch.rows, 1))
         asked = replace(asked, batch=replace(asked.batch, extra_ids_NM=named))
+    source = source_of(spec)
+    if spec.check != "all" and not await source.has(asked):
+        source = source_of(replace(spec, check="all"))
     await source.labels(asked)
 
 

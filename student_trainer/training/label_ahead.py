@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -112,16 +112,17 @@ def _check(config: TrainConfig, settled: bool) -> None:
 def _jobs(
     config: TrainConfig, teacher: Teacher, data: TokenizedDataset, held_out: TokenizedDataset | None
 ) -> list[_Job]:
+    """Measuring first: its labels are checked in every row, and serve training too where a sequence is in both datasets."""
     seen: set[str] = set()
     order = order_of(config, data)
     jobs = []
-    if config.loss.output is not None:
-        batches = (order.batch(number) for number in range(order.batches))
-        jobs.append(_Job("train", teacher.spec, data, _distinct(teacher, teacher.spec, data, batches, seen)))
     if held_out is not None and teacher.measuring is not None:
         size = config.train.eval_batch_size
         groups = _distinct(teacher, teacher.measuring, held_out, by_length(held_out, size), seen)
         jobs.append(_Job("eval", teacher.measuring, held_out, groups))
+    if config.loss.output is not None:
+        batches = (order.batch(number) for number in range(order.batches))
+        jobs.append(_Job("train", teacher.spec, data, _distinct(teacher, teacher.spec, data, batches, seen)))
     return jobs
 
 
@@ -130,12 +131,13 @@ def _distinct(
 ) -> list[list[int]]:
     """Each batch without the sequences that are in `seen`, where all are put; no empty one."""
     key_of: dict[int, str] = {}
+    every_row = replace(spec, check="all")  # whichever rows are checked, the labels are the same
     groups = []
     for group in batches:
         fresh = []
         for index in group:
             if index not in key_of:
-                key_of[index] = label_keys(teacher.info.fingerprint, spec, pack([data[index].example]).batch)[0]
+                key_of[index] = label_keys(teacher.info.fingerprint, every_row, pack([data[index].example]).batch)[0]
                 if key_of[index] not in seen:
                     fresh.append(index)
                     seen.add(key_of[index])
