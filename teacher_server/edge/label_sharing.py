@@ -213,7 +213,7 @@ class LabelSharing:
         """Resolves every label of a flight, from disk or by a forward pass of the rest."""
         missing = dict(sequences)
         if self._store is not None:
-            on_disk = await asyncio.get_running_loop().run_in_executor(self._writers, _read, self._store, list(missing))
+            on_disk = await asyncio.get_running_loop().run_in_executor(self._writers, _read, self._store, call, missing)
             for key, labels in on_disk.items():
                 self._land(flight, key, labels)
                 del missing[key]
@@ -312,9 +312,15 @@ def _join(parts: Sequence[TeacherSignals], fingerprint: str) -> TeacherSignals:
     return replace(TeacherSignals.join(parts), fingerprint=foreign[0] if foreign else fingerprint)
 
 
-def _read(store: LabelStore, keys: Sequence[str]) -> dict[str, TeacherSignals]:
-    found = {key: store.get(key) for key in keys}
-    return {key: labels for key, labels in found.items() if labels is not None}
+def _read(store: LabelStore, call: ScoreCall, sequences: dict[str, int]) -> dict[str, TeacherSignals]:
+    """What is on disk; labels that are checked in every row serve where a sample is asked for too."""
+    if call.spec.check == "all":
+        found = {key: store.get(key) for key in sequences}
+        return {key: labels for key, labels in found.items() if labels is not None}
+    of_all = label_keys(call.fingerprint, replace(call.spec, check="all"), call.batch)
+    found = {key: store.get(key, of_all[sequence]) for key, sequence in sequences.items()}
+    select = call.batch.select
+    return {key: labels.sampled(select([sequences[key]])) for key, labels in found.items() if labels is not None}
 
 
 def _own_copy(labels: TeacherSignals) -> TeacherSignals:

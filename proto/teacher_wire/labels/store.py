@@ -118,9 +118,14 @@ class LabelStore:
         """Why no more labels are kept, or which files were passed over; empty while all is well."""
         return self._refusal or self.stats.trouble
 
-    def get(self, key: str) -> TeacherSignals | None:
-        """The labels under `key`, marked as used; None if they are not there. A damaged file is deleted and counted."""
+    def get(self, key: str, instead: str = "") -> TeacherSignals | None:
+        """The labels under `key`, or else those under `instead`, which serve as well; marked as used. None if they are not there.
+
+        A damaged file is deleted and counted.
+        """
         found = self._read(key)
+        if found is None and instead:
+            found = self._read(instead)
         self._count(hits=1) if found is not None else self._count(misses=1)
         return found
 

@@ -141,7 +141,7 @@ def _decode_as(message: pb.Tensor, field: str, dtype: str) -> np.ndarray:
 
 def reply_bytes(call: ScoreCall, info: TeacherInfo) -> int:
     """Payload bytes that the answer to `call` takes on the wire."""
-    return call.spec.answer_bytes(call.batch, info)
+    return call.spec.answer_bytes(call.batch, call.spec.shape_of(info))
 
 
 def check_call(call: ScoreCall, info: TeacherInfo) -> None:

@@ -37,8 +37,7 @@ from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, LimitError, RequestError, TeacherWireError
 from teacher_wire.core.info import ArtifactInfo
-from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
-from teacher_wire.core.tensor import DTYPES
+from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, Timing
 from teacher_wire.generate.messages import Sample, SamplingSpec
 
 if TYPE_CHECKING:
@@ -270,7 +269,7 @@ class VllmModel:
                     "this backend does not give this signal",
                     field="signal", value=kind, limit="|".join(facts.transports),
                 )  # fmt: skip
-        answer_bytes = batch.rows * spec.row_bytes(facts.hidden_size, DTYPES[facts.dtype][1])
+        answer_bytes = spec.answer_bytes(batch, AnswerShape(spec.vocab_rows, facts.hidden_size, facts.dtype))
         for field, value, limit in (
             ("vocab_rows", spec.vocab_rows, facts.vocab_rows),
             ("sequence tokens", int(batch.lengths_B.max()), facts.max_sequence_tokens),
