@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1  # of malloc.h
-_ARENAS = 2  # by default eight per core, and each keeps the memory that it was once used for
+_ARENAS = 1  # by default eight per core, and each keeps the memory that it was once used for
 # Mapped by itself and gone when freed: the pieces of the longest requests (21 MB), but not the labels of a sequence of 2,048
 # tokens of a 7B teacher (15 MB), of which a reply has eight; glibc's own bound is 128 KiB at first and 32 MiB later.
 _MAPPED_BYTES = 16 << 20
@@ -54,23 +54,36 @@ class Trimmer:
         return True
 
 
-async def give_back(held_bytes: Callable[[], int]) -> None:
-    """Runs a `Trimmer` over this process until it is cancelled; returns at once where there is no glibc."""
-    try:
-        libc = ctypes.CDLL(None)
+def set_up_allocator() -> None:
+    """Sets glibc's allocator for this process. Before there are threads: an arena that exists stays."""
+    libc = _glibc()
+    if libc is not None:
         for option, value in (
             (_M_ARENA_MAX, _ARENAS),
             (_M_MMAP_THRESHOLD, _MAPPED_BYTES),
             (_M_TRIM_THRESHOLD, _TOP_BYTES),
         ):
             libc.mallopt(option, value)
-        trim = libc.malloc_trim
-    except (AttributeError, OSError):
+
+
+async def give_back(held_bytes: Callable[[], int]) -> None:
+    """Runs a `Trimmer` over this process until it is cancelled; returns at once where there is no glibc."""
+    libc = _glibc()
+    if libc is None:
         return
-    trimmer = Trimmer(held_bytes, _rss_bytes, lambda: trim(0))
+    trimmer = Trimmer(held_bytes, _rss_bytes, lambda: libc.malloc_trim(0))
     while True:
         await asyncio.sleep(CHECK_S)
         await trimmer.check(asyncio.get_running_loop().time())
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt, libc.malloc_trim  # noqa: B018  (looked up here)
+    except (AttributeError, OSError):
+        return None
+    return libc
 
 
 def _rss_bytes() -> int:
