@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from student_trainer.labels.packing import LabelRequest
 from student_trainer.labels.service import LabelDesk
 from teacher_server.backends.transformers.backend import load
-from teacher_server.config.server import TeacherConfig, TransformersBackend
+from teacher_server.config.backends import TransformersBackend
+from teacher_server.config.server import TeacherConfig
 from teacher_server.edge.admission import Admission
 from teacher_server.edge.label_sharing import LabelSharing
 from teacher_server.replica.engine import TeacherEngine

@@ -11,7 +11,7 @@ import hashlib
 import secrets
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -87,11 +87,16 @@ class _Asked:
 
 @dataclass
 class _Parts:
-    """A request of which parts have come; `size` in all are announced and counted."""
+    """A request of which parts have come; `size` bytes in all are announced and counted.
+
+    They are joined once all are there: one buffer that grows leaves holes of every size behind it in the heap. Short ones
+    are joined at once, so that what holds them takes no more than they do.
+    """
 
     size: int
-    data: bytearray
     timer: asyncio.TimerHandle
+    data: list[bytearray] = field(default_factory=list)
+    received: int = 0
 
 
 @dataclass(frozen=True)
@@ -246,8 +251,8 @@ class ScoreStream:
         elif request_id not in self._parts:
             return
         parts, data = self._parts[request_id], part.data
-        stop = len(parts.data) + len(data)
-        if not data or part.offset != len(parts.data) or part.total_bytes != parts.size or stop > parts.size:
+        stop = parts.received + len(data)
+        if not data or part.offset != parts.received or part.total_bytes != parts.size or stop > parts.size:
             self._drop_parts(request_id)
             shown = f"{len(data)} bytes at {part.offset} of {part.total_bytes}"
             limit = f"at {stop - len(data)} of {parts.size}"
@@ -255,7 +260,10 @@ class ScoreStream:
                 request_id, RequestError("not the next part of this request", field="part", value=shown, limit=limit)
             )
             return
-        parts.data += data
+        if not parts.data or len(parts.data[-1]) >= codec.PART_BYTES:
+            parts.data.append(bytearray())
+        parts.data[-1] += data
+        parts.received = stop
         parts.timer.cancel()
         if stop < parts.size:
             parts.timer = self._timer(request_id)
@@ -282,7 +290,7 @@ class ScoreStream:
             self._drop_parts(request_id)
             self._fail(request_id, error)
             return False
-        self._parts[request_id] = _Parts(size, bytearray(), self._timer(request_id))
+        self._parts[request_id] = _Parts(size, self._timer(request_id))
         return True
 
     def _timer(self, request_id: str) -> asyncio.TimerHandle:
@@ -450,10 +458,13 @@ def _understand(data: bytes, tenant: str) -> tuple[pb.ScoreUp, _Asked | None]:
     return pb.ScoreUp(), _decoded(up.request, tenant)
 
 
-def _understand_request(data: bytearray, tenant: str, request_id: str) -> _Asked:
-    """A request that came in parts under this id."""
+def _understand_request(parts: list[bytearray], tenant: str, request_id: str) -> _Asked:
+    """A request that came in parts under this id; they are taken out of the list, since each copy counts."""
+    data = b"".join(parts)
+    parts.clear()
     try:
         request = parse(pb.ScoreRequest, data)
+        del data
         if request.request_id != request_id:
             raise RequestError("the parts were of another id", field="request_id", value=request_id)
     except RequestError as error:
