@@ -16,20 +16,19 @@ from student_trainer.labels.rows_on_device import head_on, rows_on, with_checked
 from student_trainer.labels.verify import check_signals
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.integrity import Integrity, Tally, TeacherHeadMismatch
-from student_trainer.losses.output import OutputLossSpec, output_loss
+from student_trainer.losses.output.loss import output_loss
+from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import seen_in_logits
+from teacher_wire.artifacts.kinds.output_head import TeacherHead
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
-from teacher_wire.core.info import HeadHeader, TeacherHead
 from teacher_wire.core.tensor import float32
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
 V, D = 64, 16
 FAKE = FakeTeacher(vocab_rows=V, hidden_size=D)
-HEAD = head_on(
-    TeacherHead(HeadHeader("float32", V, D, None, 1.0, 0.0, ""), float32(FAKE.weight_VD)), V, torch.device("cpu")
-)
+HEAD = head_on(TeacherHead(float32(FAKE.weight_VD)), V, torch.device("cpu"))
 SPEC = spec_of("hidden", V, "sampled")
 LOSS = OutputLossSpec(Divergence("forward_kl"))
 
