@@ -87,12 +87,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")
         findings.add(check_sizes(config, sessions, data, held_out, order_of(config, data)))
         jobs = _jobs(config, sessions, data, held_out)
-        needed = sum(bytes_on_disk(job.session.info, job.spec, job.data, job.indices) for job in jobs)
-        if needed > config.cache.max_gb * 2**30 * 0.9:
-            raise ConfigError(
-                f"cache.max_gb={config.cache.max_gb:g}: the labels of this run take about {needed / 2**30:,.2f}; "
-                "the first would be deleted while the last are written"
-            )
+        findings.add([_check_budget(config, jobs)])
         return _fill(config, jobs, console)
 
 
@@ -122,6 +117,15 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
     if config.labels.transport != "auto":
         yield from check_loss(config.loss, config.labels)
     yield from check_cache(config)
+
+
+def _check_budget(config: TrainConfig, jobs: list[_Job]) -> Finding:
+    """Whether the labels of the run fit into the label store all together."""
+    needed = sum(bytes_on_disk(job.session.info, job.spec, job.data, job.indices) for job in jobs)
+    what = f"cache.max_gb={config.cache.max_gb:g}: the labels of this run take about {needed / 2**30:,.2f}"
+    if needed > config.cache.max_gb * 2**30 * 0.9:
+        return Finding.bad("cache.max_gb", f"{what}; the first would be deleted while the last are written")
+    return Finding.good("cache.max_gb", what)
 
 
 def _jobs(
