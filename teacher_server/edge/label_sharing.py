@@ -121,13 +121,12 @@ class LabelSharing:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         info = await self._service.info(call.teacher, call.fingerprint)
-        self._admission.send(call.tenant, codec.reply_bytes(call, info))
+        walked = _size_of(call.batch)
+        self._admission.send(call.tenant, await self._offload.run(call.tenant, walked, codec.reply_bytes, call, info))
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)
-        keys = await self._offload.run(
-            call.tenant, _size_of(call.batch), label_keys, call.fingerprint, call.spec, call.batch
-        )
+        keys = await self._offload.run(call.tenant, walked, label_keys, call.fingerprint, call.spec, call.batch)
         bounds = call.batch.row_bounds_B1
         wanted = [sequence for sequence in range(call.batch.sequences) if bounds[sequence + 1] > bounds[sequence]]
         found: dict[int, TeacherSignals] = {}

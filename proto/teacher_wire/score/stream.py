@@ -353,8 +353,7 @@ class ScoreStream:
 
     async def _compute(self, call: ScoreCall) -> Reply:
         info = await self._desk.service.info(call.teacher, call.fingerprint)
-        await self._desk.offload.run(call.tenant, walked_bytes(call), codec.check_call, call, info)
-        needed = codec.reply_bytes(call, info)
+        needed = await self._desk.offload.run(call.tenant, walked_bytes(call), codec.check_call, call, info)
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(call.timeout_s or None):
