@@ -122,16 +122,16 @@ class LabelSharing:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         info = await self._service.info(call.teacher, call.fingerprint)
-        with self._admission.sending(call.tenant, codec.reply_bytes(call, info)):
+        walked = _size_of(call.batch)
+        size = await self._offload.run(call.tenant, walked, codec.reply_bytes, call, info)
+        with self._admission.sending(call.tenant, size):
             return await self._score(call)
 
     async def _score(self, call: ScoreCall) -> TeacherSignals:
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)
-        keys = await self._offload.run(
-            call.tenant, _size_of(call.batch), label_keys, call.fingerprint, call.spec, call.batch
-        )
+        keys = await self._offload.run(call.tenant, walked, label_keys, call.fingerprint, call.spec, call.batch)
         bounds = call.batch.row_bounds_B1
         wanted = [sequence for sequence in range(call.batch.sequences) if bounds[sequence + 1] > bounds[sequence]]
         found: dict[int, TeacherSignals] = {}

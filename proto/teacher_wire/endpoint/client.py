@@ -292,8 +292,7 @@ class TeacherClient:
         call = ScoreCall(
             uuid.uuid4().hex, info.name, info.fingerprint, spec, batch, self._answer_s if ours else timeout_s
         )
-        codec.check_call(call, info)
-        needed = codec.reply_bytes(call, info)
+        needed = codec.check_call(call, info)
         if needed > self._window_bytes:
             raise LimitError(
                 "the reply is larger than the client's window",

@@ -5,9 +5,15 @@ In: serialised chunks; out: the same. When there is too much, the tenant that ke
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.score import codec
+from teacher_wire.v2 import teacher_pb2 as pb
 
 
 @dataclass
@@ -75,3 +81,18 @@ class KeptReplies:
         while self.kept_bytes > self._max_bytes:
             largest = max(self._bytes_of, key=self._bytes_of.__getitem__)
             self.forget(next(key for key, reply in self._replies.items() if reply.tenant == largest))
+
+
+def encode_reply(call: ScoreCall, signals: TeacherSignals) -> Reply:
+    """An answer as the messages in which it travels."""
+    reply_id = secrets.randbits(63) + 1  # 0 is no reply
+    chunks = [(down.SerializeToString(), size) for down, size in codec.encode_chunks(call, reply_id, signals)]
+    done = pb.ScoreDone(
+        request_id=call.request_id,
+        reply_id=reply_id,
+        chunks=len(chunks),
+        rows=call.batch.rows,
+        fingerprint=signals.fingerprint,
+        timing=codec.encode_timing(signals.timing),
+    )
+    return Reply(reply_id, chunks, pb.ScoreDown(done=done).SerializeToString(), signals.payload_bytes, call.tenant)

@@ -7,19 +7,13 @@ service only when its whole reply fits the student's window and what the tenant 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from teacher_wire import PROTOCOL
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
-    CapabilityError,
     DeadlineError,
     LimitError,
     OverloadedError,
@@ -29,11 +23,12 @@ from teacher_wire.core.errors import (
     UnavailableError,
 )
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.parsing import check_request_id, parse
+from teacher_wire.core.parsing import check_request_id
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
-from teacher_wire.score.kept_replies import KeptReplies, Reply
-from teacher_wire.score.window import Window
+from teacher_wire.score.asked import Asked, Parts, understand, understand_parts, walked_bytes
+from teacher_wire.score.kept_replies import KeptReplies, Reply, encode_reply
+from teacher_wire.score.window import Window, open_window
 from teacher_wire.transport import status_table
 from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, bare, cancelled_from_outside, known
@@ -74,32 +69,6 @@ class Desk:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A request as it was understood; `problem` if it is none."""
-
-    request_id: str
-    call: ScoreCall | None
-    key: str
-    reply_id: int
-    next_chunk: int
-    problem: TeacherWireError | None
-
-
-@dataclass
-class _Parts:
-    """A request of which parts have come; `size` bytes in all are announced and counted.
-
-    They are joined once all are there: one buffer that grows leaves holes of every size behind it in the heap. Short ones
-    are joined at once, so that what holds them takes no more than they do.
-    """
-
-    size: int
-    timer: asyncio.TimerHandle
-    data: list[bytearray] = field(default_factory=list)
-    received: int = 0
-
-
-@dataclass(frozen=True)
 class _Item:
     """A message that waits to be sent.
 
@@ -125,7 +94,7 @@ class ScoreStream:
         self._unread_refusals = 0
         self._refusals_read = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._parts: dict[str, _Parts] = {}
+        self._parts: dict[str, Parts] = {}
         self._keys: OrderedDict[str, str] = OrderedDict()  # of replies sent whole and not acknowledged
         self._window: Window | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -205,11 +174,11 @@ class ScoreStream:
 
     async def _take(self, data: bytes) -> None:
         up, asked = await self._desk.offload.run(
-            self._account.tenant, len(data), _understand, data, self._account.tenant
+            self._account.tenant, len(data), understand, data, self._account.tenant
         )
         kind = up.WhichOneof("message") if asked is None else "request"
         if self._window is None:
-            self._window = self._open(up, kind)
+            self._window = open_window(up, kind, self._limits.max_window_bytes)
         elif asked is not None:
             self._start(asked, len(data), counted=False)
         elif kind == "part":
@@ -225,22 +194,6 @@ class ScoreStream:
                 task.cancel()
         else:
             raise RequestError("unexpected message on an open stream", field="message", value=kind or "empty")
-
-    def _open(self, up: pb.ScoreUp, kind: str | None) -> Window:
-        if kind != "open":
-            raise RequestError("the first message must be Open", field="message", value=kind or "empty", limit="open")
-        if up.open.protocol != PROTOCOL:
-            raise CapabilityError(
-                "the student speaks another protocol version",
-                field="protocol",
-                value=up.open.protocol,
-                limit=PROTOCOL,
-            )
-        if not 1 <= up.open.window_bytes <= self._limits.max_window_bytes:
-            raise LimitError(
-                "window", field="window_bytes", value=up.open.window_bytes, limit=f"1..{self._limits.max_window_bytes}"
-            )
-        return Window(up.open.window_bytes)
 
     async def _take_part(self, part: pb.RequestPart) -> None:
         """Collects a request that comes in parts; what was refused or taken back is ignored."""
@@ -271,7 +224,7 @@ class ScoreStream:
         del self._parts[request_id]
         try:
             asked = await self._desk.offload.run(
-                self._account.tenant, parts.size, _understand_request, parts.data, self._account.tenant, request_id
+                self._account.tenant, parts.size, understand_parts, parts.data, self._account.tenant, request_id
             )
         except BaseException:
             self._desk.accounts.close_request(self._account, parts.size)
@@ -290,7 +243,7 @@ class ScoreStream:
             self._drop_parts(request_id)
             self._fail(request_id, error)
             return False
-        self._parts[request_id] = _Parts(size, self._timer(request_id))
+        self._parts[request_id] = Parts(size, self._timer(request_id))
         return True
 
     def _timer(self, request_id: str) -> asyncio.TimerHandle:
@@ -324,7 +277,7 @@ class ScoreStream:
                 field="open_requests", value=count, limit=limit, retry_after_s=1.0,
             )  # fmt: skip
 
-    def _start(self, asked: _Asked, size: int, *, counted: bool) -> None:
+    def _start(self, asked: Asked, size: int, *, counted: bool) -> None:
         """Answers a request; `counted` if its bytes are with the account already."""
         accounts, account = self._desk.accounts, self._account
         held = size if counted else size + _REQUEST_BYTES
@@ -360,7 +313,7 @@ class ScoreStream:
         self._unread_refusals += 1
         self._out.put_nowait(_Item(pb.ScoreDown(failed=failed).SerializeToString(), refusal=True))
 
-    async def _answer(self, asked: _Asked) -> None:
+    async def _answer(self, asked: Asked) -> None:
         assert asked.call is not None
         try:
             reply = self._desk.kept.find(asked.key)
@@ -403,8 +356,7 @@ class ScoreStream:
 
     async def _compute(self, call: ScoreCall) -> Reply:
         info = await self._desk.service.info(call.teacher, call.fingerprint)
-        await self._desk.offload.run(call.tenant, _size_of(call), codec.check_call, call, info)
-        needed = codec.reply_bytes(call, info)
+        needed = await self._desk.offload.run(call.tenant, walked_bytes(call), codec.check_call, call, info)
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(call.timeout_s or None):
@@ -429,7 +381,7 @@ class ScoreStream:
     async def _reply(self, call: ScoreCall) -> Reply:
         signals = await self._desk.service.score(call)
         return await self._desk.offload.run(
-            call.tenant, signals.payload_bytes // _ENCODING_IS_FASTER, _encode, call, signals
+            call.tenant, signals.payload_bytes // _ENCODING_IS_FASTER, encode_reply, call, signals
         )
 
     def _settle(self, held: int, size: int) -> None:
@@ -442,70 +394,3 @@ class ScoreStream:
             assert self._window is not None
             self._window.give_back(held - size)
             self._desk.accounts.drop_reply(self._account, held - size)
-
-
-def _size_of(call: ScoreCall) -> int:
-    """Bytes that checking a call walks, or so."""
-    batch = call.batch
-    return batch.token_ids_T.nbytes + (0 if batch.extra_ids_NM is None else batch.extra_ids_NM.nbytes)
-
-
-def _understand(data: bytes, tenant: str) -> tuple[pb.ScoreUp, _Asked | None]:
-    """A message up, and if it is a request the call that it is."""
-    up = parse(pb.ScoreUp, data)
-    if up.WhichOneof("message") != "request":
-        return up, None
-    return pb.ScoreUp(), _decoded(up.request, tenant)
-
-
-def _understand_request(parts: list[bytearray], tenant: str, request_id: str) -> _Asked:
-    """A request that came in parts under this id; they are taken out of the list, since each copy counts."""
-    data = b"".join(parts)
-    parts.clear()
-    try:
-        request = parse(pb.ScoreRequest, data)
-        del data
-        if request.request_id != request_id:
-            raise RequestError("the parts were of another id", field="request_id", value=request_id)
-    except RequestError as error:
-        return _Asked(request_id, None, "", 0, 0, error)
-    return _decoded(request, tenant)
-
-
-def _decoded(request: pb.ScoreRequest, tenant: str) -> _Asked:
-    resume = request.resume
-    try:
-        call = codec.decode_call(request, tenant)
-    except TeacherWireError as error:
-        return _Asked(request.request_id, None, "", 0, 0, error)
-    reply_id = resume.reply_id if request.HasField("resume") else 0
-    return _Asked(call.request_id, call, _content_key(call), reply_id, resume.next_chunk, None)
-
-
-def _content_key(call: ScoreCall) -> str:
-    """Names a reply by who asked and everything that was asked: no id can be guessed to get another's labels."""
-    digest = hashlib.sha256()
-    batch = call.batch
-    for text in (call.tenant, call.request_id, call.teacher, call.fingerprint, call.spec.json()):
-        digest.update(len(text.encode()).to_bytes(8, "little"))
-        digest.update(text.encode())
-    for array in (batch.token_ids_T, batch.cu_lengths_B1, batch.wanted_T, batch.extra_ids_NM):
-        digest.update((-1 if array is None else array.nbytes).to_bytes(8, "little", signed=True))
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _encode(call: ScoreCall, signals: TeacherSignals) -> Reply:
-    """An answer as the messages in which it travels."""
-    reply_id = secrets.randbits(63) + 1  # 0 is no reply
-    chunks = [(down.SerializeToString(), size) for down, size in codec.encode_chunks(call, reply_id, signals)]
-    done = pb.ScoreDone(
-        request_id=call.request_id,
-        reply_id=reply_id,
-        chunks=len(chunks),
-        rows=call.batch.rows,
-        fingerprint=signals.fingerprint,
-        timing=codec.encode_timing(signals.timing),
-    )
-    return Reply(reply_id, chunks, pb.ScoreDown(done=done).SerializeToString(), signals.payload_bytes, call.tenant)
