@@ -128,6 +128,7 @@ class LabelSharing:
             return await self._score(call)
 
     async def _score(self, call: ScoreCall) -> TeacherSignals:
+        walked = _size_of(call.batch)
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)
