@@ -99,7 +99,10 @@ def test_what_auto_chose_before_is_kept_for_each(two):
     chosen = [config.labels.model_copy(update={"transport": name}) for name in ("full", "hidden")]
     sessions, _, _ = opened(config, Findings(), settled=chosen)
     assert [session.labels.transport for session in sessions] == ["full", "hidden"]
-    assert [session.spec for session in sessions] == [session.measuring for session in sessions]
+    for (
+        session
+    ) in sessions:  # the teacher's own likelihood is measured too, so every row of held-out labels has its figures
+        assert session.measuring == replace(session.spec, check="all")
 
 
 def test_the_policy_for_a_teacher_that_is_away_is_the_configs(config_of):
