@@ -224,7 +224,7 @@ async def test_who_does_not_read_its_refusals_is_not_read_from():
     limits = StreamLimits(max_unread_refusals=8)
     servicer = TeacherServicer(FakeTeacher(), limits=limits)
     peer = Deaf(1000)
-    stream = ScoreStream(servicer._desk, servicer._accounts.enter(""), peer)
+    stream = ScoreStream(servicer._shared, servicer._accounts.enter(""), peer)
     running = asyncio.create_task(stream.run())
     await asyncio.sleep(0.2)
     assert peer.written == 9 and stream._out.qsize() <= 8

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Protocol
 
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
@@ -22,50 +21,22 @@ from teacher_wire.core.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.parsing import check_request_id
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
 from teacher_wire.score.asked import Asked, Parts, understand, understand_parts, walked_bytes
-from teacher_wire.score.kept_replies import KeptReplies, Reply, encode_reply
+from teacher_wire.score.kept_replies import ReplyEncoder, encode_reply
+from teacher_wire.score.service import SharedState
 from teacher_wire.score.window import Window, open_window
 from teacher_wire.transport import status_table
-from teacher_wire.transport.accounts import Account, Accounts
+from teacher_wire.transport.accounts import Account
 from teacher_wire.transport.caller import Caller, bare, cancelled_from_outside, known
-from teacher_wire.transport.offload import Offload
-from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v2 import teacher_pb2 as pb
 
 _CONTROL_BYTES = 256  # credits, acknowledgements, cancellations: never held up by other streams' requests
 _ENCODING_IS_FASTER = 32  # than decoding and checking: up to 2 MiB a thread would cost more than it spares the loop
+_CHUNKS_AT_ONCE = 4  # are encoded before they are sent
 _REQUEST_BYTES = 2 << 10  # what an open request takes beside its own bytes: task, arrays' headers
-
-
-class ScoreService(Protocol):
-    """What a stream asks: a part of `endpoint.service.TeacherService`."""
-
-    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
-        """See TeacherService."""
-
-    async def score(self, call: ScoreCall) -> TeacherSignals:
-        """See TeacherService."""
-
-
-@dataclass
-class Desk:
-    """What all streams of one server share.
-
-    Attributes:
-        open_streams, open_requests: now, of all tenants.
-    """
-
-    service: ScoreService
-    limits: StreamLimits
-    accounts: Accounts
-    kept: KeptReplies
-    offload: Offload
-    open_streams: int = 0
-    open_requests: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,11 +56,11 @@ class _Item:
 class ScoreStream:
     """One stream of one tenant, from its first message to its end."""
 
-    def __init__(self, desk: Desk, account: Account, caller: Caller) -> None:
-        self._desk = desk
+    def __init__(self, shared: SharedState, account: Account, caller: Caller) -> None:
+        self._shared = shared
         self._account = account
         self._caller = caller
-        self._limits = desk.limits
+        self._limits = shared.limits
         self._out: asyncio.Queue[_Item | None] = asyncio.Queue()
         self._unread_refusals = 0
         self._refusals_read = asyncio.Event()
@@ -107,7 +78,7 @@ class ScoreStream:
             TeacherWireError: the stream is broken off: a message that is none, a peer that takes nothing, a drain.
         """
         self._reader = asyncio.create_task(self._read())
-        self._desk.open_streams += 1
+        self._shared.open_streams += 1
         item: _Item | None = None
         try:
             while (item := await self._out.get()) is not None:
@@ -117,7 +88,7 @@ class ScoreStream:
                 raise UnavailableError("the server is going down")
             await self._reader
         finally:
-            self._desk.open_streams -= 1
+            self._shared.open_streams -= 1
             self._close(item)
 
     def drain(self) -> None:
@@ -138,12 +109,12 @@ class ScoreStream:
             self._drop_parts(request_id)
         while unsent is not None or not self._out.empty():
             if unsent is not None and unsent.reply_bytes:
-                self._desk.accounts.drop_reply(self._account, unsent.reply_bytes)
+                self._shared.accounts.drop_reply(self._account, unsent.reply_bytes)
             unsent = self._out.get_nowait() if not self._out.empty() else None
 
     def _sent(self, item: _Item) -> None:
         if item.reply_bytes:
-            self._desk.accounts.reply_taken(self._account, item.reply_bytes)
+            self._shared.accounts.reply_taken(self._account, item.reply_bytes)
         if item.refusal:
             self._unread_refusals -= 1
             self._refusals_read.set()
@@ -173,7 +144,7 @@ class ScoreStream:
             self._out.put_nowait(None)
 
     async def _take(self, data: bytes) -> None:
-        up, asked = await self._desk.offload.run(
+        up, asked = await self._shared.offload.run(
             self._account.tenant, len(data), understand, data, self._account.tenant
         )
         kind = up.WhichOneof("message") if asked is None else "request"
@@ -186,7 +157,7 @@ class ScoreStream:
         elif kind == "credit":
             self._window.give_back(up.credit.bytes)
         elif kind == "ack":
-            self._desk.kept.forget(self._keys.pop(up.ack.request_id, ""))
+            self._shared.kept.forget(self._keys.pop(up.ack.request_id, ""))
         elif kind == "cancel":
             self._drop_parts(up.cancel.request_id)
             task = self._tasks.get(up.cancel.request_id)
@@ -223,11 +194,11 @@ class ScoreStream:
             return
         del self._parts[request_id]
         try:
-            asked = await self._desk.offload.run(
+            asked = await self._shared.offload.run(
                 self._account.tenant, parts.size, understand_parts, parts.data, self._account.tenant, request_id
             )
         except BaseException:
-            self._desk.accounts.close_request(self._account, parts.size)
+            self._shared.accounts.close_request(self._account, parts.size)
             raise
         self._start(asked, parts.size, counted=True)
 
@@ -238,7 +209,7 @@ class ScoreStream:
             if not 1 <= size <= limit:
                 raise LimitError("a request this long", field="part.total_bytes", value=size, limit=f"1..{limit}")
             self._check_new(request_id)
-            self._desk.accounts.open_request(self._account, size)
+            self._shared.accounts.open_request(self._account, size)
         except TeacherWireError as error:
             self._drop_parts(request_id)
             self._fail(request_id, error)
@@ -260,7 +231,7 @@ class ScoreStream:
         parts = self._parts.pop(request_id, None)
         if parts is not None:
             parts.timer.cancel()
-            self._desk.accounts.close_request(self._account, parts.size)
+            self._shared.accounts.close_request(self._account, parts.size)
             self._end_if_drained()
 
     # -------------------------------------------------------------- answering
@@ -279,7 +250,7 @@ class ScoreStream:
 
     def _start(self, asked: Asked, size: int, *, counted: bool) -> None:
         """Answers a request; `counted` if its bytes are with the account already."""
-        accounts, account = self._desk.accounts, self._account
+        accounts, account = self._shared.accounts, self._account
         held = size if counted else size + _REQUEST_BYTES
         try:
             if asked.problem is not None:
@@ -295,12 +266,12 @@ class ScoreStream:
             return
         task = asyncio.create_task(self._answer(asked))
         self._tasks[asked.request_id] = task
-        self._desk.open_requests += 1
+        self._shared.open_requests += 1
         task.add_done_callback(lambda _: self._ended(asked.request_id, held))
 
     def _ended(self, request_id: str, held: int) -> None:
-        self._desk.open_requests -= 1
-        self._desk.accounts.close_request(self._account, held)
+        self._shared.open_requests -= 1
+        self._shared.accounts.close_request(self._account, held)
         del self._tasks[request_id]
         self._end_if_drained()
 
@@ -316,18 +287,19 @@ class ScoreStream:
     async def _answer(self, asked: Asked) -> None:
         assert asked.call is not None
         try:
-            reply = self._desk.kept.find(asked.key)
+            reply = self._shared.kept.find(asked.key)
             if reply is None:
-                reply = await self._compute(asked.call)
-                self._desk.kept.keep(asked.key, reply)
-            else:
-                await self._hold(reply.payload_bytes)
+                signals = await self._compute(asked.call)
+                self._remember(asked.request_id, asked.key)
+                await self._send(asked, ReplyEncoder(asked.call, signals))
+                return
+            await self._hold(reply.payload_bytes)
             self._remember(asked.request_id, asked.key)
             skipped = asked.next_chunk if asked.reply_id == reply.reply_id else 0
             assert self._window is not None
             for _, size in reply.chunks[:skipped]:  # the student has these already
                 self._window.give_back(size)
-                self._desk.accounts.drop_reply(self._account, size)
+                self._shared.accounts.drop_reply(self._account, size)
             for data, size in reply.chunks[skipped:]:
                 self._out.put_nowait(_Item(data, size))
             self._out.put_nowait(_Item(reply.done))
@@ -337,6 +309,26 @@ class ScoreStream:
             self._fail(asked.request_id, known(error))  # the student must not wait for ever
         except Exception as error:
             self._fail(asked.request_id, known(error))
+
+    async def _send(self, asked: Asked, encoder: ReplyEncoder) -> None:
+        """Sends what is held already as it is encoded."""
+        left, tenant = encoder.payload_bytes, self._account.tenant
+        try:
+            while left:
+                walked = min(left, _CHUNKS_AT_ONCE * codec.CHUNK_BYTES) // _ENCODING_IS_FASTER
+                chunks = await self._shared.offload.run(tenant, walked, encode_reply, encoder, _CHUNKS_AT_ONCE)
+                assert chunks, "the chunks of an answer hold all of its bytes"
+                for data, size in chunks:
+                    self._out.put_nowait(_Item(data, size))
+                    left -= size
+            reply = encoder.reply()
+        except BaseException:
+            assert self._window is not None
+            self._window.give_back(left)
+            self._shared.accounts.drop_reply(self._account, left)
+            raise
+        self._shared.kept.keep(asked.key, reply)
+        self._out.put_nowait(_Item(reply.done))
 
     def _remember(self, request_id: str, key: str) -> None:
         """Until the student acknowledges it; one that never does is forgotten with what is kept."""
@@ -349,25 +341,26 @@ class ScoreStream:
         assert self._window is not None
         await self._window.take(size)
         try:
-            await self._desk.accounts.hold_reply(self._account, size)
+            await self._shared.accounts.hold_reply(self._account, size)
         except BaseException:
             self._window.give_back(size)
             raise
 
-    async def _compute(self, call: ScoreCall) -> Reply:
-        info = await self._desk.service.info(call.teacher, call.fingerprint)
-        needed = await self._desk.offload.run(call.tenant, walked_bytes(call), codec.check_call, call, info)
+    async def _compute(self, call: ScoreCall) -> TeacherSignals:
+        """The answer, whose bytes are held from now on."""
+        info = await self._shared.service.info(call.teacher, call.fingerprint)
+        needed = await self._shared.offload.run(call.tenant, walked_bytes(call), codec.check_call, call, info)
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(call.timeout_s or None):
                 await self._hold(needed)
                 try:
-                    reply = await self._reply(call)
-                    self._settle(needed, reply.payload_bytes)
+                    signals = await self._shared.service.score(call)
+                    self._settle(needed, signals.payload_bytes)
                 except BaseException:
                     assert self._window is not None
                     self._window.give_back(needed)
-                    self._desk.accounts.drop_reply(self._account, needed)
+                    self._shared.accounts.drop_reply(self._account, needed)
                     raise
         except TimeoutError as error:
             raise DeadlineError(
@@ -376,13 +369,7 @@ class ScoreStream:
                 value=f"{time.monotonic() - started_s:.3f}",
                 limit=call.timeout_s,
             ) from error
-        return reply
-
-    async def _reply(self, call: ScoreCall) -> Reply:
-        signals = await self._desk.service.score(call)
-        return await self._desk.offload.run(
-            call.tenant, signals.payload_bytes // _ENCODING_IS_FASTER, encode_reply, call, signals
-        )
+        return signals
 
     def _settle(self, held: int, size: int) -> None:
         """An answer of another size than was asked for is refused by the student; until then it is counted as it is."""
@@ -393,4 +380,4 @@ class ScoreStream:
         if held > size:
             assert self._window is not None
             self._window.give_back(held - size)
-            self._desk.accounts.drop_reply(self._account, held - size)
+            self._shared.accounts.drop_reply(self._account, held - size)
