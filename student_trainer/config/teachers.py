@@ -71,12 +71,16 @@ class LabelConfig(Settings):
         extra_ids: of `top_k`, the student's own likeliest ids a row that are kept too, for divergences that weigh by the
             student (reverse KL, JSD). Asked for when the student has seen the batch, so not ahead.
         compression: of `hidden`: int8 in blocks takes half the bytes (algorithms.md 3.4).
+        check: of which rows of `hidden` labels the teacher sends lse and logp(label), for the student to recompute: a sample that finds
+            every wrong sequence and one wrong row in eight, or all of them, which costs the teacher a product with its head. The other
+            transports always send them of all rows.
     """
 
     transport: Literal["hidden", "top_k", "full", "auto"] = "hidden"
     k: Positive = 128
     extra_ids: Annotated[int, Field(ge=0)] = 0
     compression: Literal["none", "int8"] = "none"
+    check: Literal["sampled", "all"] = "sampled"
 
     @model_validator(mode="after")
     def _fitting(self) -> LabelConfig:

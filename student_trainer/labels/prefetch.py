@@ -18,6 +18,7 @@ from typing import Any
 
 from student_trainer.labels import event_loop
 from student_trainer.labels.depth import Depth
+from student_trainer.labels.rows_on_device import with_checked_rows
 from student_trainer.labels.source import LabelRequest, Labels, LabelSource, LabelUsage
 from teacher_wire.core.errors import CancelledRequestError, LimitError, TeacherWireError
 from teacher_wire.core.signals import TeacherSignals
@@ -174,7 +175,7 @@ class LabelFeed:
         promise = self._promises[number]
         asked_s = time.perf_counter()
         try:
-            ready = await asyncio.to_thread(self._ready, await self._source.labels(request))
+            ready = await asyncio.to_thread(self._ready, await self._source.labels(request), request)
             with self._lock:
                 self.depth.answered(time.perf_counter() - asked_s)
                 if number in self._held:
@@ -187,9 +188,9 @@ class LabelFeed:
         except Exception as error:
             promise.set_exception(_with_names(error, request))
 
-    def _ready(self, labels: Labels) -> Taken:
+    def _ready(self, labels: Labels, request: LabelRequest) -> Taken:
         signals = labels.signals  # not held longer than it takes: they may be as large as what is made of them
-        return Taken(self._prepare(signals), labels.usage)
+        return Taken(self._prepare(with_checked_rows(signals, request.batch)), labels.usage)
 
     def _wait_for_room(self, size: int) -> bool:
         """Blocks until `size` more bytes may be under way; False when the feed is closed."""

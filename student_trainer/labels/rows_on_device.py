@@ -5,6 +5,9 @@ In: labels as they were transferred and the head as it was fetched; out: Teacher
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from student_trainer.labels.device_transfer import LabelTensors, to_torch
@@ -12,6 +15,20 @@ from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import BFLOAT16, FLOAT32, Tolerance
 from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
 from teacher_wire.artifacts.kinds.output_head import TeacherHead
+from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.checked_rows import checked_rows
+from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.core.tensor import Tensor
+
+CHECKED_ROWS = "row_C"
+
+
+def with_checked_rows(signals: TeacherSignals, batch: TokenBatch) -> TeacherSignals:
+    """An answer with the numbers of the rows that it has lse and logp(label) of (int32, "row_C"), if these are not all rows."""
+    if "lse_C" not in signals:
+        return signals
+    row_C = np.flatnonzero(checked_rows(batch)).astype(np.int32)
+    return replace(signals, tensors=signals.tensors | {CHECKED_ROWS: Tensor("int32", row_C)})
 
 
 def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
@@ -25,11 +42,21 @@ def rows_on(labels: LabelTensors, head: Head | None, device: torch.device, likel
     """An answer as the losses want it, on the student's device; `likeliest` is k if the student named ids beside them."""
     labels = labels.to(device)
     found = labels.named
-    lse_N, label_N = found["lse_N"], found["label_logp_N"]
     if "hidden_ND" in found or "state_int8_ND" in found:
         assert head is not None, "hidden labels need the teacher's head"
         dtype = head.weight_VD.dtype  # the teacher's
-        return HiddenRows(labels.state(dtype), head, lse_N, label_N, _tolerance(dtype))
+        state_ND, checked = labels.state(dtype), None
+        if CHECKED_ROWS in found:
+            row_C = found[CHECKED_ROWS].long()
+            lse_N, label_N = (
+                found[name].new_full((len(state_ND),), torch.nan).index_copy_(0, row_C, found[name])
+                for name in ("lse_C", "label_logp_C")
+            )
+            checked = len(row_C)
+        else:
+            lse_N, label_N = found["lse_N"], found["label_logp_N"]
+        return HiddenRows(state_ND, head, lse_N, label_N, _tolerance(dtype), checked)
+    lse_N, label_N = found["lse_N"], found["label_logp_N"]
     if "logits_NV" in found:
         logits_NV = found["logits_NV"]
         return FullRows(logits_NV, lse_N, label_N, _tolerance(logits_NV.dtype))

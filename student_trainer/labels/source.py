@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, Timing
+from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore, label_keys
 
@@ -112,14 +112,13 @@ class LabelSource:
 
     def reply_bytes(self, request: LabelRequest) -> int:
         """Payload bytes of the answer to `request`, wherever it comes from."""
-        return self._spec.answer_bytes(request.batch, self._info)
+        return self._spec.answer_bytes(request.batch, self._spec.shape_of(self._info))
 
     def peak_bytes(self, request: LabelRequest) -> int:
         """Host memory that the answer to `request` takes at most on its way: as it travels, joined from the parts that were kept, and as
         tensors that a device can copy from, where ids of two and three bytes become four.
         """
-        wire, info = self.reply_bytes(request), self._info
-        shape = AnswerShape(self._spec.vocab_rows, info.hidden_size, info.dtype)
+        wire, shape = self.reply_bytes(request), self._spec.shape_of(self._info)
         prepared = wire + request.batch.rows * sum(signal.widened_bytes(shape) for signal in self._spec.signals)
         return wire * (1 if self._store is None else 2) + prepared
 
@@ -137,6 +136,16 @@ class LabelSource:
             found = await self._from_store(self._store, request)
         self._usage.add(found.usage)
         return found
+
+    async def has(self, request: LabelRequest) -> bool:
+        """Whether all labels of `request` are on disk."""
+        if self._store is None:
+            return False
+        keys = label_keys(self._info.fingerprint, self._spec, request.batch)
+        found = await asyncio.to_thread(
+            self._look_up, self._store, request.batch, {key: b for b, key in enumerate(keys)}
+        )
+        return None not in found.values()
 
     async def keep(self, request: LabelRequest, answer: TeacherSignals) -> None:
         """Checks and keeps the labels of `request` that somebody else has asked for, and counts them as asked."""
@@ -159,7 +168,7 @@ class LabelSource:
         of_others = {keys[b]: self._flights[keys[b]] for b in labelled if keys[b] not in own}
         timing, asked = Timing(), LabelUsage()
         async with self._claimed(own) as flights:
-            found = await asyncio.to_thread(lambda: {key: store.get(key) for key in own})
+            found = await asyncio.to_thread(self._look_up, store, batch, own)
             for key, signals in found.items():
                 if signals is not None:
                     flights[key].set_result(signals)
@@ -180,6 +189,14 @@ class LabelSource:
         asked.disk_sequences = len(labelled) - asked.teacher_sequences
         asked.disk_tokens = int(lengths[labelled].sum()) - asked.teacher_tokens
         return Labels(replace(signals, fingerprint=self._info.fingerprint, timing=timing), asked)
+
+    def _look_up(self, store: LabelStore, batch: TokenBatch, keys: dict[str, int]) -> dict[str, TeacherSignals | None]:
+        """What is on disk of these sequences, by key; labels that are checked in every row serve where a sample is asked for too."""
+        if self._spec.check == "all":
+            return {key: store.get(key) for key in keys}
+        of_all = label_keys(self._info.fingerprint, replace(self._spec, check="all"), batch)
+        kept = {key: store.get(key, of_all[b]) for key, b in keys.items()}
+        return {key: labels and labels.sampled(batch.select([keys[key]])) for key, labels in kept.items()}
 
     @contextlib.asynccontextmanager
     async def _claimed(self, keys: dict[str, int]) -> AsyncIterator[dict[str, asyncio.Future[TeacherSignals]]]:

@@ -87,7 +87,10 @@ class Tally:
 
 @dataclass(frozen=True, eq=False)
 class Integrity:
-    """Evidence of one call; all tensors [N] on the student's device, `row_N` numbers the rows of the call."""
+    """Evidence of one call; all tensors [N] on the student's device, `row_N` numbers the rows of the call.
+
+    `checked` is how many rows have served figures, if not all: those of the others are NaN, and nothing is said of these rows.
+    """
 
     row_N: Tensor
     served_lse_N: Tensor
@@ -95,6 +98,7 @@ class Integrity:
     served_logp_N: Tensor
     seen_logp_N: Tensor
     tolerance: Tolerance = BFLOAT16
+    checked: int | None = None
 
     def begin(self) -> None:
         """Compares on the device and sends the result on its way, so that a later `check` waits for nothing else."""
@@ -108,8 +112,8 @@ class Integrity:
 
     @property
     def rows(self) -> int:
-        """N."""
-        return self.row_N.numel()
+        """How many rows are compared."""
+        return self.row_N.numel() if self.checked is None else self.checked
 
     @property
     def figures_2(self) -> Tensor:
@@ -159,6 +163,8 @@ class Integrity:
         lse_N = (self.seen_lse_N - self.served_lse_N).abs() / (allowed.lse_abs + allowed.lse_rel * size_N)
         logp_N = (self.seen_logp_N - self.served_logp_N).abs() / (allowed.logp_abs + allowed.logp_rel * size_N)
         error_N = torch.maximum(lse_N, logp_N).nan_to_num(nan=torch.inf)  # NaN must fail every comparison in `check`
+        if self.checked is not None:
+            error_N = error_N.masked_fill(self.served_lse_N.isnan(), 0.0)
         figures = (self.row_N, self.served_lse_N, self.seen_lse_N, self.served_logp_N, self.seen_logp_N, error_N)
         worst_6 = torch.stack([figure.double() for figure in figures])[:, error_N.argmax()[None]][:, 0]
         told_7 = torch.cat([(error_N > 1).sum().double()[None], worst_6])

@@ -33,8 +33,9 @@ class HiddenRows:
     Attributes:
         hidden_ND: in the wire's dtype.
         head: of the teacher, sliced to the V of the student's.
-        lse_N, label_logp_N: as served.
+        lse_N, label_logp_N: as served; NaN in rows of which the teacher sends none.
         tolerance: for the integrity check.
+        checked: how many rows have lse and label_logp, if not all; not known of a part of the rows.
     """
 
     hidden_ND: Tensor
@@ -42,6 +43,7 @@ class HiddenRows:
     lse_N: Tensor
     label_logp_N: Tensor
     tolerance: Tolerance = BFLOAT16
+    checked: int | None = None
 
     @property
     def vocab_rows(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from student_trainer.errors import ConfigError
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.term import LossTerm, Mean, StudentOutputs, SupervisedRows, TeacherLabels
+from student_trainer.losses.term import LossTerm, Mean, StudentOutputs, SupervisedRows, TeacherLabels, WantedSignal
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,11 @@ def total(
 def taps_of(terms: Sequence[LossTerm]) -> tuple[int, ...]:
     """The blocks that any of the terms needs, in their order."""
     return tuple(sorted({tap for term in terms for tap in term.needs().taps}))
+
+
+def signals_of(terms: Sequence[LossTerm]) -> tuple[WantedSignal, ...]:
+    """The distinct signals that the terms need, in the order of the terms: what a request asks for."""
+    return tuple(dict.fromkeys(signal for term in terms for signal in term.needs().signals))
 
 
 def check_needs(terms: Sequence[LossTerm], teacher: str | None, offered: Collection[str], blocks: int) -> None:

@@ -92,7 +92,7 @@ def measured_by(
     Only `hidden` may put the teacher's head on the card. Beside it, all logits of a batch are exact, where one request may hold them.
     """
     if labels.transport == "hidden" and "hidden" in info.transports:
-        return LabelConfig(transport="hidden")
+        return LabelConfig(transport="hidden", check="all")  # the teacher's own likelihood is measured too
     rows = [int(row.example.loss_mask.sum()) for row in held_out]
     most = max(sum(rows[i] for i in group) for group in by_length(held_out, config.train.eval_batch_size))
     needed = most * spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)

@@ -206,5 +206,5 @@ def signal_of(labels: LabelConfig, vocab_rows: int) -> SignalSpec:
     if labels.transport == "top_k":
         return spec_of("top_k", vocab_rows, k=labels.k, extra=labels.extra_ids)
     if labels.transport == "hidden":
-        return spec_of("hidden", vocab_rows, reduction=labels.compression)
+        return spec_of("hidden", vocab_rows, labels.check, reduction=labels.compression)
     return spec_of(labels.transport, vocab_rows)

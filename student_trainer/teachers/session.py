@@ -163,7 +163,7 @@ class _Opening:
             head = None
             if not self.only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
                 head = await self._head(client, info, spec)
-            await try_labels(self.service.source(info, spec, lambda: client), spec, self.data)
+            await try_labels(partial(self.service.source, info, connect=lambda: client), spec, self.data)
             self._tell(info, spec)
             return TeacherSession(self.connection, info, spec.vocab_rows, labels, spec, measuring, head, self.service)
 

@@ -6,6 +6,7 @@ In: a teacher's source of labels and the rows of the run; out: nothing, or the l
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -27,8 +28,10 @@ from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score.signals import spec_of
 
 
-async def try_labels(source: LabelSource, spec: SignalSpec, data: TokenizedDataset) -> None:
+async def try_labels(source_of: Callable[[SignalSpec], LabelSource], spec: SignalSpec, data: TokenizedDataset) -> None:
     """Asks for the labels of the shortest row, so that what cannot work fails before there is a run folder.
+
+    Every row of it is checked, also where later requests have a sample checked, unless its labels are on disk.
 
     Raises:
         LabelError, TeacherWireError: as `LabelSource.labels`.
@@ -38,6 +41,9 @@ async def try_labels(source: LabelSource, spec: SignalSpec, data: TokenizedDatas
     if spec.extra_ids:
         named = np.tile(np.arange(spec.extra_ids, dtype=np.int32), (asked.batch.rows, 1))
         asked = replace(asked, batch=replace(asked.batch, extra_ids_NM=named))
+    source = source_of(spec)
+    if spec.check != "all" and not await source.has(asked):
+        source = source_of(replace(spec, check="all"))
     await source.labels(asked)
 
 

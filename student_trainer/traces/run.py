@@ -22,6 +22,7 @@ from student_trainer.config.traces import TracesConfig
 from student_trainer.data.text.tokenizer_file import load_tokenizer
 from student_trainer.data.trace_schema import Caps, generation_schema
 from student_trainer.errors import ConfigError, ModelError, RunError
+from student_trainer.findings import Finding, Findings
 from student_trainer.labels import event_loop
 from student_trainer.progress import ProgressBar
 from student_trainer.teachers.connect import Connection, check_way, connections
@@ -81,8 +82,9 @@ async def _run(
     async with connection.client(tell) as client:
         info = await connection.describe(client)
         spec = _spec(config)
-        _agree(info, tokenizer, config)
-        _check_sizes(info, spec, questions, prompts)
+        findings = Findings()
+        findings.add(check_teacher(info, tokenizer, config))
+        findings.add(check_questions(info, spec, questions, prompts))
         identity = _identity(config, info, questions)
         folder = TracesFolder(config.output_dir, identity, resume=resume)
         shown = _Shown(console, config.output_dir.name, len(questions), folder)
@@ -195,36 +197,38 @@ def _spec(config: TracesConfig) -> SamplingSpec:
     )
 
 
-def _agree(info: TeacherInfo, tokenizer: Any, config: TracesConfig) -> None:
-    """Refuses a teacher that reads our ids otherwise, or does not write."""
+def check_teacher(info: TeacherInfo, tokenizer: Any, config: TracesConfig) -> Iterator[Finding]:
+    """Whether the teacher reads our ids as we do, and writes in the form that is asked for."""
     ours = tokenizer_sha256(tokenizer.backend_tokenizer.to_str())
     if info.tokenizer_sha256 != ours:
-        raise MismatchError(
+        yield Finding.of("tokenizer", MismatchError(
             f"teacher {info.name!r} ({info.model}) has another tokenizer than {config.tokenizer}",
             field="tokenizer_sha256", value=info.tokenizer_sha256[:16] or "none", limit=ours[:16],
-        )  # fmt: skip
+        ))  # fmt: skip
     uses_chat = config.data.template == "chat" or (config.data.template == "auto" and bool(tokenizer.chat_template))
     template = template_sha256(tokenizer.chat_template)
     if uses_chat and info.chat_template_sha256 != template and not config.teacher.allow_template_mismatch:
-        raise MismatchError(
+        yield Finding.of("teacher.allow_template_mismatch", MismatchError(
             f"teacher {info.name!r} has another chat template; set teacher.allow_template_mismatch=true if you want ours",
             field="chat_template_sha256", value=info.chat_template_sha256[:16] or "none", limit=template[:16],
-        )  # fmt: skip
+        ))  # fmt: skip
     if config.sampling.json_schema and "json_schema" not in info.generates:
-        raise CapabilityError(
+        yield Finding.of("sampling.json_schema", CapabilityError(
             f"teacher {info.name!r} holds to no JSON schema; set sampling.json_schema=false if it knows the form by itself",
             field="generates", value="json_schema", limit="|".join(info.generates) or "nothing",
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
-def _check_sizes(info: TeacherInfo, spec: SamplingSpec, questions: list[Question], prompts: list[list[int]]) -> None:
-    """Every question alone must be within the teacher's limits; the longest is looked at."""
+def check_questions(
+    info: TeacherInfo, spec: SamplingSpec, questions: list[Question], prompts: list[list[int]]
+) -> Iterator[Finding]:
+    """Whether every question alone is within the teacher's limits; the longest is looked at."""
     longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
     try:
         check_generate(GenerateCall(info.name, "", spec, PromptBatch.pack([prompts[longest]])), info)
     except LimitError as error:
         error.add_note(f"the longest question is {questions[longest].key}, {len(prompts[longest])} tokens")
-        raise
+        yield Finding.of("data", error)
 
 
 def _check_rate(stats: Stats, info: TeacherInfo, config: TracesConfig) -> None:

@@ -61,7 +61,9 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
         return findings.all
     loaded = findings.attempt(
         "data",
-        lambda: load_data(config.data, outline.tokenizer, console, pinned_date(config) if resume else None),
+        lambda: load_data(
+            config.data, outline.tokenizer, console, pinned_date(config) if resume else None, config.run.cache_dir
+        ),
         "the rows can be learned from",
     )
     if loaded is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.markup import escape
@@ -87,12 +87,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")
         findings.add(check_sizes(config, sessions, data, held_out, order_of(config, data)))
         jobs = _jobs(config, sessions, data, held_out)
-        needed = sum(bytes_on_disk(job.session.info, job.spec, job.data, job.indices) for job in jobs)
-        if needed > config.cache.max_gb * 2**30 * 0.9:
-            raise ConfigError(
-                f"cache.max_gb={config.cache.max_gb:g}: the labels of this run take about {needed / 2**30:,.2f}; "
-                "the first would be deleted while the last are written"
-            )
+        findings.add([_check_budget(config, jobs)])
         return _fill(config, jobs, console)
 
 
@@ -124,21 +119,31 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
     yield from check_cache(config)
 
 
+def _check_budget(config: TrainConfig, jobs: list[_Job]) -> Finding:
+    """Whether the labels of the run fit into the label store all together."""
+    needed = sum(bytes_on_disk(job.session.info, job.spec, job.data, job.indices) for job in jobs)
+    what = f"cache.max_gb={config.cache.max_gb:g}: the labels of this run take about {needed / 2**30:,.2f}"
+    if needed > config.cache.max_gb * 2**30 * 0.9:
+        return Finding.bad("cache.max_gb", f"{what}; the first would be deleted while the last are written")
+    return Finding.good("cache.max_gb", what)
+
+
 def _jobs(
     config: TrainConfig, sessions: list[TeacherSession], data: TokenizedDataset, held_out: TokenizedDataset | None
 ) -> list[_Job]:
+    """Measuring first: its labels are checked in every row, and serve training too where a sequence is in both datasets."""
     seen: set[str] = set()
     order = order_of(config, data)
     jobs = []
     for session in sessions:
-        if config.loss.output is not None:
-            batches = (order.batch(number) for number in range(order.batches))
-            groups = _distinct(session, session.spec, data, batches, seen)
-            jobs.append(_Job("train", session, session.spec, data, groups))
         if held_out is not None and session.measuring is not None:
             by_size = by_length(held_out, config.train.eval_batch_size)
             groups = _distinct(session, session.measuring, held_out, by_size, seen)
             jobs.append(_Job("eval", session, session.measuring, held_out, groups))
+        if config.loss.output is not None:
+            batches = (order.batch(number) for number in range(order.batches))
+            groups = _distinct(session, session.spec, data, batches, seen)
+            jobs.append(_Job("train", session, session.spec, data, groups))
     return jobs
 
 
@@ -147,12 +152,13 @@ def _distinct(
 ) -> list[list[int]]:
     """Each batch without the sequences that are in `seen`, where all are put; no empty one."""
     key_of: dict[int, str] = {}
+    every_row = replace(spec, check="all")  # whichever rows are checked, the labels are the same
     groups = []
     for group in batches:
         fresh = []
         for index in group:
             if index not in key_of:
-                key_of[index] = label_keys(session.info.fingerprint, spec, pack([data[index].example]).batch)[0]
+                key_of[index] = label_keys(session.info.fingerprint, every_row, pack([data[index].example]).batch)[0]
                 if key_of[index] not in seen:
                     fresh.append(index)
                     seen.add(key_of[index])

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -31,7 +30,8 @@ from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.losses.total import check_needs, taps_of
+from student_trainer.losses.term import LossTerm
+from student_trainer.losses.total import check_needs, signals_of, taps_of
 from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import Student, load_student
 from student_trainer.model.saving import saved_bytes, state_bytes
@@ -57,6 +57,7 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
+from teacher_wire.core.signals import Signal
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +104,6 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
                 return result_of(folder)
 
 
-class _Kind(NamedTuple):
-    """A signal by its name, as loss terms need it."""
-
-    kind: str
-
-
 def _note(console: Console, told: str) -> None:
     console.print(f"[yellow]note:[/] {escape(told)}")
 
@@ -126,7 +121,6 @@ def _run(
     findings: Findings,
 ) -> RunResult:
     order = order_of(config, data)
-    findings.add(check_requests(config, sessions, data, held_out))
     vocab_rows = min((session.vocab_rows for session in sessions), default=_own_rows(student))
     # The trainer learns from one feed; the loss terms of issue 17 will take one per session.
     learned = sessions[0] if sessions and config.loss.output is not None else None
@@ -138,6 +132,10 @@ def _run(
         learned.info.transports if learned else (),
         len(blocks_of(student.body)) if taps_of(terms) else 0,
     )
+    if learned:
+        learned = _asking(learned, terms)
+        sessions = [learned, *sessions[1:]]
+    findings.add(check_requests(config, sessions, data, held_out))
     windows = SOURCES["data"](data, order)
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
@@ -195,6 +193,14 @@ def _run(
             leave_no_trace(folder)  # of a run that has learned nothing
     result = finish(folder, trainer.state.global_step, metrics)
     return replace(result, usage=_usage_of(sessions)) if sessions else result
+
+
+def _asking(session: TeacherSession, terms: list[LossTerm]) -> TeacherSession:
+    """The session whose requests hold every signal that the terms need."""
+    signals = tuple(signal for signal in signals_of(terms) if isinstance(signal, Signal))
+    if set(signals) <= set(session.spec.signals):
+        return session
+    return replace(session, spec=replace(session.spec, signals=signals, check="all"))
 
 
 def _labels_of(config: TrainConfig, sessions: list[TeacherSession]) -> list[LabelConfig]:

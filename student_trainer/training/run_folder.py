@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from student_trainer.config.run import TrainConfig, dump_config
 from student_trainer.config.teachers import LabelConfig
 from student_trainer.errors import RunError
 from student_trainer.files import LOCK_NAME, disk_trouble_named, read_object, write_whole
+from student_trainer.findings import Finding, Findings
 from student_trainer.labels.source import LabelUsage
 from student_trainer.training.checkpoints import checkpoint
 
@@ -142,7 +143,7 @@ def open_folder(
 
     if resume and identity_file.is_file():
         before = read_identity(identity_file)
-        _compare(before, identity, config)
+        Findings().add(check_identity(before, identity, config))
         if is_finished(folder, note):
             raise AlreadyFinished
         checkpoint.discard_unfinished(folder)
@@ -215,8 +216,15 @@ def _is_free(name: str) -> bool:
     return name in _FREE or name.split(".")[0] in _FREE
 
 
-def _compare(before: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> None:
-    """Refuses to go on with other settings, rows, weights or another teacher."""
+def check_identity(before: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> Iterator[Finding]:
+    """Whether a run goes on with the settings, rows, weights and teacher that it was started with.
+
+    Args:
+        before: the identity in the folder.
+        now: the identity of the run that wants to go on.
+        config: the run, to say which of its settings decide what has changed.
+    """
+    setting = "run.output_dir"
     keys = [
         key for key in sorted(before["settings"].keys() | now["settings"].keys()) if not _is_free(key)
     ]  # some became so
@@ -225,19 +233,20 @@ def _compare(before: dict[str, Any], now: dict[str, Any], config: TrainConfig) -
         told = ", ".join(
             f"{key}: {before['settings'].get(key)!r} -> {now['settings'].get(key)!r}" for key in changed[:4]
         )
-        raise RunError(
-            f"the run was started with other settings ({told}); resume with the old ones, or start another run"
+        what, fix = (
+            f"the run was started with other settings ({told})",
+            "resume with the old ones, or start another run",
         )
+        yield Finding.bad(setting, what, fix, kind=RunError)
     for part, what, section in _DIGESTS:
         if part in before and before[part] != now[part]:  # not in one of an earlier version
-            raise RunError(
-                f"{what} have changed since the run was started{_told_changes(section, config)}; start another run"
-            )
+            changes = _told_changes(section, config)
+            said = f"{what} have changed since the run was started{changes}"
+            yield Finding.bad(section, said, "start another run", kind=RunError)
     if before["teacher"] != now["teacher"]:
-        raise RunError(
-            f"the run was started with another teacher (fingerprint {before['teacher'][:16]}, now {now['teacher'][:16]}); "
-            "labels of two teachers are not mixed"
-        )
+        fingerprints = f"fingerprint {before['teacher'][:16]}, now {now['teacher'][:16]}"
+        what = f"the run was started with another teacher ({fingerprints})"
+        yield Finding.bad("teacher", what, "labels of two teachers are not mixed", kind=RunError)
 
 
 def _told_changes(section: str, config: TrainConfig) -> str:

@@ -21,6 +21,7 @@ from teacher_server.errors import ServerConfigError
 from teacher_server.signals import output
 from teacher_server.signals.base import Rows
 from teacher_server.signals.reduce import OutputHead
+from teacher_server.signals.reduce import offered as kinds_offered
 from teacher_server.signals.reduce import reduce as reduce_rows
 from teacher_server.signals.transfer import ToHost, to_device, to_wire
 from teacher_wire.artifacts.kinds.output_head import TeacherHead
@@ -47,9 +48,8 @@ class Head(OutputHead):
 
 def offered(head: Head, served: bool) -> tuple[tuple[ArtifactInfo, ...], tuple[str, ...]]:
     """What a backend that scores lists in its facts: artifacts, and transports, of which `hidden` needs the head on the other side."""
-    if not served:
-        return (), ("top_k", "full")
-    return (head.artifact().info,), ("top_k", "hidden", "full")
+    artifacts = (head.artifact().info,) if served else ()
+    return artifacts, kinds_offered(serves_head=served)
 
 
 def load_head(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Head:

@@ -6,12 +6,17 @@ adapter's folder, which names its base. What a folder lacks, and a file that was
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from teacher_server.backends.weight_files import check_file
 from teacher_server.errors import ServerConfigError
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -19,7 +24,6 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ_BYTES = 8 << 20
-_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def check_local(model: str) -> None:
     if not (folder / ADAPTER_CONFIG).is_file():
         _check_whole(folder)
         return
-    _check_file(folder / ADAPTER_WEIGHTS)
+    check_file(folder / ADAPTER_WEIGHTS)
     base = base_of(folder)
     if looks_local(base):
         at = _base_folder(folder, base)
@@ -85,7 +89,7 @@ def _check_whole(folder: Path, *, needs_tokenizer: bool = True) -> None:
             raise ServerConfigError(f"{index} has no weight_map")
         files = {folder / str(name) for name in named.values()}
     for file in sorted(files):
-        _check_file(file)
+        check_file(file)
 
 
 def architectures(model: str) -> list[str]:
@@ -145,29 +149,19 @@ def _read_json(file: Path) -> dict[str, object]:
     return found
 
 
-def _check_file(file: Path) -> None:
-    """Refuses a safetensors file whose header cannot be read or whose size is not what the header says.
+@contextlib.contextmanager
+def refusals_of(model: str) -> Iterator[None]:
+    """Turns what transformers raises while it loads a model into one line.
 
     Raises:
-        ServerConfigError: naming the file.
+        ServerConfigError: naming the model.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if size < 8 or not 2 <= length <= min(_HEADER_BYTES, size - 8):
-                raise ServerConfigError(f"{file} is no safetensors file, or was cut short ({size:,} bytes)")
-            header = json.loads(opened.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except OSError as error:
-        raise ServerConfigError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        if isinstance(error, ServerConfigError):
-            raise
-        raise ServerConfigError(f"{file} is no safetensors file: its header cannot be read") from error
-    wanted = 8 + length + max(ends, default=0)
-    if size != wanted:
-        raise ServerConfigError(f"{file} is damaged: it has {size:,} bytes, its header describes {wanted:,}")
+        yield
+    except ServerConfigError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ServerConfigError(f"model {model!r} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
 
 
 def find(model: str, revision: str | None) -> ModelFiles:

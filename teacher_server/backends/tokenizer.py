@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from teacher_server.errors import ServerConfigError
 from teacher_wire.core.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
 
 log = logging.getLogger(__name__)
@@ -19,17 +20,22 @@ log = logging.getLogger(__name__)
 _PROBE = "the cat: 3 + 4 = 7"
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, model: str = "") -> Any:
     """The tokenizer of a folder; where transformers' class for it loses text, the file tokenizer.json as it is.
 
     transformers 5 builds some tokenizers anew from their vocabulary (a DeepSeek V3 that calls itself LlamaTokenizerFast gets
     SentencePiece's spaces in the place of its bytes, and loses every space).
 
     Raises:
+        ServerConfigError: it is no fast one; `model` is what the config calls it, if not by its folder.
         OSError, ValueError, KeyError, ImportError: as `AutoTokenizer`.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not getattr(tokenizer, "is_fast", False) or _keeps_text(tokenizer):
+    if not getattr(tokenizer, "is_fast", False):
+        raise ServerConfigError(
+            f"model {model or str(folder)!r} has no fast tokenizer (tokenizer.json), which the handshake needs"
+        )
+    if _keeps_text(tokenizer):
         return tokenizer
     try:
         as_written = PreTrainedTokenizerFast.from_pretrained(folder)

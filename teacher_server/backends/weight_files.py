@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from teacher_server.backends.model_folder import looks_local
 from teacher_server.errors import ServerConfigError
 
 _LENGTH_BYTES = 8
@@ -22,11 +21,9 @@ def check_weights(model: str) -> None:
     Raises:
         ServerConfigError: naming the file.
     """
-    if not looks_local(model):
-        return
-    folder = Path(model).expanduser()
+    folder = Path(model).expanduser()  # of a hub id there is none
     for file in sorted(folder.glob("*.safetensors")):
-        _check_file(file)
+        check_file(file)
     index = folder / _INDEX
     if index.is_file() and not (folder / "model.safetensors").is_file():
         try:
@@ -38,7 +35,12 @@ def check_weights(model: str) -> None:
             raise ServerConfigError(f"model folder {folder}: {_INDEX} lists {', '.join(missing)}, which is not there")
 
 
-def _check_file(file: Path) -> None:
+def check_file(file: Path) -> None:
+    """Refuses a safetensors file whose header cannot be read, or whose size is not what the header says.
+
+    Raises:
+        ServerConfigError: naming the file.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as data:

@@ -168,7 +168,7 @@ def describe(
             for info in await client.describe():
                 table = Table(title=info.name, show_header=False, title_justify="left")
                 for field, value in vars(info).items():
-                    table.add_row(field, ", ".join(value) if isinstance(value, tuple) else str(value))
+                    table.add_row(field, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
                 Console().print(table)
 
     with _explained(ca_file, cert_file):

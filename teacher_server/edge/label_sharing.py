@@ -122,16 +122,17 @@ class LabelSharing:
 
     async def score(self, call: ScoreCall) -> TeacherSignals:
         info = await self._service.info(call.teacher, call.fingerprint)
-        with self._admission.sending(call.tenant, codec.reply_bytes(call, info)):
+        walked = _size_of(call.batch)
+        size = await self._offload.run(call.tenant, walked, codec.reply_bytes, call, info)
+        with self._admission.sending(call.tenant, size):
             return await self._score(call)
 
     async def _score(self, call: ScoreCall) -> TeacherSignals:
+        walked = _size_of(call.batch)
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)
-        keys = await self._offload.run(
-            call.tenant, _size_of(call.batch), label_keys, call.fingerprint, call.spec, call.batch
-        )
+        keys = await self._offload.run(call.tenant, walked, label_keys, call.fingerprint, call.spec, call.batch)
         bounds = call.batch.row_bounds_B1
         wanted = [sequence for sequence in range(call.batch.sequences) if bounds[sequence + 1] > bounds[sequence]]
         found: dict[int, TeacherSignals] = {}
@@ -213,7 +214,7 @@ class LabelSharing:
         """Resolves every label of a flight, from disk or by a forward pass of the rest."""
         missing = dict(sequences)
         if self._store is not None:
-            on_disk = await asyncio.get_running_loop().run_in_executor(self._writers, _read, self._store, list(missing))
+            on_disk = await asyncio.get_running_loop().run_in_executor(self._writers, _read, self._store, call, missing)
             for key, labels in on_disk.items():
                 self._land(flight, key, labels)
                 del missing[key]
@@ -312,9 +313,15 @@ def _join(parts: Sequence[TeacherSignals], fingerprint: str) -> TeacherSignals:
     return replace(TeacherSignals.join(parts), fingerprint=foreign[0] if foreign else fingerprint)
 
 
-def _read(store: LabelStore, keys: Sequence[str]) -> dict[str, TeacherSignals]:
-    found = {key: store.get(key) for key in keys}
-    return {key: labels for key, labels in found.items() if labels is not None}
+def _read(store: LabelStore, call: ScoreCall, sequences: dict[str, int]) -> dict[str, TeacherSignals]:
+    """What is on disk; labels that are checked in every row serve where a sample is asked for too."""
+    if call.spec.check == "all":
+        found = {key: store.get(key) for key in sequences}
+        return {key: labels for key, labels in found.items() if labels is not None}
+    of_all = label_keys(call.fingerprint, replace(call.spec, check="all"), call.batch)
+    found = {key: store.get(key, of_all[sequence]) for key, sequence in sequences.items()}
+    select = call.batch.select
+    return {key: labels.sampled(select([sequences[key]])) for key, labels in found.items() if labels is not None}
 
 
 def _own_copy(labels: TeacherSignals) -> TeacherSignals:

@@ -56,6 +56,7 @@ class EdgeServer:
         service: TeacherService,
         status_for: Callable[[str], Awaitable[ServerStatus]] | None = None,
     ) -> None:
+        memory.set_up_allocator()
         self._config = config
         self._admission = Admission()
         kept = config.store

@@ -129,13 +129,13 @@ class TeacherEngine:
         Raises:
             TeacherWireError: refused, overloaded, or failed; see `teacher_wire.core.errors`.
         """
-        codec.check_call(call, self.info)
+        answer_bytes = codec.check_call(call, self.info)
         self._health.refuse()
         now = time.monotonic()
         job_id = next(self._ids)
         deadline = now + call.timeout_s if call.timeout_s else math.inf
         try:
-            self._batcher.add(Job(job_id, call.tenant, call.batch.tokens, deadline, codec.reply_bytes(call, self.info)))
+            self._batcher.add(Job(job_id, call.tenant, call.batch.tokens, deadline, answer_bytes))
         except OverloadedError:
             self._ended["refused"] += 1
             self._refused[call.tenant] += 1

@@ -23,6 +23,7 @@ from teacher_server.signals.top_k import TopKReduction
 from teacher_server.signals.transfer import HostRows
 from teacher_wire.core.axes import Axis, axis_of
 from teacher_wire.core.signals import SignalSpec
+from teacher_wire.score.signals import SIGNALS
 
 # One class a kind of signal.
 REDUCTIONS: dict[str, type[Reduction[Any]]] = {
@@ -30,6 +31,11 @@ REDUCTIONS: dict[str, type[Reduction[Any]]] = {
     "hidden": HiddenReduction,
     "full": FullReduction,
 }
+
+
+def offered(*, serves_head: bool) -> tuple[str, ...]:
+    """The kinds that a backend gives whose states come through here."""
+    return tuple(kind for kind in REDUCTIONS if serves_head or not SIGNALS[kind].needs_head)
 
 
 @dataclass(frozen=True)

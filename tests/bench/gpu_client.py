@@ -96,7 +96,9 @@ async def pull(options: argparse.Namespace) -> dict[str, Any]:
     ] = []  # of the device's time for the whole batch, by tokens, microseconds; tokens of that batch
     async with TeacherClient(options.address, window_bytes=256 << 20) as client:
         info: TeacherInfo = await client.teacher(wait_for_s=60)
-        spec = spec_of(options.transport, info.vocab_rows, **({"k": options.k} if options.transport == "top_k" else {}))
+        settings = {"k": options.k} if options.transport == "top_k" else {}
+        rows = "sampled" if options.transport == "hidden" else "all"  # as students ask by default
+        spec = spec_of(options.transport, info.vocab_rows, rows, **settings)
         end_s = time.monotonic() + options.seconds
 
         async def ask(seed: int) -> None:

@@ -35,7 +35,7 @@ SHAPE = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 32768,
 }
-TOP_K, HIDDEN = spec_of("top_k", VOCAB, k=K), spec_of("hidden", VOCAB)
+TOP_K, HIDDEN = spec_of("top_k", VOCAB, k=K), spec_of("hidden", VOCAB, check="sampled")
 SPECS = {f"top-{K}": TOP_K, "hidden": HIDDEN}
 ROUNDS = 6
 

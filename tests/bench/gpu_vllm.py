@@ -222,7 +222,7 @@ class Bench:
 
         loop.run_until_complete(start())
         for name, spec in (
-            ("hidden", spec_of("hidden", self.vocab)),
+            ("hidden", spec_of("hidden", self.vocab, check="sampled")),
             (f"top-{K}", spec_of("top_k", self.vocab, k=K)),
         ):
             self.rate(

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from student_trainer.config.model import LoraSettings
+from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses import fused
@@ -36,7 +36,8 @@ from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
 from student_trainer.losses.output.loss import OutputLoss, output_loss
 from student_trainer.losses.output.spec import OutputLossSpec
-from student_trainer.model.load import Student, _with_adapters
+from student_trainer.model.adapters import adapt
+from student_trainer.model.load import Student
 from student_trainer.model.speed import lora
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import TeacherSignals
@@ -117,7 +118,8 @@ class Bench:
             model = Qwen2ForCausalLM(Qwen2Config(**STUDENT))
         torch.set_default_dtype(torch.float32)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.student = Student(_with_adapters(model, LoraSettings(fused=False), True), None)
+        settings = ModelConfig(path="random", lora=LoraSettings(fused=False), gradient_checkpointing=True)
+        self.student = Student(adapt(model, settings, None), None)
         self.student.model.train()
         self.trained = [p for p in self.student.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)

@@ -28,7 +28,7 @@ from teacher_wire.v2 import teacher_pb2 as pb
 from tests.bench.table import arguments, cpu_seconds, show
 
 TOKENS, WIDTH, VOCAB, KEPT = 2048, 3584, 152_064, 64  # sequences of a 7B teacher, two of them a request
-SPECS = {"hidden": spec_of("hidden", VOCAB), "top-64": spec_of("top_k", VOCAB, k=KEPT)}
+SPECS = {"hidden": spec_of("hidden", VOCAB, check="sampled"), "top-64": spec_of("top_k", VOCAB, k=KEPT)}
 UNDER_WAY = 8
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from student_trainer.labels.device_transfer import to_torch
 from student_trainer.labels.rows_on_device import head_on
 from student_trainer.teachers.artifact_cache import fetch_head
+from teacher_wire import PROTOCOL
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, NotFoundError
 from teacher_wire.endpoint.client import TeacherClient
@@ -97,7 +98,7 @@ async def test_errors_cross_ray_and_grpc_with_their_names(teachers):
         assert isinstance(refused, CapabilityError), refused
         assert refused.field == "fingerprint"
         stream = stub.Score()
-        await stream.write(pb.ScoreUp(open=pb.Open(protocol=2, window_bytes=1 << 20)))
+        await stream.write(pb.ScoreUp(open=pb.Open(protocol=PROTOCOL, window_bytes=1 << 20)))
         call = ScoreCall("r", "exact", "", spec_of("hidden", 300), TokenBatch.pack([[1] * 129]))
         await stream.write(pb.ScoreUp(request=codec.encode_call(call)))
         failed = (await stream.read()).failed

@@ -8,7 +8,9 @@ from dataclasses import replace
 import grpc
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from teacher_server.cli.main import app
 from teacher_server.config.server import EdgeConfig, TeacherConfig, TenantConfig
 from teacher_server.edge.server import EdgeServer
 from teacher_server.replica.engine import TeacherEngine
@@ -176,3 +178,11 @@ async def test_an_artifact_is_put_together_in_the_memory_it_stays_in():
         assembly.take(pb.ArtifactChunk(offset=offset, data=data[offset : offset + (1 << 20)]))
     head = TeacherHead.of(assembly.whole())
     assert np.shares_memory(head.weight_VD.array, assembly._room[0])
+
+
+def test_the_server_command_lists_what_a_teacher_gives_away(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with serve(leaky()) as server:
+        shown = CliRunner().invoke(app, ["describe", "--address", server.address])
+    assert shown.exit_code == 0, shown.output
+    assert f"output_head {HEAD.sha256} (4,800,000 bytes)" in shown.output

@@ -121,7 +121,7 @@ async def attack(address, count):
         async def one(request):
             async with room:
                 try:
-                    async for _ in client._stub.Generate(request):
+                    async for _ in client._connection.stub.Generate(request):
                         pass
                     codes["OK"] += 1
                 except grpc.aio.AioRpcError as error:

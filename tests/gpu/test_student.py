@@ -65,6 +65,41 @@ def test_recorded_passes_give_the_plain_gradients_over_windows_and_shapes(folder
     assert not told and graphed.recorded == 3, told
 
 
+@pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
+def test_recorded_passes_carry_taps_and_what_flows_back_through_them(folder, lora):
+    config = ModelConfig(
+        path=str(folder), dtype="float32", lora=lora, gradient_checkpointing=True, compiled=True, graphs=True
+    )
+    student = load_student(config, 0)
+    student.model.train()
+    plain = copy.deepcopy(student)
+    compiled.uninstall(plain.model)
+    told = []
+    trained = [p for p in student.body.parameters() if p.requires_grad]
+    graphed = GraphedBody(student.forward, trained, CudaRecorder(), told.append, worth=2)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    for number in range(9):
+        taps = ((0, 1, 2), (), (2,))[number % 3]
+        ids_BL = torch.randint(0, 300, (2, 32), device="cuda", generator=generator)
+        found = []
+        for forward in (graphed, plain.forward):
+            outputs = forward(ids_BL, taps)
+            slope_BLD = torch.linspace(-1, 1, outputs.final_BLD.numel(), device="cuda").view_as(outputs.final_BLD)
+            sum((output_BLD * slope_BLD).sum() for output_BLD in outputs.tensors()).backward()
+            found.append([output_BLD.detach().clone() for output_BLD in outputs.tensors()])
+            del outputs  # no graph of another pass may be alive while one is recorded
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        grads = dict(plain.model.named_parameters())
+        for name, parameter in student.model.named_parameters():
+            if grads[name].grad is not None:
+                scale = float(grads[name].grad.abs().max())
+                torch.testing.assert_close(parameter.grad, grads[name].grad, rtol=1e-3, atol=1e-3 * scale)
+        for one in (student, plain):
+            one.model.zero_grad(set_to_none=True)
+    assert not told and graphed.recorded == 3, told
+
+
 def test_a_replay_gives_the_very_bits_of_the_plain_passes(folder):
     """Else a resumed run, which records anew, would not be the run without a break."""
     config = ModelConfig(path=str(folder), dtype="bfloat16", lora={"rank": 4}, gradient_checkpointing=True)

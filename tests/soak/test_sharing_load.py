@@ -185,7 +185,7 @@ async def test_a_slow_reader_stops_its_own_production(server):
     reply = (REQUEST - 1) * (8 + 64 * 4)
     async with TeacherClient(server.address, window_bytes=4 * reply) as client:
         info = await client.teacher()
-        client._take = lambda down: None  # nothing is taken out of the window
+        client._requests._take = lambda down: None  # nothing is taken out of the window
         tasks = [asyncio.create_task(client.score(info, spec, batch(n))) for n in range(60)]
         await asyncio.sleep(10)
         made = (status(server)["teachers"][0]["forward_tokens"] - before) / REQUEST

@@ -37,6 +37,9 @@ class ArtifactInfo:
     sha256: str
     bytes: int
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.sha256} ({self.bytes:,} bytes)"
+
 
 @dataclass(frozen=True)
 class TeacherInfo:

@@ -20,6 +20,7 @@ import numpy as np
 
 from teacher_wire.core.axes import Axis, Entries, axis_of
 from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.checked_rows import checked_rows
 from teacher_wire.core.errors import LabelError, RequestError
 from teacher_wire.core.tensor import DTYPES, Tensor
 
@@ -78,6 +79,8 @@ class Signal(ABC):
     kind: ClassVar[str]
     # Whether it is good for nothing without lse and logp(label) of every row, so that a request with it cannot have a sample checked.
     needs_every_row: ClassVar[bool] = False
+    # Whether it is good for nothing without the teacher's output head, so that a teacher that keeps its head does not offer it.
+    needs_head: ClassVar[bool] = False
 
     @abstractmethod
     def fields(self, shape: AnswerShape) -> tuple[Field, ...]:
@@ -174,9 +177,13 @@ class SignalSpec:
         own = (Field(name, axis_of(name), "float32") for name in evidence)
         return (*own, *(part for signal in self.signals for part in signal.fields(shape)))
 
+    def shape_of(self, info: TeacherInfo) -> AnswerShape:
+        """What the widths of that teacher's answer depend on."""
+        return AnswerShape(self.vocab_rows, info.hidden_size, info.dtype)
+
     def fields_of(self, info: TeacherInfo) -> tuple[Field, ...]:
         """The tensors of an answer of that teacher."""
-        return self.fields(AnswerShape(self.vocab_rows, info.hidden_size, info.dtype))
+        return self.fields(self.shape_of(info))
 
     def row_bytes(self, hidden_size: int, value_bytes: int) -> int:
         """Payload bytes of one row at most, entries of pairs aside; exact unless `check` is sampled or there are entries of sequences.
@@ -190,10 +197,10 @@ class SignalSpec:
         )
         return sum(part.entry_bytes for part in self.fields(shape) if part.axis is not Axis.PAIR)
 
-    def answer_bytes(self, batch: TokenBatch, info: TeacherInfo) -> int:
+    def answer_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
         """Payload bytes of the whole answer about a batch."""
         entries = Entries(batch)
-        return sum(part.entry_bytes * entries.total(part.axis) for part in self.fields_of(info))
+        return sum(part.entry_bytes * entries.total(part.axis) for part in self.fields(shape))
 
     def json(self) -> str:
         """The same text for the same spec: what labels on disk are named by.
@@ -297,6 +304,15 @@ class TeacherSignals:
             )
             at |= ends
         return parts
+
+    def sampled(self, batch: TokenBatch) -> TeacherSignals:
+        """The answer to the same question about this batch if a sample of rows is to be checked, where this one may have all of them."""
+        if "lse_N" not in self:
+            return self
+        checked_N = checked_rows(batch)
+        parts = {f"{name}_C": Tensor("float32", self[f"{name}_N"].array[checked_N]) for name in ("lse", "label_logp")}
+        others = {name: tensor for name, tensor in self.tensors.items() if name not in ("lse_N", "label_logp_N")}
+        return TeacherSignals(parts | others, self.fingerprint, self.timing)
 
     @classmethod
     def join(cls, parts: Sequence[TeacherSignals]) -> TeacherSignals:

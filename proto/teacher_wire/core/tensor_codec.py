@@ -10,9 +10,8 @@ import math
 
 import numpy as np
 
-from teacher_wire.core import uint24
 from teacher_wire.core.errors import TensorError
-from teacher_wire.core.tensor import DTYPES, Tensor
+from teacher_wire.core.tensor import DTYPES, Tensor, pack_uint24, unpack_uint24
 from teacher_wire.v2 import teacher_pb2 as pb
 
 MAX_AXES = 4
@@ -50,7 +49,7 @@ def fill(message: pb.Tensor, tensor: Tensor) -> None:
     message.dtype = _CODE[tensor.dtype]
     message.shape.extend(array.shape)
     if tensor.dtype == "uint24":
-        message.data = uint24.pack(array).tobytes()
+        message.data = pack_uint24(array).tobytes()
     else:
         message.data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
@@ -68,7 +67,7 @@ def decode(message: pb.Tensor, field: str) -> Tensor:
     name, shape, data = _checked(message, field)
     if name == "uint24":
         ids = np.empty(shape, np.uint32)
-        uint24.unpack(data, ids)
+        unpack_uint24(data, ids)
         return Tensor(name, ids)
     return Tensor(name, _values(name, data).reshape(shape).view(DTYPES[name][0]))
 
@@ -88,7 +87,7 @@ def decode_into(message: pb.Tensor, field: str, out: Tensor) -> int:
     if (shape, name) != (out.shape, out.dtype):
         raise TensorError("wrong shape or dtype", field=field, value=(shape, name), limit=(out.shape, out.dtype))
     if name == "uint24":
-        uint24.unpack(data, out.array)
+        unpack_uint24(data, out.array)
     else:
         out.array.reshape(-1)[:] = _values(name, data)
     return len(data)

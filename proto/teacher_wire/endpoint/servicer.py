@@ -22,7 +22,8 @@ from teacher_wire.endpoint.service import TeacherService
 from teacher_wire.generate import servicer as generate_servicer
 from teacher_wire.score import codec
 from teacher_wire.score.kept_replies import KeptReplies
-from teacher_wire.score.stream import Desk, ScoreStream
+from teacher_wire.score.service import SharedState
+from teacher_wire.score.stream import ScoreStream
 from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, Context, abort, bare, cancelled_from_outside, known
 from teacher_wire.transport.offload import Offload
@@ -77,19 +78,19 @@ class TeacherServicer:
         self._kept = KeptReplies(self._limits.kept_reply_bytes, KEPT_REPLY_S)
         self._accounts = Accounts(self._limits)
         self._offload = offload or Offload()
-        self._desk = Desk(service, self._limits, self._accounts, self._kept, self._offload)
+        self._shared = SharedState(service, self._limits, self._accounts, self._kept, self._offload)
         self._streams: set[ScoreStream] = set()
         self._draining = False
 
     @property
     def open_streams(self) -> int:
         """Score streams, now."""
-        return self._desk.open_streams
+        return self._shared.open_streams
 
     @property
     def open_requests(self) -> int:
         """Unanswered Score requests, and open calls of Generate and Artifact."""
-        return self._desk.open_requests
+        return self._shared.open_requests
 
     @property
     def held(self) -> dict[str, int]:
@@ -155,7 +156,7 @@ class TeacherServicer:
 
     async def _score_stream(self, context: Context) -> None:
         async with self._call(context) as account:
-            stream = ScoreStream(self._desk, account, Caller(context, self._limits.stall_s))
+            stream = ScoreStream(self._shared, account, Caller(context, self._limits.stall_s))
             self._streams.add(stream)
             try:
                 await stream.run()
@@ -202,11 +203,11 @@ class TeacherServicer:
             data = await caller.read_only()
         size = len(data)
         self._accounts.open_request(account, size)
-        self._desk.open_requests += 1
+        self._shared.open_requests += 1
         try:
             yield data
         finally:
-            self._desk.open_requests -= 1
+            self._shared.open_requests -= 1
             self._accounts.close_request(account, size)
 
 

@@ -18,12 +18,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from teacher_wire.core import uint24
 from teacher_wire.core.axes import Axis, Entries, axis_of
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
-from teacher_wire.core.tensor import DTYPES, Tensor
+from teacher_wire.core.tensor import DTYPES, Tensor, pack_uint24, unpack_uint24
 
 FORMAT = "lyceum-label/1"
 _ENTRY = "label"  # of the file's metadata
@@ -201,7 +200,7 @@ def _add(digest: Any, part: bytes | memoryview) -> None:
 
 def _narrow(tensor: Tensor) -> np.ndarray:
     """The array as it is kept: 24-bit ids as three bytes each, others as they are in memory."""
-    return uint24.pack(tensor.array) if tensor.dtype == "uint24" else np.ascontiguousarray(tensor.array)
+    return pack_uint24(tensor.array) if tensor.dtype == "uint24" else np.ascontiguousarray(tensor.array)
 
 
 def _widen(dtype: str, array: np.ndarray) -> Tensor:
@@ -211,5 +210,5 @@ def _widen(dtype: str, array: np.ndarray) -> Tensor:
     if array.dtype != np.uint8 or array.shape[-1:] != (DTYPES[dtype][1],):
         raise LabelError("uint24 is kept as three bytes", field="dtype", value=array.dtype)
     ids = np.empty(array.shape[:-1], np.uint32)
-    uint24.unpack(array.reshape(-1), ids)
+    unpack_uint24(array.reshape(-1), ids)
     return Tensor(dtype, ids)

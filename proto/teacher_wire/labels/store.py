@@ -16,12 +16,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
+from teacher_wire.labels.amounts import Amount, Shelf, StoreStats
 from teacher_wire.labels.blob import LabelEntry, LabelSummary, decode_labels, encode_labels, label_keys, read_summary
 from teacher_wire.labels.budget import SUFFIX, Budget, File, files_of, unlink
 from teacher_wire.labels.files import write_first
@@ -33,56 +33,6 @@ log = logging.getLogger(__name__)
 _TRIES = 3
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class StoreStats:
-    """What one store object has done since it was made, in sequences and bytes of files.
-
-    Attributes:
-        hits, misses: of `get`.
-        written: kept by us; `overtaken`: another process had kept them first, and its bytes were taken.
-        damaged: found damaged and deleted; each that `get` finds is a miss too.
-        undeletable: of those that are damaged, still there: another user's, or on a disk that is only read.
-        unreadable: passed over since the disk refused to read them; `trouble` says of the first which and why.
-        evicted: deleted for the budget.
-        unwritten: not kept, since the disk refused or the budget is smaller than the blob.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    written: int = 0
-    overtaken: int = 0
-    damaged: int = 0
-    undeletable: int = 0
-    unreadable: int = 0
-    evicted: int = 0
-    unwritten: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    evicted_bytes: int = 0
-    trouble: str = ""
-
-
-@dataclass(frozen=True)
-class Amount:
-    """Some sequences and the bytes of their files."""
-
-    sequences: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """All labels of one teacher by one signal, or several together; `newest_use_s` is seconds since 1970."""
-
-    fingerprint: str
-    transport: str
-    sequences: int
-    tokens: int
-    rows: int
-    bytes: int
-    newest_use_s: float
 
 
 class LabelStore:
@@ -118,9 +68,14 @@ class LabelStore:
         """Why no more labels are kept, or which files were passed over; empty while all is well."""
         return self._refusal or self.stats.trouble
 
-    def get(self, key: str) -> TeacherSignals | None:
-        """The labels under `key`, marked as used; None if they are not there. A damaged file is deleted and counted."""
+    def get(self, key: str, instead: str = "") -> TeacherSignals | None:
+        """The labels under `key`, or else those under `instead`, which serve as well; marked as used. None if they are not there.
+
+        A damaged file is deleted and counted.
+        """
         found = self._read(key)
+        if found is None and instead:
+            found = self._read(instead)
         self._count(hits=1) if found is not None else self._count(misses=1)
         return found
 
@@ -365,10 +320,6 @@ class LabelStore:
         return copied, damaged
 
 
-def _plus(amount: Amount, size: int) -> Amount:
-    return Amount(amount.sequences + 1, amount.bytes + size)
-
-
 def _summary(path: str) -> LabelSummary | None:
     """What the file's header says; None if it is gone or has none."""
     try:
@@ -383,3 +334,7 @@ def _is_of(path: str, teacher: str) -> bool:
         return True
     summary = _summary(path)
     return summary is not None and summary.fingerprint.startswith(teacher)
+
+
+def _plus(amount: Amount, size: int) -> Amount:
+    return Amount(amount.sequences + 1, amount.bytes + size)

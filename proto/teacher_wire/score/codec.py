@@ -141,11 +141,11 @@ def _decode_as(message: pb.Tensor, field: str, dtype: str) -> np.ndarray:
 
 def reply_bytes(call: ScoreCall, info: TeacherInfo) -> int:
     """Payload bytes that the answer to `call` takes on the wire."""
-    return call.spec.answer_bytes(call.batch, info)
+    return call.spec.answer_bytes(call.batch, call.spec.shape_of(info))
 
 
-def check_call(call: ScoreCall, info: TeacherInfo) -> None:
-    """Refuses a request that this teacher cannot answer, before any work is done for it.
+def check_call(call: ScoreCall, info: TeacherInfo) -> int:
+    """Refuses a request that this teacher cannot answer, before any work is done for it; its `reply_bytes`.
 
     Raises:
         MismatchError: another teacher was meant.
@@ -169,12 +169,12 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
         raise RequestError(
             "above the teacher's vocabulary", field="vocab_rows", value=spec.vocab_rows, limit=info.vocab_rows
         )
-    longest = int(np.argmax(batch.lengths_B))
+    longest, needed = int(np.argmax(batch.lengths_B)), reply_bytes(call, info)
     for field, value, limit in (
         (f"sequence {longest} tokens", int(batch.lengths_B[longest]), limits.max_sequence_tokens),
         ("request tokens", batch.tokens, limits.max_request_tokens),
         ("request sequences", batch.sequences, limits.max_request_sequences),
-        ("reply bytes", reply_bytes(call, info), limits.max_reply_bytes),
+        ("reply bytes", needed, limits.max_reply_bytes),
     ):
         if value > limit:
             raise LimitError(f"above the limit of teacher {info.name!r}", field=field, value=value, limit=limit)
@@ -202,6 +202,7 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> None:
             value=int(labels[worst]),
             limit=spec.vocab_rows - 1,
         )
+    return needed
 
 
 # --------------------------------------------------------------------- reply

@@ -5,9 +5,16 @@ In: serialised chunks; out: the same. When there is too much, the tenant that ke
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
+
+from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.score import codec
+from teacher_wire.v2 import teacher_pb2 as pb
 
 
 @dataclass
@@ -75,3 +82,40 @@ class KeptReplies:
         while self.kept_bytes > self._max_bytes:
             largest = max(self._bytes_of, key=self._bytes_of.__getitem__)
             self.forget(next(key for key, reply in self._replies.items() if reply.tenant == largest))
+
+
+class ReplyEncoder:
+    """An answer on its way to the messages in which it travels, a few at a time: the first are sent while the rest are encoded."""
+
+    def __init__(self, call: ScoreCall, signals: TeacherSignals) -> None:
+        self.payload_bytes = signals.payload_bytes
+        self._call = call
+        self._signals = signals
+        self._reply_id = secrets.randbits(63) + 1  # 0 is no reply
+        self._chunks: list[tuple[bytes, int]] = []
+        self._rest = codec.encode_chunks(call, self._reply_id, signals)
+
+    def encode(self, count: int) -> list[tuple[bytes, int]]:
+        """The next chunks as they travel, each with its payload bytes; none once all are encoded."""
+        chunks = [(down.SerializeToString(), size) for down, size in islice(self._rest, count)]
+        self._chunks += chunks
+        return chunks
+
+    def reply(self) -> Reply:
+        """The whole answer, once all of it is encoded."""
+        call, signals = self._call, self._signals
+        done = pb.ScoreDone(
+            request_id=call.request_id,
+            reply_id=self._reply_id,
+            chunks=len(self._chunks),
+            rows=call.batch.rows,
+            fingerprint=signals.fingerprint,
+            timing=codec.encode_timing(signals.timing),
+        )
+        data = pb.ScoreDown(done=done).SerializeToString()
+        return Reply(self._reply_id, self._chunks, data, self.payload_bytes, call.tenant)
+
+
+def encode_reply(encoder: ReplyEncoder, count: int) -> list[tuple[bytes, int]]:
+    """The next `count` chunks of an answer; see `ReplyEncoder.encode`."""
+    return encoder.encode(count)

@@ -7,19 +7,12 @@ service only when its whole reply fits the student's window and what the tenant 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
-
-from teacher_wire import PROTOCOL
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
-    CapabilityError,
     DeadlineError,
     LimitError,
     OverloadedError,
@@ -28,70 +21,22 @@ from teacher_wire.core.errors import (
     TeacherWireError,
     UnavailableError,
 )
-from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.parsing import check_request_id, parse
+from teacher_wire.core.parsing import check_request_id
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
-from teacher_wire.score.kept_replies import KeptReplies, Reply
-from teacher_wire.score.window import Window
+from teacher_wire.score.asked import Asked, Parts, understand, understand_parts, walked_bytes
+from teacher_wire.score.kept_replies import ReplyEncoder, encode_reply
+from teacher_wire.score.service import SharedState
+from teacher_wire.score.window import Window, open_window
 from teacher_wire.transport import status_table
-from teacher_wire.transport.accounts import Account, Accounts
+from teacher_wire.transport.accounts import Account
 from teacher_wire.transport.caller import Caller, bare, cancelled_from_outside, known
-from teacher_wire.transport.offload import Offload
-from teacher_wire.transport.stream_limits import StreamLimits
 from teacher_wire.v2 import teacher_pb2 as pb
 
 _CONTROL_BYTES = 256  # credits, acknowledgements, cancellations: never held up by other streams' requests
 _ENCODING_IS_FASTER = 32  # than decoding and checking: up to 2 MiB a thread would cost more than it spares the loop
+_CHUNKS_AT_ONCE = 4  # are encoded before they are sent
 _REQUEST_BYTES = 2 << 10  # what an open request takes beside its own bytes: task, arrays' headers
-
-
-class ScoreService(Protocol):
-    """What a stream asks: a part of `endpoint.service.TeacherService`."""
-
-    async def info(self, teacher: str, fingerprint: str = "") -> TeacherInfo:
-        """See TeacherService."""
-
-    async def score(self, call: ScoreCall) -> TeacherSignals:
-        """See TeacherService."""
-
-
-@dataclass
-class Desk:
-    """What all streams of one server share.
-
-    Attributes:
-        open_streams, open_requests: now, of all tenants.
-    """
-
-    service: ScoreService
-    limits: StreamLimits
-    accounts: Accounts
-    kept: KeptReplies
-    offload: Offload
-    open_streams: int = 0
-    open_requests: int = 0
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request as it was understood; `problem` if it is none."""
-
-    request_id: str
-    call: ScoreCall | None
-    key: str
-    reply_id: int
-    next_chunk: int
-    problem: TeacherWireError | None
-
-
-@dataclass
-class _Parts:
-    """A request of which parts have come; `size` in all are announced and counted."""
-
-    size: int
-    data: bytearray
-    timer: asyncio.TimerHandle
 
 
 @dataclass(frozen=True)
@@ -111,16 +56,16 @@ class _Item:
 class ScoreStream:
     """One stream of one tenant, from its first message to its end."""
 
-    def __init__(self, desk: Desk, account: Account, caller: Caller) -> None:
-        self._desk = desk
+    def __init__(self, shared: SharedState, account: Account, caller: Caller) -> None:
+        self._shared = shared
         self._account = account
         self._caller = caller
-        self._limits = desk.limits
+        self._limits = shared.limits
         self._out: asyncio.Queue[_Item | None] = asyncio.Queue()
         self._unread_refusals = 0
         self._refusals_read = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._parts: dict[str, _Parts] = {}
+        self._parts: dict[str, Parts] = {}
         self._keys: OrderedDict[str, str] = OrderedDict()  # of replies sent whole and not acknowledged
         self._window: Window | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -133,7 +78,7 @@ class ScoreStream:
             TeacherWireError: the stream is broken off: a message that is none, a peer that takes nothing, a drain.
         """
         self._reader = asyncio.create_task(self._read())
-        self._desk.open_streams += 1
+        self._shared.open_streams += 1
         item: _Item | None = None
         try:
             while (item := await self._out.get()) is not None:
@@ -143,7 +88,7 @@ class ScoreStream:
                 raise UnavailableError("the server is going down")
             await self._reader
         finally:
-            self._desk.open_streams -= 1
+            self._shared.open_streams -= 1
             self._close(item)
 
     def drain(self) -> None:
@@ -164,12 +109,12 @@ class ScoreStream:
             self._drop_parts(request_id)
         while unsent is not None or not self._out.empty():
             if unsent is not None and unsent.reply_bytes:
-                self._desk.accounts.drop_reply(self._account, unsent.reply_bytes)
+                self._shared.accounts.drop_reply(self._account, unsent.reply_bytes)
             unsent = self._out.get_nowait() if not self._out.empty() else None
 
     def _sent(self, item: _Item) -> None:
         if item.reply_bytes:
-            self._desk.accounts.reply_taken(self._account, item.reply_bytes)
+            self._shared.accounts.reply_taken(self._account, item.reply_bytes)
         if item.refusal:
             self._unread_refusals -= 1
             self._refusals_read.set()
@@ -199,12 +144,12 @@ class ScoreStream:
             self._out.put_nowait(None)
 
     async def _take(self, data: bytes) -> None:
-        up, asked = await self._desk.offload.run(
-            self._account.tenant, len(data), _understand, data, self._account.tenant
+        up, asked = await self._shared.offload.run(
+            self._account.tenant, len(data), understand, data, self._account.tenant
         )
         kind = up.WhichOneof("message") if asked is None else "request"
         if self._window is None:
-            self._window = self._open(up, kind)
+            self._window = open_window(up, kind, self._limits.max_window_bytes)
         elif asked is not None:
             self._start(asked, len(data), counted=False)
         elif kind == "part":
@@ -212,7 +157,7 @@ class ScoreStream:
         elif kind == "credit":
             self._window.give_back(up.credit.bytes)
         elif kind == "ack":
-            self._desk.kept.forget(self._keys.pop(up.ack.request_id, ""))
+            self._shared.kept.forget(self._keys.pop(up.ack.request_id, ""))
         elif kind == "cancel":
             self._drop_parts(up.cancel.request_id)
             task = self._tasks.get(up.cancel.request_id)
@@ -220,22 +165,6 @@ class ScoreStream:
                 task.cancel()
         else:
             raise RequestError("unexpected message on an open stream", field="message", value=kind or "empty")
-
-    def _open(self, up: pb.ScoreUp, kind: str | None) -> Window:
-        if kind != "open":
-            raise RequestError("the first message must be Open", field="message", value=kind or "empty", limit="open")
-        if up.open.protocol != PROTOCOL:
-            raise CapabilityError(
-                "the student speaks another protocol version",
-                field="protocol",
-                value=up.open.protocol,
-                limit=PROTOCOL,
-            )
-        if not 1 <= up.open.window_bytes <= self._limits.max_window_bytes:
-            raise LimitError(
-                "window", field="window_bytes", value=up.open.window_bytes, limit=f"1..{self._limits.max_window_bytes}"
-            )
-        return Window(up.open.window_bytes)
 
     async def _take_part(self, part: pb.RequestPart) -> None:
         """Collects a request that comes in parts; what was refused or taken back is ignored."""
@@ -246,8 +175,8 @@ class ScoreStream:
         elif request_id not in self._parts:
             return
         parts, data = self._parts[request_id], part.data
-        stop = len(parts.data) + len(data)
-        if not data or part.offset != len(parts.data) or part.total_bytes != parts.size or stop > parts.size:
+        stop = parts.received + len(data)
+        if not data or part.offset != parts.received or part.total_bytes != parts.size or stop > parts.size:
             self._drop_parts(request_id)
             shown = f"{len(data)} bytes at {part.offset} of {part.total_bytes}"
             limit = f"at {stop - len(data)} of {parts.size}"
@@ -255,18 +184,21 @@ class ScoreStream:
                 request_id, RequestError("not the next part of this request", field="part", value=shown, limit=limit)
             )
             return
-        parts.data += data
+        if not parts.data or len(parts.data[-1]) >= codec.PART_BYTES:
+            parts.data.append(bytearray())
+        parts.data[-1] += data
+        parts.received = stop
         parts.timer.cancel()
         if stop < parts.size:
             parts.timer = self._timer(request_id)
             return
         del self._parts[request_id]
         try:
-            asked = await self._desk.offload.run(
-                self._account.tenant, parts.size, _understand_request, parts.data, self._account.tenant, request_id
+            asked = await self._shared.offload.run(
+                self._account.tenant, parts.size, understand_parts, parts.data, self._account.tenant, request_id
             )
         except BaseException:
-            self._desk.accounts.close_request(self._account, parts.size)
+            self._shared.accounts.close_request(self._account, parts.size)
             raise
         self._start(asked, parts.size, counted=True)
 
@@ -277,12 +209,12 @@ class ScoreStream:
             if not 1 <= size <= limit:
                 raise LimitError("a request this long", field="part.total_bytes", value=size, limit=f"1..{limit}")
             self._check_new(request_id)
-            self._desk.accounts.open_request(self._account, size)
+            self._shared.accounts.open_request(self._account, size)
         except TeacherWireError as error:
             self._drop_parts(request_id)
             self._fail(request_id, error)
             return False
-        self._parts[request_id] = _Parts(size, bytearray(), self._timer(request_id))
+        self._parts[request_id] = Parts(size, self._timer(request_id))
         return True
 
     def _timer(self, request_id: str) -> asyncio.TimerHandle:
@@ -299,7 +231,7 @@ class ScoreStream:
         parts = self._parts.pop(request_id, None)
         if parts is not None:
             parts.timer.cancel()
-            self._desk.accounts.close_request(self._account, parts.size)
+            self._shared.accounts.close_request(self._account, parts.size)
             self._end_if_drained()
 
     # -------------------------------------------------------------- answering
@@ -316,9 +248,9 @@ class ScoreStream:
                 field="open_requests", value=count, limit=limit, retry_after_s=1.0,
             )  # fmt: skip
 
-    def _start(self, asked: _Asked, size: int, *, counted: bool) -> None:
+    def _start(self, asked: Asked, size: int, *, counted: bool) -> None:
         """Answers a request; `counted` if its bytes are with the account already."""
-        accounts, account = self._desk.accounts, self._account
+        accounts, account = self._shared.accounts, self._account
         held = size if counted else size + _REQUEST_BYTES
         try:
             if asked.problem is not None:
@@ -334,12 +266,12 @@ class ScoreStream:
             return
         task = asyncio.create_task(self._answer(asked))
         self._tasks[asked.request_id] = task
-        self._desk.open_requests += 1
+        self._shared.open_requests += 1
         task.add_done_callback(lambda _: self._ended(asked.request_id, held))
 
     def _ended(self, request_id: str, held: int) -> None:
-        self._desk.open_requests -= 1
-        self._desk.accounts.close_request(self._account, held)
+        self._shared.open_requests -= 1
+        self._shared.accounts.close_request(self._account, held)
         del self._tasks[request_id]
         self._end_if_drained()
 
@@ -352,21 +284,22 @@ class ScoreStream:
         self._unread_refusals += 1
         self._out.put_nowait(_Item(pb.ScoreDown(failed=failed).SerializeToString(), refusal=True))
 
-    async def _answer(self, asked: _Asked) -> None:
+    async def _answer(self, asked: Asked) -> None:
         assert asked.call is not None
         try:
-            reply = self._desk.kept.find(asked.key)
+            reply = self._shared.kept.find(asked.key)
             if reply is None:
-                reply = await self._compute(asked.call)
-                self._desk.kept.keep(asked.key, reply)
-            else:
-                await self._hold(reply.payload_bytes)
+                signals = await self._compute(asked.call)
+                self._remember(asked.request_id, asked.key)
+                await self._send(asked, ReplyEncoder(asked.call, signals))
+                return
+            await self._hold(reply.payload_bytes)
             self._remember(asked.request_id, asked.key)
             skipped = asked.next_chunk if asked.reply_id == reply.reply_id else 0
             assert self._window is not None
             for _, size in reply.chunks[:skipped]:  # the student has these already
                 self._window.give_back(size)
-                self._desk.accounts.drop_reply(self._account, size)
+                self._shared.accounts.drop_reply(self._account, size)
             for data, size in reply.chunks[skipped:]:
                 self._out.put_nowait(_Item(data, size))
             self._out.put_nowait(_Item(reply.done))
@@ -376,6 +309,26 @@ class ScoreStream:
             self._fail(asked.request_id, known(error))  # the student must not wait for ever
         except Exception as error:
             self._fail(asked.request_id, known(error))
+
+    async def _send(self, asked: Asked, encoder: ReplyEncoder) -> None:
+        """Sends what is held already as it is encoded."""
+        left, tenant = encoder.payload_bytes, self._account.tenant
+        try:
+            while left:
+                walked = min(left, _CHUNKS_AT_ONCE * codec.CHUNK_BYTES) // _ENCODING_IS_FASTER
+                chunks = await self._shared.offload.run(tenant, walked, encode_reply, encoder, _CHUNKS_AT_ONCE)
+                assert chunks, "the chunks of an answer hold all of its bytes"
+                for data, size in chunks:
+                    self._out.put_nowait(_Item(data, size))
+                    left -= size
+            reply = encoder.reply()
+        except BaseException:
+            assert self._window is not None
+            self._window.give_back(left)
+            self._shared.accounts.drop_reply(self._account, left)
+            raise
+        self._shared.kept.keep(asked.key, reply)
+        self._out.put_nowait(_Item(reply.done))
 
     def _remember(self, request_id: str, key: str) -> None:
         """Until the student acknowledges it; one that never does is forgotten with what is kept."""
@@ -388,26 +341,26 @@ class ScoreStream:
         assert self._window is not None
         await self._window.take(size)
         try:
-            await self._desk.accounts.hold_reply(self._account, size)
+            await self._shared.accounts.hold_reply(self._account, size)
         except BaseException:
             self._window.give_back(size)
             raise
 
-    async def _compute(self, call: ScoreCall) -> Reply:
-        info = await self._desk.service.info(call.teacher, call.fingerprint)
-        await self._desk.offload.run(call.tenant, _size_of(call), codec.check_call, call, info)
-        needed = codec.reply_bytes(call, info)
+    async def _compute(self, call: ScoreCall) -> TeacherSignals:
+        """The answer, whose bytes are held from now on."""
+        info = await self._shared.service.info(call.teacher, call.fingerprint)
+        needed = await self._shared.offload.run(call.tenant, walked_bytes(call), codec.check_call, call, info)
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(call.timeout_s or None):
                 await self._hold(needed)
                 try:
-                    reply = await self._reply(call)
-                    self._settle(needed, reply.payload_bytes)
+                    signals = await self._shared.service.score(call)
+                    self._settle(needed, signals.payload_bytes)
                 except BaseException:
                     assert self._window is not None
                     self._window.give_back(needed)
-                    self._desk.accounts.drop_reply(self._account, needed)
+                    self._shared.accounts.drop_reply(self._account, needed)
                     raise
         except TimeoutError as error:
             raise DeadlineError(
@@ -416,13 +369,7 @@ class ScoreStream:
                 value=f"{time.monotonic() - started_s:.3f}",
                 limit=call.timeout_s,
             ) from error
-        return reply
-
-    async def _reply(self, call: ScoreCall) -> Reply:
-        signals = await self._desk.service.score(call)
-        return await self._desk.offload.run(
-            call.tenant, signals.payload_bytes // _ENCODING_IS_FASTER, _encode, call, signals
-        )
+        return signals
 
     def _settle(self, held: int, size: int) -> None:
         """An answer of another size than was asked for is refused by the student; until then it is counted as it is."""
@@ -433,68 +380,4 @@ class ScoreStream:
         if held > size:
             assert self._window is not None
             self._window.give_back(held - size)
-            self._desk.accounts.drop_reply(self._account, held - size)
-
-
-def _size_of(call: ScoreCall) -> int:
-    """Bytes that checking a call walks, or so."""
-    batch = call.batch
-    return batch.token_ids_T.nbytes + (0 if batch.extra_ids_NM is None else batch.extra_ids_NM.nbytes)
-
-
-def _understand(data: bytes, tenant: str) -> tuple[pb.ScoreUp, _Asked | None]:
-    """A message up, and if it is a request the call that it is."""
-    up = parse(pb.ScoreUp, data)
-    if up.WhichOneof("message") != "request":
-        return up, None
-    return pb.ScoreUp(), _decoded(up.request, tenant)
-
-
-def _understand_request(data: bytearray, tenant: str, request_id: str) -> _Asked:
-    """A request that came in parts under this id."""
-    try:
-        request = parse(pb.ScoreRequest, data)
-        if request.request_id != request_id:
-            raise RequestError("the parts were of another id", field="request_id", value=request_id)
-    except RequestError as error:
-        return _Asked(request_id, None, "", 0, 0, error)
-    return _decoded(request, tenant)
-
-
-def _decoded(request: pb.ScoreRequest, tenant: str) -> _Asked:
-    resume = request.resume
-    try:
-        call = codec.decode_call(request, tenant)
-    except TeacherWireError as error:
-        return _Asked(request.request_id, None, "", 0, 0, error)
-    reply_id = resume.reply_id if request.HasField("resume") else 0
-    return _Asked(call.request_id, call, _content_key(call), reply_id, resume.next_chunk, None)
-
-
-def _content_key(call: ScoreCall) -> str:
-    """Names a reply by who asked and everything that was asked: no id can be guessed to get another's labels."""
-    digest = hashlib.sha256()
-    batch = call.batch
-    for text in (call.tenant, call.request_id, call.teacher, call.fingerprint, call.spec.json()):
-        digest.update(len(text.encode()).to_bytes(8, "little"))
-        digest.update(text.encode())
-    for array in (batch.token_ids_T, batch.cu_lengths_B1, batch.wanted_T, batch.extra_ids_NM):
-        digest.update((-1 if array is None else array.nbytes).to_bytes(8, "little", signed=True))
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _encode(call: ScoreCall, signals: TeacherSignals) -> Reply:
-    """An answer as the messages in which it travels."""
-    reply_id = secrets.randbits(63) + 1  # 0 is no reply
-    chunks = [(down.SerializeToString(), size) for down, size in codec.encode_chunks(call, reply_id, signals)]
-    done = pb.ScoreDone(
-        request_id=call.request_id,
-        reply_id=reply_id,
-        chunks=len(chunks),
-        rows=call.batch.rows,
-        fingerprint=signals.fingerprint,
-        timing=codec.encode_timing(signals.timing),
-    )
-    return Reply(reply_id, chunks, pb.ScoreDown(done=done).SerializeToString(), signals.payload_bytes, call.tenant)
+            self._shared.accounts.drop_reply(self._account, held - size)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from teacher_wire.core.errors import LimitError
+from teacher_wire import PROTOCOL
+from teacher_wire.core.errors import CapabilityError, LimitError, RequestError
+from teacher_wire.v2 import teacher_pb2 as pb
 
 
 class Window:
@@ -46,3 +48,23 @@ class Window:
             if not turn.done():
                 self.free -= wanted
                 turn.set_result(None)
+
+
+def open_window(up: pb.ScoreUp, kind: str | None, max_bytes: int) -> Window:
+    """The window that the first message of a stream opens.
+
+    Raises:
+        RequestError, CapabilityError, LimitError: it is no Open, of another protocol, or of a size that is not allowed.
+    """
+    if kind != "open":
+        raise RequestError("the first message must be Open", field="message", value=kind or "empty", limit="open")
+    if up.open.protocol != PROTOCOL:
+        raise CapabilityError(
+            "the student speaks another protocol version",
+            field="protocol",
+            value=up.open.protocol,
+            limit=PROTOCOL,
+        )
+    if not 1 <= up.open.window_bytes <= max_bytes:
+        raise LimitError("window", field="window_bytes", value=up.open.window_bytes, limit=f"1..{max_bytes}")
+    return Window(up.open.window_bytes)

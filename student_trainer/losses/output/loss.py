@@ -23,7 +23,7 @@ from student_trainer.losses.matmul import wide
 from student_trainer.losses.output.chunks import RowFigures, chunk_terms, fused_terms, has_kernel, is_short
 from student_trainer.losses.output.gradients import Attach, Gradients
 from student_trainer.losses.output.spec import OutputLossSpec
-from student_trainer.losses.rows import Seen, TeacherRows, TopKRows, check_vocabulary
+from student_trainer.losses.rows import HiddenRows, Seen, TeacherRows, TopKRows, check_vocabulary
 from student_trainer.losses.truncated import check_temperature
 
 
@@ -142,7 +142,11 @@ def _evidence(rows: TeacherRows, kept_M: Tensor, labels_M: Tensor, figures: list
     else:
         seen = Seen(rows.lse_N[:0], rows.lse_N[:0])
     served = rows.lse_N[kept_M], rows.label_logp_N[kept_M]
-    evidence = Integrity(kept_M, served[0], seen.lse_C, served[1], seen.label_logp_C, rows.tolerance)
+    checked = rows.checked if isinstance(rows, HiddenRows) else None
+    if checked is not None and kept_M.numel() < rows.lse_N.numel():
+        # Rows without weight, which are rare, are left out: some of these may be among the checked.
+        checked = int((~served[0].isnan()).sum())
+    evidence = Integrity(kept_M, served[0], seen.lse_C, served[1], seen.label_logp_C, rows.tolerance, checked)
     evidence.begin()
     return evidence
 

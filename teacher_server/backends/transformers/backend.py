@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor as Torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from teacher_server.backends import grammar, internlm, logits, lora
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, offered
-from teacher_server.backends.model_folder import find, fingerprint
+from teacher_server.backends.model_folder import find, fingerprint, refusals_of
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.transformers import decoder_runners, quantized
 from teacher_server.backends.transformers.decode_loop import ModelStepper
@@ -66,7 +65,7 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
         torch.backends.cudnn.benchmark = False
     dtype = getattr(torch, config.dtype)
     internlm.register()
-    try:
+    with refusals_of(config.model):
         model_config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
             files.folder,
@@ -76,15 +75,7 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = load_tokenizer(files.tokenizer)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ServerConfigError(
-            f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:400]}"
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ServerConfigError(
-            f"model {config.model!r} has no fast tokenizer (tokenizer.json), which the handshake needs"
-        )
+        tokenizer = load_tokenizer(files.tokenizer, config.model)
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if absent:  # transformers would start these at random and only warn
         raise ServerConfigError(f"model {config.model!r} lacks {len(absent)} weights, {absent[0]} first")

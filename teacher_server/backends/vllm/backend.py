@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from teacher_server.backends import grammar, internlm
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, label_logp, load_head, offered, reduce
-from teacher_server.backends.model_folder import find, fingerprint
+from teacher_server.backends.model_folder import find, fingerprint, refusals_of
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.vllm.architectures import check_known
 from teacher_server.backends.vllm.states import StatesUnderWay
@@ -37,8 +37,7 @@ from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, LimitError, RequestError, TeacherWireError
 from teacher_wire.core.info import ArtifactInfo
-from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
-from teacher_wire.core.tensor import DTYPES
+from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, Timing
 from teacher_wire.generate.messages import Sample, SamplingSpec
 
 if TYPE_CHECKING:
@@ -64,17 +63,9 @@ def load(config: Config, *, deterministic: bool, overrides: dict[str, Any] | Non
     """
     folder = _whole_model(config)
     internlm.register()
-    try:
+    with refusals_of(config.model):
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ServerConfigError(
-            f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:400]}"
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ServerConfigError(
-            f"model {config.model!r} has no fast tokenizer (tokenizer.json), which the handshake needs"
-        )
+        tokenizer = load_tokenizer(folder, config.model)
     names = getattr(model_config, "architectures", None) or [f"model_type {model_config.model_type}"]
     check_known(config.model, names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -270,7 +261,7 @@ class VllmModel:
                     "this backend does not give this signal",
                     field="signal", value=kind, limit="|".join(facts.transports),
                 )  # fmt: skip
-        answer_bytes = batch.rows * spec.row_bytes(facts.hidden_size, DTYPES[facts.dtype][1])
+        answer_bytes = spec.answer_bytes(batch, AnswerShape(spec.vocab_rows, facts.hidden_size, facts.dtype))
         for field, value, limit in (
             ("vocab_rows", spec.vocab_rows, facts.vocab_rows),
             ("sequence tokens", int(batch.lengths_B.max()), facts.max_sequence_tokens),

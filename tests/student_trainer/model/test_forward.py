@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from student_trainer.config.run import LoraSettings, ModelConfig
+from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import load_student

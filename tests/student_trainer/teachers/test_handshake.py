@@ -29,7 +29,8 @@ def meet(info=INFO, student=STUDENT, labels=None, **changes):
 
 
 def test_the_vocabulary_is_what_all_three_share():
-    assert meet() == spec_of("hidden", 60)
+    assert meet() == spec_of("hidden", 60, "sampled")
+    assert meet(labels=LabelConfig(check="all")) == spec_of("hidden", 60)
     assert meet(student=replace(STUDENT, tokenizer_size=1000)).vocab_rows == 62
     assert meet(student=replace(STUDENT, tokenizer_size=1000, vocab_rows=1000)).vocab_rows == 64
     assert meet(labels=LabelConfig(transport="top_k", k=5)) == spec_of("top_k", 60, k=5)

@@ -243,11 +243,11 @@ def test_bad_labels_are_named_though_something_else_ended_the_run():
     verdicts.add(evidence(20.0, Late), request("bad"))
     trainer, ended = StoppedTrainer(verdicts), RunError("the disk is full")
     with pytest.raises(TeacherHeadMismatch) as refused:
-        _name_bad_labels(ended, trainer, None)
+        _name_bad_labels(ended, trainer, [])
     assert refused.value.__notes__ == ["sample bad:2"] and refused.value.__cause__ is ended and trainer.closed
 
 
 def test_what_ended_a_run_without_bad_labels_is_left_as_it_is():
     verdicts = late_verdicts()
     verdicts.add(evidence(0.0, Late), request("good"))
-    _name_bad_labels(RunError("the disk is full"), StoppedTrainer(verdicts), None)
+    _name_bad_labels(RunError("the disk is full"), StoppedTrainer(verdicts), [])

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from student_trainer.config.run import LoraSettings, ModelConfig
+from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import RunError
 from student_trainer.losses.term import Mean, Needs
 from student_trainer.model.load import load_student

@@ -5,6 +5,7 @@ bfloat16 models 0.15, about three steps of bfloat16 at that magnitude.
 """
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,11 @@ from student_trainer.labels.rows_on_device import head_on
 from teacher_server.backends.transformers.backend import load
 from teacher_server.config.backends import TransformersBackend
 from teacher_server.errors import ServerConfigError
+from teacher_server.signals.reduce import OutputHead
 from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.checked_rows import checked_rows
+from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.score.signals import spec_of
 from tests.tiny import head_of
 
@@ -90,6 +95,7 @@ SPECS = [
     spec_of("top_k", 300, k=5, extra=2),
     spec_of("hidden", 300),
     spec_of("hidden", 300, reduction="int8"),
+    spec_of("hidden", 300, "sampled"),
 ]
 
 
@@ -103,7 +109,7 @@ def by_sequence(signals, batch, rows):
 
 
 @pytest.mark.parametrize("settings", [{}, {"layers": "fused"}, {"packing": "off"}], ids=["packed", "fused", "padded"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: repr(s.signals))
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.signals} {s.check}")
 def test_deterministic_labels_are_a_function_of_the_sequence_alone(model_factory, spec, settings):
     """Bit for bit: alone, in any company, in any order, with other specs beside it, whatever other rows are wanted."""
     teacher = backend(model_factory("qwen2"), deterministic=True, reduce_mb=1, **settings)
@@ -134,9 +140,38 @@ def test_deterministic_labels_are_a_function_of_the_sequence_alone(model_factory
         wanted = np.arange(len(row)) % 7 == 2
         wanted[-1] = False
         (some,) = teacher.score([(TokenBatch.pack([row], [wanted]), spec)])
-        (every,) = teacher.score([(ask([row]), spec)])
-        for name, tensor in every.tensors.items():
-            assert tensor.array[wanted[:-1]].tobytes() == some.tensors[name].array.tobytes(), name
+        (every,) = teacher.score([(ask([row]), replace(spec, check="all"))])
+        of_wanted = {name: Tensor(t.dtype, t.array[wanted[:-1]]) for name, t in every.tensors.items()}
+        expected = TeacherSignals(of_wanted)
+        if spec.check == "sampled":
+            expected = expected.sampled(TokenBatch.pack([row], [wanted]))
+        assert some.tensors.keys() == expected.tensors.keys()
+        for name, tensor in expected.tensors.items():
+            assert tensor.array.tobytes() == some.tensors[name].array.tobytes(), name
+
+
+@pytest.mark.parametrize("reduction", ["none", "int8"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_of_a_sample_of_rows_the_head_sees_no_others(model_factory, monkeypatch, deterministic, reduction):
+    teacher = backend(model_factory("qwen2"), deterministic=deterministic)
+    teacher._chunk_bytes = 8 * 4 * 300
+    batches = [TokenBatch.pack(sequences(lengths=(60, 9))), TokenBatch.pack(sequences(1))]
+    spec = spec_of("hidden", 300, "sampled", reduction=reduction)
+    every = teacher.score([(batch, replace(spec, check="all")) for batch in batches])
+    seen, make = [], OutputHead.logits
+    monkeypatch.setattr(OutputHead, "logits", lambda *a: seen.append(len(a[1])) or make(*a))
+    found = teacher.score([(batch, spec) for batch in batches])
+    checked = sum(int(checked_rows(batch).sum()) for batch in batches)
+    rows = sum(batch.rows for batch in batches)
+    assert checked < 0.3 * rows and (checked < sum(seen) < rows if deterministic else sum(seen) == checked)
+    for answer, whole, batch in zip(found, every, batches, strict=True):
+        expected = whole.sampled(batch)
+        assert answer.tensors.keys() == expected.tensors.keys() and answer.rows == batch.rows
+        for name, tensor in expected.tensors.items():
+            if name in ("lse_C", "label_logp_C"):
+                np.testing.assert_allclose(answer[name].array, tensor.array, atol=TOLERANCE["float32"])
+            else:
+                np.testing.assert_array_equal(answer[name].array, tensor.array)
 
 
 def test_a_token_outside_the_specs_vocabulary_may_follow_an_unwanted_row(model_factory):

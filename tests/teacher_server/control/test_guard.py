@@ -29,7 +29,7 @@ child.kill()
 """
 GUARD = """
 import sys
-from teacher_server import guard
+from teacher_server.control import guard
 sys.exit(guard.run([sys.executable, sys.argv[1], sys.argv[2]], float(sys.argv[3]), lambda text: print(text, flush=True)))
 """
 

@@ -121,6 +121,7 @@ def test_a_zero_state_stays_zero():
         spec_of("top_k", 300, k=5, extra=2),
         spec_of("hidden", 300),
         spec_of("hidden", 300, reduction="int8"),
+        spec_of("hidden", 300, "sampled"),
     ],
 )
 def test_rows_handed_over_in_chunks_are_those_gathered_at_once(spec, chunk_rows):
@@ -130,9 +131,11 @@ def test_rows_handed_over_in_chunks_are_those_gathered_at_once(spec, chunk_rows)
     extra = torch.randperm(300)[:80].view(40, 2) if spec.extra_ids else None
     chunk_bytes = chunk_rows * 300 * 4
     for kept in (None, np.arange(40) % 3 == 0, np.ones(40, np.bool_)):
-        asked = Rows(hidden, labels, extra, None, kept)
+        rows_kept = np.ones(40, np.bool_) if kept is None else kept
+        checked = rows_kept & (np.arange(40) % 5 == 0)
+        asked = Rows(hidden, labels, extra, None, kept, checked if spec.check == "sampled" else None)
         expected = ToHost(reduce(head, asked, spec, chunk_bytes)).wait()
-        rows = HostRows({Axis.ROW: 2 * (40 if kept is None else int(kept.sum()))}, held_bytes=0)
+        rows = HostRows({Axis.ROW: 2 * int(rows_kept.sum()), Axis.CHECKED: 2 * int(checked.sum())}, held_bytes=0)
         for _ in range(2):  # two sequences of one answer
             assert reduce(head, asked, spec, chunk_bytes, rows) == {}
         found = rows.end().wait()

@@ -90,7 +90,7 @@ async def test_a_server_that_never_answers_is_named(deaf):
         async with client_of(server, retry_for_s=0.5) as client:
             with pytest.raises((UnavailableError, DeadlineError)):
                 await client.score(await client.teacher(), SPEC, BATCH)
-            assert not client._pending
+            assert not client.open_requests
 
 
 async def test_others_get_their_answers_meanwhile(deaf):

@@ -34,6 +34,7 @@ class Hidden(Signal):
     """
 
     kind: ClassVar[str] = "hidden"
+    needs_head: ClassVar[bool] = True
 
     reduction: str = "none"
 
