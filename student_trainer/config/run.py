@@ -28,7 +28,7 @@ class RunConfig(Settings):
     Attributes:
         output_dir: folder of this run; must not hold another run. Kept absolute, as `cache_dir`; `~` is the home directory.
         seed: of initialisation, order and dropout.
-        cache_dir: shared by all runs of this machine (labels, output heads).
+        cache_dir: shared by all runs of this machine (labels, tokenised rows, output heads).
     """
 
     output_dir: AbsolutePath
