@@ -22,15 +22,15 @@ def test_05_the_first_loss_is_the_models_own(tmp_path, name):
     """Was 6.1956 where the model itself has 5.7267 (Falcon-H1)."""
     config = case_config(tmp_path, f"model.path={MODELS / name}", "train.max_steps=1", "train.batch_size=3")
     seen = []
-    original = student_model.Student.states
+    original = student_model.Student.forward
 
-    def watched(self, ids_BL):
+    def watched(self, ids_BL, *taps, **named):
         if ids_BL.shape[1] > 16 and not seen:
             seen.append(ids_BL)
-        return original(self, ids_BL)
+        return original(self, ids_BL, *taps, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student_model.Student, "states", watched)
+        patch.setattr(student_model.Student, "forward", watched)
         first = train(config, console=QUIET).curve[0]["sft_loss"]
     assert seen
     from student_trainer.data.inputs import load_data, order_of

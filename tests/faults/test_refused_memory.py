@@ -31,7 +31,7 @@ def no_collection():
     gc.enable()
 
 
-@pytest.mark.parametrize("method", ["Score", "Generate", "Head"])
+@pytest.mark.parametrize("method", ["Score", "Generate", "Artifact"])
 async def test_a_refused_message_is_not_kept(method, no_collection):
     with serve(FakeTeacher()) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
