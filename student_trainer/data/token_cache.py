@@ -168,6 +168,14 @@ class TokenCache:
 # ---------------------------------------------------------------- names
 
 
+def _version(package: str) -> str:
+    """Of an installed package; a package that is read only for some rows may be absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
 @cache
 def _code() -> str:
     """Digest of what makes datasets: this package's files, and the versions of the libraries that it stands on."""
@@ -176,7 +184,7 @@ def _code() -> str:
     for path in sorted(here.rglob("*.py")):
         digest.update(f"{path.relative_to(here)}\0".encode() + path.read_bytes())
     for name in _LIBRARIES:
-        digest.update(f"{name}=={importlib.metadata.version(name)}\0".encode())
+        digest.update(f"{name}=={_version(name)}\0".encode())
     return digest.hexdigest()
 
 
