@@ -291,7 +291,7 @@ class ScoreStream:
             if reply is None:
                 signals = await self._compute(asked.call)
                 self._remember(asked.request_id, asked.key)
-                await self._send(asked, ReplyEncoder(asked.call, signals))
+                await self._send(asked, asked.call, signals)
                 return
             await self._hold(reply.payload_bytes)
             self._remember(asked.request_id, asked.key)
@@ -310,12 +310,13 @@ class ScoreStream:
         except Exception as error:
             self._fail(asked.request_id, known(error))
 
-    async def _send(self, asked: Asked, encoder: ReplyEncoder) -> None:
+    async def _send(self, asked: Asked, call: ScoreCall, signals: TeacherSignals) -> None:
         """Sends what is held already as it is encoded."""
-        left, tenant = encoder.payload_bytes, self._account.tenant
+        left, tenant = signals.payload_bytes, self._account.tenant
+        walked = left // _ENCODING_IS_FASTER  # the last chunks of a long answer go the way of the others
         try:
+            encoder = ReplyEncoder(call, signals)
             while left:
-                walked = min(left, _CHUNKS_AT_ONCE * codec.CHUNK_BYTES) // _ENCODING_IS_FASTER
                 chunks = await self._shared.offload.run(tenant, walked, encode_reply, encoder, _CHUNKS_AT_ONCE)
                 assert chunks, "the chunks of an answer hold all of its bytes"
                 for data, size in chunks:
