@@ -36,7 +36,8 @@ FINAL_NAME = "final"
 # that a run begins with, what they decide is in the identity as a digest.
 _FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "data", "model.path", "model.revision", "model.threads",
          "model.compiled", "model.graphs", "train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints",
-         "train.eval_batch_size", "train.nonfinite", "train.max_skipped")  # fmt: skip
+         "train.eval_batch_size", "train.nonfinite", "train.max_skipped",
+         "labels.check")  # fmt: skip
 # Digests of an identity, what they are of, and the section of the settings that decides them.
 _DIGESTS = (
     ("data", "the training rows", "data"),

@@ -417,3 +417,11 @@ def test_a_run_of_before_held_out_rows_counted_goes_on(tmp_path, half):
     (run / "run.json").write_text(json.dumps(identity))
     train(case_config(tmp_path, *HALF), resume=True, console=quiet())
     assert digest(run / "final") == straight
+
+
+def test_which_rows_are_checked_may_change(tmp_path, half):
+    """It changes nothing that is learned; a run of a version that did not know the setting goes on, too."""
+    run, straight = half
+    assert "labels.check" not in json.loads((run / "run.json").read_text())["settings"]
+    train(case_config(tmp_path, *HALF, "labels.check=all"), resume=True, console=quiet())
+    assert digest(run / "final") == straight
