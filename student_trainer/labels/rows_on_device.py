@@ -39,30 +39,32 @@ def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
 
 
 def rows_on(labels: LabelTensors, head: Head | None, device: torch.device, likeliest: int = 0) -> TeacherRows:
-    """An answer as the losses want it, on the student's device; `likeliest` is k if the student named ids beside them."""
+    """An answer as the output losses want it, on the student's device; `likeliest` is k if the student named ids beside them.
+
+    Of an answer with states beside logits the logits are meant: then it is another term that has asked for the states.
+    """
     labels = labels.to(device)
     found = labels.named
-    if "hidden_ND" in found or "state_int8_ND" in found:
-        assert head is not None, "hidden labels need the teacher's head"
-        dtype = head.weight_VD.dtype  # the teacher's
-        state_ND, checked = labels.state(dtype), None
-        if CHECKED_ROWS in found:
-            row_C = found[CHECKED_ROWS].long()
-            lse_N, label_N = (
-                found[name].new_full((len(state_ND),), torch.nan).index_copy_(0, row_C, found[name])
-                for name in ("lse_C", "label_logp_C")
-            )
-            checked = len(row_C)
-        else:
-            lse_N, label_N = found["lse_N"], found["label_logp_N"]
-        return HiddenRows(state_ND, head, lse_N, label_N, _tolerance(dtype), checked)
-    lse_N, label_N = found["lse_N"], found["label_logp_N"]
+    if "topk_logits_NK" in found:
+        lse_N, label_N, logits_NK = found["lse_N"], found["label_logp_N"], found["topk_logits_NK"]
+        tail_N, tolerance = found["tail_logp_N"], _tolerance(logits_NK.dtype)
+        return TopKRows(found["topk_ids_NK"].long(), logits_NK, tail_N, lse_N, label_N, tolerance, likeliest)
     if "logits_NV" in found:
         logits_NV = found["logits_NV"]
-        return FullRows(logits_NV, lse_N, label_N, _tolerance(logits_NV.dtype))
-    logits_NK = found["topk_logits_NK"]
-    tail_N, tolerance = found["tail_logp_N"], _tolerance(logits_NK.dtype)
-    return TopKRows(found["topk_ids_NK"].long(), logits_NK, tail_N, lse_N, label_N, tolerance, likeliest)
+        return FullRows(logits_NV, found["lse_N"], found["label_logp_N"], _tolerance(logits_NV.dtype))
+    assert head is not None, "hidden labels need the teacher's head"
+    dtype = head.weight_VD.dtype  # the teacher's
+    state_ND, checked = labels.state(dtype), None
+    if CHECKED_ROWS in found:
+        row_C = found[CHECKED_ROWS].long()
+        lse_N, label_N = (
+            found[name].new_full((len(state_ND),), torch.nan).index_copy_(0, row_C, found[name])
+            for name in ("lse_C", "label_logp_C")
+        )
+        checked = len(row_C)
+    else:
+        lse_N, label_N = found["lse_N"], found["label_logp_N"]
+    return HiddenRows(state_ND, head, lse_N, label_N, _tolerance(dtype), checked)
 
 
 def _tolerance(dtype: torch.dtype) -> Tolerance:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.rows import TeacherRows
+from teacher_wire.core.signals import Signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,24 +69,16 @@ class SupervisedRows:
         return states_BLD.reshape(-1, states_BLD.shape[-1])[self.index_N]
 
 
-class WantedSignal(Protocol):
-    """What a term says of a signal that it needs of the teacher."""
-
-    @property
-    def kind(self) -> str:
-        """By which a teacher offers it."""
-
-
 @dataclass(frozen=True)
 class Needs:
     """What must be there before a term can be computed.
 
     Attributes:
-        signals: of the teacher.
+        signals: of the teacher, as requests ask for them.
         taps: numbers of the student's blocks, as in `StudentOutputs.taps`.
     """
 
-    signals: tuple[WantedSignal, ...] = ()
+    signals: tuple[Signal, ...] = ()
     taps: tuple[int, ...] = ()
 
 

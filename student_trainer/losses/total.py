@@ -12,7 +12,8 @@ from torch import Tensor
 
 from student_trainer.errors import ConfigError
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.term import LossTerm, Mean, StudentOutputs, SupervisedRows, TeacherLabels, WantedSignal
+from student_trainer.losses.term import LossTerm, Mean, StudentOutputs, SupervisedRows, TeacherLabels
+from teacher_wire.core.signals import Signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ def taps_of(terms: Sequence[LossTerm]) -> tuple[int, ...]:
     return tuple(sorted({tap for term in terms for tap in term.needs().taps}))
 
 
-def signals_of(terms: Sequence[LossTerm]) -> tuple[WantedSignal, ...]:
+def signals_of(terms: Sequence[LossTerm]) -> tuple[Signal, ...]:
     """The distinct signals that the terms need, in the order of the terms: what a request asks for."""
     return tuple(dict.fromkeys(signal for term in terms for signal in term.needs().signals))
 

@@ -13,9 +13,10 @@ from student_trainer.config.losses import LossConfig
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.output.term import OutputTerm
-from student_trainer.losses.term import LossTerm, WantedSignal
+from student_trainer.losses.term import LossTerm
 from student_trainer.model.load import Student
 from student_trainer.teachers.loss_checks import divergence_of, has_tau_squared, temperature_of
+from teacher_wire.core.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Objective:
 
     loss: LossConfig
     vocab_rows: int
-    signals: tuple[WantedSignal, ...] = ()
+    signals: tuple[Signal, ...] = ()
 
     def terms(self, student: Student) -> list[LossTerm]:
         """The terms of this loss, each made by its entry of `TERMS`."""

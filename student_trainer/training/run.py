@@ -25,6 +25,7 @@ from student_trainer.errors import RunError
 from student_trainer.evaluation import heldout
 from student_trainer.files import FolderLock, disk_trouble_named
 from student_trainer.findings import Findings
+from student_trainer.labels import event_loop
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.packing import pack
@@ -38,6 +39,7 @@ from student_trainer.model.saving import saved_bytes, state_bytes
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.feeds import open_any_feed, open_training_feed
 from student_trainer.teachers.session import TeacherSession, open_sessions
+from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.objective import Objective
 from student_trainer.training.reporting.console import ConsoleProgress
@@ -57,7 +59,6 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
-from teacher_wire.core.signals import Signal
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _run(
 ) -> RunResult:
     order = order_of(config, data)
     vocab_rows = min((session.vocab_rows for session in sessions), default=_own_rows(student))
-    # The trainer learns from one feed; the loss terms of issue 17 will take one per session.
+    # The trainer learns from one feed, that of the first session.
     learned = sessions[0] if sessions and config.loss.output is not None else None
     objective = Objective(config.loss, vocab_rows, learned.spec.signals if learned else ())
     terms = objective.terms(student)
@@ -133,7 +134,7 @@ def _run(
         len(blocks_of(student.body)) if taps_of(terms) else 0,
     )
     if learned:
-        learned = _asking(learned, terms)
+        learned = _asking(learned, terms, data)
         sessions = [learned, *sessions[1:]]
     findings.add(check_requests(config, sessions, data, held_out))
     windows = SOURCES["data"](data, order)
@@ -195,12 +196,19 @@ def _run(
     return replace(result, usage=_usage_of(sessions)) if sessions else result
 
 
-def _asking(session: TeacherSession, terms: list[LossTerm]) -> TeacherSession:
-    """The session whose requests hold every signal that the terms need."""
-    signals = tuple(signal for signal in signals_of(terms) if isinstance(signal, Signal))
+def _asking(session: TeacherSession, terms: list[LossTerm], data: TokenizedDataset) -> TeacherSession:
+    """The session whose requests hold every signal that the terms need, tried with a small one if these are more than were agreed on."""
+    signals = signals_of(terms)
     if set(signals) <= set(session.spec.signals):
         return session
-    return replace(session, spec=replace(session.spec, signals=signals, check="all"))
+    spec = replace(session.spec, signals=signals, check="all")
+
+    async def tried() -> None:
+        async with session.service.connect() as client:
+            await try_labels(partial(session.service.source, session.info, connect=lambda: client), spec, data)
+
+    event_loop.run(tried())
+    return replace(session, spec=spec)
 
 
 def _labels_of(config: TrainConfig, sessions: list[TeacherSession]) -> list[LabelConfig]:

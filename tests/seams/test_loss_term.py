@@ -19,18 +19,13 @@ from student_trainer.training import trainer as trainer_module
 from student_trainer.training.objective import TERMS
 from student_trainer.training.run import train
 from student_trainer.training.trainer import DistillationTrainer
+from teacher_wire.score.signals import Hidden
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 from tests.student_trainer.model.test_cuda_graphs import Rerun, Rerunner
 from tests.student_trainer.training.test_train import adapter_hash, losses
 
 QUIET = Console(file=io.StringIO())
-
-
-class Hidden:
-    """The signal by which the teacher's states come."""
-
-    kind = "hidden"
 
 
 class GuessedState(nn.Module):
@@ -74,7 +69,7 @@ def run(tmp_path, model_factory, rows_file):
 
 
 def test_it_is_short():
-    assert len(inspect.getsource(Hidden).splitlines() + inspect.getsource(GuessedState).splitlines()) < 40
+    assert len(inspect.getsource(GuessedState).splitlines()) < 40
 
 
 def test_it_is_trained_logged_checkpointed_and_dropped(run, monkeypatch):
@@ -96,6 +91,12 @@ def test_it_is_trained_logged_checkpointed_and_dropped(run, monkeypatch):
     assert not list((folder / "final").glob("projectors*")) and not list(plain.rglob("projectors*"))
     names = [load_file(f / "final" / "adapter_model.safetensors").keys() for f in (plain, folder)]
     assert names[0] == names[1] and adapter_hash(plain) != adapter_hash(folder)
+
+
+def test_the_request_holds_every_signal_that_the_terms_need(run, plugged):
+    """The output loss learns from top-k logits, this term from states: one request, one forward pass."""
+    log = [entry for entry in losses(run("both", labels={"transport": "top_k", "k": 8})) if "loss" in entry]
+    assert log[-1]["guess_loss"] < log[0]["guess_loss"] and "kd_loss" in log[0]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(run, plugged):
@@ -143,7 +144,9 @@ def test_recorded_passes_carry_its_tap(run, plugged, monkeypatch):
         assert other == pytest.approx(one, rel=1e-3)
 
 
-class Attention:
+class Attention(Hidden):
+    """A kind that no teacher gives."""
+
     kind = "attention"
 
 

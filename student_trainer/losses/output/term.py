@@ -17,8 +17,8 @@ from student_trainer.losses.term import (
     SupervisedRows,
     TeacherLabels,
     TermResult,
-    WantedSignal,
 )
+from teacher_wire.core.signals import Signal
 
 
 class OutputTerm:
@@ -33,7 +33,7 @@ class OutputTerm:
     name = "output"
 
     def __init__(
-        self, spec_at: Callable[[int], OutputLossSpec], head: Callable[[], Head], signals: tuple[WantedSignal, ...] = ()
+        self, spec_at: Callable[[int], OutputLossSpec], head: Callable[[], Head], signals: tuple[Signal, ...] = ()
     ) -> None:
         self._spec_at = spec_at
         self._head = head
