@@ -1,4 +1,4 @@
-"""`student-trainer cache`: what labels and output heads there are on this machine, whether they are whole, and what may go.
+"""`student-trainer cache`: what labels, output heads and tokenised rows there are on this machine, whether they are whole, and what may go.
 
 Loads no torch, but to verify output heads.
 """
@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from student_trainer.config.run import cache_folder, labels_folder
+from student_trainer.config.run import TOKENS, cache_folder, labels_folder
 from student_trainer.errors import ConfigError
 from student_trainer.progress import ProgressBar
 from student_trainer.teachers.artifact_files import artifact_files, artifact_folders
@@ -36,10 +36,10 @@ _DEFAULT = Path("~/.cache/lyceum")
 
 @app.command()
 def stats(cache_dir: CacheDir = _DEFAULT) -> None:
-    """List the labels by teacher and transport, and the teachers' output heads."""
+    """List the labels by teacher and transport, the teachers' output heads, and the tokenised datasets."""
     with _named(cache_dir) as store:
         shelves, unreadable = store.scan()
-        kept = _artifacts(cache_dir)
+        kept = _beside_labels(cache_dir)
     console = Console(highlight=False, soft_wrap=True)
     for kind, files in kept.items():
         newest = datetime.fromtimestamp(files[-1].used_s).strftime("%Y-%m-%d %H:%M")
@@ -113,7 +113,7 @@ def prune(
     older_than_days: Annotated[float | None, typer.Option(min=0, help="only labels not used for so long")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
 ) -> None:
-    """Delete labels and output heads; those that fit every option given. Heads belong to no one teacher: --teacher spares them."""
+    """Delete labels, output heads and tokenised datasets: what fits every option given. --teacher spares what belongs to no one teacher."""
     for name, value in (("--max-gb", max_gb), ("--older-than-days", older_than_days)):
         if value is not None and not math.isfinite(value):
             raise ConfigError(f"cache prune: {name} {value}: must be a number")
@@ -121,7 +121,7 @@ def prune(
         raise ConfigError("cache prune: say what may go with --max-gb, --teacher or --older-than-days")
     with _named(cache_dir) as store:
         _check_teacher(store, teacher)
-        kept = _artifacts(cache_dir)
+        kept = _beside_labels(cache_dir)
         freed = store.prune(
             max_bytes=None if max_gb is None else round(max_gb * 2**30),
             teacher=teacher,
@@ -129,7 +129,7 @@ def prune(
             dry_run=dry_run,
             beside=[file for files in kept.values() for file in files],
         )
-        left = {file.path for files in _artifacts(cache_dir).values() for file in files}
+        left = {file.path for files in _beside_labels(cache_dir).values() for file in files}
     gone = {kind: sum(file.path not in left for file in files) for kind, files in kept.items()}
     told = "".join(f", {count:,} of them {_plural(kind)}" for kind, count in gone.items() if count)
     print(f"{'would free' if dry_run else 'freed'} {_mb(freed.bytes)} MB: {freed.sequences:,} sequences{told}")
@@ -181,6 +181,12 @@ def _artifacts(cache_dir: Path) -> dict[str, list[File]]:
     """The teachers' artifacts on disk by kind, the longest unused first; only kinds of which there are some."""
     listed = {kind: artifact_files(folder) for kind, folder in artifact_folders(cache_folder(cache_dir)).items()}
     return {kind: files for kind, files in listed.items() if files}
+
+
+def _beside_labels(cache_dir: Path) -> dict[str, list[File]]:
+    """What else is kept in a cache folder: artifacts, and tokenised datasets, which are verified whenever they are read."""
+    datasets = artifact_files(cache_folder(cache_dir) / TOKENS)
+    return _artifacts(cache_dir) | ({"tokenised_dataset": datasets} if datasets else {})
 
 
 def _plural(kind: str) -> str:

@@ -68,6 +68,9 @@ class TrainConfig(Settings):
         return () if self.teacher is None else (self.teacher,)
 
 
+TOKENS = "tokens"  # folder of tokenised rows in a cache folder
+
+
 def labels_folder(cache_dir: Path) -> Path:
     """Where labels are kept.
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from student_trainer.config.data import DataConfig, SourceConfig
-from student_trainer.config.run import TrainConfig
+from student_trainer.config.run import TOKENS, TrainConfig
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, write_bad_rows
@@ -55,7 +55,7 @@ def load_data(
     intakes = {"train": Intake(config.bad_rows), "eval": Intake(config.bad_rows)}
 
     notes: list[str] = []
-    make = build_dataset if cache_dir is None else TokenCache(cache_dir / "tokens", notes.append).dataset
+    make = build_dataset if cache_dir is None else TokenCache(cache_dir / TOKENS, notes.append).dataset
 
     def build(sources: Any, intake: Intake) -> TokenizedDataset:
         return make(

@@ -34,6 +34,7 @@ from student_trainer.data.rows.sources import DataSource, describes_itself, loca
 from student_trainer.data.text.clock import Clock
 from student_trainer.data.text.templates import choose
 from student_trainer.errors import DataError
+from teacher_wire.labels.files import replacing
 
 MAX_BYTES = 8 << 30  # of all entries; above it those that were not read for the longest time go first
 _PARTIAL_S = 86_400  # a file that is still being written after a day has lost its writer
@@ -106,12 +107,8 @@ class TokenCache:
                 sorted(settings.items()),
             )
             identity, contents = _identity(tokenizer), _contents(sources)
-        except (
-            OSError,
-            DataError,
-            _NotKeptError,
-        ):  # what is wrong, if anything is, `build_dataset` says in its own order
-            return build()
+        except (OSError, DataError, _NotKeptError):
+            return build()  # which says in its own order what is wrong, if anything is
         key = hashlib.sha256(repr((_code(), identity, asked, contents)).encode("utf-8", "surrogatepass")).hexdigest()
         path = self._folder / f"{key}.safetensors"
         if (entry := self._read(path, key)) is not None:
@@ -138,16 +135,13 @@ class TokenCache:
         return entry
 
     def _keep(self, path: Path, key: str, entry: _Entry) -> None:
-        partial = path.with_name(f"{key}.{os.getpid()}.partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _save(partial, key, entry)
-            os.replace(partial, path)
+            with replacing(path, durable=False, shared=True) as partial:
+                _save(partial, key, entry)
             self._prune(path)
         except (OSError, SafetensorError) as error:
             self._tell(f"{self._folder}: the tokenised rows cannot be kept: {' '.join(str(error).split())[:200]}")
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _prune(self, newest: Path) -> None:
         for partial in self._folder.glob("*.partial"):

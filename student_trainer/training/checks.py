@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run before step 0, a `Finding` per check, in the order in which `train` makes them.
 
 In: a config, then what has been loaded for it; out: findings. `train` and `label` stop at the first bad one; `all_findings` makes every
-check that it can, loads no weights and writes nothing.
+check that it can, loads no weights and makes no run folder.
 """
 
 from __future__ import annotations

@@ -169,6 +169,19 @@ async def test_stats_and_verify_know_heads(call, cache):
     assert code == 1 and "0 output heads are whole; 1 were damaged" in out and not path.exists()
 
 
+def test_stats_and_prune_know_tokenised_rows(call, cache):
+    entry = Path(cache) / "tokens" / f"{'ab' * 32}.safetensors"
+    entry.parent.mkdir(parents=True)
+    entry.write_bytes(bytes(1 << 20))
+    os.utime(entry, (1, 1))
+    code, out, _ = call("stats", "--cache-dir", cache)
+    assert code == 0 and "1 tokenised datasets" in out and "1.0 MB" in out
+    code, out, _ = call("verify", "--cache-dir", cache)
+    assert code == 0 and entry.exists(), "whoever reads it verifies it"
+    code, out, _ = call("prune", "--older-than-days", "1", "--cache-dir", cache)
+    assert code == 0 and "1 of them tokenised datasets" in out and not entry.exists() and len(labels_of(cache)) == 5
+
+
 async def test_prune_takes_the_longest_unused_of_both(call, cache):
     old, new = await keep_head(cache, 0), await keep_head(cache, 1)
     os.utime(old, (1, 1))
