@@ -18,7 +18,7 @@ from teacher_wire.labels.store import LabelStore
 
 
 @dataclass(frozen=True)
-class LabelDesk:
+class LabelService:
     """What every source of labels of a run shares.
 
     Attributes:

@@ -19,7 +19,7 @@ from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.findings import Finding, Findings
 from student_trainer.labels import event_loop
 from student_trainer.labels.rows_on_device import head_on
-from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.service import LabelService
 from student_trainer.losses.head import Head
 from student_trainer.model.load import Outline
 from student_trainer.teachers.artifact_cache import fetch_head
@@ -57,7 +57,7 @@ class TeacherSession:
     spec: SignalSpec
     measuring: SignalSpec | None
     head: Head | None
-    service: LabelDesk
+    service: LabelService
 
 
 def open_sessions(
@@ -105,7 +105,7 @@ def open_sessions(
         connect = partial(connection.client, _Trouble(console), config.feed.window_mb << 20)
         opening = _Opening(
             config, settings, connection, student, facts, data, held_out, console, findings,
-            LabelDesk(connect, store), on_disk_trouble, only_stores,
+            LabelService(connect, store), on_disk_trouble, only_stores,
         )  # fmt: skip
         found = findings.attempt(
             "teacher", partial(_run, opening, labels), f"the server at {connection.address} answers"
@@ -131,7 +131,7 @@ class _Opening:
     held_out: TokenizedDataset | None
     console: Console
     findings: Findings
-    service: LabelDesk
+    service: LabelService
     on_disk_trouble: Callable[[str], None]
     only_stores: bool
 

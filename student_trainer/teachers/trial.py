@@ -17,7 +17,7 @@ from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import LabelConfig
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.labels.packing import pack
-from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.service import LabelService
 from student_trainer.labels.source import LabelRequest, LabelSource
 from student_trainer.teachers.choose import Probe, choose
 from student_trainer.teachers.handshake import StudentFacts, shared_rows
@@ -49,7 +49,7 @@ async def try_labels(source_of: Callable[[SignalSpec], LabelSource], spec: Signa
 
 async def choose_labels(
     client: TeacherClient,
-    service: LabelDesk,
+    service: LabelService,
     info: TeacherInfo,
     facts: StudentFacts,
     config: TrainConfig,

@@ -43,7 +43,7 @@ class _Window:
         return self.arrived is None or self.arrived.query()
 
 
-class Verdicts:
+class DeferredChecks:
     """Evidence under way.
 
     Args:

@@ -32,9 +32,8 @@ from student_trainer.training.windows import PaddedBatch
 from teacher_wire.core.batch import TokenBatch
 
 PROJECTORS = "projectors.safetensors"
-PROJECTOR_RATE = (
-    10.0  # times the student's learning rate, without weight decay: they start from nothing (algorithms.md 4)
-)
+# Times the student's learning rate, without weight decay: projectors start from nothing (algorithms.md 4.2).
+PROJECTOR_RATE = 10.0
 
 
 class Learner(nn.Module):

@@ -34,19 +34,19 @@ from student_trainer.model.load import Student
 from student_trainer.model.speed import cuda_graphs
 from student_trainer.model.speed.cuda_recorder import CudaRecorder
 from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrainer
-from student_trainer.training.deferred_checks import Verdicts
+from student_trainer.training.deferred_checks import DeferredChecks
 from student_trainer.training.learner import Learner
 from student_trainer.training.metrics import Meter
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.run_folder import LOG_NAME, finite_or_none, log_line
-from student_trainer.training.windows import Places, WindowSource, padded, places_only
+from student_trainer.training.windows import SequenceNumbers, WindowSource, numbers_only, padded
 
 # What accelerate asks for the number of processes.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class DistillationTrainer(KeepingTrainer):
-    """See module; built by `train.py`.
+    """See module; built by `run.py`.
 
     Args:
         config: of the run.
@@ -100,7 +100,7 @@ class DistillationTrainer(KeepingTrainer):
             teacher_head=teacher_head,
             likeliest=config.labels.k if config.labels.extra_ids else 0,
         )
-        self._verdicts = Verdicts(
+        self._verdicts = DeferredChecks(
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             skip=config.train.nonfinite == "skip",
             max_skipped=config.train.max_skipped,
@@ -110,9 +110,9 @@ class DistillationTrainer(KeepingTrainer):
         super().__init__(
             model=self._learner,
             args=arguments or training_arguments(config, windows.steps, evaluates=measure is not None),
-            train_dataset=Places(windows),
+            train_dataset=SequenceNumbers(windows),
             eval_dataset=[] if measure is None else [None],  # only asked whether there is one: see `evaluate`
-            data_collator=places_only,
+            data_collator=numbers_only,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)

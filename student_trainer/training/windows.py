@@ -166,8 +166,8 @@ def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda
     )
 
 
-class Places(Dataset[int]):
-    """What transformers' data loader counts the sequences of a run by; the windows themselves come from their source."""
+class SequenceNumbers(Dataset[int]):
+    """The numbers of the run's sequences, by which transformers' data loader counts; the windows themselves come from their source."""
 
     def __init__(self, windows: WindowSource) -> None:
         self._count = windows.batches * windows.batch_size
@@ -175,10 +175,10 @@ class Places(Dataset[int]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, place: int) -> int:
-        return place
+    def __getitem__(self, number: int) -> int:
+        return number
 
 
-def places_only(places: list[int]) -> dict[str, Any]:
+def numbers_only(numbers: list[int]) -> dict[str, Any]:
     """A collator that reads no data."""
-    return {"places": tuple(places)}
+    return {"numbers": tuple(numbers)}

@@ -1,7 +1,7 @@
 """From a ServerConfig to a running server and back to nothing: the only room that knows every part.
 
 `running(config)` is what `teacher-server up` waits in; leaving it drains the edges and ends every process it started.
-While inside, `Server.step` keeps the board's plan and the teachers' deployments as the config wants them.
+While inside, `Server.step` keeps the cluster state's plan and the teachers' deployments as the config wants them.
 """
 
 from __future__ import annotations

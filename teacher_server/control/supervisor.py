@@ -1,4 +1,4 @@
-"""A server that runs: its deployments, its board, and how both follow a changed config.
+"""A server that runs: its deployments, its cluster state, and how both follow a changed config.
 
 In: a ServerConfig, another one later; out: lines for the console. `step` must be called again and again.
 """
@@ -21,15 +21,15 @@ from teacher_server.control.serve_apps import ServeCluster, check_room, metrics_
 from teacher_server.edge.auth import TokenFile
 from teacher_server.edge.tls import Rotation
 from teacher_server.errors import RayEndedError, ServerConfigError, TakenOverError
-from teacher_server.telemetry.heartbeat import node_address, remove_board, start_board
+from teacher_server.telemetry.heartbeat import node_address, remove_cluster_state, start_cluster_state
 from teacher_server.telemetry.prometheus import Exported
 from teacher_server.telemetry.records import Held, Plan, TeacherPlan
 
 _STEP_S = 1.0
 _START_STEP_S = 0.2
 _LOOK_S = 0.1
-_BOARD_S = 2.0
-_BOARD_START_S = 60.0  # its process has to come up first
+_STATE_S = 2.0
+_STATE_START_S = 60.0  # its process has to come up first
 
 
 class Server:
@@ -51,7 +51,7 @@ class Server:
         self._owner = secrets.token_hex(8)
         self._node = node_address()
         try:
-            self._board, self._left = start_board(self._owner)
+            self._cluster_state, self._left = start_cluster_state(self._owner)
         except ValueError as error:
             raise ServerConfigError(
                 f"ray.address {config.ray.address}: a teacher-server runs on this cluster already"
@@ -78,7 +78,7 @@ class Server:
             self._cluster.start_edges(self.config.edge, self._plan)
         while True:
             self._check_ray()
-            self._post(self._plan, _BOARD_START_S)
+            self._post(self._plan, _STATE_START_S)
             if adopted:  # it serves: a version that cannot come up is taken back, as on a change
                 self._plan = Plan(self.config.tenants, self._rollout.step(), open=True)
             else:
@@ -135,7 +135,7 @@ class Server:
         self._stepped_s = 0.0
 
     def step(self) -> None:
-        """Once a second: deployments go on, and the board hears what is wanted. Trouble is said once and passes."""
+        """Once a second: deployments go on, and the cluster state hears what is wanted. Trouble is said once and passes."""
         now_s = time.monotonic()
         if now_s - self._stepped_s < _STEP_S:
             return
@@ -190,12 +190,12 @@ class Server:
     def remove(self) -> None:
         """Takes everything of ours out of a cluster that stays."""
         self._cluster.remove_all()
-        remove_board()
+        remove_cluster_state()
 
-    def _post(self, plan: Plan, timeout_s: float = _BOARD_S) -> None:
+    def _post(self, plan: Plan, timeout_s: float = _STATE_S) -> None:
         held = Held(__version__, self._node, self.config.edge, self._rollout.deployed)
         try:
-            ray.get(self._board.post.remote(plan, self._owner, held), timeout=timeout_s)
+            ray.get(self._cluster_state.post.remote(plan, self._owner, held), timeout=timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, TakenOverError):
                 raise RayEndedError(str(error.cause)) from error

@@ -29,7 +29,7 @@ class Edge:
 
     Args:
         config_json: of the edge.
-        plan: what is wanted now, in case the board cannot be asked when this edge is started again.
+        plan: what is wanted now, in case the cluster state cannot be asked when this edge is started again.
     """
 
     _reporter: Reporter | None = None

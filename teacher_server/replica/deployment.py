@@ -1,6 +1,6 @@
 """The Serve deployment around one engine: Serve places it, scales it, heals it, replaces it by newer weights.
 
-In: ScoreCall through a handle; out: TeacherSignals, or a TeacherWireError. Reports to the board once a second.
+In: ScoreCall through a handle; out: TeacherSignals, or a TeacherWireError. Reports to the cluster state once a second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One backend and its queue, as an asyncio object: requests of many students in, shared forward passes, answers out.
 
 The batcher decides, the backend computes in a thread of its own; this room only carries between them.
-No Ray here: `teacher.py` puts an engine into a Serve deployment, benches use it bare.
+No Ray here: `deployment.py` puts an engine into a Serve deployment, benches use it bare.
 """
 
 from __future__ import annotations

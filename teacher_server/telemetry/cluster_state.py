@@ -1,4 +1,4 @@
-"""What every part of the server tells the others about once a second, kept in one place: a plain object without Ray.
+"""The cluster state: heartbeats of replicas and edges, and what the server is to become, in one plain object without Ray.
 
 In: reports of replicas and edges, and what `teacher-server up` wants now; out: `News` for who reported, and the server's
 status. It decides nothing: when it cannot be reached everybody goes on with the last news.
@@ -23,8 +23,8 @@ HISTORY_S = 60.0
 _RETURN_S = 600.0  # somebody who was silent for longer does not come back
 
 
-class Board:
-    """The notice board.
+class ClusterState:
+    """Collects heartbeats; gives the plan and the live fingerprints back.
 
     Args:
         clock: seconds, monotonic.
@@ -45,7 +45,7 @@ class Board:
         """What `up` wants from now on, and what it has deployed; answers with the status, for its console.
 
         Raises:
-            TakenOverError: another `up` has claimed the board since.
+            TakenOverError: another `up` has claimed the cluster state since.
         """
         if owner != self._owner:
             raise TakenOverError("another teacher-server has taken over this cluster")

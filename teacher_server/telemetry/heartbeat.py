@@ -1,6 +1,6 @@
-"""The board as a Ray actor, and the task by which a replica or an edge talks to it once a second.
+"""The cluster state as a Ray actor, and the task by which a replica or an edge talks to it once a second.
 
-In: what to report; out: News. A board that is away, slow or new never hurts whoever reports: it goes on with its last news.
+In: what to report; out: News. A cluster state that is away, slow or new never hurts whoever reports: it goes on with its last news.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from teacher_server.telemetry.cluster_state import Board
+from teacher_server.telemetry.cluster_state import ClusterState
 from teacher_server.telemetry.records import EdgeReport, Held, News, ReplicaReport
 from teacher_wire.core.errors import UnavailableError
 from teacher_wire.core.status import ServerStatus
@@ -24,30 +24,30 @@ from teacher_wire.core.status import ServerStatus
 log = logging.getLogger(__name__)
 
 NAMESPACE = "lyceum"
-BOARD_NAME = "board"
+STATE_NAME = "cluster_state"
 REPORT_EVERY_S = 1.0
 _ANSWER_S = 2.0
-_LEFT_ANSWER_S = 5.0  # of a board that was left
+_LEFT_ANSWER_S = 5.0  # of a cluster state that was left
 _WATCH_S = 6.0  # in which an `up` that lives has posted
-_BOARD_START_S = 60.0  # its process has to come up first
+_STATE_START_S = 60.0  # its process has to come up first
 
 
-def start_board(owner: str) -> tuple[Any, Held | None]:
-    """Makes the board on this node, or takes over the one that an `up` before left on this cluster.
+def start_cluster_state(owner: str) -> tuple[Any, Held | None]:
+    """Makes the cluster state on this node, or takes over the one that an `up` before left on this cluster.
 
     Args:
         owner: who may post from now on; unique.
 
     Returns:
-        The board, and what the `up` before had deployed, if there was one.
+        The cluster state, and what the `up` before had deployed, if there was one.
 
     Raises:
         ValueError: another `up` lives.
     """
     try:
-        left = ray.get_actor(BOARD_NAME, NAMESPACE)
+        left = ray.get_actor(STATE_NAME, NAMESPACE)
     except ValueError:
-        return _new_board(owner), None
+        return _new_cluster_state(owner), None
     try:
         seen = ray.get(left.posts.remote(), timeout=_LEFT_ANSWER_S)
         until_s = time.monotonic() + _WATCH_S
@@ -57,24 +57,24 @@ def start_board(owner: str) -> tuple[Any, Held | None]:
                 raise ValueError("another teacher-server up serves this cluster")
         return left, ray.get(left.claim.remote(owner), timeout=_LEFT_ANSWER_S)
     except RayError:  # of a machine that is gone
-        remove_board()
-        return _new_board(owner), None
+        remove_cluster_state()
+        return _new_cluster_state(owner), None
 
 
-def _new_board(owner: str) -> Any:
+def _new_cluster_state(owner: str) -> Any:
     """It outlives us on a cluster that stays, so that status goes on and the next `up` finds what runs; other nodes may die."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
-    options = {"name": BOARD_NAME, "namespace": NAMESPACE, "scheduling_strategy": here, "lifetime": "detached"}
-    board = actor.options(**options).remote()
-    ray.get(board.claim.remote(owner), timeout=_BOARD_START_S)
-    return board
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(ClusterState)
+    options = {"name": STATE_NAME, "namespace": NAMESPACE, "scheduling_strategy": here, "lifetime": "detached"}
+    cluster_state = actor.options(**options).remote()
+    ray.get(cluster_state.claim.remote(owner), timeout=_STATE_START_S)
+    return cluster_state
 
 
-def remove_board() -> None:
-    """Takes the board away."""
+def remove_cluster_state() -> None:
+    """Takes the cluster state away."""
     with contextlib.suppress(ValueError):  # there is none
-        ray.kill(ray.get_actor(BOARD_NAME, NAMESPACE))
+        ray.kill(ray.get_actor(STATE_NAME, NAMESPACE))
 
 
 def node_address() -> str:
@@ -84,7 +84,7 @@ def node_address() -> str:
 
 
 class Reporter:
-    """One source on the board.
+    """One source on the cluster state.
 
     Args:
         source: unique among all that ever reported.
@@ -98,7 +98,7 @@ class Reporter:
         self._source = source
         self._make = make
         self._take = take
-        self._board: Any = None
+        self._cluster_state: Any = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -109,19 +109,19 @@ class Reporter:
         """Says goodbye without waiting for an answer."""
         if self._task is not None:
             self._task.cancel()
-        if self._board is not None:
-            self._board.leave.remote(self._source)
-            self._board = None
+        if self._cluster_state is not None:
+            self._cluster_state.leave.remote(self._source)
+            self._cluster_state = None
 
     async def report(self) -> bool:
-        """Reports once; whether the board answered."""
+        """Reports once; whether the cluster state answered."""
         try:
-            board = await self._find()
+            cluster_state = await self._find()
             async with asyncio.timeout(_ANSWER_S):
-                news = await board.report.remote(self._source, self._make())
+                news = await cluster_state.report.remote(self._source, self._make())
         except (RayError, ValueError, TimeoutError) as error:
-            self._board = None
-            log.debug("the board does not answer: %s", error)
+            self._cluster_state = None
+            log.debug("the cluster state does not answer: %s", error)
             return False
         self._take(news)
         return True
@@ -130,19 +130,19 @@ class Reporter:
         """The status of the whole server.
 
         Raises:
-            UnavailableError: the board does not answer.
+            UnavailableError: the cluster state does not answer.
         """
         try:
-            board = await self._find()
+            cluster_state = await self._find()
             async with asyncio.timeout(_ANSWER_S):
-                return await board.status.remote()
+                return await cluster_state.status.remote()
         except (RayError, ValueError, TimeoutError) as error:
-            raise UnavailableError("the board that gathers the status does not answer") from error
+            raise UnavailableError("the cluster state that gathers the status does not answer") from error
 
     async def _find(self) -> Any:
-        if self._board is None:
-            self._board = await asyncio.to_thread(ray.get_actor, BOARD_NAME, NAMESPACE)
-        return self._board
+        if self._cluster_state is None:
+            self._cluster_state = await asyncio.to_thread(ray.get_actor, STATE_NAME, NAMESPACE)
+        return self._cluster_state
 
     async def _run(self) -> None:
         said = ""

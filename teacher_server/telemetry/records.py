@@ -1,4 +1,4 @@
-"""What replicas, edges and `teacher-server up` tell the board, and what they hear back: plain frozen data."""
+"""What replicas, edges and `teacher-server up` tell the cluster state, and what they hear back: plain frozen data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the reports on the board to a `ServerStatus`: sums, rates and shares, as pure functions.
+"""From the reports that the cluster state holds to a `ServerStatus`: sums, rates and shares, as pure functions.
 
 In: `Source`s with their recent past, and last words of those who are gone; out: one status.
 """

@@ -40,7 +40,7 @@ from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.packing import pack
 from student_trainer.labels.prefetch import FeedStats, LabelFeed, Taken
 from student_trainer.labels.rows_on_device import head_on
-from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.service import LabelService
 from student_trainer.losses.head import Head
 from student_trainer.model.load import quicken
 from student_trainer.model.speed import compiled
@@ -80,7 +80,7 @@ class Remote:
 
     def feed(self, transport: str, data: TokenizedDataset, order: RunOrder) -> LabelFeed:
         """As a run opens it, without a cache on disk."""
-        desk = LabelDesk(lambda: TeacherClient(self.address, window_bytes=128 << 20), None)
+        desk = LabelService(lambda: TeacherClient(self.address, window_bytes=128 << 20), None)
         return LabelFeed(
             desk.source(self.info, SPECS[transport]),
             lambda number: pack([data[index].example for index in order.batch(number)]),

@@ -101,7 +101,7 @@ class Writers:
 
 
 async def status_of(client, name):
-    """Of a teacher. On a busy machine the board may be late; it is asked again, as `status --watch` does."""
+    """Of a teacher. On a busy machine the cluster state may be late; it is asked again, as `status --watch` does."""
     async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(UnavailableError):

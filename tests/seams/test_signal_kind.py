@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from student_trainer.labels.packing import LabelRequest
-from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.service import LabelService
 from teacher_server.backends.transformers.backend import load
 from teacher_server.config.backends import TransformersBackend
 from teacher_server.config.server import TeacherConfig
@@ -117,7 +117,7 @@ def test_a_new_kind_crosses_the_real_wire_and_every_store(plugged_in, tmp_path, 
         async def ask(connect):
             async with TeacherClient(address) as client:
                 info = await client.teacher()
-            desk = LabelDesk(connect, LabelStore(tmp_path / "labels"))
+            desk = LabelService(connect, LabelStore(tmp_path / "labels"))
             async with desk.source(info, spec) as source:
                 labels = await source.labels(LabelRequest(batch, tuple("abcd")))
             async with desk.source(info, spec) as source:

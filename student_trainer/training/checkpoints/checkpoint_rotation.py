@@ -19,7 +19,7 @@ from student_trainer.files import disk_trouble_named, move_into, sync, sync_tree
 from student_trainer.model.load import Student
 from student_trainer.model.saving import not_finite, save_student, try_saving
 from student_trainer.training.checkpoints import checkpoint
-from student_trainer.training.deferred_checks import Verdicts
+from student_trainer.training.deferred_checks import DeferredChecks
 from student_trainer.training.learner import Learner
 
 
@@ -29,7 +29,7 @@ class KeepingTrainer(Trainer):
     _config: TrainConfig
     _student: Student
     _learner: Learner
-    _verdicts: Verdicts
+    _verdicts: DeferredChecks
     _on_trouble: Callable[[str], None]
     _writing: Path | None = None  # where a checkpoint is being written
 

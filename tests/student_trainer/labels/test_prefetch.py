@@ -8,7 +8,7 @@ import pytest
 
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.prefetch import LabelFeed
-from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.service import LabelService
 from student_trainer.labels.source import LabelRequest
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CancelledRequestError, LabelError, UnavailableError
@@ -36,7 +36,7 @@ def open_feed(address, fake, *, count=12, first=0, max_bytes=1 << 30, max_batche
         return TeacherClient(address, retry_for_s=retry_for_s, backoff_s=(0.02, 0.05), on_trouble=lambda error: None)
 
     return LabelFeed(
-        LabelDesk(connect, None).source(fake.teacher_info(), SPEC),
+        LabelService(connect, None).source(fake.teacher_info(), SPEC),
         request,
         first=first,
         count=count,

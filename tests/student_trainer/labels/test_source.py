@@ -8,7 +8,7 @@ import pytest
 
 from student_trainer.labels import event_loop
 from student_trainer.labels.prefetch import LabelFeed
-from student_trainer.labels.service import LabelDesk
+from student_trainer.labels.service import LabelService
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError, ServerError
@@ -72,7 +72,7 @@ def store(tmp_path):
 
 def labels_of(address, fake, store, requests, spec=SPECS[0]):
     """The answers to some requests begun together, by one source, and what they used."""
-    desk = LabelDesk(lambda: TeacherClient(address, retry_for_s=0.2, on_trouble=lambda error: None), store)
+    desk = LabelService(lambda: TeacherClient(address, retry_for_s=0.2, on_trouble=lambda error: None), store)
 
     async def ask():
         async with desk.source(fake.teacher_info(), spec) as source:
@@ -103,7 +103,7 @@ def test_what_is_on_disk_needs_no_connection(store, spec):
     fake = Recorder()
     with serve(fake) as server:
         (first,), _ = labels_of(server.address, fake, store, [request(0, 1)], spec)
-    desk = LabelDesk(nobody, store)
+    desk = LabelService(nobody, store)
     feed = LabelFeed(
         desk.source(fake.teacher_info(), spec), lambda number: request(1 - number, number),
         first=0, count=2, max_bytes=1 << 30, max_batches=10,
@@ -137,7 +137,7 @@ def test_a_fickle_teacher_is_believed_once(store):
     fake = Fickle()
     with serve(fake) as server:
         source = [
-            LabelDesk(lambda: TeacherClient(server.address), LabelStore(store.folder)).source(
+            LabelService(lambda: TeacherClient(server.address), LabelStore(store.folder)).source(
                 fake.teacher_info(), SPECS[0]
             )
             for _ in range(2)
@@ -209,7 +209,7 @@ def test_what_must_not_be_learned_from_is_not_kept(store, mistake):
 def test_a_failed_request_is_not_remembered(store):
     fake = Recorder(mistake="crash")
     with serve(fake) as server:
-        desk = LabelDesk(lambda: TeacherClient(server.address), store)
+        desk = LabelService(lambda: TeacherClient(server.address), store)
 
         async def twice():
             async with desk.source(fake.teacher_info(), SPECS[0]) as source:
@@ -225,7 +225,7 @@ def test_who_gives_up_does_not_take_the_labels_from_others(store):
     """A request waits for another's sequence and is cancelled: the other goes on."""
     fake = Recorder(delay_s=0.2)
     with serve(fake) as server:
-        desk = LabelDesk(lambda: TeacherClient(server.address), store)
+        desk = LabelService(lambda: TeacherClient(server.address), store)
 
         async def one_of_two():
             async with desk.source(fake.teacher_info(), SPECS[0]) as source:

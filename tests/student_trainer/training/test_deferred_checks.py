@@ -1,4 +1,4 @@
-"""Verdicts that come late: nothing is learned meanwhile, and the right sample is named."""
+"""DeferredChecks that come late: nothing is learned meanwhile, and the right sample is named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from student_trainer.errors import NonFiniteError, RunError
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMismatch
 from student_trainer.training.checkpoints import checkpoint
-from student_trainer.training.deferred_checks import ON_THEIR_WAY, Verdicts
+from student_trainer.training.deferred_checks import ON_THEIR_WAY, DeferredChecks
 from student_trainer.training.run import _name_bad_labels
 from teacher_wire.core.batch import TokenBatch
 
@@ -49,7 +49,7 @@ def test_refused_says_on_the_device_what_check_says_on_the_host(off):
 @pytest.mark.parametrize("late", [False, True])
 def test_a_row_forgiven_in_every_call_is_not_forgiven_over_the_run(late):
     """One row a call, each two tolerances off: call by call it would always pass."""
-    verdicts = late_verdicts() if late else Verdicts(torch.device("cpu"))
+    verdicts = late_verdicts() if late else DeferredChecks(torch.device("cpu"))
     kind = Late if late else Integrity
     taken = []
 
@@ -67,7 +67,7 @@ def test_a_row_forgiven_in_every_call_is_not_forgiven_over_the_run(late):
 
 
 def test_many_calls_of_right_rows_with_one_off_in_a_thousand_are_no_fault():
-    verdicts = Verdicts(torch.device("cpu"))
+    verdicts = DeferredChecks(torch.device("cpu"))
     for number in range(3_000):
         verdicts.add(evidence(2.0 if number % 170 == 100 else 0.0), request("x"))
     assert float(verdicts.refused) == 0
@@ -89,7 +89,7 @@ def window(verdicts, step, *losses, norm=1.0):
     ],
 )
 def test_numbers_that_are_none_end_the_run_with_step_and_samples(losses, norm, said, not_said):
-    verdicts = Verdicts(torch.device("cpu"), explain=lambda: "; try less")
+    verdicts = DeferredChecks(torch.device("cpu"), explain=lambda: "; try less")
     assert window(verdicts, 6, 1.0, 2.0) == 0 == float(verdicts.withheld)
     with pytest.raises(NonFiniteError) as refused:
         window(verdicts, 7, *losses, norm=norm)
@@ -99,7 +99,7 @@ def test_numbers_that_are_none_end_the_run_with_step_and_samples(losses, norm, s
 
 def late_windows(**settings):
     """As on a GPU: what was decided is on its way when the host goes on."""
-    verdicts = Verdicts(torch.device("cpu"), **settings)
+    verdicts = DeferredChecks(torch.device("cpu"), **settings)
     verdicts._ahead = ON_THEIR_WAY
     return verdicts
 
@@ -144,15 +144,15 @@ def test_bad_labels_are_named_before_the_numbers_that_they_made(under_way):
 
 
 def test_on_the_host_bad_labels_are_refused_at_once():
-    verdicts = Verdicts(torch.device("cpu"))
+    verdicts = DeferredChecks(torch.device("cpu"))
     verdicts.add(evidence(0.0), request("good"))
     with pytest.raises(TeacherHeadMismatch) as refused:
         verdicts.add(evidence(20.0), request("bad"))
     assert refused.value.__notes__ == ["sample bad:2"] and float(verdicts.refused) == 1
 
 
-def late_verdicts() -> Verdicts:
-    verdicts = Verdicts(torch.device("cpu"))
+def late_verdicts() -> DeferredChecks:
+    verdicts = DeferredChecks(torch.device("cpu"))
     verdicts._ahead = ON_THEIR_WAY
     return verdicts
 
