@@ -132,13 +132,13 @@ class LabelSharing:
         if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
             with self._admission.computing(call.tenant, call.batch.tokens):
                 return await self._service.score(call)
-        keys = await self._offload.run(call.tenant, walked, label_keys, call.fingerprint, call.spec, call.batch)
+        keys, of_all = await self._offload.run(call.tenant, walked, _keys, call)
         bounds = call.batch.row_bounds_B1
         wanted = [sequence for sequence in range(call.batch.sequences) if bounds[sequence + 1] > bounds[sequence]]
         found: dict[int, TeacherSignals] = {}
         own: _Flight | None = None
         while len(found) < len(wanted):
-            own = await self._round(call, keys, [s for s in wanted if s not in found], found) or own
+            own = await self._round(call, keys, of_all, [s for s in wanted if s not in found], found) or own
         if own is not None and own.answer is not None and own.answered == len(wanted):
             return own.answer  # all of it, as it came
         timing = own.answer.timing if own and own.answer else Timing()
@@ -147,25 +147,40 @@ class LabelSharing:
         return replace(await self._offload.run(call.tenant, size, _join, parts, call.fingerprint), timing=timing)
 
     async def _round(
-        self, call: ScoreCall, keys: list[str], missing: list[int], found: dict[int, TeacherSignals]
+        self,
+        call: ScoreCall,
+        keys: list[str],
+        of_all: list[str],
+        missing: list[int],
+        found: dict[int, TeacherSignals],
     ) -> _Flight | None:
         """Takes what is there, joins what is under way, starts what is neither, and waits; the flight that was started."""
         joined: dict[int, _Flight] = {}
+        checked_in_all: dict[int, TeacherSignals] = {}
         ours: list[int] = []
         for sequence in missing:
             kept = self._memory.get(keys[sequence])
             if kept is not None:
                 found[sequence] = kept
                 self.stats.memory_hits += 1
+            elif of_all and (kept := self._memory.get(of_all[sequence])) is not None:
+                checked_in_all[sequence] = kept
+                self.stats.memory_hits += 1
             elif keys[sequence] in self._flights:
                 joined[sequence] = self._flights[keys[sequence]]
             else:
                 ours.append(sequence)
-        own = self._take_off(call, keys, ours) if ours else None
+        own = (
+            self._take_off(call, keys, ours) if ours else None
+        )  # before anything is awaited: nobody else starts the same
         flights = {id(flight): flight for flight in (*joined.values(), *([own] if own else []))}.values()
         for flight in flights:
             flight.waiting += 1
         try:
+            for sequence, kept in checked_in_all.items():
+                found[sequence] = await self._offload.run(
+                    call.tenant, _size_of(call.batch), _sampled, call.batch, sequence, kept
+                )
             for sequence in ours:
                 assert own is not None
                 found[sequence] = await asyncio.shield(own.labels[keys[sequence]])
@@ -313,6 +328,19 @@ def _join(parts: Sequence[TeacherSignals], fingerprint: str) -> TeacherSignals:
     return replace(TeacherSignals.join(parts), fingerprint=foreign[0] if foreign else fingerprint)
 
 
+def _keys(call: ScoreCall) -> tuple[list[str], list[str]]:
+    """Names of the labels of each sequence; and, if a sample of rows is to be checked, of those that are checked in every row."""
+    keys = label_keys(call.fingerprint, call.spec, call.batch)
+    if call.spec.check == "all":
+        return keys, []
+    return keys, label_keys(call.fingerprint, replace(call.spec, check="all"), call.batch)
+
+
+def _sampled(batch: TokenBatch, sequence: int, labels: TeacherSignals) -> TeacherSignals:
+    """Labels of a sequence that are checked in every row, as if a sample of rows had been asked for."""
+    return labels.sampled(batch.select([sequence]))
+
+
 def _read(store: LabelStore, call: ScoreCall, sequences: dict[str, int]) -> dict[str, TeacherSignals]:
     """What is on disk; labels that are checked in every row serve where a sample is asked for too."""
     if call.spec.check == "all":
@@ -320,8 +348,7 @@ def _read(store: LabelStore, call: ScoreCall, sequences: dict[str, int]) -> dict
         return {key: labels for key, labels in found.items() if labels is not None}
     of_all = label_keys(call.fingerprint, replace(call.spec, check="all"), call.batch)
     found = {key: store.get(key, of_all[sequence]) for key, sequence in sequences.items()}
-    select = call.batch.select
-    return {key: labels.sampled(select([sequences[key]])) for key, labels in found.items() if labels is not None}
+    return {key: _sampled(call.batch, sequences[key], labels) for key, labels in found.items() if labels is not None}
 
 
 def _own_copy(labels: TeacherSignals) -> TeacherSignals:

@@ -116,7 +116,10 @@ class FakeTeacher:
         for artifact in self.artifacts():
             if (artifact.header.kind, artifact.header.sha256) == (call.kind, call.sha256):
                 return artifact
-        raise CapabilityError("no such artifact here", field="artifact", value=f"{call.kind} {call.sha256}"[:100])
+        there = "|".join(f"{artifact.header.kind} {artifact.header.sha256}" for artifact in self.artifacts())
+        raise CapabilityError(
+            "no such artifact here", field="artifact", value=f"{call.kind} {call.sha256}"[:100], limit=there
+        )
 
     async def artifact_header(self, call: ArtifactCall) -> ArtifactHeader:
         return self.artifact(call).header

@@ -129,6 +129,24 @@ async def test_what_was_asked_otherwise_is_not_shared(other):
     assert teacher.calls == 2
 
 
+async def test_labels_checked_in_every_row_serve_where_a_sample_is_asked_for():
+    """In memory as on disk; and never the other way round."""
+    teacher = FakeTeacher()
+    shared = sharing(teacher)
+    every, some = (spec_of("hidden", 64, check) for check in ("all", "sampled"))
+    known = await shared.score(call_of(teacher, A, C, spec=every))
+    call = call_of(teacher, B, C, A, spec=some)
+    answer = await shared.score(call)
+    assert (teacher.calls, shared.stats.memory_hits) == (2, 2), "only B was computed"
+    np.testing.assert_array_equal(answer["hidden_ND"].array[2:], np.roll(known["hidden_ND"].array, 4, axis=0))
+    expected = teacher.signals(some, call.batch)
+    assert answer.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_array_equal(answer[name].array, tensor.array)
+    await shared.score(call_of(teacher, B, spec=every))
+    assert teacher.calls == 3
+
+
 async def test_a_waiter_outlives_the_one_who_asked_first():
     teacher = Teacher()
     teacher.gate.clear()
