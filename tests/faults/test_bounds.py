@@ -30,7 +30,7 @@ from teacher_wire.endpoint.servicer import TeacherServicer
 from teacher_wire.generate import codec as generate_codec
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.score import asked, codec
-from teacher_wire.score import stream as score_stream
+from teacher_wire.score.kept_replies import ReplyEncoder
 from teacher_wire.score.signals import spec_of
 from teacher_wire.score.stream import ScoreStream
 from teacher_wire.testing.fake_teacher import FakeTeacher
@@ -170,7 +170,7 @@ async def test_long_messages_are_decoded_hashed_and_encoded_off_the_event_loop(m
     from teacher_server.edge import label_sharing
 
     for module, name in ((codec, "decode_call"), (codec, "check_call"), (asked, "_content_key"),
-                         (score_stream, "encode_reply"), (label_sharing, "label_keys")):  # fmt: skip
+                         (ReplyEncoder, "encode"), (label_sharing, "label_keys")):  # fmt: skip
         spy(module, name)
     async with edge(FakeTeacher()) as server, TeacherClient(server.address) as client:
         info = await client.teacher()
@@ -179,7 +179,7 @@ async def test_long_messages_are_decoded_hashed_and_encoded_off_the_event_loop(m
         assert codec_check is None
         await client.score(info, spec_of("full", 64), long)
     where["check_call"].discard(threading.main_thread().name)  # the client's own
-    assert set(where) == {"decode_call", "check_call", "_content_key", "encode_reply", "label_keys"}
+    assert set(where) == {"decode_call", "check_call", "_content_key", "encode", "label_keys"}
     for name, threads in where.items():
         assert threads and all(thread.startswith("offload") for thread in threads), (name, threads)
 

@@ -114,8 +114,3 @@ class ReplyEncoder:
         )
         data = pb.ScoreDown(done=done).SerializeToString()
         return Reply(self._reply_id, self._chunks, data, self.payload_bytes, call.tenant)
-
-
-def encode_reply(encoder: ReplyEncoder, count: int) -> list[tuple[bytes, int]]:
-    """The next `count` chunks of an answer; see `ReplyEncoder.encode`."""
-    return encoder.encode(count)

@@ -25,7 +25,7 @@ from teacher_wire.core.parsing import check_request_id
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
 from teacher_wire.score.asked import Asked, Parts, understand, understand_parts, walked_bytes
-from teacher_wire.score.kept_replies import ReplyEncoder, encode_reply
+from teacher_wire.score.kept_replies import ReplyEncoder
 from teacher_wire.score.service import SharedState
 from teacher_wire.score.window import Window, open_window
 from teacher_wire.transport import status_table
@@ -317,7 +317,7 @@ class ScoreStream:
         try:
             encoder = ReplyEncoder(call, signals)
             while left:
-                chunks = await self._shared.offload.run(tenant, walked, encode_reply, encoder, _CHUNKS_AT_ONCE)
+                chunks = await self._shared.offload.run(tenant, walked, encoder.encode, _CHUNKS_AT_ONCE)
                 assert chunks, "the chunks of an answer hold all of its bytes"
                 for data, size in chunks:
                     self._out.put_nowait(_Item(data, size))
