@@ -81,7 +81,7 @@ class FolderLock:
 
     Args:
         folder: need not exist before `acquire`, which makes it.
-        tell: told in a sentence if the file system knows no locks; the work then goes on without one.
+        tell: called with a sentence if the file system knows no locks; the work then goes on without one.
     """
 
     def __init__(self, folder: Path, tell: Callable[[str], None] = print) -> None:

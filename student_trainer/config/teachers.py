@@ -68,7 +68,7 @@ class LabelConfig(Settings):
         transport: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass;
             `full` sends every logit, for small vocabularies; `auto` picks the exact one that fits card and link.
         k: kept entries of `top_k`.
-        extra_ids: of `top_k`, the student's own likeliest ids a row that are kept too, for divergences that weigh by the
+        extra_ids: of `top_k`, the student's own likeliest ids per row that are kept too, for divergences that weigh by the
             student (reverse KL, JSD). Asked for when the student has seen the batch, so not ahead.
         compression: of `hidden`: int8 in blocks takes half the bytes (algorithms.md 3.4).
         check: of which rows of `hidden` labels the teacher sends lse and logp(label), for the student to recompute: a sample that finds
@@ -97,7 +97,7 @@ class FeedConfig(Settings):
     """How far labels are fetched ahead of the step that needs them.
 
     Attributes:
-        max_mb: host memory of labels requested or waiting: as they travel, decoded, and in memory that a GPU copies from. One request is
+        max_mb: host memory of labels requested or waiting: in wire bytes, decoded, and in pinned copies. One request is
             made however large it is. Labels of held-out rows are kept beside it up to as much again.
         max_batches: micro-batches requested or waiting, at most; how many it takes to hide the teacher's time is measured.
         window_mb: reply bytes the server may have under way.

@@ -59,7 +59,7 @@ class TokenCache:
 
     Args:
         folder: made when the first entry is written.
-        tell: told in a sentence what was damaged or could not be kept; the run goes on without it.
+        tell: called with a sentence that says what was damaged or could not be kept; the run goes on without it.
     """
 
     def __init__(self, folder: Path, tell: Callable[[str], None] = print) -> None:

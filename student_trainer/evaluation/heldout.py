@@ -39,7 +39,7 @@ def measure(
     Args:
         student: in evaluation mode.
         data: held-out rows.
-        batch_size: sequences a forward pass.
+        batch_size: sequences per forward pass.
         vocab_rows: V, ids that student and teacher share.
         labels: number of a batch of `by_length(data, batch_size)` -> the teacher's answer; None without a teacher.
         teacher_head: for `hidden` labels.

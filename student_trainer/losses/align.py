@@ -62,7 +62,7 @@ def row_index(cu_lengths_B1: np.ndarray, wanted_T: np.ndarray, padded_length: in
 
 def _check_lengths(flags_T: np.ndarray, cu_lengths_B1: np.ndarray) -> None:
     if flags_T.ndim != 1 or flags_T.dtype != np.bool_:
-        raise DataError("one flag a token is needed", field="flags", value=f"{flags_T.dtype}{list(flags_T.shape)}")
+        raise DataError("must have one flag per token", field="flags", value=f"{flags_T.dtype}{list(flags_T.shape)}")
     rising = cu_lengths_B1.size >= 2 and cu_lengths_B1[0] == 0 and bool(np.all(np.diff(cu_lengths_B1) > 0))
     if not rising or cu_lengths_B1[-1] != flags_T.size:
         raise DataError(f"lengths must rise from 0 to {flags_T.size}", field="cu_lengths", value=cu_lengths_B1.tolist())

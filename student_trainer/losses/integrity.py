@@ -1,4 +1,4 @@
-"""Are these labels the teacher's word on these tokens? Two numbers a row, recomputed and compared.
+"""Are these labels the teacher's word on these tokens? Two numbers per row, recomputed and compared.
 
 In: log-sum-exp and logp(label) as served and as seen by the student. Out: nothing, or `TeacherHeadMismatch`.
 Must never wait for the device before `check()`, nor let a NaN pass.

@@ -53,7 +53,7 @@ def choose(
     if "full" in offered and full_row <= hidden_row:
         return LabelConfig(
             transport="full"
-        ), f"every logit takes {full_row:,} bytes a token, no more than the state's {hidden_row:,}"
+        ), f"every logit takes {full_row:,} bytes per token, no more than the state's {hidden_row:,}"
     head_bytes = vocab_rows * info.hidden_size * info.value_bytes
     fits = head_bytes <= HEAD_SHARE * free_bytes
     if "hidden" in offered and fits:
@@ -64,7 +64,7 @@ def choose(
                 LabelConfig(transport="hidden", compression="int8"),
                 f"{why}; int8, since the link is {ratio:.1f} times slower than the teacher",
             )
-        return LabelConfig(transport="hidden"), f"{why}; exact, {hidden_row:,} bytes a token"
+        return LabelConfig(transport="hidden"), f"{why}; exact, {hidden_row:,} bytes per token"
     missing = (
         "the teacher does not offer hidden states"
         if "hidden" not in offered
@@ -73,7 +73,7 @@ def choose(
     if "full" in offered and softened:
         return LabelConfig(
             transport="full"
-        ), f"{missing}, and the temperature needs exact labels: every logit, {full_row:,} bytes a token"
+        ), f"{missing}, and the temperature needs exact labels: every logit, {full_row:,} bytes per token"
     if softened or "top_k" not in offered:
         raise ConfigError(
             f"labels.transport=auto: {missing}, and nothing else that teacher {info.name!r} offers serves this loss"

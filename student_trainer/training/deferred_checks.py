@@ -1,4 +1,4 @@
-"""What the device says of the labels it has used and of the numbers it has made, read when it is there: no step waits for its own.
+"""Integrity of labels and finiteness of gradients, read once the results reach the host, so that no step blocks on its own check.
 
 In: the evidence of each micro-batch, and whether each window's loss and gradients are finite; out: an error that names the samples,
 some micro-batches or steps later at most. Until then `withheld` keeps the optimizer from learning anything from bad labels or from

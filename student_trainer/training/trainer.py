@@ -59,7 +59,7 @@ class DistillationTrainer(KeepingTrainer):
         teacher_head: the teacher's output head, for `hidden` labels.
         measure: figures of the held-out data; None if there are none.
         callbacks: transformers callbacks.
-        on_trouble: told in a sentence what makes the run slower than it might be, or its figures less than they should be.
+        on_trouble: called with a sentence that says what makes the run slower than it might be, or its figures less than they should be.
 
     Attributes:
         batch_shape: of the last micro-batch that was computed, in words; empty before the first.

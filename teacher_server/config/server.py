@@ -217,7 +217,7 @@ class AutoscalingConfig(_Strict):
     """Ray Serve's autoscaling of one teacher, on the tokens that wait in a replica's queue.
 
     Attributes:
-        target_queued_tokens: waiting tokens a replica that are worth no further one.
+        target_queued_tokens: queued tokens per replica above which one is added.
     """
 
     min_replicas: Annotated[int, Field(ge=1)] = 1

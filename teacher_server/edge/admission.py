@@ -1,4 +1,4 @@
-"""What each tenant may take: tokens a second, tokens in flight, bytes a second. A policy over numbers and a given clock.
+"""What each tenant may take: tokens per second, tokens in flight, bytes per second. A policy over numbers and a given clock.
 
 In: who wants how much; out: nothing, or an OverloadedError that says when to come back. Of several edges each grants its
 equal part, so a quota over edges is kept in all but reached only by a tenant that uses all of them.
@@ -160,7 +160,7 @@ class Admission:
         """Charges the tenant for a reply that the block makes. One that is not made is given back, and not counted as sent.
 
         Raises:
-            OverloadedError: its bytes a second are used up.
+            OverloadedError: its bytes per second are used up.
         """
         self._take(tenant, "bytes_per_s", size_bytes)
         try:
@@ -176,7 +176,7 @@ class Admission:
         """Charges the tenant for bytes that are there, and counts them as sent.
 
         Raises:
-            OverloadedError: its bytes a second are used up.
+            OverloadedError: its bytes per second are used up.
         """
         self._take(tenant, "bytes_per_s", size_bytes)
         self._sent_bytes[tenant] += size_bytes

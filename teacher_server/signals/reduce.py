@@ -25,7 +25,7 @@ from teacher_wire.core.axes import Axis, axis_of
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.score.signals import SIGNALS
 
-# One class a kind of signal.
+# One class per kind of signal.
 REDUCTIONS: dict[str, type[Reduction[Any]]] = {
     "top_k": TopKReduction,
     "hidden": HiddenReduction,

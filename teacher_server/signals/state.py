@@ -1,7 +1,7 @@
 """States after the final norm, made smaller for the wire.
 
 In: states [C, D] on the model's device; out: int8 in blocks, scales, and the outlier channels as they are.
-Axes: C rows, D width, G blocks of 128 channels, O outlier channels a row.
+Axes: C rows, D width, G blocks of 128 channels, O outlier channels per row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Label tokens a second through the whole product: `teacher-server up` with Ray Serve, seen by client processes over gRPC.
+"""Label tokens per second through the whole product: `teacher-server up` with Ray Serve, seen by client processes over gRPC.
 
 The model is written to a folder first (in memory where /dev/shm has room), since that is what the product loads. Used by
 `gpu_server --ray`; by itself it takes a tiny model on a machine without a GPU, to see that all of it works:

@@ -1,4 +1,4 @@
-"""Label tokens a second on one GPU, end to end: seen by client processes over gRPC, and what each stage takes.
+"""Label tokens per second on one GPU, end to end: seen by client processes over gRPC, and what each stage takes.
 
 The teacher is a random model in the shape of Qwen2.5-7B in bfloat16; the server is the product's edge and engine in one
 process without Ray and, with `--ray`, `teacher-server up` with Ray Serve as well (see pack_gpu.sh). References of the same run:

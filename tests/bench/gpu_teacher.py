@@ -122,7 +122,7 @@ def growth(model: TransformersModel, counts: tuple[int, ...] = (1, 2, 4, 8, 16, 
 
 
 def shared_prefix(model: Any, prompt: int = 1536, answer: int = 512, count: int = 8) -> dict[str, object]:
-    """Label tokens a second where all sequences of a batch begin with the same prompt, computed once or each time."""
+    """Label tokens per second where all sequences of a batch begin with the same prompt, computed once or each time."""
     rng = np.random.default_rng(2)
     prompt_ids = rng.integers(0, VOCAB, prompt).tolist()
     batch = TokenBatch.pack([prompt_ids + rng.integers(0, VOCAB, answer).tolist() for _ in range(count)])

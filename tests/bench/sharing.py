@@ -1,4 +1,4 @@
-"""One replica, 1 to 8 students: label tokens a second in all, against the bare backend called in a loop in the same run.
+"""One replica, 1 to 8 students: label tokens per second in all, against the bare backend called in a loop in the same run.
 
 The teacher is a random Qwen2 of 6 layers and 256 channels on one thread, served by `teacher-server up` (Ray Serve, gRPC on
 loopback); every student is a process of its own that keeps four requests open and never asks the same twice.

@@ -1,4 +1,4 @@
-"""The wire on one core: bytes and label tokens a second of CPU time, step by step, and through gRPC on loopback.
+"""The wire on one core: bytes and label tokens per second of CPU time, step by step, and through gRPC on loopback.
 
 Reference of the same run: copying the same bytes once (memcpy), the least any path can do.
     OMP_NUM_THREADS=1 python -m tests.bench.wire [--json]

@@ -150,7 +150,7 @@ def generate_request(spec: SamplingSpec, prompts: int = 1, length: int = 4) -> p
 
 
 async def largest_messages(target: Target) -> None:
-    """Score requests of 65,536 tokens with 80 ids a row: 21 MB each."""
+    """Score requests of 65,536 tokens with 80 ids per row: 21 MB each."""
     number = random.randrange(1 << 39)
     made = requests(spec_of("top_k", VOCAB, k=1, extra=80), 65_536, 80, first=number)()
     numbers = itertools.count(number + 1)
@@ -245,7 +245,7 @@ async def cancel_storm(target: Target) -> None:
 
 
 async def huge_k(target: Target) -> None:
-    """4,096 ids a row: 60 MB an answer."""
+    """4,096 ids per row: 60 MB an answer."""
     await ask_for_ever(target, requests(spec_of("top_k", VOCAB, k=4096), 2500), 6)
 
 

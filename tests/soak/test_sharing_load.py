@@ -1,6 +1,6 @@
 """Many students, one teacher of known speed on Ray Serve: shares, quotas, overload, slow and frozen students.
 
-By hand: `make soak`. The teacher is the fake of the wire at 10,000 tokens a second, so that capacity is known and two cores are
+By hand: `make soak`. The teacher is the fake of the wire at 10,000 tokens per second, so that capacity is known and two cores are
 enough for everybody; requests are 512 tokens, one forward pass each.
 """
 

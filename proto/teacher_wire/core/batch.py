@@ -49,7 +49,7 @@ class TokenBatch:
                 field="cu_lengths", value=_short(cu), limit=f"0..{ids.size}",
             )  # fmt: skip
         if wanted.size != ids.size:
-            raise RequestError("one flag a token", field="wanted", value=wanted.size, limit=ids.size)
+            raise RequestError("must have one flag per token", field="wanted", value=wanted.size, limit=ids.size)
         if np.any(wanted[cu[1:] - 1]):
             sequence = int(np.argmax(wanted[cu[1:] - 1]))
             raise RequestError("the last token of a sequence has no row", field="wanted", value=f"sequence {sequence}")

@@ -1,6 +1,6 @@
 """Ragged tensors as bytes: dtype, shape and a little-endian C-order buffer, with every refusal.
 
-In: `messages.Tensor`; out: `v1.Tensor`, and back. It never trusts a length: a buffer that is not exactly
+In: `tensor.Tensor`; out: `v2.Tensor`, and back. It never trusts a length: a buffer that is not exactly
 product(shape) * width bytes is refused. `message.data` copies each time it is read, so it is read once.
 """
 

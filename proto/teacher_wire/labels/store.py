@@ -1,4 +1,4 @@
-"""Labels on disk, computed once: one file a sequence, named by the digest of what was asked. For students and servers.
+"""Labels on disk, computed once: one file per sequence, named by the digest of what was asked. For students and servers.
 
 In: keys of `label_keys`; out: labels, verified on every read. It never raises for a disk that is full, read-only or damaged:
 labels can always be asked for again.

@@ -1,4 +1,4 @@
-"""How much a student asks for at once: all it likes until the server refuses, then less, and slowly more again.
+"""An AIMD limit on the concurrent requests of a student: none until the server refuses, then lowered, and slowly raised again.
 
 A policy over counts and a given clock: additive increase, multiplicative decrease (Chiu & Jain 1989), so that a student over its
 quota sends one request at a time instead of sending everything again and again.

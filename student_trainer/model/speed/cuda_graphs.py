@@ -1,6 +1,6 @@
 """The body's passes as recordings: one launch forward and one back a micro-batch, where the host would launch thousands of kernels.
 
-In: the student's pass and the parameters it trains; out: the same pass, taps included. A shape is run as ever until it has come often
+In: the student's pass and the parameters it trains; out: the same pass, taps included. A shape is run eagerly until it has come often
 enough, then recorded (`cuda_recorder.py`), tried against the plain passes, and replayed from then on. Whatever a recording reads and writes
 keeps its place in memory: parameters, and gradients as views of one buffer.
 
@@ -158,7 +158,7 @@ class GraphedBody:
         run: the pass, with a graph of autograd; no random numbers, no wait for the device.
         parameters: what `run` trains, at least one; others get no gradient from a replay.
         recorder: makes the passes of a shape.
-        on_trouble: told in a sentence if a shape cannot be recorded (it and all others to come are then run as ever), if there is no room for
+        on_trouble: called with one sentence if a shape cannot be captured (it and later shapes run eagerly), if there is no room for
             it now, or if replays do not give the very bits of the plain passes though torch is told to be deterministic.
         is_ready: asked before a shape is recorded whether all that will lie in memory does.
         worth: a shape is recorded when it comes for this time.

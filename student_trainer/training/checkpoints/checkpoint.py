@@ -156,7 +156,7 @@ def newest_whole(run_folder: Path, tell: Callable[[str], None] = lambda _: None)
     """The last checkpoint that was written to its end and can be read.
 
     Args:
-        tell: told in a sentence of each newer one that cannot.
+        tell: called with a sentence about each newer one that cannot.
     """
     for folder in reversed(_ours(run_folder)):
         damage = damage_of(folder)

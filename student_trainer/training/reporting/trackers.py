@@ -21,7 +21,7 @@ def make_trackers(names: tuple[str, ...], tell: Callable[[str], None]) -> list[T
 
     Args:
         names: as in `train.report_to`.
-        tell: told in a sentence when one of them fails in the middle of a run.
+        tell: called with a sentence when one of them fails in the middle of a run.
 
     Raises:
         ConfigError: transformers knows no such tracker, or its package is not installed.

@@ -1,4 +1,4 @@
-"""Which tokens a forward pass computes, and who attends to whom: a policy over ids, without torch.
+"""Which tokens per forward pass computes, and who attends to whom: a policy over ids, without torch.
 
 In: sequences of token ids; out: segments packed one behind the other without padding. A prefix that several sequences
 share is one segment, computed once: the segments behind it attend to it as to their own past.

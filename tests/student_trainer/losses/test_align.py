@@ -47,7 +47,7 @@ def test_lengths_must_fit(lengths: list[int]) -> None:
 
 
 def test_flags_must_be_flags() -> None:
-    with pytest.raises(DataError, match="one flag a token"):
+    with pytest.raises(DataError, match="must have one flag per token"):
         wanted_rows(np.zeros(3, np.int64), cu(3))
 
 

@@ -1,4 +1,4 @@
-"""The kinds of signals, one class a kind; the visible dict is the registry."""
+"""The kinds of signals, one class per kind; the visible dict is the registry."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ REDUCTIONS = ("none", "int8")
 
 
 def blocks_of(hidden_size: int) -> int:
-    """G, scales a row of a compressed state."""
+    """G, scales per row of a compressed state."""
     return -(-hidden_size // BLOCK_CHANNELS)
 
 
 def outliers_of(hidden_size: int) -> int:
-    """O, channels a row of a compressed state that are sent as they are."""
+    """O, channels per row of a compressed state that are sent as they are."""
     return min(OUTLIER_CHANNELS, hidden_size)
 
 

@@ -14,11 +14,11 @@ from teacher_wire.core.tensor import token_id_dtype
 
 @dataclass(frozen=True)
 class TopK(Signal):
-    """K = k + extra distinct ids a row, by falling logit, then rising id.
+    """K = k + extra distinct ids per row, by falling logit, then rising id.
 
     Attributes:
         k: likeliest ids that are kept.
-        extra: ids a row that the student names (`TokenBatch.extra_ids_NM`), kept beside the k likeliest others.
+        extra: ids per row that the student names (`TokenBatch.extra_ids_NM`), kept beside the k likeliest others.
     """
 
     kind: ClassVar[str] = "top_k"
