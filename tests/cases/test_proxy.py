@@ -311,7 +311,8 @@ def test_traces_are_on_the_tenants_account(world, tmp_path, monkeypatch):
 
     class Heard(TeacherClient):
         async def teacher(self, *args, **kwargs):
-            seen.append((self._metadata, self._credentials.proxy))
+            connection = self._connection
+            seen.append((connection.metadata, connection._credentials.proxy))
             raise asyncio.CancelledError
 
     monkeypatch.setattr("student_trainer.teachers.connect.TeacherClient", Heard)
