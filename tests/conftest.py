@@ -18,6 +18,22 @@ hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one
 hypothesis.settings.load_profile("any machine")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several processes (`-n`) each takes whole files; those that start Ray go one behind the other in the same process.
+
+    Several clusters at once would share two cores and one folder of sessions.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if "pytest.mark.ray" in (config.rootpath / file).read_text() else file
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     import torch
