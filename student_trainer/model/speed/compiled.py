@@ -16,6 +16,7 @@ import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor import cpu_vec_isa
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,13 +34,23 @@ def install(model: nn.Module, backend: Any = "inductor", *, required: bool = Tru
         backend: of torch.compile; others than the default are for tests.
         required: layers that turn out not to compile are an error (ModelError, at the step where that shows), not a warning and run plainly.
     """
-    run = _Run(torch.compile(_run, backend=backend, dynamic=True), required)
+    options = _vector_width() if backend == "inductor" and not next(model.parameters()).is_cuda else None
+    run = _Run(torch.compile(_run, backend=backend, dynamic=True, options=options), required)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     plain = [layer for layer in layers if not isinstance(layer, _Compiled)]
     for layer in plain:
         layer.__class__ = _compiled_class(type(layer))  # type: ignore[arg-type]
         layer.__dict__[_RUN] = run
     return len(layers)
+
+
+def _vector_width() -> dict[str, Any]:
+    """Says which vectors the compiler is to use, those that it would have chosen, so that its cache on disk is keyed by them.
+
+    Without it torch (2.13) takes loops that it has once made for vectors of 8 floats out of the cache and compiles them for those of 16 when
+    ATEN_CPU_CAPABILITY or the processor has changed, and they write beyond the ends of their tensors.
+    """
+    return {"cpp.simdlen": cpu_vec_isa.pick_vec_isa().bit_width()}
 
 
 def uninstall(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.utils import clear_caches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from student_trainer.config.model import LoraSettings, ModelConfig
@@ -192,6 +193,30 @@ def test_the_real_compiler(model_factory):
     quick = copy.deepcopy(plain)
     compiled.install(quick.model)
     same(quick, plain, 12)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_loops_kept_on_disk_for_vectors_of_another_width_are_not_taken(monkeypatch, tmp_path):
+    """torch's own key does not hold the width; compiled for wider vectors, the kept loops write beyond their tensors."""
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("needs a processor with vectors of two widths")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for capability, width in (("avx2", 256), ("avx512", 512)):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        options = compiled._vector_width()
+        assert options == {"cpp.simdlen": width}
+        torch._dynamo.reset()
+        clear_caches()
+        torch.compile(lambda x: x * 2 + 1, options=options)(torch.ones(3, 32))
+    assert (counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]) == (2, 0)
+
+
+def test_layers_on_a_cpu_are_compiled_with_the_width_said(model_factory, monkeypatch):
+    said = []
+    monkeypatch.setattr(torch, "compile", lambda run, **settings: said.append(settings["options"]) or run)
+    for backend in ("inductor", "aot_eager"):
+        compiled.install(student_of(model_factory("qwen2")).model, backend)
+    assert said == [compiled._vector_width(), None]
 
 
 def test_which_students_are_compiled_and_recorded(model_factory, monkeypatch):
