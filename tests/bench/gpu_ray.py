@@ -1,8 +1,10 @@
 """Label tokens per second through the whole product: `teacher-server up` with Ray Serve, seen by client processes over gRPC.
 
 The model is written to a folder first (in memory where /dev/shm has room), since that is what the product loads. Used by
-`gpu_server --ray`; by itself it takes a tiny model on a machine without a GPU, to see that all of it works:
+`gpu_server --ray`; by itself it takes a tiny model on a machine without a GPU, to see that all of it works, or a folder on one with a GPU:
     python -m tests.bench.gpu_ray [--seconds 5]
+    python -m tests.bench.gpu_ray --write /dev/shm/7b        # then, in the trees of two revisions one after the other:
+    python -m tests.bench.gpu_ray --model /dev/shm/7b --json
 """
 
 from __future__ import annotations
@@ -245,11 +247,24 @@ def tables(model: Any, labels: Mapping[str, str], asked: Asked) -> list[tuple[st
 
 
 def main() -> None:
-    """A tiny model on the CPU."""
+    """A tiny model on the CPU, or one that was written before on a GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", type=Path, help="only write the model of gpu_server into this folder")
+    parser.add_argument("--model", type=Path, help="what --write wrote, to be served on the GPU")
     options = parser.parse_args()
+    if options.write:
+        from tests.bench.gpu_teacher import random_model
+
+        write_model(random_model(), options.write)
+        return
+    labels = {"hidden": "hidden", "top-64": "top_k"}
+    if options.model:
+        together, alone = served_by_ray(options.model, labels, Asked(seconds=options.seconds), gpu=True)
+        show("with Ray Serve: four client processes over gRPC", together, as_json=options.json)
+        show("with Ray Serve: one request of 2 x 2,048 tokens, ms", alone, as_json=options.json)
+        return
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -257,7 +272,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(made)
         folder = write_model(model, Path(scratch) / "written")
         asked = Asked(clients=2, depth=2, tokens=128, seconds=options.seconds)
-        together, alone = served_by_ray(folder, {"top-64": "top_k", "hidden": "hidden"}, asked, gpu=False)
+        together, alone = served_by_ray(folder, labels, asked, gpu=False)
     show("with Ray Serve, tiny model: clients at once", together, as_json=options.json)
     show("with Ray Serve, tiny model: one request, ms", alone, as_json=options.json)
 
