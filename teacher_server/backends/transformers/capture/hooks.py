@@ -22,7 +22,7 @@ from teacher_server.backends.transformers.capture import activation
 from teacher_server.backends.transformers.capture.taps import NotCapturableError, Taps
 
 _NAME = "lyceum_listening"
-_FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+_FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "mlp_block")
 # Settings of an attention function that its map depends on and `AttentionInputs` holds, or that say how the plain one runs.
 _KNOWN = HARMLESS | {"scaling", "softcap", "sliding_window", "packing", "is_causal", "output_attentions"}
 
