@@ -39,6 +39,9 @@ class ModelFacts:
     generates: tuple[str, ...] = ()
     base_tokenizer_sha256: str = ""
     added_tokens: str = ""
+    kv_width: int = 0
+    basis_rank: int = 0
+    basis_layers: tuple[int, ...] = ()
 
 
 class Backend(Protocol):

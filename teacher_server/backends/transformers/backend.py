@@ -27,6 +27,7 @@ from teacher_server.backends.head import Head, offered
 from teacher_server.backends.model_folder import find, fingerprint, refusals_of
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.transformers import decoder_runners, quantized
+from teacher_server.backends.transformers.capture import probe
 from teacher_server.backends.transformers.decode_loop import ModelStepper
 from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
 from teacher_server.config.backends import TransformersBackend as Config
@@ -34,7 +35,8 @@ from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.base import Rows
-from teacher_server.signals.reduce import reduce
+from teacher_server.signals.captured import Captured, union
+from teacher_server.signals.reduce import reduce, wish_of
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
 from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.axes import Entries
@@ -122,13 +124,14 @@ class TransformersModel:
         alone = {"prefix_min_tokens": 0} if deterministic else {}
         with torch.inference_mode():
             self._body = decoder_runners.choose(model, config.model_copy(update=alone))
+            captures = probe.captures(logits.body_of(model), self._body, config)  # before float8, as all other probes
             self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
         log.info("model %s is run %s", config.model, self._body.name)
         self._decoder = logits.body_of(model)
         self._tokenizer = tokenizer
         self._end_ids = end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
-        artifacts, transports = offered(self._head, config.serve_head)
+        artifacts, transports = offered(self._head, config.serve_head, captures)
         self._facts = ModelFacts(
             model=config.model,
             fingerprint=digest,
@@ -203,20 +206,23 @@ class TransformersModel:
         order = [index for members in groups.values() for index in members]
         sequences = [ids for index in order for ids in _sequences(jobs[index][0])]
         rows = [np.flatnonzero(wanted) for index in order for wanted in _wanted(jobs[index][0])]
-        hidden_ND = self._body.states(sequences, rows)
+        wishes = {spec: wish_of(spec) for spec in groups}
+        hidden_ND, captured = self._body.run(sequences, rows, union(wishes.values()))
         watch.mark("forward")
-        found, start = [], 0
+        found, start, first = [], 0, 0
         for spec, members in groups.items():
             batches = [jobs[index][0] for index in members]
             stop = start + sum(batch.rows for batch in batches)
+            last = first + sum(batch.sequences for batch in batches)
+            part = captured.part(slice(first, last), wishes[spec]) if wishes[spec] else None
             labels_N = np.concatenate([batch.labels_N() for batch in batches])
             extra = [batch.extra_ids_NM for batch in batches if batch.extra_ids_NM is not None]
             sequence_N = np.concatenate([batch.sequences_of_rows() + (1 << 32) * i for i, batch in enumerate(batches)])
             checked_N = np.concatenate([checked_rows(batch) for batch in batches]) if spec.check == "sampled" else None
             rows_of = self._host_rows(spec, batches)
-            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec, sequence_N, None, checked_N)
+            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec, sequence_N, None, checked_N, part)
             found.append((members, rows_of.end()))
-            start = stop
+            start, first = stop, last
         watch.mark("reduce")
         return found
 
@@ -226,6 +232,7 @@ class TransformersModel:
         """The same, each sequence by itself; all its rows are reduced in chunks from its first, wanted or not."""
         found = []
         for spec, members in groups.items():
+            wish = wish_of(spec)
             rows_of = self._host_rows(spec, [jobs[index][0] for index in members])
             for batch in (jobs[index][0] for index in members):
                 named_at = 0
@@ -237,7 +244,7 @@ class TransformersModel:
                     kept_R = wanted_L[:-1]
                     if not kept_R.any():
                         continue
-                    hidden_RD = self._body.states([ids_L], [np.arange(len(kept_R))])
+                    hidden_RD, captured = self._body.run([ids_L], [np.arange(len(kept_R))], wish)
                     watch.mark("forward")
                     extra = []
                     if batch.extra_ids_NM is not None:
@@ -247,7 +254,8 @@ class TransformersModel:
                         extra = [named_RM]
                     labels_R = np.where(kept_R, ids_L[1:], 0)  # others' may lie outside the spec's vocabulary
                     checked_R = checked_L[:-1] if spec.check == "sampled" else None
-                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, None, kept_R, checked_R)
+                    part = captured if wish else None
+                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, None, kept_R, checked_R, part)
                     watch.mark("reduce")
             found.append((members, rows_of.end()))
         return found
@@ -262,10 +270,11 @@ class TransformersModel:
         sequence_R: np.ndarray | None,
         kept_R: np.ndarray | None,
         checked_R: np.ndarray | None,
+        captured: Captured | None,
     ) -> None:
         labels = to_device(labels_R, self._device).long()
         named = to_device(np.concatenate(extra), self._device).long() if extra else None
-        rows = Rows(hidden_RD, labels, named, sequence_R, kept_R, checked_R)
+        rows = Rows(hidden_RD, labels, named, sequence_R, kept_R, checked_R, captured)
         reduce(self._head, rows, spec, self._chunk_bytes, into)
 
     def _host_rows(self, spec: SignalSpec, batches: list[TokenBatch]) -> HostRows:
