@@ -53,6 +53,7 @@ class Outline:
         device: where it is.
         embedding_rows: ids that can be read by it.
         positions: longest sequence it has positions for; None if its architecture knows no such limit.
+        blocks: how many decoder blocks it has.
     """
 
     tokenizer: Any
@@ -60,6 +61,7 @@ class Outline:
     device: torch.device
     embedding_rows: int
     positions: int | None
+    blocks: int = 0
 
 
 @dataclass
@@ -269,6 +271,7 @@ def _outline(tokenizer: Any, causal_lm: Any, device: torch.device) -> Outline:
         device,
         logit_probe.embedding_rows(causal_lm),
         position_limit(causal_lm.config.get_text_config()),
+        int(getattr(causal_lm.config.get_text_config(), "num_hidden_layers", 0)),
     )
 
 

@@ -31,11 +31,12 @@ from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.losses.term import LossTerm
+from student_trainer.losses.term import FfnTap, LossTerm
 from student_trainer.losses.total import check_needs, signals_of, taps_of
 from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import Student, load_student
 from student_trainer.model.saving import saved_bytes, state_bytes
+from student_trainer.model.speed import compiled
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.feeds import open_any_feed, open_training_feed
 from student_trainer.teachers.session import TeacherSession, open_sessions
@@ -125,8 +126,13 @@ def _run(
     vocab_rows = min((session.vocab_rows for session in sessions), default=_own_rows(student))
     # The trainer learns from one feed, that of the first session.
     learned = sessions[0] if sessions and config.loss.output is not None else None
-    objective = Objective(config.loss, vocab_rows, learned.spec.signals if learned else ())
+    features = learned.features if learned else None
+    of_layers = features.signals.values() if features else ()
+    output_signals = tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned else ()
+    objective = Objective(config.loss, vocab_rows, output_signals, features, order.steps)
     terms = objective.terms(student)
+    if any(isinstance(tap, FfnTap) for tap in taps_of(terms)) and compiled.is_installed(student.model):
+        _note(console, "the blocks whose FFN loss.ffn reads run as they are, not compiled")
     check_needs(
         terms,
         learned.info.name if learned else None,

@@ -24,7 +24,7 @@ def wide(x: Tensor) -> Tensor:
 def rms_normed(state_ND: Tensor) -> Tensor:
     """Each row divided by the root of its mean square: states of different scale become comparable."""
     state_ND = wide(state_ND)
-    return state_ND * torch.rsqrt(state_ND.square().mean(-1, keepdim=True) + 1e-12)
+    return state_ND * torch.rsqrt(state_ND.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def proj_cos(guess_NR: Tensor, target_NR: Tensor) -> Tensor:
