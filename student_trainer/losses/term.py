@@ -64,11 +64,11 @@ class TeacherLabels:
     """A teacher's answer about a micro-batch, on the student's device.
 
     Attributes:
-        output: its rows over the vocabulary, as the output losses read them.
+        output: its rows over the vocabulary, as the output losses read them; None where none were asked for.
         named: every tensor of the answer by its name on the wire, such as "hidden_ND".
     """
 
-    output: TeacherRows
+    output: TeacherRows | None
     named: Mapping[str, Tensor]
 
 

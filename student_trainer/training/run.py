@@ -44,6 +44,7 @@ from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.objective import Objective
 from student_trainer.training.reporting.console import ConsoleProgress
+from student_trainer.training.reporting.layers import LayerReport
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
@@ -60,6 +61,7 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
+from teacher_wire.core.info import LAYER_BASIS
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +160,8 @@ def _run(
         "date": data.rendering.day if data.rendering else "",
         "rendering": data.rendering.sha256 if data.rendering else "",
     }
+    if learned and features and features.needs_basis:
+        learned_from["basis"] = learned.info.artifact(LAYER_BASIS).sha256
     with disk_trouble_named(f"run.output_dir {folder}"):
         lock.acquire()
     findings.add(check_folder(config, resume))  # another run may have been here since
@@ -183,9 +187,16 @@ def _run(
             on_trouble=partial(_note, console),
         )
         trainer.try_saving()
+        layers = None
+        if learned and features:
+            of_features = [term for term in terms if term.name in features.pairs]
+            layers = LayerReport(student, learned, of_features, held_out or data, folder)
+            layers.begin(resumed=start is not None)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         trainer.save_final(folder / FINAL_NAME)  # before anything else can go wrong
         metrics = trainer.last_metrics() if held_out else {}
+        if layers:
+            layers.end()
     except BaseException as error:
         if trainer is not None:
             _name_bad_labels(error, trainer, sessions)
