@@ -163,5 +163,5 @@ def draw_layers(before: Mapping[str, float], after: Mapping[str, float]) -> Figu
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
-    figure.suptitle("Student's layers beside its teacher's, held-out rows", x=0.01, ha="left")
+    figure.suptitle("The student's layers beside its teacher's", x=0.01, ha="left")
     return figure
