@@ -51,5 +51,7 @@ def uncorrelated(student_N: Tensor, teacher_N: Tensor, weights_N: Tensor, sequen
     total_B = within(torch.ones_like(student_N)).clamp_min(1e-12)
     ours_N, theirs_N = (e_N - (within(e_N) / total_B)[sequence_N] for e_N in (student_N, teacher_N))
     common_B, own_B, their_B = within(ours_N * theirs_N), within(ours_N.square()), within(theirs_N.square())
-    spread_B = (own_B * their_B + 1e-12 * total_B.square()).clamp_min(1e-30)  # of a sequence without a weight nothing is left
+    spread_B = (own_B * their_B + 1e-12 * total_B.square()).clamp_min(
+        1e-30
+    )  # of a sequence without a weight nothing is left
     return 1 - common_B * torch.rsqrt(spread_B)
