@@ -21,13 +21,12 @@ from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import AnswerShape, Signal, SignalSpec, TeacherSignals
 from teacher_wire.core.tensor import FLOATS, Tensor
-from teacher_wire.score.signals import Attention, Full, Hidden, LayerStates, TopK
+from teacher_wire.score.signals import Full, Hidden, TopK
 
 # Probabilities that must sum to 1, and figures computed twice: float32 log-sums over bf16 logits (algorithms.md 3.6).
 MASS_TOLERANCE = 1e-3
 LSE_TOLERANCE = (0.02, 0.002)  # absolute, relative
 LOGP_TOLERANCE = 0.05
-ATTENTION_TOLERANCE = 0.01  # float16 sums of probabilities that half-precision models round
 _BF16_INFINITY, _BF16_MINUS_INFINITY = 0x7F80, 0xFF80
 _FLOAT32_EPSILON = 2.0**-24  # of one rounding
 
@@ -124,25 +123,6 @@ def _check_hidden(signals: TeacherSignals, signal: Hidden, batch: TokenBatch, re
         top_N = signals["outlier_ids_NO"].array.max(-1)
         width = signals["state_int8_ND"].shape[1]
         report.refuse(top_N >= width, "outlier_ids", "a channel outside the state", top_N, width - 1)
-
-
-def _check_layers(signals: TeacherSignals, signal: LayerStates, batch: TokenBatch, report: Reporter) -> None:
-    _check_finite(signals, signal, batch, report)
-    for layer in signal.layers if signal.reduction == "int8" else ():
-        top_N = signals[f"layer{layer}_outlier_ids_NO"].array.max(-1)
-        width = signals[f"layer{layer}_int8_ND"].shape[1]
-        report.refuse(top_N >= width, f"layer{layer}_outlier_ids", "a channel outside the state", top_N, width - 1)
-
-
-def _check_attention(signals: TeacherSignals, signal: Attention, batch: TokenBatch, report: Reporter) -> None:
-    _check_finite(signals, signal, batch, report)
-    first_N = report.entries.before(Axis.BLOCK)[:-1]
-    for layer in signal.layers:
-        name = f"attention{layer}_K"
-        mass_K = signals[name].as_float32()
-        report.refuse(mass_K < 0, name, "a negative probability", mass_K, axis=Axis.BLOCK)
-        mass_N = np.add.reduceat(mass_K, first_N)
-        report.refuse(mass_N > 1 + ATTENTION_TOLERANCE, name, "probabilities sum to more than 1", mass_N, 1)
 
 
 def _check_top_k(signals: TeacherSignals, signal: TopK, batch: TokenBatch, report: Reporter) -> None:
@@ -244,6 +224,4 @@ CHECKS: dict[str, Callable[[TeacherSignals, Any, TokenBatch, Reporter], None]] =
     TopK.kind: _check_top_k,
     Hidden.kind: _check_hidden,
     Full.kind: _check_full,
-    LayerStates.kind: _check_layers,
-    Attention.kind: _check_attention,
 }
