@@ -88,8 +88,6 @@ class Signal(ABC):
     needs_every_row: ClassVar[bool] = False
     # Whether it is good for nothing without the teacher's output head, so that a teacher that keeps its head does not offer it.
     needs_head: ClassVar[bool] = False
-    # Whether it is of values inside the pass, which not every backend can hand over.
-    of_layers: ClassVar[bool] = False
 
     @abstractmethod
     def fields(self, shape: AnswerShape) -> tuple[Field, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -27,17 +27,20 @@ from teacher_server.backends.head import Head, offered
 from teacher_server.backends.model_folder import find, fingerprint, refusals_of
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.transformers import decoder_runners, quantized
-from teacher_server.backends.transformers.capture import probe
+from teacher_server.backends.transformers.capture import calibration, hooks, probe
 from teacher_server.backends.transformers.decode_loop import ModelStepper
 from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
 from teacher_server.config.backends import TransformersBackend as Config
+from teacher_server.config.features import FeaturesConfig
 from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.base import Rows
 from teacher_server.signals.captured import Captured, union
+from teacher_server.signals.features.basis import Projection, projections
 from teacher_server.signals.reduce import reduce, wish_of
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
+from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
 from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.axes import Entries
 from teacher_wire.core.batch import TokenBatch
@@ -128,10 +131,12 @@ class TransformersModel:
             self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
         log.info("model %s is run %s", config.model, self._body.name)
         self._decoder = logits.body_of(model)
-        self._tokenizer = tokenizer
-        self._end_ids = end_ids(model, tokenizer)
+        self._tokenizer, self._end_ids = tokenizer, end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
         artifacts, transports = offered(self._head, config.serve_head, captures)
+        width = hooks.kv_width(self._decoder) if "relation" in transports else 0
+        self._basis: Artifact | None = None
+        self._projections: Mapping[int, Projection] = {}
         self._facts = ModelFacts(
             model=config.model,
             fingerprint=digest,
@@ -143,9 +148,10 @@ class TransformersModel:
             hidden_size=columns,
             layers=text.num_hidden_layers,
             artifacts=artifacts,
-            transports=transports,
+            transports=tuple(kind for kind in transports if kind != "relation" or width),
             max_sequence_tokens=logits.position_limit(model_config),
             generates=self._generates(min(rows, len(tokenizer))),
+            kv_width=width,
         )
 
     @property
@@ -180,7 +186,11 @@ class TransformersModel:
         return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
 
     def artifact(self, wanted: ArtifactInfo) -> Artifact:
-        return self._head.artifact()
+        return self._basis if self._basis is not None and wanted == self._basis.info else self._head.artifact()
+
+    def calibrate(self, features: FeaturesConfig) -> None:
+        self._basis, self._facts = calibration.calibrated(features, self._facts, self._body, self._tokenizer)
+        self._projections = projections(LayerBasis.of(self._basis), self._device)
 
     def score(self, jobs: list[Job]) -> list[TeacherSignals]:
         return self.begin(jobs)()
@@ -274,7 +284,7 @@ class TransformersModel:
     ) -> None:
         labels = to_device(labels_R, self._device).long()
         named = to_device(np.concatenate(extra), self._device).long() if extra else None
-        rows = Rows(hidden_RD, labels, named, sequence_R, kept_R, checked_R, captured)
+        rows = Rows(hidden_RD, labels, named, sequence_R, kept_R, checked_R, captured, self._projections)
         reduce(self._head, rows, spec, self._chunk_bytes, into)
 
     def _host_rows(self, spec: SignalSpec, batches: list[TokenBatch]) -> HostRows:
@@ -283,7 +293,8 @@ class TransformersModel:
         return HostRows(Entries.totals(batches, axes), self._chunk_bytes)
 
     def _shape(self, spec: SignalSpec) -> AnswerShape:
-        return AnswerShape(spec.vocab_rows, self._facts.hidden_size, self._facts.dtype)
+        facts = self._facts
+        return AnswerShape(spec.vocab_rows, facts.hidden_size, facts.dtype, facts.kv_width)
 
     def _answers(
         self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: _Stopwatch

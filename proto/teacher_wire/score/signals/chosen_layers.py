@@ -25,7 +25,6 @@ class LayerSignal(Signal):
         layers: numbers of blocks, rising.
     """
 
-    of_layers: ClassVar[bool] = True
     first_layer: ClassVar[int] = 1
     reductions: ClassVar[tuple[str, ...]]
 
