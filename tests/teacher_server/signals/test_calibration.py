@@ -14,7 +14,8 @@ from teacher_server.backends.transformers.backend import load
 from teacher_server.backends.transformers.capture import sample
 from teacher_server.config.backends import FakeBackend, TransformersBackend, VllmBackend
 from teacher_server.config.features import FeaturesConfig
-from teacher_server.config.server import TeacherConfig
+from teacher_server.config.server import ServerConfig, TeacherConfig
+from teacher_server.control.preflight import check_files
 from teacher_server.errors import ServerConfigError
 from teacher_server.replica.engine import TeacherEngine
 from teacher_server.signals.features.calibration import calibrate
@@ -228,3 +229,9 @@ def test_a_sample_is_as_long_as_asked_and_cut_to_what_the_model_takes(model_fact
         lengths = [len(ids) for ids in sequences]
         assert tokens - 16 < sum(lengths) <= tokens and max(lengths) == min(512, longest) and min(lengths) >= 16
         assert all(ids.dtype == np.int32 and ids.max() < 300 for ids in sequences)
+
+
+def test_a_calibration_file_that_is_not_there_is_found_before_anything_starts(tmp_path):
+    teacher = TeacherConfig(name="t", backend=FakeBackend(), features=FeaturesConfig(calibration=tmp_path / "absent"))
+    with pytest.raises(ServerConfigError, match=r"teachers.t.features.calibration: .*absent: No such file"):
+        check_files(ServerConfig(teachers=(teacher,)))
