@@ -46,17 +46,22 @@ def inside(model, ids) -> Inside:
         if hasattr(ffn, "down_proj"):
             keep("ffn", ffn.down_proj, behind=False)
         else:
-            handles.append(ffn.experts.register_forward_pre_hook(lambda *seen_: seen.setdefault("ffn", []).append(routed(*seen_))))
+            handles.append(
+                ffn.experts.register_forward_pre_hook(lambda *seen_: seen.setdefault("ffn", []).append(routed(*seen_)))
+            )
     with torch.no_grad():
-        found = body(torch.tensor(np.asarray(ids)).long()[None], output_attentions=True, output_hidden_states=True, use_cache=False)
+        found = body(
+            torch.tensor(np.asarray(ids)).long()[None],
+            output_attentions=True,
+            output_hidden_states=True,
+            use_cache=False,
+        )
     for handle in handles:
         handle.remove()
     maps = [each[0] for each in found.attentions]
     assert len(maps) == len(body.layers), "eager attention shows its maps"
     states = [found.hidden_states[0][0], *seen["states"]]
-    return Inside(
-        found.last_hidden_state[0], states, maps, seen["keys"], seen["values"], seen["contexts"], seen["ffn"]
-    )
+    return Inside(found.last_hidden_state[0], states, maps, seen["keys"], seen["values"], seen["contexts"], seen["ffn"])
 
 
 def routed(experts, args):
@@ -114,7 +119,11 @@ def distances(captured: Captured, shown: list[Inside], rows, wish: Wish) -> dict
     def note(name, distance):
         worst[name] = max(worst.get(name, 0.0), float(distance))
 
-    assert (tuple(captured.states), tuple(captured.attention), tuple(captured.ffn)) == (wish.states, wish.attention, wish.ffn)
+    assert (tuple(captured.states), tuple(captured.attention), tuple(captured.ffn)) == (
+        wish.states,
+        wish.attention,
+        wish.ffn,
+    )
     np.testing.assert_array_equal(np.diff(captured.cu_tokens_B1), [len(one.final) for one in shown])
     np.testing.assert_array_equal(captured.position_R, np.concatenate(rows))
     np.testing.assert_array_equal(captured.sequence_R, np.repeat(np.arange(len(rows)), [len(row) for row in rows]))

@@ -259,7 +259,7 @@ def weights(inputs: AttentionInputs, rows: slice, tokens: slice, position_R: np.
     if inputs.softcap:
         score_HRL = torch.tanh(score_HRL / inputs.softcap) * inputs.softcap
     back_RL = position_R[:, None] - np.arange(key_HLd.shape[1])[None, :]
-    seen_RL = (back_RL >= 0) & (back_RL < (inputs.window or len(back_RL[0]) + 1))
+    seen_RL = (back_RL >= 0) & (back_RL < (inputs.window or back_RL.shape[1] + 1))
     return score_HRL.masked_fill(torch.from_numpy(~seen_RL).to(score_HRL.device), -torch.inf).softmax(-1)
 
 
