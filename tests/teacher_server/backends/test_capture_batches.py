@@ -196,6 +196,40 @@ def test_one_pass_makes_all_of_a_batch(plugged_in, model_factory):
     assert teacher.computed_tokens - before == 3 * batch.tokens
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_would_not_fit_is_captured_in_parts(plugged_in, model_factory, expected, monkeypatch, way):
+    """The answers are those of one part, and no part holds more than it may, unless a single sequence does."""
+    teacher = backend(model_factory("qwen2"), **WAYS[way])
+    some = [flags(row) for row in ROWS]
+    extra = np.arange(2 * sum(map(sum, some[2:])), dtype=np.int32).reshape(-1, 2) % 300
+    named = TokenBatch.pack(ROWS[2:], some[2:])
+    named = TokenBatch(named.token_ids_T, named.cu_lengths_B1, named.wanted_T, extra)
+    jobs = [
+        (TokenBatch.pack(ROWS, some), BOTH),
+        (named, SignalSpec(300, (TopK(4, extra=2), Inside((1,))))),
+        (TokenBatch.pack(ROWS[3:], some[3:]), SignalSpec(300, (Hidden(), Inside((2,))), "sampled")),
+        (TokenBatch.pack(ROWS[:2]), spec_of("full", 300)),
+    ]
+    whole = teacher.score(jobs)
+    seen, run = [], teacher._body.run
+    monkeypatch.setattr(teacher._body, "run", lambda ids, *rest: seen.append(sum(map(len, ids))) or run(ids, *rest))
+    numbers_per_token = 2 * 32 + 2 * (4 + 3 * 2) * 8
+    teacher._capture_bytes = 45 * 4 * numbers_per_token
+    parts = teacher.score(jobs)
+    assert len(seen) > 6 and all(tokens <= 45 or tokens in map(len, ROWS) for tokens in seen)
+    assert sum(seen) == sum(batch.tokens for batch, _ in jobs)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.tensors.keys() == other.tensors.keys()
+        for name, tensor in one.tensors.items():
+            np.testing.assert_allclose(
+                other[name].array.astype(float), tensor.array.astype(float), atol=2e-4, err_msg=name
+            )
+    assert differs(parts[0], ROWS, some, expected) <= 2e-5
+    seen.clear()
+    teacher.score([(batch, spec_of("full", 300)) for batch, _ in jobs[:2]])
+    assert len(seen) == 1, "without a wish there is one part"
+
+
 def test_vllm_refuses_by_the_name_of_the_kind(plugged_in):
     from teacher_server.backends.vllm.backend import VllmModel
 

@@ -138,7 +138,7 @@ class Shown:
 
 def shown_by(body: Any, ids_L: np.ndarray) -> Shown:
     """One sequence through the plain model under eager attention, with hooks."""
-    shown, handles = Shown(), []
+    shown, handles = Shown(), list[Any]()
     for number, block in enumerate(getattr(body, "layers", ()), 1):
         handles += _watch(shown, number, block)
     plain = body.config._attn_implementation
