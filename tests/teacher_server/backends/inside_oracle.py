@@ -33,7 +33,7 @@ def inside(model, ids) -> Inside:
     def keep(name, module, *, behind):
         def hook(module, args, output=None):
             found = output if behind else args[0]
-            seen.setdefault(name, []).append((found[0] if isinstance(found, tuple) else found)[0].clone())
+            seen.setdefault(name, []).append((found[0] if isinstance(found, tuple) else found)[0].cpu())
 
         handles.append((module.register_forward_hook if behind else module.register_forward_pre_hook)(hook))
 
@@ -58,10 +58,12 @@ def inside(model, ids) -> Inside:
         )
     for handle in handles:
         handle.remove()
-    maps = [each[0] for each in found.attentions]
+    maps = [each[0].cpu() for each in found.attentions]
     assert len(maps) == len(body.layers), "eager attention shows its maps"
-    states = [found.hidden_states[0][0], *seen["states"]]
-    return Inside(found.last_hidden_state[0], states, maps, seen["keys"], seen["values"], seen["contexts"], seen["ffn"])
+    states = [found.hidden_states[0][0].cpu(), *seen["states"]]
+    return Inside(
+        found.last_hidden_state[0].cpu(), states, maps, seen["keys"], seen["values"], seen["contexts"], seen["ffn"]
+    )
 
 
 def routed(experts, args):
@@ -74,7 +76,7 @@ def routed(experts, args):
             gate_F, up_F = linear(x_D, experts.gate_up_proj[number]).chunk(2)
             u_F = u_F + weight.double() * (torch.nn.functional.silu(gate_F) * up_F).double()
         rows.append(u_F)
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()
 
 
 def energy(u_LF):
@@ -103,12 +105,12 @@ def map_of(inputs: AttentionInputs, rows: slice, tokens: slice, positions) -> to
             if inputs.window is not None:
                 score[row, : max(0, position - inputs.window + 1)] = -torch.inf
         maps.append(score.softmax(-1))
-    return torch.stack(maps)
+    return torch.stack(maps).cpu()
 
 
 def relative(found, expected) -> float:
     """The largest distance of a row relative to its size."""
-    found, expected = found.double().flatten(1), expected.double().flatten(1)
+    found, expected = found.cpu().double().flatten(1), expected.double().flatten(1)
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).max()) if len(found) else 0.0
 
 
@@ -143,9 +145,9 @@ def distances(captured: Captured, shown: list[Inside], rows, wish: Wish) -> dict
             note("values", relative(inputs.value_TGd[tokens], one.values[block - 1]))
         for block in wish.ffn:
             found, u = captured.ffn[block], one.ffn[block - 1][at]
-            note("energy", (found.energy_R[own].double() - energy(u)).abs().max())
+            note("energy", (found.energy_R[own].cpu().double() - energy(u)).abs().max())
             if wish.quantiles:
-                note("quantiles", (found.quantiles_RQ[own].double() - quantiles(u)).abs().max())
+                note("quantiles", (found.quantiles_RQ[own].cpu().double() - quantiles(u)).abs().max())
             else:
                 assert found.quantiles_RQ is None
     return worst
