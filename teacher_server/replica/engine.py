@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 _BATCHES = 2  # under way at once: one on the device, one behind it
 _RATE_MEMORY = 0.8  # of the measured tokens/s, a forward pass: about the last five count
-_ANSWER_BYTES = 1 << 30  # of labels and what they are made of, a batch, if no single reply is allowed more
+_ANSWER_BYTES = 1 << 30  # of labels that one batch may make, if no single reply is allowed more
 _PROBE_TENANT = "(probe)"
 
 
@@ -71,8 +71,8 @@ class TeacherEngine:
     ) -> None:
         self._config = config
         self._backend = features.ready(config, backend)
-        self._most_held = most = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
-        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=most)
+        answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
+        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=answer_bytes)
         self._health = faults.Health(config.hang_s)
         self._probing: asyncio.Task[None] | None = None
         self._latencies = Latencies(on_observe)
@@ -129,7 +129,7 @@ class TeacherEngine:
         Raises:
             TeacherWireError: refused, overloaded, or failed; see `teacher_wire.core.errors`.
         """
-        answer_bytes = features.held_bytes(call, self.info, self._most_held)
+        answer_bytes = features.check_call(call, self.info)
         self._health.refuse()
         now = time.monotonic()
         job_id = next(self._ids)

@@ -1,4 +1,4 @@
-"""Signals of layers at a replica: the backend made ready for them, and how much of a pass one request may make it hold.
+"""Signals of layers at a replica: the backend made ready for them, and how much of a pass one sequence may make it hold.
 
 What is captured of a pass weighs more than what is answered: a row of states is thousands of values, its label may be one.
 """
@@ -13,6 +13,8 @@ from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import LimitError
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.score import codec
+
+CAPTURED_BYTES = 4 << 30
 
 
 def ready(config: TeacherConfig, backend: Backend | None) -> Backend:
@@ -31,23 +33,18 @@ def ready(config: TeacherConfig, backend: Backend | None) -> Backend:
     return backend
 
 
-def held_bytes(call: ScoreCall, info: TeacherInfo, most: int) -> int:
-    """Bytes that a request makes the device hold, labels and what they are made of, once it is checked.
-
-    Args:
-        call: the request.
-        info: of the teacher.
-        most: for what labels are made of.
+def check_call(call: ScoreCall, info: TeacherInfo) -> int:
+    """`codec.check_call`, and that no sequence makes the device hold more of a pass than it should; the reply's bytes.
 
     Raises:
         TeacherWireError: as `codec.check_call`.
-        LimitError: more than that.
+        LimitError: more than CAPTURED_BYTES for one sequence. Several are captured one after the other.
     """
     answered = codec.check_call(call, info)
-    captured = call.spec.held_bytes(call.batch, call.spec.shape_of(info))
-    if captured > most:
+    captured = call.spec.captured_bytes(call.batch, call.spec.shape_of(info))
+    if captured > CAPTURED_BYTES:
         raise LimitError(
-            f"too many layers of too many tokens for teacher {info.name!r}: ask for fewer layers or shorter requests",
-            field="bytes captured", value=captured, limit=most,
+            f"too many layers of too long a sequence for teacher {info.name!r}: ask for fewer layers or shorter sequences",
+            field="bytes captured", value=captured, limit=CAPTURED_BYTES,
         )  # fmt: skip
-    return answered + captured
+    return answered

@@ -14,7 +14,7 @@ import pytest
 from student_trainer.labels.packing import LabelRequest
 from student_trainer.labels.service import LabelService
 from teacher_server.backends.transformers.backend import load
-from teacher_server.config.backends import TransformersBackend
+from teacher_server.config.backends import FakeBackend, TransformersBackend
 from teacher_server.config.features import FeaturesConfig
 from teacher_server.config.server import TeacherConfig
 from teacher_server.edge.admission import Admission
@@ -23,7 +23,6 @@ from teacher_server.replica import features as replica_features
 from teacher_server.replica.engine import TeacherEngine
 from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
@@ -141,20 +140,21 @@ def test_what_this_teacher_cannot_give_is_refused_over_the_wire_by_name(model_fa
         assert asyncio.run(refused(address, LayerStates((1,), "pca", 8, "0" * 64)))[:2] == (MismatchError, "basis")
         assert asyncio.run(refused(address, Attention((3,)), TopK(2)))[:2] == (LimitError, "layers")
         forwards = engine.forwards
-        engine._most_held = 10_000
+        monkeypatch.setattr(replica_features, "CAPTURED_BYTES", 10_000)
         kind, field, said = asyncio.run(refused(address, Attention((1, 2))))
         assert (
             (kind, field) == (LimitError, "bytes captured") and "fewer layers" in said and engine.forwards == forwards
         )
 
 
-def test_what_a_request_holds_on_the_device_counts_in_its_batch(model_factory, tmp_path):
-    with served(model_factory("qwen2", hidden=64), tmp_path / "kept") as (_, engine):
+def test_what_a_sequence_makes_the_device_hold_is_counted_by_its_layers(model_factory, tmp_path):
+    info = TeacherEngine(TeacherConfig(name="t", backend=FakeBackend(layers=3, hidden_size=64))).info
 
-        def weight(*signals):
-            call = ScoreCall("r", "t", "", SignalSpec(300, signals), batch())
-            return replica_features.held_bytes(call, engine.info, 1 << 30) - codec.check_call(call, engine.info)
+    def weight(*signals):
+        spec = SignalSpec(64, signals)
+        return spec.captured_bytes(batch(), spec.shape_of(info)) / (4 * 100)
 
-        assert weight(Hidden()) == weight(Ffn((1,))) == 0
-        assert weight(LayerStates((0, 2), "none")) == 2 * batch().rows * 64 * 4
-        assert weight(Attention((1,))) == (batch().rows * 64 + 3 * batch().tokens * 32) * 4 == weight(Relation((2,)))
+    assert weight(Hidden()) == weight(Ffn((1,))) == 0
+    assert weight(LayerStates((0, 2), "none")) == 2 * 64
+    assert weight(Attention((1,))) == 64 + 3 * 32 == weight(Relation((2,)))
+    assert weight(Attention((1, 2)), LayerStates((1,), "int8"), Hidden()) == 2 * (64 + 3 * 32) + 64
