@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ def _merged(parts: Sequence[Captured], wish: Wish, rows: Merge, tokens: Merge) -
     """The wished blocks with tensors made of those of the parts; their places are the caller's to set."""
 
     def block(each: list[OfBlock]) -> OfBlock:
-        made: dict[str, Tensor | None] = {}
+        made: dict[str, Any] = {}
         for name in (known.name for known in fields(each[0])):
             values = [getattr(one, name) for one in each]
             if name.startswith("quantiles") and not wish.quantiles:

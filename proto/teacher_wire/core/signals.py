@@ -88,8 +88,6 @@ class Signal(ABC):
     needs_every_row: ClassVar[bool] = False
     # Whether it is good for nothing without the teacher's output head, so that a teacher that keeps its head does not offer it.
     needs_head: ClassVar[bool] = False
-    # Whether it is of values inside the pass, which not every backend can hand over.
-    of_layers: ClassVar[bool] = False
 
     @abstractmethod
     def fields(self, shape: AnswerShape) -> tuple[Field, ...]:
@@ -119,8 +117,8 @@ class Signal(ABC):
         ids = (f for f in self.fields(shape) if f.axis is Axis.ROW and f.dtype in ("uint16", "uint24"))
         return sum(2 * math.prod(f.entry) for f in ids)
 
-    def held_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
-        """Bytes that the teacher's device holds while it makes the answer to a batch, beyond the answer itself, or so."""
+    def captured_numbers(self, shape: AnswerShape) -> int:
+        """Values a token that the teacher's device holds of a sequence while it answers, beyond the answer itself, or so."""
         return 0
 
 
@@ -217,9 +215,10 @@ class SignalSpec:
         entries = Entries(batch)
         return sum(part.entry_bytes * entries.total(part.axis) for part in self.fields(shape))
 
-    def held_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
-        """Bytes that the teacher's device holds for signals of chosen layers while it answers a batch, or so."""
-        return sum(signal.held_bytes(batch, shape) for signal in self.signals)
+    def captured_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
+        """Bytes that the teacher's device holds for signals of chosen layers while it answers the longest sequence, or so."""
+        numbers = sum(signal.captured_numbers(shape) for signal in self.signals)
+        return numbers * int(batch.lengths_B.max()) * DTYPES[shape.dtype][1]
 
     def json(self) -> str:
         """The same text for the same spec: what labels on disk are named by.

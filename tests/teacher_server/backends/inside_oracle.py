@@ -33,7 +33,7 @@ def inside(model, ids) -> Inside:
     def keep(name, module, *, behind):
         def hook(module, args, output=None):
             found = output if behind else args[0]
-            seen.setdefault(name, []).append((found[0] if isinstance(found, tuple) else found)[0].clone())
+            seen.setdefault(name, []).append((found[0] if isinstance(found, tuple) else found)[0].cpu())
 
         handles.append((module.register_forward_hook if behind else module.register_forward_pre_hook)(hook))
 
@@ -46,16 +46,23 @@ def inside(model, ids) -> Inside:
         if hasattr(ffn, "down_proj"):
             keep("ffn", ffn.down_proj, behind=False)
         else:
-            handles.append(ffn.experts.register_forward_pre_hook(lambda *seen_: seen.setdefault("ffn", []).append(routed(*seen_))))
+            handles.append(
+                ffn.experts.register_forward_pre_hook(lambda *seen_: seen.setdefault("ffn", []).append(routed(*seen_)))
+            )
     with torch.no_grad():
-        found = body(torch.tensor(np.asarray(ids)).long()[None], output_attentions=True, output_hidden_states=True, use_cache=False)
+        found = body(
+            torch.tensor(np.asarray(ids)).long()[None],
+            output_attentions=True,
+            output_hidden_states=True,
+            use_cache=False,
+        )
     for handle in handles:
         handle.remove()
-    maps = [each[0] for each in found.attentions]
+    maps = [each[0].cpu() for each in found.attentions]
     assert len(maps) == len(body.layers), "eager attention shows its maps"
-    states = [found.hidden_states[0][0], *seen["states"]]
+    states = [found.hidden_states[0][0].cpu(), *seen["states"]]
     return Inside(
-        found.last_hidden_state[0], states, maps, seen["keys"], seen["values"], seen["contexts"], seen["ffn"]
+        found.last_hidden_state[0].cpu(), states, maps, seen["keys"], seen["values"], seen["contexts"], seen["ffn"]
     )
 
 
@@ -69,7 +76,7 @@ def routed(experts, args):
             gate_F, up_F = linear(x_D, experts.gate_up_proj[number]).chunk(2)
             u_F = u_F + weight.double() * (torch.nn.functional.silu(gate_F) * up_F).double()
         rows.append(u_F)
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()
 
 
 def energy(u_LF):
@@ -98,12 +105,12 @@ def map_of(inputs: AttentionInputs, rows: slice, tokens: slice, positions) -> to
             if inputs.window is not None:
                 score[row, : max(0, position - inputs.window + 1)] = -torch.inf
         maps.append(score.softmax(-1))
-    return torch.stack(maps)
+    return torch.stack(maps).cpu()
 
 
 def relative(found, expected) -> float:
     """The largest distance of a row relative to its size."""
-    found, expected = found.double().flatten(1), expected.double().flatten(1)
+    found, expected = found.cpu().double().flatten(1), expected.double().flatten(1)
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).max()) if len(found) else 0.0
 
 
@@ -114,7 +121,11 @@ def distances(captured: Captured, shown: list[Inside], rows, wish: Wish) -> dict
     def note(name, distance):
         worst[name] = max(worst.get(name, 0.0), float(distance))
 
-    assert (tuple(captured.states), tuple(captured.attention), tuple(captured.ffn)) == (wish.states, wish.attention, wish.ffn)
+    assert (tuple(captured.states), tuple(captured.attention), tuple(captured.ffn)) == (
+        wish.states,
+        wish.attention,
+        wish.ffn,
+    )
     np.testing.assert_array_equal(np.diff(captured.cu_tokens_B1), [len(one.final) for one in shown])
     np.testing.assert_array_equal(captured.position_R, np.concatenate(rows))
     np.testing.assert_array_equal(captured.sequence_R, np.repeat(np.arange(len(rows)), [len(row) for row in rows]))
@@ -134,9 +145,9 @@ def distances(captured: Captured, shown: list[Inside], rows, wish: Wish) -> dict
             note("values", relative(inputs.value_TGd[tokens], one.values[block - 1]))
         for block in wish.ffn:
             found, u = captured.ffn[block], one.ffn[block - 1][at]
-            note("energy", (found.energy_R[own].double() - energy(u)).abs().max())
+            note("energy", (found.energy_R[own].cpu().double() - energy(u)).abs().max())
             if wish.quantiles:
-                note("quantiles", (found.quantiles_RQ[own].double() - quantiles(u)).abs().max())
+                note("quantiles", (found.quantiles_RQ[own].cpu().double() - quantiles(u)).abs().max())
             else:
                 assert found.quantiles_RQ is None
     return worst

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from teacher_server.backends import internlm
 from teacher_server.backends.transformers import decoder_runners
-from teacher_server.backends.transformers.capture import hooks, probe, taps
+from teacher_server.backends.transformers.capture import hooks, taps
 from teacher_server.config.backends import TransformersBackend
 from teacher_server.signals import reduce
 from teacher_server.signals.captured import Wish, union
@@ -26,7 +26,10 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 0.06}
 PROMPT = sequences(seed=7, lengths=(40,))[0]
 MIXED = [
     np.array(row, np.int32)
-    for row in (*sequences(lengths=(3, 40, 2, 17)), *(PROMPT + tail for tail in sequences(seed=8, lengths=(2, 5, 30, 5))))
+    for row in (
+        *sequences(lengths=(3, 40, 2, 17)),
+        *(PROMPT + tail for tail in sequences(seed=8, lengths=(2, 5, 30, 5))),
+    )
 ]
 WAYS = {
     "padded": {"packing": "off"},
@@ -79,7 +82,9 @@ def loaded(model_factory):
         if (family, dtype) not in made:
             name, changes = FAMILIES[family]
             folder = model_factory(name, **changes)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+            )
             made[family, dtype] = model.eval(), [inside(model, row) for row in MIXED]
         return made[family, dtype]
 
@@ -104,13 +109,20 @@ def test_captured_values_are_the_eager_models_own(loaded, family, way):
     assert spent == sum(map(len, MIXED)) - (3 * len(PROMPT) if "shared" in way else 0)
     worst = distances(captured, shown, rows, wish)
     assert all(worst[name] <= TOLERANCE["float32"] for name in worst), worst
-    torch.testing.assert_close(states_ND, torch.cat([one.final[row] for one, row in zip(shown, rows, strict=True)]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        states_ND, torch.cat([one.final[row] for one, row in zip(shown, rows, strict=True)]), atol=2e-4, rtol=0
+    )
     assert torch.equal(states_ND, body.states(MIXED, rows)), "the pass computes what it computes without taps"
 
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [("qwen2", "packed, prefixes shared"), ("qwen2", "padded"), ("qwen3", "fused, prefixes shared"), ("gemma3", "padded")],
+    [
+        ("qwen2", "packed, prefixes shared"),
+        ("qwen2", "padded"),
+        ("llama", "fused, prefixes shared"),
+        ("gemma3", "padded"),
+    ],
 )
 @torch.inference_mode()
 def test_in_bfloat16_they_differ_by_rounding(loaded, family, way):
@@ -149,15 +161,21 @@ def test_a_part_is_what_the_sequences_alone_would_give(loaded, way):
 def test_without_a_wish_nothing_is_touched(loaded, monkeypatch, way):
     model, _ = loaded("qwen2")
     body, rows = body_of(model, way), some_rows(MIXED)
-    body.run(MIXED, rows, every(model))
     modules = list(model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules), "hooks end with their pass"
+    before = [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in modules]
+    body.run(MIXED, rows, every(model))
+    after = [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in modules]
+    assert before == after, "hooks end with their pass"
     assert all(getattr(module, "config", model.config) is model.config for module in modules) and not hooks._listeners
 
     def touched(*args, **settings):
         raise AssertionError("a tap where nothing is wished")
 
-    for owner, name in ((decoder_runners, "Taps"), (torch.nn.Module, "register_forward_hook"), (torch.nn.Module, "register_forward_pre_hook")):
+    for owner, name in (
+        (decoder_runners, "Taps"),
+        (torch.nn.Module, "register_forward_hook"),
+        (torch.nn.Module, "register_forward_pre_hook"),
+    ):
         monkeypatch.setattr(owner, name, touched)
     _, captured = body.run(MIXED, rows, Wish())
     assert not captured.states and not captured.attention and not captured.ffn
@@ -196,12 +214,15 @@ def test_a_model_gives_what_the_probe_finds_equal(model_factory, offers, family,
 
 @pytest.fixture
 def offers(monkeypatch):
-    """Which of three plugged-in kinds a backend's facts offer."""
-    for field in ("states", "attention", "ffn"):
-        kind = type(field, (reduce.HiddenReduction,), {"captures": field})
-        monkeypatch.setitem(reduce.REDUCTIONS, field, kind)
-        monkeypatch.setitem(reduce.SIGNALS, field, reduce.SIGNALS["top_k"])
-    return lambda teacher: set(teacher.facts.transports) - {"top_k", "hidden", "full"}
+    """What of `Wish` a backend's facts offer, by a plugged-in kind for each field."""
+    fields, plain = (
+        ("states", "attention", "ffn"),
+        {kind: reduce.REDUCTIONS[kind] for kind in ("top_k", "hidden", "full")},
+    )
+    kinds = {f"of_{field}": type(field, (reduce.HiddenReduction,), {"captures": field}) for field in fields}
+    monkeypatch.setattr(reduce, "REDUCTIONS", plain | kinds)
+    monkeypatch.setattr(reduce, "SIGNALS", reduce.SIGNALS | dict.fromkeys(kinds, reduce.SIGNALS["top_k"]))
+    return lambda teacher: {kind.removeprefix("of_") for kind in teacher.facts.transports} - set(plain)
 
 
 def shifted(taps_, block, x_XD):
@@ -217,7 +238,7 @@ def unsounded(taps_, block, query, key, value, *, scale, **rest):
 
 
 def rotated(taps_, block, query, key, value, **rest):
-    taps_._plain_keys[block] = key.flatten(1)
+    taps_._plain_keys[block] = taps_._of_tokens(key).flatten(1)
     return WHOLE_ATTENTION(taps_, block, query, key, value, **rest)
 
 
@@ -236,7 +257,9 @@ WHOLE_STATE, WHOLE_ATTENTION = taps.Taps.state, taps.Taps.attention
     ids=["shifted states", "wrong scale", "values of other heads", "rotated keys", "no activation"],
 )
 @pytest.mark.parametrize("layers", ["transformers", "fused"])
-def test_what_differs_from_the_plain_model_is_not_offered(model_factory, monkeypatch, caplog, offers, method, fault, lost, layers):
+def test_what_differs_from_the_plain_model_is_not_offered(
+    model_factory, monkeypatch, caplog, offers, method, fault, lost, layers
+):
     monkeypatch.setattr(taps.Taps, method, fault)
     with caplog.at_level(logging.INFO):
         teacher = given(model_factory("qwen2"), layers=layers)
@@ -253,7 +276,7 @@ def test_attention_that_sdpa_computes_without_its_soft_cap_is_not_offered(model_
 
 def test_a_backend_that_captures_nothing_offers_no_layers(offers):
     assert reduce.offered(serves_head=True) == ("top_k", "hidden", "full")
-    assert reduce.offered(serves_head=False, captures=("ffn",)) == ("top_k", "full", "ffn")
+    assert reduce.offered(serves_head=False, captures=("ffn",)) == ("top_k", "full", "of_ffn")
 
 
 # ------------------------------------------------------------- a trained model

@@ -53,7 +53,7 @@ class LayerBasis:
 
     def artifact(self) -> Artifact:
         """The bases as they are given away; hashes all of them."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for number, layer in self.layers.items():
             tensors |= {f"mean{number}_D": layer.mean_D, f"basis{number}_DR": layer.basis_DR}
             tensors[f"massive{number}_M"] = layer.massive_M

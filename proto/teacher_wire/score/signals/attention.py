@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from teacher_wire.core.axes import BLOCK_POSITIONS, Axis
-from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import RequestError
 from teacher_wire.core.signals import AnswerShape, Field
-from teacher_wire.core.tensor import DTYPES
 from teacher_wire.score.signals.chosen_layers import LayerSignal
 
 SINK_POSITIONS = 4  # whose probabilities are set to 0: most of the mass goes there, and teaches nothing
@@ -42,6 +40,5 @@ class Attention(LayerSignal):
                 "attention is pooled in blocks of one size", field="block", value=self.block, limit=BLOCK_POSITIONS
             )
 
-    def held_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
-        values = batch.rows * shape.hidden_size + 3 * batch.tokens * shape.kv_width
-        return len(self.layers) * values * DTYPES[shape.dtype][1]
+    def captured_numbers(self, shape: AnswerShape) -> int:
+        return len(self.layers) * (shape.hidden_size + 3 * shape.kv_width)

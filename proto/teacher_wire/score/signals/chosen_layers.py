@@ -1,4 +1,4 @@
-"""What signals of chosen blocks have in common: which blocks, and by how many bytes the teacher holds what it makes them of.
+"""What signals of chosen blocks have in common: which blocks, and what is refused about them.
 
 Blocks are counted from 1 to `TeacherInfo.layers`; 0 is the embedding.
 """
@@ -25,7 +25,6 @@ class LayerSignal(Signal):
         layers: numbers of blocks, rising.
     """
 
-    of_layers: ClassVar[bool] = True
     first_layer: ClassVar[int] = 1
     reductions: ClassVar[tuple[str, ...]]
 

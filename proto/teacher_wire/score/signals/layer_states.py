@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from teacher_wire.core.axes import Axis
-from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError, RequestError
 from teacher_wire.core.info import LAYER_BASIS, TeacherInfo
 from teacher_wire.core.signals import AnswerShape, Field
-from teacher_wire.core.tensor import DTYPES
 from teacher_wire.score.signals.chosen_layers import LayerSignal
 from teacher_wire.score.signals.hidden import blocks_of, outliers_of
 
@@ -108,5 +106,5 @@ class LayerStates(LayerSignal):
                 limit="|".join(map(str, info.basis_layers)),
             )
 
-    def held_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
-        return len(self.layers) * batch.rows * shape.hidden_size * DTYPES[shape.dtype][1]
+    def captured_numbers(self, shape: AnswerShape) -> int:
+        return len(self.layers) * shape.hidden_size

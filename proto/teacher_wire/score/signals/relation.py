@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from teacher_wire.core.axes import Axis
-from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import AnswerShape, Field
-from teacher_wire.core.tensor import DTYPES
 from teacher_wire.score.signals.chosen_layers import LayerSignal
 
 
@@ -38,6 +36,5 @@ class Relation(LayerSignal):
             Field(f"{name}_scale_T", Axis.TOKEN, "float16"),
         )
 
-    def held_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
-        values = batch.rows * shape.hidden_size + 3 * batch.tokens * shape.kv_width
-        return len(self.layers) * values * DTYPES[shape.dtype][1]
+    def captured_numbers(self, shape: AnswerShape) -> int:
+        return len(self.layers) * (shape.hidden_size + 3 * shape.kv_width)

@@ -138,7 +138,7 @@ class Shown:
 
 def shown_by(body: Any, ids_L: np.ndarray) -> Shown:
     """One sequence through the plain model under eager attention, with hooks."""
-    shown, handles = Shown(), []
+    shown, handles = Shown(), list[Any]()
     for number, block in enumerate(getattr(body, "layers", ()), 1):
         handles += _watch(shown, number, block)
     plain = body.config._attn_implementation
@@ -259,7 +259,7 @@ def weights(inputs: AttentionInputs, rows: slice, tokens: slice, position_R: np.
     if inputs.softcap:
         score_HRL = torch.tanh(score_HRL / inputs.softcap) * inputs.softcap
     back_RL = position_R[:, None] - np.arange(key_HLd.shape[1])[None, :]
-    seen_RL = (back_RL >= 0) & (back_RL < (inputs.window or len(back_RL[0]) + 1))
+    seen_RL = (back_RL >= 0) & (back_RL < (inputs.window or back_RL.shape[1] + 1))
     return score_HRL.masked_fill(torch.from_numpy(~seen_RL).to(score_HRL.device), -torch.inf).softmax(-1)
 
 

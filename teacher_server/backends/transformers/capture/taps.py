@@ -7,7 +7,7 @@ Axes: X computed slots, R wanted rows, T tokens of whole sequences, H query head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,16 @@ from teacher_server.signals.transfer import to_device
 
 class NotCapturableError(Exception):
     """This model does not show what is wished."""
+
+
+def captured_numbers(text: Any, wish: Wish) -> int:
+    """How many numbers are kept per token that is wanted, by a model's text configuration; figures of activations are not counted."""
+    numbers = len(wish.states) * int(text.hidden_size)
+    if wish.attention:
+        channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        numbers += len(wish.attention) * int(channels * (text.num_attention_heads + 3 * key_heads))  # keys twice
+    return numbers
 
 
 class Taps:
@@ -108,7 +118,7 @@ class Taps:
         Raises:
             NotCapturableError: a block has not been there.
         """
-        got = {"states": self._states, "attention": self._attention, "ffn": self._ffn}
+        got: dict[str, Mapping[int, Any]] = {"states": self._states, "attention": self._attention, "ffn": self._ffn}
         for name, found in got.items():
             missing = sorted(set(getattr(self.wish, name)) - set(found))
             if missing:
