@@ -65,6 +65,9 @@ class Projector(nn.Module):
         teacher_width: of the teacher's states before that.
     """
 
+    shift_D: Tensor
+    kept_D: Tensor
+
     def __init__(self, width: int, target: int, basis: Basis | None, teacher_width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, target, bias=False)
