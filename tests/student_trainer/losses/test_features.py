@@ -178,6 +178,24 @@ def test_the_gradients_of_pooled_maps_are_those_of_differences(kind):
     assert found.query_BLHd.grad.isfinite().all() and found.key_BLGd.grad.isfinite().all()  # of the row among sinks too
 
 
+@pytest.mark.parametrize("objective", ["pooled", "relation"])
+def test_maps_are_not_held_for_the_backward_pass(objective):
+    found, rows = attending(tokens=128), torch.arange(64, 128)
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        if objective == "pooled":
+            attention.pooled_logp(found, 0, rows, 128, 64)
+        else:
+            attention.relation_kl(found.value_BLGd[0].flatten(-2), noise(128, 6), rows, 2)
+    one_map = 64 * 128 * 8
+    assert sum(saved.values()) < one_map, "queries, keys and positions alone"
+
+
 def test_relations_are_minilms_and_need_no_equal_heads(monkeypatch):
     ours, theirs, rows = noise(12, 8, grad=True), noise(12, 16, seed=1), torch.tensor([2, 7, 11])
     assert attention.relation_heads(8, 16) == 8 and attention.relation_heads(6, 16) == 2

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from student_trainer.config.run import dump_config, parse_config
 from student_trainer.errors import ConfigError, RunError, StudentError
+from student_trainer.training import trainer as trainer_module
 from student_trainer.training.checks import all_findings
 from student_trainer.training.label_ahead import label
 from student_trainer.training.objective import Objective
@@ -22,6 +23,7 @@ from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
+from tests.student_trainer.model.test_cuda_graphs import Rerun, Rerunner
 from tests.student_trainer.training.test_train import adapter_hash, losses
 from tests.tiny import WORDS
 
@@ -169,6 +171,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path, monkeypatch):
     assert (broken / "layers.json").read_text() == (straight / "layers.json").read_text()
 
 
+def test_recorded_passes_carry_what_the_terms_read(run, monkeypatch):
+    model = {"lora": {"rank": 4}, "gradient_checkpointing": True}
+    plain = entries(run("plain", model=model, loss=ALL, data={"eval": []}))
+    original = DistillationTrainer.__init__
+
+    def with_recordings(self, config, student, *args, **kwargs):
+        student.is_graphed = True
+        original(self, config, student, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "CudaRecorder", Rerunner)
+    monkeypatch.setattr(trainer_module.cuda_graphs.GraphedBody.__init__, "__defaults__", (lambda: True, 2))
+    monkeypatch.setattr(DistillationTrainer, "__init__", with_recordings)
+    made = Rerun.made
+    recorded = entries(run("recorded", model=model, loss=ALL, data={"eval": []}))
+    assert Rerun.made > made
+    for one, other in zip(plain, recorded, strict=True):
+        one.pop("total_flos", None), other.pop("total_flos", None)  # padding counts too
+        assert other == pytest.approx(one, rel=2e-3)
+
+
 def test_layers_are_measured_before_and_after_and_drawn(run):
     folder = run("run", loss=ALL)
     found = json.loads((folder / "layers.json").read_text())
@@ -194,6 +216,19 @@ def test_labels_of_layers_can_be_fetched_ahead(run, teacher):
     folder = run("run", loss=ALL, data={"eval": []})
     assert cache_hits(folder) == [1.0] * 6
     assert teacher.calls == asked + 12  # the picture, of output labels none
+
+
+def test_sizes_of_requests_count_blocks_and_tokens(run, teacher):
+    """A reply of keys and values is larger than its rows say."""
+    loss = {"attention": {"weight": 1, "layers": [1], "objective": "relation"}}
+    found = all_findings(run.config("plain", data={"eval": []}), QUIET)
+    (size,) = (finding.what for finding in found if "reply bytes" in finding.what and "max_reply_mb" in finding.what)
+    teacher.max_reply_bytes = int(size.split("request of ")[1].split()[0].replace(",", "")) + 2000
+    plain = [finding for finding in all_findings(run.config("plain", data={"eval": []}), QUIET) if not finding.ok]
+    config = run.config("run", loss=loss, data={"eval": []})
+    bad = [finding for finding in all_findings(config, QUIET) if not finding.ok]
+    assert not plain and [finding.setting for finding in bad] == ["train.batch_size"]
+    assert "reply bytes by hidden+relation labels, above the teacher's max_reply_mb" in bad[0].what
 
 
 # ---------------------------------------------------------------- refusals
