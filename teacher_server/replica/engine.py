@@ -20,10 +20,11 @@ from typing import Any, cast
 import numpy as np
 
 from teacher_server import faults
-from teacher_server.backends import Backend, build_backend
+from teacher_server.backends import Backend
 from teacher_server.backends.base import OutsideBackend, WritingBackend
 from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
 from teacher_server.decoding.scheduler import Result
+from teacher_server.replica import features
 from teacher_server.replica.artifacts import ReplicaArtifacts
 from teacher_server.replica.description import description
 from teacher_server.replica.score_queue import Batcher, Job
@@ -34,14 +35,13 @@ from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import DeadlineError, OverloadedError, TeacherWireError, UnavailableError
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
-from teacher_wire.score import codec
 from teacher_wire.score.signals import spec_of
 
 log = logging.getLogger(__name__)
 
 _BATCHES = 2  # under way at once: one on the device, one behind it
 _RATE_MEMORY = 0.8  # of the measured tokens/s, a forward pass: about the last five count
-_ANSWER_BYTES = 1 << 30  # of labels that one batch may make, if no single reply is allowed more
+_ANSWER_BYTES = 1 << 30  # of labels and what they are made of, a batch, if no single reply is allowed more
 _PROBE_TENANT = "(probe)"
 
 
@@ -70,9 +70,9 @@ class TeacherEngine:
         on_observe: Callable[[str, float], None] | None = None,
     ) -> None:
         self._config = config
-        self._backend = backend or build_backend(config.backend, deterministic=config.deterministic)
-        answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
-        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=answer_bytes)
+        self._backend = features.ready(config, backend)
+        self._most_held = most = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
+        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=most)
         self._health = faults.Health(config.hang_s)
         self._probing: asyncio.Task[None] | None = None
         self._latencies = Latencies(on_observe)
@@ -129,7 +129,7 @@ class TeacherEngine:
         Raises:
             TeacherWireError: refused, overloaded, or failed; see `teacher_wire.core.errors`.
         """
-        answer_bytes = codec.check_call(call, self.info)
+        answer_bytes = features.held_bytes(call, self.info, self._most_held)
         self._health.refuse()
         now = time.monotonic()
         job_id = next(self._ids)

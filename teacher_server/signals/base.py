@@ -8,7 +8,8 @@ Axes: R rows at hand, C rows of a chunk, M named ids, V vocabulary, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Generic, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from teacher_server.signals import output
 from teacher_server.signals.captured import Captured, Wish
+from teacher_server.signals.features.basis import Projection
 from teacher_server.signals.transfer import to_device
 from teacher_wire.core.signals import Signal
 
@@ -34,6 +36,7 @@ class Rows:
             others are wanted: they are computed where they share a chunk with one of these.
         checked_R: bool on the host, rows to answer whose lse and logp(label) are sent; None sends those of every row.
         captured: what the spec's signals wished from inside the pass, for these rows; None if they wished nothing.
+        projections: by block, those that the model's states are projected on; empty if none were calibrated.
     """
 
     hidden_RD: Tensor
@@ -43,6 +46,7 @@ class Rows:
     kept_R: np.ndarray | None = None
     checked_R: np.ndarray | None = None
     captured: Captured | None = None
+    projections: Mapping[int, Projection] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -85,9 +89,7 @@ class Reduction(Generic[AnySignal]):
     """One signal of one answer, from the first chunk to the last; made anew for every answer."""
 
     needs_logits: ClassVar[bool] = True  # else `chunk` may not be called at all
-    captures: ClassVar[str] = (
-        ""  # the field of `Wish` that the kind needs: it is offered where the backend can capture that
-    )
+    captures: ClassVar[str] = ""  # the field of `Wish` that it needs: offered where the backend can capture that
 
     @classmethod
     def wish(cls, signal: AnySignal) -> Wish:

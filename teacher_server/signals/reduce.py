@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from teacher_server.signals import output
 from teacher_server.signals.base import Chunk, Reduction, Rows, masked
 from teacher_server.signals.captured import Wish, union
+from teacher_server.signals.features.attention import AttentionReduction
+from teacher_server.signals.features.ffn import FfnReduction
+from teacher_server.signals.features.layer_states import LayerStatesReduction
+from teacher_server.signals.features.relation import RelationReduction
 from teacher_server.signals.full import FullReduction
 from teacher_server.signals.hidden import HiddenReduction
 from teacher_server.signals.top_k import TopKReduction
@@ -31,6 +35,10 @@ REDUCTIONS: dict[str, type[Reduction[Any]]] = {
     "top_k": TopKReduction,
     "hidden": HiddenReduction,
     "full": FullReduction,
+    "layers": LayerStatesReduction,
+    "attention": AttentionReduction,
+    "relation": RelationReduction,
+    "ffn": FfnReduction,
 }
 
 

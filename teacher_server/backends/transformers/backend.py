@@ -10,7 +10,7 @@ Axes: N wanted rows, L tokens of a sequence, M named ids, V vocabulary, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,19 +26,22 @@ from teacher_server.backends.model_folder import find, fingerprint, refusals_of
 from teacher_server.backends.stopwatch import Stopwatch
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.transformers import decoder_runners, quantized
-from teacher_server.backends.transformers.capture import probe
+from teacher_server.backends.transformers.capture import calibration, hooks, probe
 from teacher_server.backends.transformers.capture.taps import captured_numbers
 from teacher_server.backends.transformers.decode_loop import ModelStepper
 from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
 from teacher_server.backends.transformers.groups import Asked, Group, Job, cuts_of, groups_of, sequences_of, wanted_of
 from teacher_server.config.backends import TransformersBackend as Config
+from teacher_server.config.features import FeaturesConfig
 from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.base import Rows
 from teacher_server.signals.captured import Captured, Wish, union
+from teacher_server.signals.features.basis import Projection, projections
 from teacher_server.signals.reduce import reduce, wish_of
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
+from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
 from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.axes import Entries
 from teacher_wire.core.batch import TokenBatch
@@ -130,10 +133,12 @@ class TransformersModel:
             self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
         log.info("model %s is run %s", config.model, self._body.name)
         self._decoder = logits.body_of(model)
-        self._tokenizer = tokenizer
-        self._end_ids = end_ids(model, tokenizer)
+        self._tokenizer, self._end_ids = tokenizer, end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
         artifacts, transports = offered(self._head, config.serve_head, captures)
+        width = hooks.kv_width(self._decoder) if "relation" in transports else 0
+        self._basis: Artifact | None = None
+        self._projections: Mapping[int, Projection] = {}
         self._facts = ModelFacts(
             model=config.model,
             fingerprint=digest,
@@ -145,9 +150,10 @@ class TransformersModel:
             hidden_size=columns,
             layers=text.num_hidden_layers,
             artifacts=artifacts,
-            transports=transports,
+            transports=tuple(kind for kind in transports if kind != "relation" or width),
             max_sequence_tokens=logits.position_limit(model_config),
             generates=self._generates(min(rows, len(tokenizer))),
+            kv_width=width,
         )
 
     @property
@@ -182,7 +188,11 @@ class TransformersModel:
         return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
 
     def artifact(self, wanted: ArtifactInfo) -> Artifact:
-        return self._head.artifact()
+        return self._basis if self._basis is not None and wanted == self._basis.info else self._head.artifact()
+
+    def calibrate(self, features: FeaturesConfig) -> None:
+        self._basis, self._facts = calibration.calibrated(features, self._facts, self._body, self._tokenizer)
+        self._projections = projections(LayerBasis.of(self._basis), self._device)
 
     def score(self, jobs: list[Job]) -> list[TeacherSignals]:
         return self.begin(jobs)()
@@ -274,7 +284,8 @@ class TransformersModel:
     ) -> None:
         labels_R = to_device(asked.labels_R, self._device).long()
         named_RM = None if asked.extra_RM is None else to_device(asked.extra_RM, self._device).long()
-        rows = Rows(hidden_RD, labels_R, named_RM, asked.sequence_R, asked.kept_R, asked.checked_R, captured)
+        about = (asked.sequence_R, asked.kept_R, asked.checked_R)
+        rows = Rows(hidden_RD, labels_R, named_RM, *about, captured, self._projections)
         reduce(self._head, rows, spec, self._chunk_bytes, into)
 
     def _host_rows(self, spec: SignalSpec, batches: list[TokenBatch]) -> HostRows:
@@ -283,7 +294,8 @@ class TransformersModel:
         return HostRows(Entries.totals(batches, axes), self._chunk_bytes)
 
     def _shape(self, spec: SignalSpec) -> AnswerShape:
-        return AnswerShape(spec.vocab_rows, self._facts.hidden_size, self._facts.dtype)
+        facts = self._facts
+        return AnswerShape(spec.vocab_rows, facts.hidden_size, facts.dtype, facts.kv_width)
 
     def _answers(
         self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: Stopwatch

@@ -163,3 +163,11 @@ def _on_ffn(block: Any, number: int, taps: Taps) -> Any:
         taps.routed_ffn(number, experts, _flat(x_XD), expert_XK, weight_XK)
 
     return experts.register_forward_pre_hook(routed, with_kwargs=True)
+
+
+def kv_width(body: Any) -> int:
+    """Channels of the keys of a block, and of its values; 0 where not all blocks have as many of both."""
+    modules = [getattr(block, "self_attn", None) for block in getattr(body, "layers", ())]
+    projections = [getattr(module, name, None) for module in modules for name in ("k_proj", "v_proj")]
+    widths = {getattr(projection, "out_features", 0) for projection in projections}
+    return int(widths.pop()) if len(widths) == 1 else 0
