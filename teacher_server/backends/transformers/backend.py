@@ -284,9 +284,8 @@ class TransformersModel:
     ) -> None:
         labels_R = to_device(asked.labels_R, self._device).long()
         named_RM = None if asked.extra_RM is None else to_device(asked.extra_RM, self._device).long()
-        rows = Rows(
-            hidden_RD, labels_R, named_RM, asked.sequence_R, asked.kept_R, asked.checked_R, captured, self._projections
-        )
+        about = (asked.sequence_R, asked.kept_R, asked.checked_R)
+        rows = Rows(hidden_RD, labels_R, named_RM, *about, captured, self._projections)
         reduce(self._head, rows, spec, self._chunk_bytes, into)
 
     def _host_rows(self, spec: SignalSpec, batches: list[TokenBatch]) -> HostRows:

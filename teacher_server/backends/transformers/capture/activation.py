@@ -36,9 +36,12 @@ def sorted_means(u_RF: Tensor) -> Tensor:
     bounds = [(i * width // QUANTILES, (i + 1) * width // QUANTILES) for i in range(QUANTILES)]
     made = []
     for part in u_RF.split(_SORTED_ROWS):
-        size_CF = part.float().abs()
-        size_CF = (size_CF / size_CF.sum(-1, keepdim=True).clamp_min(1e-30)).sort(dim=-1, descending=True).values
-        made.append(torch.stack([size_CF[:, start : max(stop, start + 1)].mean(-1) for start, stop in bounds], dim=-1))
+        size_CF = (
+            part.bfloat16() if part.element_size() == 1 else part
+        ).abs()  # a radix sort of 16 bits costs half of one of 32
+        size_CF = size_CF.sort(dim=-1, descending=True).values.float()
+        means = [size_CF[:, start : max(stop, start + 1)].mean(-1) for start, stop in bounds]
+        made.append(torch.stack(means, dim=-1) / size_CF.sum(-1, keepdim=True).clamp_min(1e-30))
     return torch.cat(made)
 
 
