@@ -57,6 +57,7 @@ def make_model(
             "sliding_window": 64,
         },
         "cohere": {"logit_scale": 0.25},
+        "qwen3": {"head_dim": hidden // 4},
         "granite": {"logits_scaling": 4.0},
         "granitemoe": {"logits_scaling": 4.0, "num_local_experts": 4, "num_experts_per_tok": 2},
         "cohere2": {"logit_scale": 0.25, "sliding_window": 64},

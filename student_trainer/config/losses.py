@@ -6,17 +6,38 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from student_trainer.config.features import (
+    AttentionLossConfig,
+    FeatureConfig,
+    FfnLossConfig,
+    HiddenLossConfig,
+    with_preset,
+)
 from student_trainer.config.fields import Fraction, Positive
 from student_trainer.config.files import Settings
 
 
 class ScheduleConfig(Settings):
-    """A number that changes with the optimizer step (algorithms.md 11)."""
+    """A number that changes with the optimizer step (algorithms.md 11).
+
+    Attributes:
+        kind: how it goes from `start` to `end`.
+        start, end: its values.
+        steps: optimizer steps from start to end; or
+        share: of the run's steps.
+    """
 
     kind: Literal["constant", "linear", "cosine", "exponential"] = "linear"
     start: Annotated[float, Field(gt=0)]
     end: Annotated[float, Field(gt=0)]
-    steps: Positive
+    steps: Positive | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ScheduleConfig:
+        if (self.steps is None) == (self.share is None):
+            raise ValueError("a schedule needs steps or share: set exactly one of them")
+        return self
 
 
 class OutputLossConfig(Settings):
@@ -50,16 +71,24 @@ class LossConfig(Settings):
         sft_weight: of the cross-entropy with the data's own tokens. 0.5 beside a distillation term if left out, which did better than either
             term alone on rows whose answers are good (docs/results.md); set 0 where the answers are the teacher's own or poor.
         chunk_mb: bound on logits held at a time.
+        hidden, attention, ffn: terms on what happens inside the layers, or null (docs/layers.md). They need `output`.
+        preset: `article` stands for the numbers of the article that the project started from; what is written beside it wins.
     """
 
     output: OutputLossConfig | None = OutputLossConfig()
     sft_weight: Annotated[float, Field(ge=0)] = 0.5
     chunk_mb: Positive = 1024
+    hidden: HiddenLossConfig | None = None
+    attention: AttentionLossConfig | None = None
+    ffn: FfnLossConfig | None = None
+    preset: Literal["article"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _distil_or_say(cls, value: Any) -> Any:
         """Without a distillation term the weight must be said: half a loss is nobody's default."""
+        if isinstance(value, dict):
+            value = with_preset(value)
         if isinstance(value, dict) and "output" in value and value["output"] is None:
             return {"sft_weight": 0.0, **value}
         return value
@@ -68,4 +97,17 @@ class LossConfig(Settings):
     def _something(self) -> LossConfig:
         if self.output is None and self.sft_weight == 0:
             raise ValueError("nothing to learn: set output, or sft_weight above 0")
+        for name in self.features:
+            if self.output is None:
+                raise ValueError(
+                    f"{name} needs output, in whose requests its labels come: set output, whose weight may be small, or {name} to null"
+                )
         return self
+
+    @property
+    def features(self) -> dict[str, FeatureConfig]:
+        """The sections on layers that are on, by name."""
+        sections: dict[str, FeatureConfig | None] = {
+            "hidden": self.hidden, "attention": self.attention, "ffn": self.ffn,
+        }  # fmt: skip
+        return {name: section for name, section in sections.items() if section is not None and section.weight > 0}

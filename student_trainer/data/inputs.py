@@ -17,13 +17,14 @@ from rich.markup import escape
 from student_trainer.config.data import DataConfig, SourceConfig
 from student_trainer.config.run import TOKENS, TrainConfig
 from student_trainer.data.batch_plan import RunOrder
-from student_trainer.data.dataset import TokenizedDataset, build_dataset
+from student_trainer.data.dataset import Example, TokenizedDataset, build_dataset
 from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, write_bad_rows
 from student_trainer.data.rows.sources import DataSource, parse_source
 from student_trainer.data.text.clock import Clock
 from student_trainer.data.token_cache import TokenCache
 from student_trainer.data.trace_rows import TraceTasks
 from student_trainer.errors import ConfigError
+from teacher_wire.core.axes import BLOCK_POSITIONS, Axis
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec
 
@@ -151,11 +152,21 @@ def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
 def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset, indices: Iterable[int]) -> int:
     """About what the labels of these rows take in the cache."""
     examples = [data[index].example for index in indices]
-    rows = sum(int(example.loss_mask.sum()) for example in examples)
     tokens = sum(example.token_ids.size for example in examples)
-    return (
-        rows * spec.row_bytes(info.hidden_size, info.value_bytes) + tokens * _TOKEN_BYTES + len(examples) * _FILE_BYTES
-    )
+    answers = sum(answer_bytes(info, spec, example) for example in examples)
+    return answers + tokens * _TOKEN_BYTES + len(examples) * _FILE_BYTES
+
+
+def answer_bytes(info: TeacherInfo, spec: SignalSpec, example: Example) -> int:
+    """Payload bytes of a teacher's answer about one row, at most."""
+    rows = int(example.loss_mask.sum())
+    bytes_ = rows * spec.row_bytes(info.hidden_size, info.value_bytes)
+    uneven = [part for part in spec.fields_of(info) if part.axis in (Axis.BLOCK, Axis.TOKEN)]
+    if not uneven:
+        return bytes_
+    tokens = example.token_ids.size  # each row sees no more blocks than the last
+    most = {Axis.BLOCK: rows * (-(-tokens // BLOCK_POSITIONS)), Axis.TOKEN: tokens}
+    return bytes_ + sum(most[part.axis] * part.entry_bytes for part in uneven)
 
 
 def source_of(config: SourceConfig) -> DataSource:

@@ -21,7 +21,7 @@ from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import AnswerShape, Signal, SignalSpec, TeacherSignals
 from teacher_wire.core.tensor import FLOATS, Tensor
-from teacher_wire.score.signals import Full, Hidden, TopK
+from teacher_wire.score.signals import Attention, Full, Hidden, LayerStates, TopK
 
 # Probabilities that must sum to 1, and figures computed twice: float32 log-sums over bf16 logits (algorithms.md 3.6).
 MASS_TOLERANCE = 1e-3
@@ -125,6 +125,26 @@ def _check_hidden(signals: TeacherSignals, signal: Hidden, batch: TokenBatch, re
         report.refuse(top_N >= width, "outlier_ids", "a channel outside the state", top_N, width - 1)
 
 
+def _check_layers(signals: TeacherSignals, signal: LayerStates, batch: TokenBatch, report: Reporter) -> None:
+    _check_finite(signals, signal, batch, report)
+    for layer in signal.layers if signal.reduction == "int8" else ():
+        name = f"layer{layer}_outlier_ids"
+        top_N = signals[f"{name}_NO"].array.max(-1)
+        width = signals[f"layer{layer}_int8_ND"].shape[1]
+        report.refuse(top_N >= width, name, "a channel outside the state", top_N, width - 1)
+
+
+def _check_attention(signals: TeacherSignals, signal: Attention, batch: TokenBatch, report: Reporter) -> None:
+    _check_finite(signals, signal, batch, report)
+    for name in sorted(report.names_of(signal)):
+        mass_K = signals[name].array
+        bad_K = (mass_K < 0) | (mass_K > 1 + MASS_TOLERANCE)
+        report.refuse(bad_K, name, "not a probability", mass_K, "0..1", axis=axis_of(name))
+        starts_N = report.entries.before(axis_of(name))[:-1]
+        sum_N = np.add.reduceat(mass_K.astype(np.float32), starts_N)  # half a unit of float16 a block is rounding
+        report.refuse(sum_N > 1 + MASS_TOLERANCE, name, "a row's blocks hold more than all of it", sum_N, 1)
+
+
 def _check_top_k(signals: TeacherSignals, signal: TopK, batch: TokenBatch, report: Reporter) -> None:
     ids_NK = signals["topk_ids_NK"].array
     lse_N, label_N, tail_N = signals.lse_N.array, signals.label_logp_N.array, signals["tail_logp_N"].array
@@ -224,4 +244,6 @@ CHECKS: dict[str, Callable[[TeacherSignals, Any, TokenBatch, Reporter], None]] =
     TopK.kind: _check_top_k,
     Hidden.kind: _check_hidden,
     Full.kind: _check_full,
+    LayerStates.kind: _check_layers,
+    Attention.kind: _check_attention,
 }

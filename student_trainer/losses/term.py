@@ -12,11 +12,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.rows import TeacherRows
 from teacher_wire.core.signals import Signal
+
+
+@dataclass(frozen=True, order=True)
+class FfnTap:
+    """How much the FFN of a block works: [B, L, 1], the energy of what enters its `down_proj` (`features.ffn.energy`), float32.
+
+    Attributes:
+        block: from 1.
+        quantiles: [B, L, 17], the profile (`features.ffn.profile`) behind the energy.
+    """
+
+    block: int
+    quantiles: bool = False
+
+
+Tap = int | FfnTap  # a number taps the output of a block
+
+
+def block_of(tap: Tap) -> int:
+    """Its block; 0 for the embedding."""
+    return tap if isinstance(tap, int) else tap.block
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +47,12 @@ class StudentOutputs:
 
     Attributes:
         final_BLD: states after the final norm, as the output head reads them.
-        taps: by number, the outputs [B, L, D] of the blocks that were asked for, before any norm; 0 is the embedding, the input of
-            block 1. In the dtype of the residual stream. Gradients flow through them.
+        taps: what was asked for. By number the outputs [B, L, D] of blocks, before any norm; 0 is the embedding, the input of
+            block 1. In the dtype of the residual stream. By `FfnTap` as it says. Gradients flow through them.
     """
 
     final_BLD: Tensor
-    taps: Mapping[int, Tensor] = field(default_factory=dict)
+    taps: Mapping[Tap, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them: the final states, then the taps in their order."""
@@ -42,11 +64,11 @@ class TeacherLabels:
     """A teacher's answer about a micro-batch, on the student's device.
 
     Attributes:
-        output: its rows over the vocabulary, as the output losses read them.
+        output: its rows over the vocabulary, as the output losses read them; None where none were asked for.
         named: every tensor of the answer by its name on the wire, such as "hidden_ND".
     """
 
-    output: TeacherRows
+    output: TeacherRows | None
     named: Mapping[str, Tensor]
 
 
@@ -58,11 +80,14 @@ class SupervisedRows:
         index_N: int64, on the student's device: where they are in the flattened batch [B * L].
         labels_N: int64, on the host: the tokens they describe.
         weights_N: float32, on the host: of their losses, at least 0.
+        position_N, sequence_N: int64, on the host: where they are in their sequence, and which of the B it is; None where no term asks.
     """
 
     index_N: Tensor
     labels_N: Tensor
     weights_N: Tensor
+    position_N: np.ndarray | None = None
+    sequence_N: np.ndarray | None = None
 
     def of(self, states_BLD: Tensor) -> Tensor:
         """[N, D], these rows of the student's states."""
@@ -75,11 +100,11 @@ class Needs:
 
     Attributes:
         signals: of the teacher, as requests ask for them.
-        taps: numbers of the student's blocks, as in `StudentOutputs.taps`.
+        taps: of the student's blocks, as in `StudentOutputs.taps`.
     """
 
     signals: tuple[Signal, ...] = ()
-    taps: tuple[int, ...] = ()
+    taps: tuple[Tap, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from student_trainer.errors import ConfigError
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.term import LossTerm, Mean, StudentOutputs, SupervisedRows, TeacherLabels
+from student_trainer.losses.term import (
+    FfnTap,
+    LossTerm,
+    Mean,
+    StudentOutputs,
+    SupervisedRows,
+    Tap,
+    TeacherLabels,
+    block_of,
+)
 from teacher_wire.core.signals import Signal
 
 
@@ -59,9 +68,10 @@ def total(
     return Total(loss, parts, tuple(evidence))
 
 
-def taps_of(terms: Sequence[LossTerm]) -> tuple[int, ...]:
-    """The blocks that any of the terms needs, in their order."""
-    return tuple(sorted({tap for term in terms for tap in term.needs().taps}))
+def taps_of(terms: Sequence[LossTerm]) -> tuple[Tap, ...]:
+    """What any of the terms taps, by block; outputs of blocks first."""
+    taps = {tap for term in terms for tap in term.needs().taps}
+    return tuple(sorted(taps, key=lambda tap: (isinstance(tap, FfnTap), block_of(tap), tap)))
 
 
 def signals_of(terms: Sequence[LossTerm]) -> tuple[Signal, ...]:
@@ -92,7 +102,8 @@ def check_needs(terms: Sequence[LossTerm], teacher: str | None, offered: Collect
                     f"loss.{term.name}: needs the signal {signal.kind}, which teacher {teacher!r} does not give; it gives "
                     f"{', '.join(sorted(offered)) or 'none'}"
                 )
-        outside = [tap for tap in needs.taps if not 0 <= tap <= blocks]
+        inside = range(blocks + 1)  # an FFN's from 1: the embedding has none
+        outside = [block_of(tap) for tap in needs.taps if block_of(tap) not in inside[isinstance(tap, FfnTap) :]]
         if outside:
             raise ConfigError(
                 f"loss.{term.name}: taps block {outside[0]} of the student, whose blocks are 1..{blocks} (0: the embedding)"

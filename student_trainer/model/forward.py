@@ -1,7 +1,8 @@
 """A pass of the student: the states that its head reads, and on request the outputs of single blocks.
 
-In: token ids; out: `StudentOutputs`. The body runs without its output head: logits are made in chunks inside the loss. A block is
-tapped from outside its call, so that compiled layers, recorded passes and gradient checkpointing stay as they are.
+In: token ids; out: `StudentOutputs`. The body runs without its output head: logits are made in chunks inside the loss. A block's output is
+tapped from outside its call, so that compiled layers, recorded passes and gradient checkpointing stay as they are. What enters its FFN's
+`down_proj` is inside: a block that is tapped there runs as it is, not compiled, in recorded passes too.
 Must never change what a pass computes: with taps and without, the same bits.
 
 Axes: B sequences, L padded length, D width.
@@ -13,21 +14,24 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
 from student_trainer.errors import ModelError
-from student_trainer.losses.term import StudentOutputs
+from student_trainer.losses.features import ffn
+from student_trainer.losses.term import FfnTap, StudentOutputs, Tap, block_of
 
 
 class StudentForward(Protocol):
     """A pass, computed anew (`Student.forward`) or replayed (`speed.cuda_graphs.GraphedBody`)."""
 
-    def __call__(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+    def __call__(self, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
         """See `run_body`."""
 
 
-def run_body(body: Any, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+def run_body(body: Any, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
     """States of right-padded sequences, with gradients if they are on.
 
     No mask is needed, since attention is causal: a token sees nothing of what stands behind it. And without one the fast
@@ -36,12 +40,12 @@ def run_body(body: Any, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> Stude
     Args:
         body: the part of a causal model that makes states.
         input_ids_BL: int64, on the body's device.
-        taps: numbers of blocks, 1 for the first; 0 for the embedding.
+        taps: numbers of blocks, 1 for the first; 0 for the embedding; or `FfnTap`.
 
     Raises:
         ModelError: an architecture whose blocks cannot be tapped, or a number that is none of them.
     """
-    taken: dict[int, Tensor] = {}
+    taken: dict[Tap, Tensor] = {}
     with _one_sequence_a_row(), _tapped(body, taps, taken):
         final_BLD = body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
     return StudentOutputs(final_BLD, {tap: _taken(body, taken, tap, final_BLD) for tap in taps})
@@ -66,7 +70,7 @@ def blocks_of(body: Any) -> nn.ModuleList:
 class _Tapped(nn.Module):
     """Stands in the place of a block for one pass, and keeps what the block reads and gives."""
 
-    def __init__(self, block: nn.Module, number: int, taps: Sequence[int], taken: dict[int, Tensor]) -> None:
+    def __init__(self, block: nn.Module, number: int, taps: Sequence[Tap], taken: dict[Tap, Tensor]) -> None:
         super().__init__()
         self.training = block.training
         # Not as a child: what looks at parameters or modules meanwhile must not find them twice.
@@ -80,30 +84,79 @@ class _Tapped(nn.Module):
         """What the block gives."""
         if self.number == 1 and 0 in self.taps:
             self._keep(0, args[0] if args else kwargs["hidden_states"])
-        output = self.block(*args, **kwargs)
+        inside = [tap for tap in self.taps if isinstance(tap, FfnTap) and tap.block == self.number]
+        if inside:
+            output, *found = _with_ffn(self.block, tuple(tap.quantiles for tap in inside), args, kwargs)
+            for tap, figures_BLX in zip(inside, found, strict=True):
+                self._keep(tap, figures_BLX)
+        else:
+            output = self.block(*args, **kwargs)
         if self.number in self.taps:
             self._keep(self.number, output[0] if isinstance(output, tuple) else output)
         return output
 
-    def _keep(self, tap: int, state_BLD: Tensor) -> None:
+    def _keep(self, tap: Tap, state_BLD: Tensor) -> None:
         if tap in self.taken:
             raise ModelError(
-                f"block {tap} of the student runs more than once in a pass, so its output is not one tensor"
+                f"block {block_of(tap)} of the student runs more than once in a pass, so its output is not one tensor"
             )
         self.taken[tap] = state_BLD
 
 
+def down_projection(block: nn.Module) -> nn.Module:
+    """The module that reads the activation of a block's FFN.
+
+    Raises:
+        ModelError: there is no one such module, as with experts.
+    """
+    found = getattr(getattr(block, "mlp", None), "down_proj", None)
+    if not isinstance(found, nn.Module):
+        raise ModelError(
+            f"{type(block).__name__} has no mlp.down_proj: its FFN cannot be tapped, so no loss.ffn is possible with this student"
+        )
+    return found
+
+
+def _with_ffn(block: nn.Module, quantiles: Sequence[bool], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a block gives, then what `FfnTap` says, [B, L, 1 or 17] each. The block runs plainly, checkpointed if it is told to be.
+
+    The hook lives inside the checkpointed function, so that the second computation is the first one again.
+    """
+    down = down_projection(block)
+
+    def run(*args: Any) -> Any:
+        found: list[Tensor] = []
+
+        def read(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            energy_BL1 = ffn.energy(given[0]).unsqueeze(-1)
+            found.extend(torch.cat([energy_BL1, ffn.profile(given[0])], -1) if q else energy_BL1 for q in quantiles)
+
+        handle = down.register_forward_pre_hook(read)
+        try:
+            output = nn.Module.__call__(block, *args, **kwargs)
+        finally:
+            handle.remove()
+        return output, *found
+
+    if not (getattr(block, "gradient_checkpointing", False) and block.training):
+        return run(*args)
+    kwargs = kwargs | {name: None for name in ("past_key_values", "layer_past") if name in kwargs}
+    is_recorded = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()  # then nothing draws numbers
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=not is_recorded)
+
+
 @contextlib.contextmanager
-def _tapped(body: Any, taps: Sequence[int], taken: dict[int, Tensor]) -> Iterator[None]:
+def _tapped(body: Any, taps: Sequence[Tap], taken: dict[Tap, Tensor]) -> Iterator[None]:
     if not taps:
         yield
         return
     blocks = blocks_of(body)._modules
     plain = dict(blocks)
-    places = sorted({max(tap, 1) for tap in taps})
-    if min(taps) < 0 or places[-1] > len(plain):
+    numbers = [block_of(tap) for tap in taps]
+    places = sorted({max(number, 1) for number in numbers})
+    if min(numbers) < 0 or places[-1] > len(plain):
         raise ModelError(
-            f"taps must lie in 0..{len(plain)}, the embedding and the blocks of the student, not {list(taps)}"
+            f"taps must lie in 0..{len(plain)}, the embedding and the blocks of the student, not {numbers}"
         )
     try:
         for place in places:
@@ -115,11 +168,12 @@ def _tapped(body: Any, taps: Sequence[int], taken: dict[int, Tensor]) -> Iterato
         blocks.update(plain)
 
 
-def _taken(body: Any, taken: dict[int, Tensor], tap: int, final_BLD: Tensor) -> Tensor:
-    if tap not in taken or taken[tap].shape != final_BLD.shape:
+def _taken(body: Any, taken: dict[Tap, Tensor], tap: Tap, final_BLD: Tensor) -> Tensor:
+    dims = 2 if isinstance(tap, FfnTap) else 3
+    if tap not in taken or taken[tap].shape[:dims] != final_BLD.shape[:dims]:
         found = f"gives {list(taken[tap].shape)}" if tap in taken else "was not run"
         raise ModelError(
-            f"block {tap} of {type(body).__name__} {found} where {list(final_BLD.shape)} was expected: its layers cannot be tapped"
+            f"block {block_of(tap)} of {type(body).__name__} {found} where {list(final_BLD.shape)} was expected: its layers cannot be tapped"
         )
     return taken[tap]
 

@@ -25,7 +25,7 @@ from student_trainer.config.model import ModelConfig
 from student_trainer.data.text.tokenizer_file import load_tokenizer
 from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head
-from student_trainer.losses.term import StudentOutputs
+from student_trainer.losses.term import StudentOutputs, Tap
 from student_trainer.model import adapters, internlm, logit_probe, precision
 from student_trainer.model.forward import run_body
 from student_trainer.model.limits import position_limit
@@ -53,6 +53,7 @@ class Outline:
         device: where it is.
         embedding_rows: ids that can be read by it.
         positions: longest sequence it has positions for; None if its architecture knows no such limit.
+        blocks: how many decoder blocks it has.
     """
 
     tokenizer: Any
@@ -60,6 +61,7 @@ class Outline:
     device: torch.device
     embedding_rows: int
     positions: int | None
+    blocks: int = 0
 
 
 @dataclass
@@ -123,9 +125,9 @@ class Student:
         """V, rows of the output head."""
         return int(self.causal_lm.get_output_embeddings().weight.shape[0])
 
-    def forward(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+    def forward(self, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
         """A pass over right-padded sequences, with gradients if training (`forward.run_body`)."""
-        with self._autocast():
+        with self.computing():
             outputs = run_body(self.body, input_ids_BL, taps)
         if self.narrowed is None:
             return outputs
@@ -136,7 +138,8 @@ class Student:
         """[B, L, D] after the final norm; see `forward`."""
         return self.forward(input_ids_BL).final_BLD
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        """What its passes are computed under: autocast, if float32 weights compute in a narrower dtype."""
         if self.narrowed is None:
             return contextlib.nullcontext()
         # No cache: each weight is read once a pass, and a recorded pass must not find casts of another.
@@ -169,7 +172,7 @@ class Student:
         dtype = self.narrowed or next(model.parameters()).dtype
 
         def own(ids_BL: Tensor) -> Tensor:
-            with self._autocast():
+            with self.computing():
                 return model(input_ids=ids_BL, use_cache=False).logits
 
         logit_probe.check_logits(model, own, self.states, self.head(self.vocab_rows), config.path, dtype)
@@ -268,6 +271,7 @@ def _outline(tokenizer: Any, causal_lm: Any, device: torch.device) -> Outline:
         device,
         logit_probe.embedding_rows(causal_lm),
         position_limit(causal_lm.config.get_text_config()),
+        int(getattr(causal_lm.config.get_text_config(), "num_hidden_layers", 0)),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.batch_plan import RunOrder, by_length
 from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.data.inputs import answer_bytes
 from student_trainer.findings import Finding
 from student_trainer.teachers.session import TeacherSession
 from teacher_wire.core.signals import SignalSpec
@@ -41,9 +42,9 @@ def _check_groups(
     setting: str,
 ) -> Iterator[Finding]:
     tokens = [row.example.token_ids.size for row in data]
-    rows = [int(row.example.loss_mask.sum()) for row in data]
-    limits, row_bytes = session.info.limits, spec.row_bytes(session.info.hidden_size, session.info.value_bytes)
-    reply = max(sum(rows[index] for index in group) for group in groups) * row_bytes
+    replies = [answer_bytes(session.info, spec, row.example) for row in data]
+    limits = session.info.limits
+    reply = max(sum(replies[index] for index in group) for group in groups)
     most_tokens = max(sum(tokens[index] for index in group) for group in groups)
     for what, value, limit, whose in (
         ("sequences", max(map(len, groups)), limits.max_request_sequences, "the teacher's max_request_sequences"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from student_trainer.config.features import FeatureConfig
 from student_trainer.config.losses import LossConfig, OutputLossConfig, ScheduleConfig
 from student_trainer.config.teachers import LabelConfig
 from student_trainer.findings import Finding
@@ -26,11 +27,33 @@ def check_loss(loss: LossConfig, labels: LabelConfig) -> Iterator[Finding]:
         for temperature in (schedule.start, schedule.end):
             check_temperature(labels.transport, temperature, output.tempered_head)
     except ValueError as error:
-        yield Finding.bad("loss.output", f"loss.output: {error}")
+        setting = f"loss.preset={loss.preset}: loss.output" if loss.preset else "loss.output"
+        yield Finding.bad("loss.output", f"{setting}: {error}")
         return
     yield Finding.good(
         "loss.output", f"{output.divergence} can be computed from {labels.transport} labels", advice(divergence) or ""
     )
+
+
+def check_anneal(loss: LossConfig, run_steps: int) -> Iterator[Finding]:
+    """Whether weights that fall to 0 get there within the run."""
+    for name, section in loss.features.items():
+        steps = section.anneal.steps if section.anneal else None
+        if steps is None:
+            continue
+        setting = f"loss.{name}.anneal.steps"
+        if steps > run_steps:
+            what = f"{setting}={steps} is longer than the run of {run_steps:,} steps, so its weight would not reach 0"
+            yield Finding.bad(setting, what, f"at most {run_steps}, or anneal: {{share: 1}}")
+        else:
+            yield Finding.good(setting, f"{setting}={steps} ends within the run")
+
+
+def anneal_steps(section: FeatureConfig, run_steps: int) -> int:
+    """Optimizer steps until the weight of a term is 0; 0 if it stays."""
+    if section.anneal is None:
+        return 0
+    return section.anneal.steps or max(1, round((section.anneal.share or 1) * run_steps))
 
 
 def is_softened(loss: LossConfig) -> bool:
@@ -47,11 +70,12 @@ def divergence_of(output: OutputLossConfig) -> Divergence:
     return Divergence(output.divergence, output.beta, alpha, output.normalization)
 
 
-def temperature_of(output: OutputLossConfig) -> Schedule:
-    """The temperature as a function of the step."""
+def temperature_of(output: OutputLossConfig, run_steps: int = 1) -> Schedule:
+    """The temperature as a function of the step; `run_steps`, of the whole run, decide how long one takes that is a share of them."""
     temperature = output.temperature
     if isinstance(temperature, ScheduleConfig):
-        return Schedule(temperature.kind, temperature.start, temperature.end, temperature.steps)
+        steps = temperature.steps or max(1, round((temperature.share or 1) * run_steps))
+        return Schedule(temperature.kind, temperature.start, temperature.end, steps)
     return Schedule("constant", temperature, temperature, 1)
 
 

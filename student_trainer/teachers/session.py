@@ -7,7 +7,7 @@ the setting: the handshake, the choice of signals, the output head, and one smal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from rich.console import Console
@@ -22,14 +22,16 @@ from student_trainer.labels.rows_on_device import head_on
 from student_trainer.labels.service import LabelService
 from student_trainer.losses.head import Head
 from student_trainer.model.load import Outline
-from student_trainer.teachers.artifact_cache import fetch_head
+from student_trainer.teachers.artifact_cache import fetch_artifact, fetch_head
 from student_trainer.teachers.choose import measured_by
 from student_trainer.teachers.connect import Connection
+from student_trainer.teachers.features import FeaturePlan, plan_features
 from student_trainer.teachers.handshake import StudentFacts, agree, shared_rows
 from student_trainer.teachers.loss_checks import check_loss
 from student_trainer.teachers.trial import choose_labels, try_labels
+from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
 from teacher_wire.core.errors import TeacherWireError
-from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.info import LAYER_BASIS, TeacherInfo
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
@@ -48,6 +50,7 @@ class TeacherSession:
         measuring: the signal to measure KL with, exact where the teacher offers one; None without held-out data.
         head: its output head on the student's device, if one of the signals needs it.
         service: where its labels are asked for and kept.
+        features: what is learned from its layers, whose signals `spec` asks for too; None if nothing is.
     """
 
     connection: Connection
@@ -58,6 +61,7 @@ class TeacherSession:
     measuring: SignalSpec | None
     head: Head | None
     service: LabelService
+    features: FeaturePlan | None = None
 
 
 def open_sessions(
@@ -160,12 +164,20 @@ class _Opening:
                 spec = self._agree(info, labels, f"loss.output ({output.divergence})")
             if spec is None:
                 return None
+            features = None
+            if self.config.loss.features:
+                features = await self._features(client, info, spec.vocab_rows)
+                if features is None:
+                    return None
+                spec = replace(spec, signals=(*spec.signals, *features.signals.values()))
             head = None
             if not self.only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
                 head = await self._head(client, info, spec)
             await try_labels(partial(self.service.source, info, connect=lambda: client), spec, self.data)
             self._tell(info, spec)
-            return TeacherSession(self.connection, info, spec.vocab_rows, labels, spec, measuring, head, self.service)
+            return TeacherSession(
+                self.connection, info, spec.vocab_rows, labels, spec, measuring, head, self.service, features
+            )
 
     def _agree(self, info: TeacherInfo, labels: LabelConfig, asked_by: str) -> SignalSpec | None:
         return agree(
@@ -188,6 +200,27 @@ class _Opening:
             )
             self.findings.add([Finding.good("labels.transport", "held-out rows are measured without a KL", advice)])
         return spec
+
+    async def _features(self, client: TeacherClient, info: TeacherInfo, vocab_rows: int) -> FeaturePlan | None:
+        """What is asked of the teacher's layers, and the basis that their states travel in; None if a finding says why it cannot be."""
+        loss = self.config.loss
+        plan = self.findings.attempt(
+            "loss",
+            lambda: plan_features(loss, info, vocab_rows, self.student.blocks),
+            f"teacher {info.name!r} gives what {', '.join(f'loss.{name}' for name in loss.features)} ask for",
+        )
+        if plan is None or self.only_stores or not plan.needs_basis:
+            return plan
+        with self.console.status(f"fetching the basis of the layers of {info.name}"):
+            fetched = await fetch_artifact(
+                client,
+                info,
+                info.artifact(LAYER_BASIS),
+                self.config.run.cache_dir,
+                on_trouble=self.on_disk_trouble,
+                max_bytes=round(self.config.cache.heads_gb * 2**30),
+            )
+        return replace(plan, basis=LayerBasis.of(fetched))
 
     async def _head(self, client: TeacherClient, info: TeacherInfo, spec: SignalSpec) -> Head:
         with self.console.status(f"fetching the output head of {info.name}"):

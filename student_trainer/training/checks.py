@@ -24,7 +24,7 @@ from student_trainer.model.load import Outline, load_outline
 from student_trainer.model.precision import check_trained_in
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.limits import check_sizes
-from student_trainer.teachers.loss_checks import check_loss
+from student_trainer.teachers.loss_checks import check_anneal, check_loss
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.reporting.trackers import make_trackers
@@ -103,6 +103,7 @@ def check_rows(
         lambda: check_data(student, config.model.path, data, held_out),
         "the model knows all ids and positions of the rows",
     )
+    yield from check_anneal(config.loss, order_of(config, data).steps)
 
 
 def check_requests(

@@ -24,7 +24,7 @@ from student_trainer.labels.device_transfer import ahead
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses.head import Head
 from student_trainer.losses.output.term import OutputTerm
-from student_trainer.losses.term import LossTerm, StudentOutputs, SupervisedRows, TeacherLabels
+from student_trainer.losses.term import LossTerm, StudentOutputs, SupervisedRows, Tap, TeacherLabels
 from student_trainer.losses.total import Total, taps_of, total
 from student_trainer.model.forward import StudentForward
 from student_trainer.model.load import Student
@@ -86,7 +86,7 @@ class Learner(nn.Module):
     def device(self) -> torch.device:
         return next(self.student.parameters()).device
 
-    def plain(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+    def plain(self, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
         """A pass that is computed anew."""
         with self._autocast():
             return self._loaded.forward(input_ids_BL, taps)
@@ -99,7 +99,8 @@ class Learner(nn.Module):
         device = self.device
         moved = ahead({"index_N": batch.index_N, "input_ids_BL": batch.input_ids_BL}, device)
         labels = None if batch.labels is None else self._labels(batch)
-        rows = SupervisedRows(moved["index_N"], batch.labels_N, batch.weights_N)
+        sequence_N, position_N = divmod(batch.index_N.numpy(), batch.input_ids_BL.shape[1])
+        rows = SupervisedRows(moved["index_N"], batch.labels_N, batch.weights_N, position_N, sequence_N)
         outputs = self.passes(moved["input_ids_BL"], self._taps)
         return total(self._terms, outputs, labels, rows, normalizer, step)
 

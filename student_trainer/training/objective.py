@@ -15,7 +15,9 @@ from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.output.term import OutputTerm
 from student_trainer.losses.term import LossTerm
 from student_trainer.model.load import Student
+from student_trainer.teachers.features import FeaturePlan
 from student_trainer.teachers.loss_checks import divergence_of, has_tau_squared, temperature_of
+from student_trainer.training.layer_terms import attention_term, ffn_term, hidden_term
 from teacher_wire.core.signals import Signal
 
 
@@ -27,11 +29,15 @@ class Objective:
         loss: as configured.
         vocab_rows: V, ids that student, teacher and tokenizer share.
         signals: by which the teacher's distributions come; none if no loss asks for them.
+        features: what is learned from the teacher's layers; None if nothing is.
+        run_steps: optimizer steps of the run, of which schedules may take a share.
     """
 
     loss: LossConfig
     vocab_rows: int
     signals: tuple[Signal, ...] = ()
+    features: FeaturePlan | None = None
+    run_steps: int = 1
 
     def terms(self, student: Student) -> list[LossTerm]:
         """The terms of this loss, each made by its entry of `TERMS`."""
@@ -46,7 +52,7 @@ class Objective:
             )
         return OutputLossSpec(
             divergence=divergence_of(output),
-            temperature=temperature_of(output).at(step),
+            temperature=temperature_of(output, self.run_steps).at(step),
             tau_squared=has_tau_squared(output),
             kd_weight=output.weight,
             sft_weight=self.loss.sft_weight,
@@ -65,4 +71,9 @@ def output_term(objective: Objective, student: Student) -> LossTerm:
 
 
 # section of `loss` -> its term, or None if this run has none. A new term is one line here.
-TERMS: dict[str, Callable[[Objective, Student], LossTerm | None]] = {"output": output_term}
+TERMS: dict[str, Callable[[Objective, Student], LossTerm | None]] = {
+    "output": output_term,
+    "hidden": hidden_term,
+    "attention": attention_term,
+    "ffn": ffn_term,
+}

@@ -31,11 +31,12 @@ from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.losses.term import LossTerm
+from student_trainer.losses.term import FfnTap, LossTerm
 from student_trainer.losses.total import check_needs, signals_of, taps_of
 from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import Student, load_student
 from student_trainer.model.saving import saved_bytes, state_bytes
+from student_trainer.model.speed import compiled
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.feeds import open_any_feed, open_training_feed
 from student_trainer.teachers.session import TeacherSession, open_sessions
@@ -43,6 +44,7 @@ from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.objective import Objective
 from student_trainer.training.reporting.console import ConsoleProgress
+from student_trainer.training.reporting.layers import LayerReport
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
 from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
@@ -59,6 +61,7 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
+from teacher_wire.core.info import LAYER_BASIS
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +128,13 @@ def _run(
     vocab_rows = min((session.vocab_rows for session in sessions), default=_own_rows(student))
     # The trainer learns from one feed, that of the first session.
     learned = sessions[0] if sessions and config.loss.output is not None else None
-    objective = Objective(config.loss, vocab_rows, learned.spec.signals if learned else ())
+    features = learned.features if learned else None
+    of_layers = features.signals.values() if features else ()
+    output_signals = tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned else ()
+    objective = Objective(config.loss, vocab_rows, output_signals, features, order.steps)
     terms = objective.terms(student)
+    if any(isinstance(tap, FfnTap) for tap in taps_of(terms)) and compiled.is_installed(student.model):
+        _note(console, "the blocks whose FFN loss.ffn reads run as they are, not compiled")
     check_needs(
         terms,
         learned.info.name if learned else None,
@@ -152,6 +160,8 @@ def _run(
         "date": data.rendering.day if data.rendering else "",
         "rendering": data.rendering.sha256 if data.rendering else "",
     }
+    if learned and features and features.needs_basis:
+        learned_from["basis"] = learned.info.artifact(LAYER_BASIS).sha256
     with disk_trouble_named(f"run.output_dir {folder}"):
         lock.acquire()
     findings.add(check_folder(config, resume))  # another run may have been here since
@@ -177,9 +187,16 @@ def _run(
             on_trouble=partial(_note, console),
         )
         trainer.try_saving()
+        layers = None
+        if learned and features:
+            of_features = [term for term in terms if term.name in features.pairs]
+            layers = LayerReport(student, learned, of_features, held_out or data, folder)
+            layers.begin(resumed=start is not None)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         trainer.save_final(folder / FINAL_NAME)  # before anything else can go wrong
         metrics = trainer.last_metrics() if held_out else {}
+        if layers:
+            layers.end()
     except BaseException as error:
         if trainer is not None:
             _name_bad_labels(error, trainer, sessions)

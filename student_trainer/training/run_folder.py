@@ -22,6 +22,7 @@ from rich.markup import escape
 from student_trainer.config.run import TrainConfig, dump_config
 from student_trainer.config.teachers import LabelConfig
 from student_trainer.errors import RunError
+from student_trainer.evaluation import layer_similarity
 from student_trainer.files import LOCK_NAME, disk_trouble_named, read_object, write_whole
 from student_trainer.findings import Finding, Findings
 from student_trainer.labels.source import LabelUsage
@@ -32,6 +33,7 @@ CONFIG_NAME = "config.yaml"
 IDENTITY_NAME = "run.json"
 RESULT_NAME = "result.json"
 FINAL_NAME = "final"
+LAYERS_NAME = layer_similarity.FILE_NAME
 # Settings that may change between a run and its resumption: they decide where and how fast, not what; or, as the rows and the weights
 # that a run begins with, what they decide is in the identity as a digest.
 _FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "data", "model.path", "model.revision", "model.threads",
@@ -43,6 +45,7 @@ _DIGESTS = (
     ("data", "the training rows", "data"),
     ("held_out", "the held-out rows", "data"),
     ("student", "the student's weights", "model"),
+    ("basis", "the principal components of the teacher's layers", "loss"),  # only in runs that learn from it
 )
 
 
@@ -176,7 +179,7 @@ def open_folder(
 
 def leave_no_trace(folder: Path) -> None:
     """Takes away what `open_folder` has made, for a run that has come to nothing: the same folder may be tried again."""
-    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME):
+    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, LAYERS_NAME):
         (folder / name).unlink(missing_ok=True)
     checkpoint.discard_unfinished(folder)
     with contextlib.suppress(OSError):  # others' files stay, and with them the folder
@@ -240,7 +243,7 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], config: TrainCon
         )
         yield Finding.bad(setting, what, fix, kind=RunError)
     for part, what, section in _DIGESTS:
-        if part in before and before[part] != now[part]:  # not in one of an earlier version
+        if part in before and before[part] != now.get(part):  # not in one of an earlier version
             changes = _told_changes(section, config)
             said = f"{what} have changed since the run was started{changes}"
             yield Finding.bad(section, said, "start another run", kind=RunError)

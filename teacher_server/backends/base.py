@@ -15,6 +15,7 @@ from teacher_wire.core.info import ArtifactInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 
 if TYPE_CHECKING:
+    from teacher_server.config.features import FeaturesConfig
     from teacher_server.config.server import GenerationConfig
     from teacher_server.decoding.scheduler import Generation, OnThread
 
@@ -39,6 +40,9 @@ class ModelFacts:
     generates: tuple[str, ...] = ()
     base_tokenizer_sha256: str = ""
     added_tokens: str = ""
+    kv_width: int = 0
+    basis_rank: int = 0
+    basis_layers: tuple[int, ...] = ()
 
 
 class Backend(Protocol):
@@ -62,6 +66,18 @@ class Backend(Protocol):
 
     def artifact(self, wanted: ArtifactInfo) -> Artifact:
         """One of `facts.artifacts`, copied to the host; called once for each, from any thread."""
+
+
+@runtime_checkable
+class CalibratedBackend(Protocol):
+    """A backend that can project states of its layers."""
+
+    def calibrate(self, features: FeaturesConfig) -> None:
+        """Calibrates what states are projected on; `facts` then list the artifact layer_basis. Called once, before any other call.
+
+        Raises:
+            ServerConfigError: the model hands no states over, has no such layer, or the sample is none.
+        """
 
 
 class WritingBackend(Backend, Protocol):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from teacher_server.backends.base import ModelFacts
 from teacher_server.config.backends import FakeBackend
+from teacher_server.config.features import FeaturesConfig
 from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import WRITING_COUNTERS, OnThread
+from teacher_server.errors import ServerConfigError
 from teacher_wire.artifacts.messages import Artifact, ArtifactCall
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import TeacherWireError, UnavailableError
@@ -31,8 +34,15 @@ class FakeModel:
         self._forwards = 0
         writer = FakeWriter(delay_s=config.delay_s, generates=("tokens",), salt=config.seed)  # it holds to no schema
         self._teacher = FakeTeacher(
-            vocab_rows=config.vocab_rows, hidden_size=config.hidden_size, seed=config.seed, writer=writer
+            vocab_rows=config.vocab_rows,
+            hidden_size=config.hidden_size,
+            seed=config.seed,
+            layers=config.layers,
+            writer=writer,
         )
+        self._describe()
+
+    def _describe(self) -> None:
         info = self._teacher.teacher_info()
         kept = {name: getattr(info, name) for name in ModelFacts.__dataclass_fields__ if name != "max_sequence_tokens"}
         self._facts = ModelFacts(**kept, max_sequence_tokens=info.limits.max_sequence_tokens)
@@ -56,6 +66,14 @@ class FakeModel:
 
     def artifact(self, wanted: ArtifactInfo) -> Artifact:
         return self._teacher.artifact(ArtifactCall("", "", wanted.kind, wanted.sha256))
+
+    def calibrate(self, features: FeaturesConfig) -> None:
+        if features.calibration is not None or features.chosen(self._teacher.layers) != tuple(
+            range(self._teacher.layers + 1)
+        ):
+            raise ServerConfigError("features: the fake has a basis of no text, and of all its layers")
+        self._teacher = replace(self._teacher, basis_rank=min(features.rank, self._teacher.hidden_size))
+        self._describe()
 
     def generation(self, config: GenerationConfig, on_thread: OnThread, *, deterministic: bool) -> FakeGeneration:
         return FakeGeneration(self._teacher)

@@ -7,7 +7,7 @@ Axes: N wanted rows, C chunk rows, V vocabulary, D width, M named ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,15 @@ class Head(OutputHead):
         return TeacherHead(weight, bias, self.logit_scale, self.final_softcap).artifact()
 
 
-def offered(head: Head, served: bool) -> tuple[tuple[ArtifactInfo, ...], tuple[str, ...]]:
-    """What a backend that scores lists in its facts: artifacts, and transports, of which `hidden` needs the head on the other side."""
+def offered(
+    head: Head, served: bool, captures: Collection[str] = ()
+) -> tuple[tuple[ArtifactInfo, ...], tuple[str, ...]]:
+    """What a backend that scores lists in its facts: artifacts, and transports.
+
+    Of these `hidden` needs the head on the other side, and signals of chosen layers what the backend `captures`.
+    """
     artifacts = (head.artifact().info,) if served else ()
-    return artifacts, kinds_offered(serves_head=served)
+    return artifacts, kinds_offered(serves_head=served, captures=captures)
 
 
 def load_head(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Head:

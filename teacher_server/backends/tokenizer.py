@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path, model: str = "") -> Any:
     return as_written
 
 
-def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     """The fields of `ModelFacts` that say which tokenizer and chat template this is."""
     written = tokenizer.backend_tokenizer.to_str()
     return {

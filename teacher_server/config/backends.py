@@ -123,6 +123,7 @@ class FakeBackend(BackendConfig):
     """The deterministic fake of `teacher_wire.testing.fake_teacher`, for trying things out without a model.
 
     Attributes:
+        layers: blocks that it pretends to have.
         delay_s: of every forward pass.
         tokens_per_s: as fast as it pretends to be; null for as fast as it is.
         breaks_after: forward passes after which every one raises a CUDA error, as a lost context does; 0 for never.
@@ -133,6 +134,7 @@ class FakeBackend(BackendConfig):
     kind: Literal["fake"] = "fake"
     vocab_rows: Annotated[int, Field(ge=2)] = 64
     hidden_size: Annotated[int, Field(ge=1)] = 16
+    layers: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
     delay_s: Annotated[float, Field(ge=0)] = 0.0
     tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None

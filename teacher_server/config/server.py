@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import Field, model_validator
 
 from teacher_server.config.backends import BACKENDS, BackendConfig, VllmBackend
+from teacher_server.config.features import FeaturesConfig
 from teacher_server.config.files import Settings, parse_as, read_tree
 from teacher_wire.transport.channel import is_loopback
 
@@ -240,6 +241,7 @@ class TeacherConfig(_Strict):
         name: what students call it.
         deterministic: every sequence is computed by itself, so that its labels are always the same bits, whatever
             else is asked at the time; slower, since forward passes are not shared.
+        features: what states of layers are projected on; without it they are not, and a student that asks for it is refused.
         num_cpus, num_gpus: Ray's share of a replica.
         hang_s: a call of the backend (a forward pass, the wait for its answers, one step of writing) that has run this long
             counts as hung: the replica is unhealthy and replaced. Must be well above the longest batch; null for never.
@@ -252,11 +254,20 @@ class TeacherConfig(_Strict):
     batch: BatchConfig = BatchConfig()
     limits: LimitsConfig = LimitsConfig()
     generation: GenerationConfig = GenerationConfig()
+    features: FeaturesConfig | None = None
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     hang_s: Annotated[float, Field(gt=0)] | None = 1800.0
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 100_000
+
+    @model_validator(mode="after")
+    def _features_are_given(self) -> TeacherConfig:
+        if isinstance(self.backend, VllmBackend) and self.features is not None:
+            raise ValueError(
+                f"features of teacher {self.name}: backend vllm gives no states of layers: remove `features`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gpus_are_used(self) -> TeacherConfig:

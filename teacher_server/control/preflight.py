@@ -139,6 +139,19 @@ def _check_writable(folder: Path, name: str) -> None:
         raise ServerConfigError(f"{name}: nothing can be written there: {error.strerror}") from error
 
 
+def check_readable(path: Path, name: str) -> None:
+    """Refuses a file that is not there or cannot be read.
+
+    Raises:
+        ServerConfigError: why.
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ServerConfigError(f"{name}: {path}: {error.strerror}") from error
+
+
 def check_files(config: ServerConfig) -> None:
     """Refuses files and folders that are not what they should be.
 
@@ -155,6 +168,8 @@ def check_files(config: ServerConfig) -> None:
                     check_known(teacher.backend.model, named)
             except ServerConfigError as error:
                 raise ServerConfigError(f"teachers.{teacher.name}.backend.model: {error}") from None
+        if teacher.features is not None and teacher.features.calibration is not None:
+            check_readable(teacher.features.calibration.expanduser(), f"teachers.{teacher.name}.features.calibration")
     edge = config.edge
     if edge.tokens_file:
         TokenFile(edge.tokens_file)

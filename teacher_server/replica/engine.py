@@ -20,10 +20,11 @@ from typing import Any, cast
 import numpy as np
 
 from teacher_server import faults
-from teacher_server.backends import Backend, build_backend
+from teacher_server.backends import Backend
 from teacher_server.backends.base import OutsideBackend, WritingBackend
 from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
 from teacher_server.decoding.scheduler import Result
+from teacher_server.replica import features
 from teacher_server.replica.artifacts import ReplicaArtifacts
 from teacher_server.replica.description import description
 from teacher_server.replica.score_queue import Batcher, Job
@@ -34,7 +35,6 @@ from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import DeadlineError, OverloadedError, TeacherWireError, UnavailableError
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
-from teacher_wire.score import codec
 from teacher_wire.score.signals import spec_of
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class TeacherEngine:
         on_observe: Callable[[str, float], None] | None = None,
     ) -> None:
         self._config = config
-        self._backend = backend or build_backend(config.backend, deterministic=config.deterministic)
+        self._backend = features.ready(config, backend)
         answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
         self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=answer_bytes)
         self._health = faults.Health(config.hang_s)
@@ -129,7 +129,7 @@ class TeacherEngine:
         Raises:
             TeacherWireError: refused, overloaded, or failed; see `teacher_wire.core.errors`.
         """
-        answer_bytes = codec.check_call(call, self.info)
+        answer_bytes = features.check_call(call, self.info)
         self._health.refuse()
         now = time.monotonic()
         job_id = next(self._ids)

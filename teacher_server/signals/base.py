@@ -8,7 +8,8 @@ Axes: R rows at hand, C rows of a chunk, M named ids, V vocabulary, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Generic, TypeVar
 
@@ -16,6 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from teacher_server.signals import output
+from teacher_server.signals.captured import Captured, Wish
+from teacher_server.signals.features.basis import Projection
 from teacher_server.signals.transfer import to_device
 from teacher_wire.core.signals import Signal
 
@@ -32,6 +35,8 @@ class Rows:
         kept_R: bool on the host, rows to answer; None keeps all. The others are there so that a row's bits do not depend on which
             others are wanted: they are computed where they share a chunk with one of these.
         checked_R: bool on the host, rows to answer whose lse and logp(label) are sent; None sends those of every row.
+        captured: what the spec's signals wished from inside the pass, for these rows; None if they wished nothing.
+        projections: by block, those that the model's states are projected on; empty if none were calibrated.
     """
 
     hidden_RD: Tensor
@@ -40,6 +45,8 @@ class Rows:
     sequence_R: np.ndarray | None = None
     kept_R: np.ndarray | None = None
     checked_R: np.ndarray | None = None
+    captured: Captured | None = None
+    projections: Mapping[int, Projection] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -55,7 +62,9 @@ class Rows:
         assert self.checked_R is not None
         index_C = to_device(np.flatnonzero(self.checked_R), self.hidden_RD.device)
         hidden_CD, labels_C = self.hidden_RD.index_select(0, index_C), self.labels_R.index_select(0, index_C)
-        return replace(self, hidden_RD=hidden_CD, labels_R=labels_C, extra_RM=None, sequence_R=None, checked_R=None)
+        return replace(
+            self, hidden_RD=hidden_CD, labels_R=labels_C, extra_RM=None, sequence_R=None, checked_R=None, captured=None
+        )
 
 
 @dataclass(eq=False)
@@ -80,6 +89,12 @@ class Reduction(Generic[AnySignal]):
     """One signal of one answer, from the first chunk to the last; made anew for every answer."""
 
     needs_logits: ClassVar[bool] = True  # else `chunk` may not be called at all
+    captures: ClassVar[str] = ""  # the field of `Wish` that it needs: offered where the backend can capture that
+
+    @classmethod
+    def wish(cls, signal: AnySignal) -> Wish:
+        """What this signal is made of from inside the pass."""
+        return Wish()
 
     def __init__(self, signal: AnySignal, rows: Rows) -> None:
         self.signal = signal

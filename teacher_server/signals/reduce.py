@@ -8,7 +8,7 @@ made. Axes: R rows, N rows kept of them, C rows of a chunk, V vocabulary, D widt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from teacher_server.signals import output
 from teacher_server.signals.base import Chunk, Reduction, Rows, masked
+from teacher_server.signals.captured import Wish, union
+from teacher_server.signals.features.attention import AttentionReduction
+from teacher_server.signals.features.ffn import FfnReduction
+from teacher_server.signals.features.layer_states import LayerStatesReduction
+from teacher_server.signals.features.relation import RelationReduction
 from teacher_server.signals.full import FullReduction
 from teacher_server.signals.hidden import HiddenReduction
 from teacher_server.signals.top_k import TopKReduction
@@ -30,12 +35,26 @@ REDUCTIONS: dict[str, type[Reduction[Any]]] = {
     "top_k": TopKReduction,
     "hidden": HiddenReduction,
     "full": FullReduction,
+    "layers": LayerStatesReduction,
+    "attention": AttentionReduction,
+    "relation": RelationReduction,
+    "ffn": FfnReduction,
 }
 
 
-def offered(*, serves_head: bool) -> tuple[str, ...]:
-    """The kinds that a backend gives whose states come through here."""
-    return tuple(kind for kind in REDUCTIONS if serves_head or not SIGNALS[kind].needs_head)
+def offered(*, serves_head: bool, captures: Collection[str] = ()) -> tuple[str, ...]:
+    """The kinds that a backend gives whose states come through here; `captures` names the fields of `Wish` that it grants."""
+    given = {"", *captures}
+    return tuple(
+        kind
+        for kind, reduction in REDUCTIONS.items()
+        if reduction.captures in given and (serves_head or not SIGNALS[kind].needs_head)
+    )
+
+
+def wish_of(spec: SignalSpec) -> Wish:
+    """What the signals of a spec need from inside the pass."""
+    return union(REDUCTIONS[signal.kind].wish(signal) for signal in spec.signals)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from teacher_wire.score.signals.hidden import BLOCK_CHANNELS, blocks_of, outliers_of
 
 _SMALLEST_SCALE = 2.0**-24  # the smallest float16 above 0: an all-zero block still divides
+_LARGEST_SCALE = 65504.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ def pack(state_CD: Tensor) -> PackedState:
     bulk_CD = wide_CD.scatter(1, ids_CO, 0.0)
     padded = blocks_of(width) * BLOCK_CHANNELS
     bulk_CGS = torch.nn.functional.pad(bulk_CD, (0, padded - width)).view(len(wide_CD), -1, BLOCK_CHANNELS)
-    scales_CG = (bulk_CGS.abs().amax(-1) / 127).clamp(_SMALLEST_SCALE, 65504.0).to(torch.float16)
+    scales_CG = (bulk_CGS.abs().amax(-1) / 127).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16)
     steps_CGS = (bulk_CGS / scales_CG.float()[..., None]).round().clamp(-127, 127)
     return PackedState(steps_CGS.to(torch.int8).view(len(wide_CD), padded)[:, :width], scales_CG, ids_CO, values_CO)
+
+
+def pack_rows(values_CX: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [C, X] and float16 [C]: values of any dtype as whole multiples of one scale a row."""
+    wide_CX = values_CX.float()
+    scale_C = (wide_CX.abs().amax(-1) / 127).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16)
+    return (wide_CX / scale_C.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale_C

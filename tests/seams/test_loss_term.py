@@ -144,18 +144,18 @@ def test_recorded_passes_carry_its_tap(run, plugged, monkeypatch):
         assert other == pytest.approx(one, rel=1e-3)
 
 
-class Attention(Hidden):
+class Gaze(Hidden):
     """A kind that no teacher gives."""
 
-    kind = "attention"
+    kind = "gaze"
 
 
 @pytest.mark.parametrize(
     ("needs", "named"),
     [
         (
-            Needs((Attention(),)),
-            r"loss\.guess: needs the signal attention, which teacher 'fake' does not give; it gives full",
+            Needs((Gaze(),)),
+            r"loss\.guess: needs the signal gaze, which teacher 'fake' does not give; it gives attention, ffn, full",
         ),
         (Needs(taps=(1, 7)), r"loss\.guess: taps block 7 of the student, whose blocks are 1\.\.2"),
         (Needs(taps=(-1,)), r"loss\.guess: taps block -1"),

@@ -3,7 +3,8 @@
 In: a batch of tokens; out: numbers of entries before each wanted row, by axis. Chunks, slices and the labels of one sequence are all cut by
 these counts, so that no signal brings arithmetic of its own.
 
-Axes: N wanted rows, C checked rows, B sequences that have a wanted row, P pairs of a wanted row and a position not after it.
+Axes: N wanted rows, C checked rows, B sequences that have a wanted row, P pairs of a wanted row and a position not after it, K blocks of
+positions that a wanted row sees, T tokens up to the last wanted row of their sequence.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ class Axis(StrEnum):
     CHECKED = "checked"
     SEQUENCE = "sequence"
     PAIR = "pair"
+    BLOCK = "block"
+    TOKEN = "token"
 
 
-_OF_LETTER = {"N": Axis.ROW, "C": Axis.CHECKED, "B": Axis.SEQUENCE, "P": Axis.PAIR}
+BLOCK_POSITIONS = 64  # of one entry of the BLOCK axis
+_OF_LETTER = {
+    "N": Axis.ROW, "C": Axis.CHECKED, "B": Axis.SEQUENCE, "P": Axis.PAIR, "K": Axis.BLOCK, "T": Axis.TOKEN,
+}  # fmt: skip
 
 
 def axis_of(name: str) -> Axis:
@@ -45,7 +51,8 @@ def axis_of(name: str) -> Axis:
 class Entries:
     """Entries of each axis before each wanted row of a batch.
 
-    An entry of the SEQUENCE axis belongs to the last wanted row of its sequence: it travels in the chunk that ends the sequence.
+    An entry of the SEQUENCE axis belongs to the last wanted row of its sequence: it travels in the chunk that ends the sequence. An entry
+    of the TOKEN axis belongs to the first wanted row of its sequence that is not before it.
     """
 
     def __init__(self, batch: TokenBatch) -> None:
@@ -86,8 +93,15 @@ class Entries:
             each_N = np.zeros(batch.rows, np.bool_)
             each_N[bounds_B1[1:][np.diff(bounds_B1) > 0] - 1] = True
         else:
-            rows_N = batch.rows_of()
-            each_N = rows_N - batch.cu_lengths_B1[batch.sequences_of_rows()] + 1
+            rows_N, sequence_N = batch.rows_of(), batch.sequences_of_rows()
+            each_N = rows_N - batch.cu_lengths_B1[sequence_N] + 1
+            if axis is Axis.BLOCK:
+                each_N = (each_N - 1) // BLOCK_POSITIONS + 1
+            elif axis is Axis.TOKEN:
+                follows_N = (
+                    np.flatnonzero(sequence_N[1:] == sequence_N[:-1]) + 1
+                )  # rows with one before them in their sequence
+                each_N[follows_N] = np.diff(rows_N)[follows_N - 1]
         before = np.zeros(batch.rows + 1, np.int64)
         np.cumsum(each_N, out=before[1:])
         return before

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from teacher_wire.core.errors import CapabilityError
 from teacher_wire.core.tensor import DTYPES
 
+LAYER_BASIS = "layer_basis"  # the kind of artifact that the reduction "pca" of states projects on
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -63,6 +65,9 @@ class TeacherInfo:
     generates: tuple[str, ...] = ()
     base_tokenizer_sha256: str = ""
     added_tokens: str = ""
+    kv_width: int = 0
+    basis_rank: int = 0
+    basis_layers: tuple[int, ...] = ()
 
     @property
     def value_bytes(self) -> int:

@@ -21,16 +21,17 @@ def check_request_id(text: str) -> None:
     """Refuses what is no id of a request. The refusal does not repeat it whole."""
     if not text:
         raise RequestError("missing", field="request_id")
-    _check_name("request_id", text)
+    check_name("request_id", text)
 
 
 def check_names(request: Any, *names: str) -> None:
     """Refuses a request in which a field of these is longer than a name may be, or not printable."""
     for field in names:
-        _check_name(field, getattr(request, field))
+        check_name(field, getattr(request, field))
 
 
-def _check_name(field: str, text: str) -> None:
+def check_name(field: str, text: str) -> None:
+    """Refuses a text that is longer than a name may be, or not printable. The refusal does not repeat it whole."""
     if len(text) > MAX_ID_CHARS or not text.isprintable():
         raise RequestError(
             "not a printable name", field=field, value=ascii(text[:MAX_ID_CHARS]), limit=f"{MAX_ID_CHARS} characters"

@@ -3,7 +3,7 @@
 A kind of signal is one class in `score/signals`; this module knows none of them. What an answer weighs, how it is cut into chunks, kept and
 put together again follows from the fields that its signals declare.
 
-Axes: N wanted rows, C checked rows, K kept ids, V vocabulary rows, D hidden width. A tensor's name ends in its axes (`axes.axis_of`).
+Axes: N wanted rows, C checked rows, K kept ids, V vocabulary rows, D hidden width, F width of keys. A tensor's name ends in its axes (`axes.axis_of`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 Check = Literal["all", "sampled"]
 CHECKS: tuple[Check, ...] = ("all", "sampled")
+_UNEVEN = (
+    Axis.PAIR,
+    Axis.BLOCK,
+    Axis.TOKEN,
+)  # axes of which a row has as many entries as its place in the sequence says
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,13 @@ class AnswerShape:
         vocab_rows: V of the request.
         hidden_size: D of the teacher.
         dtype: of the teacher's logits and states, on the wire.
+        kv_width: F of the teacher.
     """
 
     vocab_rows: int
     hidden_size: int
     dtype: str
+    kv_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Signal(ABC):
     """One signal of a request. A kind is a frozen dataclass; what crosses the wire are its own fields.
 
     A field `layers` (tuple of ints) and a field `reduction` (str) travel as such; every other field is an int or a float and
-    travels among the named numbers (proto: Signal).
+    travels among the named numbers, or a str and travels among the names (proto: Signal).
     """
 
     kind: ClassVar[str]
@@ -109,6 +116,10 @@ class Signal(ABC):
         """Bytes per row by which its tensors grow in memory, where ids of two and three bytes become four."""
         ids = (f for f in self.fields(shape) if f.axis is Axis.ROW and f.dtype in ("uint16", "uint24"))
         return sum(2 * math.prod(f.entry) for f in ids)
+
+    def captured_numbers(self, shape: AnswerShape) -> int:
+        """Values a token that the teacher's device holds of a sequence while it answers, beyond the answer itself, or so."""
+        return 0
 
 
 AnySignal = TypeVar("AnySignal", bound=Signal)
@@ -179,14 +190,16 @@ class SignalSpec:
 
     def shape_of(self, info: TeacherInfo) -> AnswerShape:
         """What the widths of that teacher's answer depend on."""
-        return AnswerShape(self.vocab_rows, info.hidden_size, info.dtype)
+        return AnswerShape(self.vocab_rows, info.hidden_size, info.dtype, info.kv_width)
 
     def fields_of(self, info: TeacherInfo) -> tuple[Field, ...]:
         """The tensors of an answer of that teacher."""
         return self.fields(self.shape_of(info))
 
     def row_bytes(self, hidden_size: int, value_bytes: int) -> int:
-        """Payload bytes of one row at most, entries of pairs aside; exact unless `check` is sampled or there are entries of sequences.
+        """Payload bytes of one row at most; exact unless `check` is sampled or there are entries of sequences.
+
+        Entries of pairs, blocks and tokens are left out: how many of them a row has, its sequence says (`answer_bytes`).
 
         Args:
             hidden_size: D of the teacher.
@@ -195,12 +208,17 @@ class SignalSpec:
         shape = AnswerShape(
             self.vocab_rows, hidden_size, "float32" if value_bytes == DTYPES["float32"][1] else "bfloat16"
         )
-        return sum(part.entry_bytes for part in self.fields(shape) if part.axis is not Axis.PAIR)
+        return sum(part.entry_bytes for part in self.fields(shape) if part.axis not in _UNEVEN)
 
     def answer_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
         """Payload bytes of the whole answer about a batch."""
         entries = Entries(batch)
         return sum(part.entry_bytes * entries.total(part.axis) for part in self.fields(shape))
+
+    def captured_bytes(self, batch: TokenBatch, shape: AnswerShape) -> int:
+        """Bytes that the teacher's device holds for signals of chosen layers while it answers the longest sequence, or so."""
+        numbers = sum(signal.captured_numbers(shape) for signal in self.signals)
+        return numbers * int(batch.lengths_B.max()) * DTYPES[shape.dtype][1]
 
     def json(self) -> str:
         """The same text for the same spec: what labels on disk are named by.

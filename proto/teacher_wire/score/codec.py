@@ -63,7 +63,7 @@ def _decode_info(info: pb.TeacherInfo) -> TeacherInfo:
     if info.dtype not in FLOATS:
         raise LabelError("unknown dtype of a teacher", field="dtype", value=info.dtype, limit="|".join(FLOATS))
     values = {name: getattr(info, name) for name in _INFO_FIELDS}
-    values |= {name: tuple(values[name]) for name in ("transports", "generates")}
+    values |= {name: tuple(values[name]) for name in ("transports", "generates", "basis_layers")}
     values["artifacts"] = tuple(ArtifactInfo(told.kind, told.sha256, told.bytes) for told in info.artifacts)
     return TeacherInfo(**values, limits=Limits(**{name: getattr(info.limits, name) for name in _LIMIT_FIELDS}))
 

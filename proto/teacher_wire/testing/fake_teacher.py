@@ -25,7 +25,7 @@ from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.score.signals import Full, Hidden, TopK
-from teacher_wire.score.signals.hidden import BLOCK_CHANNELS, outliers_of
+from teacher_wire.testing.fake_features import FAKE_FEATURES, FakeBlocks, pack_state
 from teacher_wire.testing.fake_generation import FakeWriter
 
 MISTAKES = ("", "shifted", "truncated", "nan", "foreign", "unsorted", "duplicate", "mass", "state", "crash")
@@ -36,7 +36,8 @@ class FakeTeacher:
     """A `TeacherService` with one teacher.
 
     Attributes:
-        vocab_rows, hidden_size, seed: its shape and weights.
+        vocab_rows, hidden_size, seed, layers: its shape and weights.
+        basis_rank: of what it projects states of its layers on; 0 if it does not.
         delay_s: pause before each answer.
         mistake: one of MISTAKES.
         writer: answers Generate.
@@ -54,6 +55,8 @@ class FakeTeacher:
     base_tokenizer_sha256: str = ""
     added_tokens: str = ""
     max_reply_bytes: int = 32 << 20
+    layers: int = 1
+    basis_rank: int = 0
     writer: FakeWriter = field(default_factory=FakeWriter)
     calls: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
@@ -64,12 +67,16 @@ class FakeTeacher:
         rng = np.random.default_rng(self.seed)
         self.embedding_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
         self.weight_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
+        self.kv_width = max(1, self.hidden_size // 2)
+        self.blocks = FakeBlocks(self.layers, self.hidden_size, self.kv_width, self.seed)
+        self.basis = self.blocks.basis(self.basis_rank) if self.basis_rank else None
 
     def teacher_info(self) -> TeacherInfo:
+        more = b"" if self.layers == 1 else f"{self.layers} layers".encode()
         return TeacherInfo(
             name=self.name,
             model="fake",
-            fingerprint=hashlib.sha256(self.embedding_VD.tobytes() + self.weight_VD.tobytes()).hexdigest(),
+            fingerprint=hashlib.sha256(self.embedding_VD.tobytes() + self.weight_VD.tobytes() + more).hexdigest(),
             architecture="FakeTeacher",
             dtype="float32",
             vocab_rows=self.vocab_rows,
@@ -77,14 +84,17 @@ class FakeTeacher:
             tokenizer_sha256=self.tokenizer_sha256,
             chat_template_sha256=self.chat_template_sha256,
             hidden_size=self.hidden_size,
-            layers=1,
+            layers=self.layers,
             artifacts=tuple(artifact.info for artifact in self.artifacts()),
-            transports=tuple(FAKE_SIGNALS),
+            transports=(*FAKE_SIGNALS, *FAKE_FEATURES),
             deterministic=True,
             limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes, **self.writer.limits),
             generates=self.writer.generates,
             base_tokenizer_sha256=self.base_tokenizer_sha256,
             added_tokens=self.added_tokens,
+            kv_width=self.kv_width,
+            basis_rank=self.basis_rank,
+            basis_layers=tuple(range(self.layers + 1)) if self.basis_rank else (),
         )
 
     async def describe(self) -> list[TeacherInfo]:
@@ -108,8 +118,9 @@ class FakeTeacher:
         return self.writer.samples(call, self.vocab_rows)
 
     def artifacts(self) -> tuple[Artifact, ...]:
-        """What it gives away: its output head."""
-        return (TeacherHead(float32(self.weight_VD)).artifact(),)
+        """What it gives away: its output head, and what it projects states on."""
+        head = TeacherHead(float32(self.weight_VD)).artifact()
+        return (head,) if self.basis is None else (head, self.basis.artifact())
 
     def artifact(self, call: ArtifactCall) -> Artifact:
         """Raises CapabilityError if it has no such one."""
@@ -144,7 +155,7 @@ class FakeTeacher:
         hidden = spec.find(Hidden)
         packed = None
         if hidden is not None and hidden.reduction == "int8":
-            packed, hidden_ND = _pack_state(hidden_ND)
+            packed, hidden_ND = pack_state(hidden_ND)
         # A product may round by how many rows it has: each sequence's by itself, so that company changes nothing.
         parts = np.split(hidden_ND, np.searchsorted(rows_N, batch.cu_lengths_B1[1:-1]))
         logits_NV = np.concatenate([part_ND @ self.weight_VD[: spec.vocab_rows].T for part_ND in parts])
@@ -155,8 +166,12 @@ class FakeTeacher:
             tensors = {"lse_C": float32(rows.lse_N[checked_N]), "label_logp_C": float32(label_N[checked_N])}
         else:
             tensors = {"lse_N": float32(rows.lse_N), "label_logp_N": float32(label_N)}
+        blocks = self.blocks.run(self.embedding_VD[batch.token_ids_T], batch)
         for signal in spec.signals:
-            tensors |= FAKE_SIGNALS[signal.kind](signal, rows)
+            if signal.kind in FAKE_FEATURES:
+                tensors |= FAKE_FEATURES[signal.kind](signal, blocks, self.basis)
+            else:
+                tensors |= FAKE_SIGNALS[signal.kind](signal, rows)
         return TeacherSignals(tensors)
 
 
@@ -173,28 +188,6 @@ class FakeRows:
     logits_NV: np.ndarray
     lse_N: np.ndarray
     packed: dict[str, Tensor] | None = None
-
-
-def _pack_state(state_ND: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
-    """States compressed (proto: Compression), and what a student makes of them again."""
-    rows, width = state_ND.shape
-    ids_NO = np.sort(np.argsort(-np.abs(state_ND), axis=-1)[:, : outliers_of(width)], axis=-1)
-    bits_NO = (np.take_along_axis(state_ND, ids_NO, -1).view(np.uint32) >> 16).astype(np.uint16)
-    values_NO = Tensor("bfloat16", bits_NO)
-    bulk_ND = state_ND.copy()
-    np.put_along_axis(bulk_ND, ids_NO, 0, -1)
-    bulk_NGS = np.pad(bulk_ND, ((0, 0), (0, -width % BLOCK_CHANNELS))).reshape(rows, -1, BLOCK_CHANNELS)
-    scales_NG = np.maximum(np.abs(bulk_NGS).max(-1) / 127, 2.0**-24).astype(np.float16)
-    steps_NGS = np.clip(np.rint(bulk_NGS / scales_NG.astype(np.float32)[..., None]), -127, 127).astype(np.int8)
-    seen_ND = (steps_NGS * scales_NG.astype(np.float32)[..., None]).reshape(rows, -1)[:, :width]
-    np.put_along_axis(seen_ND, ids_NO, values_NO.as_float32(), -1)
-    tensors = {
-        "state_int8_ND": Tensor("int8", np.ascontiguousarray(steps_NGS.reshape(rows, -1)[:, :width])),
-        "state_scales_NG": Tensor("float16", scales_NG),
-        "outlier_ids_NO": Tensor("uint16", ids_NO.astype(np.uint16)),
-        "outlier_values_NO": values_NO,
-    }
-    return tensors, seen_ND
 
 
 def _top_k(signal: TopK, rows: FakeRows) -> dict[str, Tensor]:

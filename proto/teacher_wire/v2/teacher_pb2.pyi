@@ -30,6 +30,8 @@ class Axis(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHECKED: _ClassVar[Axis]
     SEQUENCE: _ClassVar[Axis]
     PAIR: _ClassVar[Axis]
+    BLOCK: _ClassVar[Axis]
+    TOKEN: _ClassVar[Axis]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -52,6 +54,8 @@ ROW: Axis
 CHECKED: Axis
 SEQUENCE: Axis
 PAIR: Axis
+BLOCK: Axis
+TOKEN: Axis
 FINISH_UNSPECIFIED: FinishReason
 STOP: FinishReason
 LENGTH: FinishReason
@@ -81,7 +85,7 @@ class DescribeReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., teachers: _Optional[_Iterable[_Union[TeacherInfo, _Mapping]]] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "artifacts", "transports", "deterministic", "limits", "generates", "base_tokenizer_sha256", "added_tokens")
+    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "artifacts", "transports", "deterministic", "limits", "generates", "base_tokenizer_sha256", "added_tokens", "kv_width", "basis_rank", "basis_layers")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +104,9 @@ class TeacherInfo(_message.Message):
     GENERATES_FIELD_NUMBER: _ClassVar[int]
     BASE_TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
     ADDED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    BASIS_RANK_FIELD_NUMBER: _ClassVar[int]
+    BASIS_LAYERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     fingerprint: str
@@ -118,7 +125,10 @@ class TeacherInfo(_message.Message):
     generates: _containers.RepeatedScalarFieldContainer[str]
     base_tokenizer_sha256: str
     added_tokens: str
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ...) -> None: ...
+    kv_width: int
+    basis_rank: int
+    basis_layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ..., kv_width: _Optional[int] = ..., basis_rank: _Optional[int] = ..., basis_layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes", "max_new_tokens", "max_samples", "max_generate_tokens", "max_schema_bytes")
@@ -143,7 +153,7 @@ class Limits(_message.Message):
     def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_samples: _Optional[int] = ..., max_generate_tokens: _Optional[int] = ..., max_schema_bytes: _Optional[int] = ...) -> None: ...
 
 class Signal(_message.Message):
-    __slots__ = ("kind", "layers", "reduction", "numbers")
+    __slots__ = ("kind", "layers", "reduction", "numbers", "names")
     class NumbersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -151,15 +161,24 @@ class Signal(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class NamesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     KIND_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     kind: str
     layers: _containers.RepeatedScalarFieldContainer[int]
     reduction: str
     numbers: _containers.ScalarMap[str, float]
-    def __init__(self, kind: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., reduction: _Optional[str] = ..., numbers: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    names: _containers.ScalarMap[str, str]
+    def __init__(self, kind: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., reduction: _Optional[str] = ..., numbers: _Optional[_Mapping[str, float]] = ..., names: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class SignalSpec(_message.Message):
     __slots__ = ("vocab_rows", "signals", "check")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from student_trainer.errors import StudentError
-from student_trainer.losses.term import StudentOutputs
+from student_trainer.losses.term import StudentOutputs, Tap
 from student_trainer.model.forward import StudentForward
 
 STEPS_AN_OCTAVE = 8
@@ -28,9 +28,9 @@ WORTH_RECORDING = 6  # a recording takes 0.4 s, what six to twelve replays save 
 MOST_SHAPES = 64  # recordings share one pool of memory; each keeps its states and some 10 MB of its own
 # Between a replay and the plain passes, as a share of the norm of what they give; of a gradient near nothing, of a hundredth of the largest.
 _TOLERANCE, _NEAR_NOTHING = 1e-2, 1e-2
-Outputs = tuple[Tensor, ...]  # [B, L, D] each: the final states, then the taps
+Outputs = tuple[Tensor, ...]  # the final states [B, L, D], then the taps
 Body = Callable[[Tensor], Outputs]
-_Kind = tuple[torch.Size, tuple[int, ...]]  # of passes: the shape of the ids, and the taps
+_Kind = tuple[torch.Size, tuple[Tap, ...]]  # of passes: the shape of the ids, and the taps
 
 
 def padded_length(longest: int) -> int:
@@ -191,7 +191,7 @@ class GraphedBody:
         """How many kinds of passes, by shape and taps, are replayed."""
         return len(self._passes)
 
-    def __call__(self, input_ids_BL: Tensor, taps: Sequence[int] = ()) -> StudentOutputs:
+    def __call__(self, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
         """The pass of ids on the device."""
         kind = input_ids_BL.shape, tuple(taps)
         self._came[kind] += 1

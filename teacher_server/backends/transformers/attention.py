@@ -25,7 +25,7 @@ from teacher_server.signals.transfer import to_device
 
 NAME = "lyceum_packed"
 # Arguments of an attention function that change nothing here; any other that is set is refused.
-_HARMLESS = {"dropout", "position_ids", "cache_position", "use_cache", "position_embeddings", "past_key_values"}
+HARMLESS = {"dropout", "position_ids", "cache_position", "use_cache", "position_embeddings", "past_key_values"}
 # torch 2.13 wants to be told of fewer key heads than query heads; torch 2.11 takes them unasked.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -107,7 +107,7 @@ def packed_attention(
     Raises:
         NotPackableError: something else than plain causal attention is asked for.
     """
-    asked = sorted(name for name, value in settings.items() if value is not None and name not in _HARMLESS)
+    asked = sorted(name for name, value in settings.items() if value is not None and name not in HARMLESS)
     if packing is None or attention_mask is not None or asked or not getattr(module, "is_causal", True):
         raise NotPackableError(f"its attention takes {', '.join(asked) or 'a mask'}")
     if query.shape[-1] != value.shape[-1]:

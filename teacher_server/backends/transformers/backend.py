@@ -10,10 +10,8 @@ Axes: N wanted rows, L tokens of a sequence, M named ids, V vocabulary, D width.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,17 +23,25 @@ from teacher_server.backends import grammar, internlm, logits, lora
 from teacher_server.backends.base import ModelFacts
 from teacher_server.backends.head import Head, offered
 from teacher_server.backends.model_folder import find, fingerprint, refusals_of
+from teacher_server.backends.stopwatch import Stopwatch
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.transformers import decoder_runners, quantized
+from teacher_server.backends.transformers.capture import calibration, hooks, probe
+from teacher_server.backends.transformers.capture.taps import captured_numbers
 from teacher_server.backends.transformers.decode_loop import ModelStepper
 from teacher_server.backends.transformers.generation_probe import end_ids, writes_as_it_scores
+from teacher_server.backends.transformers.groups import Asked, Group, Job, cuts_of, groups_of, sequences_of, wanted_of
 from teacher_server.config.backends import TransformersBackend as Config
+from teacher_server.config.features import FeaturesConfig
 from teacher_server.config.server import GenerationConfig
 from teacher_server.decoding.scheduler import OnThread, SteppedGeneration
 from teacher_server.errors import ServerConfigError
 from teacher_server.signals.base import Rows
-from teacher_server.signals.reduce import reduce
+from teacher_server.signals.captured import Captured, Wish, union
+from teacher_server.signals.features.basis import Projection, projections
+from teacher_server.signals.reduce import reduce, wish_of
 from teacher_server.signals.transfer import HostRows, to_device, to_wire
+from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
 from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.axes import Entries
 from teacher_wire.core.batch import TokenBatch
@@ -45,8 +51,7 @@ from teacher_wire.core.signals import AnswerShape, SignalSpec, TeacherSignals, T
 
 log = logging.getLogger(__name__)
 
-Job = tuple[TokenBatch, SignalSpec]
-
+_CAPTURE_BYTES = {"cuda": 4 << 30, "cpu": 512 << 20}  # of values from inside a pass, held at a time
 _PREFILL_TOKENS = {"cuda": 65_536, "cpu": 16_384}  # padded tokens of one forward pass over new prompts
 
 
@@ -116,19 +121,24 @@ class TransformersModel:
         projection = model.get_output_embeddings()
         if projection is None:
             raise ServerConfigError(f"model {config.model!r} has no output head")
+        self._capture_bytes = _CAPTURE_BYTES[self._device.type]
         text, transform = model_config.get_text_config(), logits.transform_of(model_config)
+        self._text = text
         self._head = Head(projection.weight, getattr(projection, "bias", None), transform.scale, transform.cap)
         self._probe(model)
         alone = {"prefix_min_tokens": 0} if deterministic else {}
         with torch.inference_mode():
             self._body = decoder_runners.choose(model, config.model_copy(update=alone))
+            captures = probe.captures(logits.body_of(model), self._body, config)  # before float8, as all other probes
             self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
         log.info("model %s is run %s", config.model, self._body.name)
         self._decoder = logits.body_of(model)
-        self._tokenizer = tokenizer
-        self._end_ids = end_ids(model, tokenizer)
+        self._tokenizer, self._end_ids = tokenizer, end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
-        artifacts, transports = offered(self._head, config.serve_head)
+        artifacts, transports = offered(self._head, config.serve_head, captures)
+        width = hooks.kv_width(self._decoder) if "relation" in transports else 0
+        self._basis: Artifact | None = None
+        self._projections: Mapping[int, Projection] = {}
         self._facts = ModelFacts(
             model=config.model,
             fingerprint=digest,
@@ -140,9 +150,10 @@ class TransformersModel:
             hidden_size=columns,
             layers=text.num_hidden_layers,
             artifacts=artifacts,
-            transports=transports,
+            transports=tuple(kind for kind in transports if kind != "relation" or width),
             max_sequence_tokens=logits.position_limit(model_config),
             generates=self._generates(min(rows, len(tokenizer))),
+            kv_width=width,
         )
 
     @property
@@ -177,7 +188,11 @@ class TransformersModel:
         return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
 
     def artifact(self, wanted: ArtifactInfo) -> Artifact:
-        return self._head.artifact()
+        return self._basis if self._basis is not None and wanted == self._basis.info else self._head.artifact()
+
+    def calibrate(self, features: FeaturesConfig) -> None:
+        self._basis, self._facts = calibration.calibrated(features, self._facts, self._body, self._tokenizer)
+        self._projections = projections(LayerBasis.of(self._basis), self._device)
 
     def score(self, jobs: list[Job]) -> list[TeacherSignals]:
         return self.begin(jobs)()
@@ -188,7 +203,7 @@ class TransformersModel:
 
         The next batch may begin before the last one is waited for, from the same thread; the wait may be in another.
         """
-        watch = _Stopwatch(self._device)
+        watch = Stopwatch(self._device)
         groups: dict[SignalSpec, list[int]] = {}
         for index, (_, spec) in enumerate(jobs):
             groups.setdefault(spec, []).append(index)
@@ -197,35 +212,47 @@ class TransformersModel:
         return lambda: self._answers(jobs, copies, watch)
 
     def _together(
-        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: _Stopwatch
+        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: Stopwatch
     ) -> list[tuple[list[int], HostRows]]:
-        """The signals of each group of jobs, from as few passes as fit."""
-        order = [index for members in groups.values() for index in members]
-        sequences = [ids for index in order for ids in _sequences(jobs[index][0])]
-        rows = [np.flatnonzero(wanted) for index in order for wanted in _wanted(jobs[index][0])]
-        hidden_ND = self._body.states(sequences, rows)
-        watch.mark("forward")
-        found, start = [], 0
-        for spec, members in groups.items():
-            batches = [jobs[index][0] for index in members]
-            stop = start + sum(batch.rows for batch in batches)
-            labels_N = np.concatenate([batch.labels_N() for batch in batches])
-            extra = [batch.extra_ids_NM for batch in batches if batch.extra_ids_NM is not None]
-            sequence_N = np.concatenate([batch.sequences_of_rows() + (1 << 32) * i for i, batch in enumerate(batches)])
-            checked_N = np.concatenate([checked_rows(batch) for batch in batches]) if spec.check == "sampled" else None
-            rows_of = self._host_rows(spec, batches)
-            self._reduce(rows_of, hidden_ND[start:stop], labels_N, extra, spec, sequence_N, None, checked_N)
-            found.append((members, rows_of.end()))
+        """The signals of each group of jobs, from as few passes as fit; what a cut captures is gone before the next."""
+        together = groups_of(jobs, groups)
+        order = [index for group in together for index in group.members]
+        sequences = [ids for index in order for ids in sequences_of(jobs[index][0])]
+        rows = [np.flatnonzero(wanted) for index in order for wanted in wanted_of(jobs[index][0])]
+        answers = [self._host_rows(group.spec, [jobs[index][0] for index in group.members]) for group in together]
+        wishes = [wish_of(group.spec) for group in together]
+        wish = union(wishes)
+        token_bytes = captured_numbers(self._text, wish) * self._head.weight_VD.element_size() if wish else 0
+        for cut in cuts_of(sequences, token_bytes, self._capture_bytes):
+            states = self._body.run(sequences[cut], rows[cut], wish)
+            watch.mark("forward")
+            self._reduce_cut(cut, *states, together, wishes, answers)
+            del states  # what was captured is gone before the next cut
+            watch.mark("reduce")
+        return [(group.members, into) for group, into in zip(together, answers, strict=True)]
+
+    def _reduce_cut(
+        self, cut: slice, hidden_ND: Torch, captured: Captured, groups: list[Group], wishes: list[Wish], answers: list[HostRows]
+    ) -> None:  # fmt: skip
+        """Reduces each group's rows of the cut; a group's answer ends with its last sequence."""
+        start = 0
+        for group, wish, into in zip(groups, wishes, answers, strict=True):
+            sequences, rows = group.within(cut)
+            stop = start + rows.stop - rows.start
+            if stop > start:
+                part = captured.part(sequences, wish) if wish else None
+                self._reduce(into, group.spec, hidden_ND[start:stop], group.asked.part(rows), part)
+            if cut.start < group.last <= cut.stop:
+                into.end()
             start = stop
-        watch.mark("reduce")
-        return found
 
     def _apart(
-        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: _Stopwatch
+        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: Stopwatch
     ) -> list[tuple[list[int], HostRows]]:
         """The same, each sequence by itself; all its rows are reduced in chunks from its first, wanted or not."""
         found = []
         for spec, members in groups.items():
+            wish = wish_of(spec)
             rows_of = self._host_rows(spec, [jobs[index][0] for index in members])
             for batch in (jobs[index][0] for index in members):
                 named_at = 0
@@ -233,39 +260,32 @@ class TransformersModel:
                 if spec.check == "sampled":
                     checked_T[batch.rows_of()] = checked_rows(batch)
                 checked = np.split(checked_T, batch.cu_lengths_B1[1:-1])
-                for ids_L, wanted_L, checked_L in zip(_sequences(batch), _wanted(batch), checked, strict=True):
+                for ids_L, wanted_L, checked_L in zip(sequences_of(batch), wanted_of(batch), checked, strict=True):
                     kept_R = wanted_L[:-1]
                     if not kept_R.any():
                         continue
-                    hidden_RD = self._body.states([ids_L], [np.arange(len(kept_R))])
+                    hidden_RD, captured = self._body.run([ids_L], [np.arange(len(kept_R))], wish)
                     watch.mark("forward")
-                    extra = []
+                    named_RM = None
                     if batch.extra_ids_NM is not None:
                         named_RM = np.zeros((len(kept_R), batch.extra_ids_NM.shape[1]), np.int32)
                         named_RM[kept_R] = batch.extra_ids_NM[named_at : named_at + int(kept_R.sum())]
                         named_at += int(kept_R.sum())
-                        extra = [named_RM]
                     labels_R = np.where(kept_R, ids_L[1:], 0)  # others' may lie outside the spec's vocabulary
                     checked_R = checked_L[:-1] if spec.check == "sampled" else None
-                    self._reduce(rows_of, hidden_RD, labels_R, extra, spec, None, kept_R, checked_R)
+                    asked = Asked(labels_R, named_RM, kept_R=kept_R, checked_R=checked_R)
+                    self._reduce(rows_of, spec, hidden_RD, asked, captured if wish else None)
                     watch.mark("reduce")
             found.append((members, rows_of.end()))
         return found
 
     def _reduce(
-        self,
-        into: HostRows,
-        hidden_RD: Torch,
-        labels_R: np.ndarray,
-        extra: list[np.ndarray],
-        spec: SignalSpec,
-        sequence_R: np.ndarray | None,
-        kept_R: np.ndarray | None,
-        checked_R: np.ndarray | None,
+        self, into: HostRows, spec: SignalSpec, hidden_RD: Torch, asked: Asked, captured: Captured | None
     ) -> None:
-        labels = to_device(labels_R, self._device).long()
-        named = to_device(np.concatenate(extra), self._device).long() if extra else None
-        rows = Rows(hidden_RD, labels, named, sequence_R, kept_R, checked_R)
+        labels_R = to_device(asked.labels_R, self._device).long()
+        named_RM = None if asked.extra_RM is None else to_device(asked.extra_RM, self._device).long()
+        about = (asked.sequence_R, asked.kept_R, asked.checked_R)
+        rows = Rows(hidden_RD, labels_R, named_RM, *about, captured, self._projections)
         reduce(self._head, rows, spec, self._chunk_bytes, into)
 
     def _host_rows(self, spec: SignalSpec, batches: list[TokenBatch]) -> HostRows:
@@ -274,10 +294,11 @@ class TransformersModel:
         return HostRows(Entries.totals(batches, axes), self._chunk_bytes)
 
     def _shape(self, spec: SignalSpec) -> AnswerShape:
-        return AnswerShape(spec.vocab_rows, self._facts.hidden_size, self._facts.dtype)
+        facts = self._facts
+        return AnswerShape(spec.vocab_rows, facts.hidden_size, facts.dtype, facts.kv_width)
 
     def _answers(
-        self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: _Stopwatch
+        self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: Stopwatch
     ) -> list[TeacherSignals]:
         answers: dict[int, TeacherSignals] = {}
         for members, copy in copies:
@@ -343,38 +364,3 @@ class TransformersModel:
         said = logits.disagreement(own_BLV, ours_BLV, state_BLD, self._config.dtype)
         if said:
             raise ServerConfigError(f"{kind}: {said}; this architecture is not supported, its labels would be wrong")
-
-
-def _sequences(batch: TokenBatch) -> list[np.ndarray]:
-    """The ids of each sequence."""
-    return np.split(batch.token_ids_T, batch.cu_lengths_B1[1:-1])
-
-
-def _wanted(batch: TokenBatch) -> list[np.ndarray]:
-    """The flags of each sequence."""
-    return np.split(batch.wanted_T, batch.cu_lengths_B1[1:-1])
-
-
-class _Stopwatch:
-    """Time between marks, on the device's own clock where it has one: reading it waits for nothing but the last mark."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-        self.mark("")
-
-    def mark(self, name: str) -> None:
-        """The time since the last mark was spent on `name`."""
-        now: Any = time.perf_counter()
-        if self._cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        self._marks.append((name, now))
-
-    def us(self) -> dict[str, int]:
-        """Microseconds by name."""
-        spent: dict[str, float] = {}
-        for (_, start), (name, end) in pairwise(self._marks):
-            took_us = start.elapsed_time(end) * 1e3 if self._cuda else (end - start) * 1e6
-            spent[name] = spent.get(name, 0.0) + took_us
-        return {name: round(took_us) for name, took_us in spent.items()}

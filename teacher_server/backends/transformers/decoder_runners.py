@@ -18,15 +18,25 @@ from torch import Tensor
 from teacher_server.backends.logits import body_of
 from teacher_server.backends.transformers import attention
 from teacher_server.backends.transformers.attention import NotPackableError, Packing
+from teacher_server.backends.transformers.capture import hooks
+from teacher_server.backends.transformers.capture.taps import Taps
 from teacher_server.backends.transformers.fused import FusedBody, unsuited
 from teacher_server.backends.transformers.packing import pack
 from teacher_server.config.backends import TransformersBackend as Config
+from teacher_server.signals.captured import Captured, Wish, joined
 from teacher_server.signals.transfer import to_device
 
 log = logging.getLogger(__name__)
 
 Sequences = Sequence[np.ndarray]
-Run = Callable[[Tensor, Tensor, Packing], Tensor]
+
+
+class Run(Protocol):
+    """The layers over packed tokens."""
+
+    def __call__(self, ids_T: Tensor, positions_T: Tensor, packing: Packing, taps: Taps | None = None) -> Tensor:
+        """States after the final norm [T, D]; `taps` are shown what they wish of the blocks."""
+
 
 _PROBE_LENGTHS = (5, 48, 2, 31)
 _PROBE_SHARED = 24  # tokens that two of the probe's sequences have in common
@@ -49,6 +59,13 @@ class Body(Protocol):
 
     def states(self, sequences: Sequences, rows: Sequences) -> Tensor:
         """[N, D]: the states of `rows[b]` of each sequence b, in that order."""
+
+    def run(self, sequences: Sequences, rows: Sequences, wish: Wish) -> tuple[Tensor, Captured]:
+        """The same states, and what is wished of the pass that makes them (nothing is done for an empty wish).
+
+        Raises:
+            NotCapturableError: this model does not show what is wished; see `capture.probe`.
+        """
 
 
 def choose(model: Any, config: Config) -> Body:
@@ -101,10 +118,11 @@ def _transformers_packed(body: Any) -> Run:
     attention.register()
     plain = body.config._attn_implementation
 
-    def run(ids_T: Tensor, positions_T: Tensor, packing: Packing) -> Tensor:
+    def run(ids_T: Tensor, positions_T: Tensor, packing: Packing, taps: Taps | None = None) -> Tensor:
         body.config._attn_implementation = attention.NAME
         try:
-            found = body(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, packing=packing)
+            with hooks.listening(body, taps):
+                found = body(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, packing=packing)
         finally:
             body.config._attn_implementation = plain
         state_TD: Tensor = found.last_hidden_state[0]
@@ -152,16 +170,26 @@ class PackedBody:
         return self._run if isinstance(self._run, FusedBody) else None
 
     def states(self, sequences: Sequences, rows: Sequences) -> Tensor:
-        parts = [self._pass(sequences[cut], rows[cut]) for cut in _cuts(sequences, self._max_tokens)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.run(sequences, rows, Wish())[0]
 
-    def _pass(self, sequences: Sequences, rows: Sequences) -> Tensor:
+    def run(self, sequences: Sequences, rows: Sequences, wish: Wish) -> tuple[Tensor, Captured]:
+        parts = [self._pass(sequences[cut], rows[cut], wish) for cut in _cuts(sequences, self._max_tokens)]
+        states = [state_ND for state_ND, _ in parts]
+        captured = [part for _, part in parts if part is not None]
+        return (
+            torch.cat(states) if len(states) > 1 else states[0],
+            joined(captured, range(len(sequences)), wish) if captured else Captured(),
+        )
+
+    def _pass(self, sequences: Sequences, rows: Sequences, wish: Wish) -> tuple[Tensor, Captured | None]:
         layout = pack(sequences, self._prefix_min_tokens)
         self.computed_tokens += layout.tokens
         ids_T, positions_T = (to_device(array, self._device) for array in (layout.ids_T, layout.positions_T))
-        state_TD = self._run(ids_T, positions_T, Packing.of(layout, self._device))
+        taps = Taps(wish, layout.rows_of, rows, self._device) if wish else None
+        state_TD = self._run(ids_T, positions_T, Packing.of(layout, self._device), taps)
         wanted_N = np.concatenate([of[row] for of, row in zip(layout.rows_of, rows, strict=True)])
-        return state_TD.index_select(0, to_device(wanted_N, self._device))
+        state_ND = state_TD.index_select(0, to_device(wanted_N, self._device))
+        return state_ND, None if taps is None else taps.captured()
 
 
 def _cuts(sequences: Sequences, max_tokens: int) -> Iterator[slice]:
@@ -186,24 +214,36 @@ class PaddedBody:
         self._max_tokens = max_tokens
 
     def states(self, sequences: Sequences, rows: Sequences) -> Tensor:
+        return self.run(sequences, rows, Wish())[0]
+
+    def run(self, sequences: Sequences, rows: Sequences, wish: Wish) -> tuple[Tensor, Captured]:
         lengths_B = np.array([len(ids) for ids in sequences])
         self.computed_tokens += int(lengths_B.sum())
         found: dict[int, Tensor] = {}
+        captured: list[Captured] = []
+        numbers: list[int] = []  # of the sequences, as the passes have them
         for group in _groups(lengths_B, self._max_tokens):
             padded = int(lengths_B[group].max())
             ids_bL = np.zeros((len(group), padded), np.int32)
             for place, index in enumerate(group):
                 ids_bL[place, : lengths_B[index]] = sequences[index]
             mask_bL = np.arange(padded)[None, :] < lengths_B[group][:, None]
-            state_bLD = self._body(
-                input_ids=to_device(ids_bL, self._device).long(),
-                attention_mask=to_device(mask_bL, self._device).long(),
-                use_cache=False,
-            ).last_hidden_state
+            slots_of = [np.arange(lengths_B[index]) + place * padded for place, index in enumerate(group)]
+            taps = Taps(wish, slots_of, [rows[index] for index in group], self._device) if wish else None
+            with hooks.listening(self._body, taps):
+                state_bLD = self._body(
+                    input_ids=to_device(ids_bL, self._device).long(),
+                    attention_mask=to_device(mask_bL, self._device).long(),
+                    use_cache=False,
+                ).last_hidden_state
+            if taps is not None:
+                captured.append(taps.captured())
+                numbers += group.tolist()
             for place, index in enumerate(group):
                 wanted = np.asarray(rows[index], np.int64)
                 found[int(index)] = state_bLD[place].index_select(0, to_device(wanted, self._device))
-        return torch.cat([found[b] for b in range(len(sequences))])
+        states_ND = torch.cat([found[b] for b in range(len(sequences))])
+        return states_ND, joined(captured, numbers, wish) if captured else Captured()
 
 
 def _groups(lengths: np.ndarray, max_padded_tokens: int) -> Iterator[np.ndarray]:

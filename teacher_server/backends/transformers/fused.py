@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from teacher_server.backends.transformers import kernels, layer_ops
 from teacher_server.backends.transformers.attention import Packing, attend
+from teacher_server.backends.transformers.capture.taps import Taps
 
 # Decoder layers that are: norm, attention, residual, norm, gated SiLU ffn, residual; Qwen3 also norms q and k.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -103,21 +104,28 @@ class FusedBody:
                 product.quantize()
         self._float8 = True
 
-    def __call__(self, ids_T: Tensor, positions_T: Tensor, packing: Packing) -> Tensor:
-        """States after the final norm [T, D]."""
+    def __call__(self, ids_T: Tensor, positions_T: Tensor, packing: Packing, taps: Taps | None = None) -> Tensor:
+        """States after the final norm [T, D]; `taps` are shown what they wish of the blocks."""
         x_TD = self._embed(ids_T)
         fast = kernels if kernels.usable(x_TD) else layer_ops
         cos_1Td, sin_1Td = self._rotary(x_TD[None], positions_T[None])
         cos_Td, sin_Td = cos_1Td[0].contiguous(), sin_1Td[0].contiguous()
         residual_TD = None
-        for layer in self._layers:
+        for before, layer in enumerate(self._layers):
             h_TD, residual_TD, scale_T1 = self._norm(fast, x_TD, residual_TD, layer.norm_D)
-            x_TD = self._attend(fast, layer, layer.qkv(h_TD, scale_T1), cos_Td, sin_Td, packing)
+            if taps is not None:
+                taps.state(before, residual_TD)
+            x_TD = self._attend(fast, layer, layer.qkv(h_TD, scale_T1), cos_Td, sin_Td, packing, taps, before + 1)
             h_TD, residual_TD, scale_T1 = self._norm(fast, x_TD, residual_TD, layer.ffn_norm_D)
             gated_TF, scale_T1 = fast.silu_mul(layer.gate_up(h_TD, scale_T1), float8=self._float8)
+            if taps is not None:
+                taps.ffn(before + 1, gated_TF, scale_T1)
             x_TD = layer.down(gated_TF, scale_T1)
-        state_TD: Tensor = fast.add_rms_norm(x_TD, residual_TD, self._norm_D, self._eps)[0]
-        return state_TD
+        state_TD, last_TD, _ = fast.add_rms_norm(x_TD, residual_TD, self._norm_D, self._eps)
+        if taps is not None:
+            taps.state(len(self._layers), last_TD)
+        final_TD: Tensor = state_TD
+        return final_TD
 
     def _norm(
         self, fast: ModuleType, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor
@@ -128,16 +136,21 @@ class FusedBody:
         return found
 
     def _attend(
-        self, fast: ModuleType, layer: _Layer, qkv: Tensor, cos_Td: Tensor, sin_Td: Tensor, packing: Packing
-    ) -> Tensor:
+        self, fast: ModuleType, layer: _Layer, qkv: Tensor, cos_Td: Tensor, sin_Td: Tensor, packing: Packing,
+        taps: Taps | None, block: int,
+    ) -> Tensor:  # fmt: skip
         heads, keys = self._query_heads, self._key_heads
         qkv_THd = qkv.view(len(qkv), heads + 2 * keys, self._channels)
+        if taps is not None:  # before the norm and the rotation below, which are in place
+            taps.plain_key(block, qkv_THd[:, heads : heads + keys])
         if layer.q_norm_d is not None and layer.k_norm_d is not None:
             for part, weight_d in ((slice(heads), layer.q_norm_d), (slice(heads, heads + keys), layer.k_norm_d)):
                 rows = qkv_THd[:, part].reshape(-1, self._channels)
                 qkv_THd[:, part] = fast.add_rms_norm(rows, None, weight_d, self._eps)[0].view_as(qkv_THd[:, part])
         fast.rotate(qkv_THd[:, : heads + keys], cos_Td, sin_Td)
         query_THd, key_TGd, value_TGd = qkv_THd.split([heads, keys, keys], dim=1)
+        if taps is not None:
+            taps.attention(block, query_THd, key_TGd, value_TGd, scale=layer.scale)
         found_TD = attend(query_THd, key_TGd, value_TGd, packing, layer.scale).reshape(len(qkv), -1)
         if not self._float8:
             return layer.out(found_TD, None)

@@ -18,10 +18,13 @@ IDS = torch.arange(3, 43).remainder(290).reshape(2, 20)
 FAMILIES = ["qwen2", "llama", "gemma2", "glm4", "cohere", "granitemoe", "falcon_h1", "recurrent_gemma", "phi"]
 
 
-def student_of(folder, *, lora=True, checkpointing=True):
+def student_of(folder, *, lora=True, checkpointing=True, attention="sdpa"):
     settings = LoraSettings(rank=4) if lora else None
     student = load_student(
-        ModelConfig(path=str(folder), dtype="float32", lora=settings, gradient_checkpointing=checkpointing), 0
+        ModelConfig(
+            path=str(folder), dtype="float32", lora=settings, gradient_checkpointing=checkpointing, attention=attention
+        ),
+        0,
     )
     for name, parameter in student.model.named_parameters():
         if "lora_B" in name:  # zero at first: then nothing would reach A

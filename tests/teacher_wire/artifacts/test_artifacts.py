@@ -11,10 +11,11 @@ from student_trainer.teachers.artifact_cache import fetch_artifact
 from student_trainer.teachers.artifact_files import artifact_folders
 from teacher_wire.artifacts import codec, kinds
 from teacher_wire.artifacts.kinds.base import ArtifactKind
+from teacher_wire.artifacts.kinds.layer_basis import LayerBasisKind
 from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, OutputHeadKind, TeacherHead
 from teacher_wire.core.errors import CapabilityError, LabelError
 from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import ArtifactInfo
+from teacher_wire.core.info import LAYER_BASIS, ArtifactInfo
 from teacher_wire.core.tensor import Tensor, float32
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
@@ -187,5 +188,8 @@ def test_a_second_header_must_be_the_first_one():
 
 
 def test_the_kinds_are_a_visible_dict():
-    assert {name: type(kind) for name, kind in kinds.KINDS.items()} == {OUTPUT_HEAD: OutputHeadKind}
+    assert {name: type(kind) for name, kind in kinds.KINDS.items()} == {
+        OUTPUT_HEAD: OutputHeadKind,
+        LAYER_BASIS: LayerBasisKind,
+    }
     assert all(name == kind.name for name, kind in kinds.KINDS.items())

@@ -5,14 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from teacher_wire.core.signals import Check, Signal, SignalSpec
+from teacher_wire.score.signals.attention import Attention
+from teacher_wire.score.signals.ffn import Ffn
 from teacher_wire.score.signals.full import Full
 from teacher_wire.score.signals.hidden import Hidden
+from teacher_wire.score.signals.layer_states import LayerStates
+from teacher_wire.score.signals.relation import Relation
 from teacher_wire.score.signals.top_k import TopK
 
 SIGNALS: dict[str, type[Signal]] = {
     "top_k": TopK,
     "hidden": Hidden,
     "full": Full,
+    "layers": LayerStates,
+    "attention": Attention,
+    "relation": Relation,
+    "ffn": Ffn,
 }
 
 
@@ -28,4 +36,4 @@ def spec_of(kind: str, vocab_rows: int, check: Check = "all", **settings: Any) -
     return SignalSpec(vocab_rows, (SIGNALS[kind](**settings),), check)
 
 
-__all__ = ["SIGNALS", "Full", "Hidden", "TopK", "spec_of"]
+__all__ = ["SIGNALS", "Attention", "Ffn", "Full", "Hidden", "LayerStates", "Relation", "TopK", "spec_of"]

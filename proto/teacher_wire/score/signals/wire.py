@@ -9,14 +9,16 @@ from dataclasses import fields
 from typing import Any
 
 from teacher_wire.core.errors import RequestError
+from teacher_wire.core.parsing import check_name
 from teacher_wire.core.signals import CHECKS, Signal, SignalSpec
 from teacher_wire.score.signals import SIGNALS
+from teacher_wire.score.signals.chosen_layers import MAX_LAYERS
 from teacher_wire.v2 import teacher_pb2 as pb
 
-MAX_LAYERS = 1024
 _SHOWN = 64  # characters of a name that is none
 _CHECK_CODE = {name: pb.Check.Value(name.upper()) for name in CHECKS}
 _CHECK_NAME = {code: name for name, code in _CHECK_CODE.items()}
+_NUMBERS, _TEXTS = ("int", "float", int, float), ("str", str)
 _INTEGERS_BELOW = 1 << 53  # what a double holds exactly
 
 
@@ -43,7 +45,8 @@ def decode_spec(message: pb.SignalSpec) -> SignalSpec:
 def _encode(signal: Signal) -> pb.Signal:
     settings = {f.name: getattr(signal, f.name) for f in fields(signal)}
     layers, reduction = settings.pop("layers", ()), settings.pop("reduction", "")
-    return pb.Signal(kind=signal.kind, layers=layers, reduction=reduction, numbers=settings)
+    names = {name: settings.pop(name) for name in list(settings) if isinstance(settings[name], str)}
+    return pb.Signal(kind=signal.kind, layers=layers, reduction=reduction, numbers=settings, names=names)
 
 
 def _decode(message: pb.Signal) -> Signal:
@@ -55,12 +58,12 @@ def _decode(message: pb.Signal) -> Signal:
     types = {f.name: f.type for f in fields(kind)}
     settings: dict[str, Any] = {}
     for name in sorted(message.numbers):
-        if types.get(name) not in ("int", "float", int, float):
-            known = "|".join(n for n, t in types.items() if n not in ("layers", "reduction")) or "none"
-            raise RequestError(
-                f"{kind.kind} has no such number", field="signal.numbers", value=ascii(name[:_SHOWN]), limit=known
-            )
+        _known(kind, name, _NUMBERS, "number")
         settings[name] = _number(message.numbers[name], name, whole=types[name] in ("int", int))
+    for name in sorted(message.names):
+        _known(kind, name, _TEXTS, "name")
+        check_name(f"signal.names.{name}", message.names[name])
+        settings[name] = message.names[name]
     for name, value in (("layers", tuple(message.layers[: MAX_LAYERS + 1])), ("reduction", message.reduction)):
         if not value:
             continue
@@ -70,6 +73,18 @@ def _decode(message: pb.Signal) -> Signal:
     if len(settings.get("layers", ())) > MAX_LAYERS:
         raise RequestError("too many layers", field="signal.layers", value=len(message.layers), limit=MAX_LAYERS)
     return kind(**settings)
+
+
+def _known(kind: type[Signal], name: str, types: tuple[object, ...], what: str) -> None:
+    """Refuses a setting of the message that the kind does not have among those of these types."""
+    known = [f.name for f in fields(kind) if f.type in types and f.name not in ("layers", "reduction")]
+    if name not in known:
+        raise RequestError(
+            f"{kind.kind} has no such {what}",
+            field=f"signal.{what}s",
+            value=ascii(name[:_SHOWN]),
+            limit="|".join(known) or "none",
+        )
 
 
 def _number(value: float, name: str, *, whole: bool) -> int | float:

@@ -1,0 +1,145 @@
+"""The sections `loss.hidden`, `loss.attention` and `loss.ffn`: what is learned from inside the teacher's layers (algorithms.md 4, 5, 6)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from student_trainer.config.fields import Positive
+from student_trainer.config.files import Settings
+
+
+def _as_layers(given: Any) -> Any:
+    """One block is a list of one; text is `uniform(n)`, or a block as it was written."""
+    if isinstance(given, str) and given.strip().isdigit():
+        return (int(given),)
+    if isinstance(given, int) and not isinstance(given, bool):
+        return (given,)
+    if isinstance(given, str):
+        text = given.replace(" ", "")
+        if not (text.startswith("uniform(") and text.endswith(")") and text[8:-1].isdigit()):
+            raise ValueError(
+                f"{given!r} is neither uniform(n), a list of the student's blocks, nor a list of pairs [student, teacher]"
+            )
+        return text
+    return given
+
+
+Block = Annotated[int, Field(ge=0)]
+Layers = Annotated[str | tuple[Block | tuple[Block, Block], ...], BeforeValidator(_as_layers)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class AnnealConfig(Settings):
+    """A weight that falls to 0 as half a cosine: features are scaffolding.
+
+    Attributes:
+        share: of the run's steps, until it is 0.
+        steps: optimizer steps until it is 0.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    steps: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> AnnealConfig:
+        if (self.share is None) == (self.steps is None):
+            raise ValueError("set exactly one of share and steps")
+        return self
+
+
+class HiddenLossConfig(Settings):
+    """Hidden states of chosen blocks (algorithms.md 4).
+
+    Attributes:
+        weight: of this term; 0 is off.
+        layers: `uniform(n)`; blocks of the student, each paired with the teacher's block at the same share of its depth; or pairs
+            [student, teacher]. Counted by outputs from 1; 0 is the embedding, the last is before the final norm.
+        objective: `proj_cos` and `proj_sl1` go through a learned projector; `gram`, `cka` and `rkd` compare how rows lie to one another.
+        reduction: how the teacher's states travel: principal components as int8, the whole state as int8, or as it is.
+        rank: principal components; null: all of the teacher's basis.
+        anneal: null: the weight stays.
+    """
+
+    weight: Weight
+    layers: Layers = "uniform(3)"
+    objective: Literal["proj_cos", "proj_sl1", "gram", "cka", "rkd"] = "proj_cos"
+    reduction: Literal["pca", "int8", "none"] = "pca"
+    rank: Positive | None = None
+    anneal: AnnealConfig | None = None
+
+    @model_validator(mode="after")
+    def _rank_of_pca(self) -> HiddenLossConfig:
+        if self.rank is not None and self.reduction != "pca":
+            raise ValueError(f"rank belongs to reduction pca, not {self.reduction}")
+        return self
+
+
+class AttentionLossConfig(Settings):
+    """Where chosen blocks look (algorithms.md 5).
+
+    Attributes:
+        weight: of this term; 0 is off.
+        layers: as of `hidden`, from 1.
+        objective: `pooled_kl` of head-averaged maps in blocks of 64 keys; `relation` of keys and of values, more bytes and more detail.
+        anneal: null: the weight stays.
+    """
+
+    weight: Weight
+    layers: Layers = "uniform(1)"
+    objective: Literal["pooled_kl", "relation"] = "pooled_kl"
+    anneal: AnnealConfig | None = None
+
+
+class FfnLossConfig(Settings):
+    """How much the FFN of chosen blocks works at each token (algorithms.md 6); experimental.
+
+    Attributes:
+        weight: of this term; 0 is off.
+        layers: as of `hidden`, from 1.
+        objective: `energy`: correlation of the activation's size over each sequence; `quantiles`: its profile at each token.
+        anneal: null: the weight stays.
+    """
+
+    weight: Weight
+    layers: Layers = "uniform(1)"
+    objective: Literal["energy", "quantiles"] = "energy"
+    anneal: AnnealConfig | None = None
+
+
+FeatureConfig = HiddenLossConfig | AttentionLossConfig | FfnLossConfig
+
+# `loss.preset` -> what it stands for; what is written beside it wins.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The origin article's numbers (algorithms.md 13). Nothing published supports them: measured beside our default in docs/layers.md.
+    "article": {
+        "output": {"weight": 0.2, "temperature": {"kind": "linear", "start": 8.0, "end": 1.2, "share": 1.0}},
+        "hidden": {"weight": 0.5, "layers": [1, 5, 12]},
+        "attention": {"weight": 0.3, "layers": [1, 5, 12]},
+        "sft_weight": 0.0,
+    }
+}
+
+
+def with_preset(given: dict[str, Any]) -> dict[str, Any]:
+    """The section `loss` with what its preset stands for.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    name = given.get("preset")
+    if name is None:
+        return given
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
+    return _under(PRESETS[name], given)
+
+
+def _under(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above`, with what it leaves out from `below`, in sections too; a schedule is taken or left as a whole."""
+    merged = below | above
+    for key, value in above.items():
+        if key in ("output", "hidden", "attention") and isinstance(value, dict) and isinstance(below.get(key), dict):
+            merged[key] = below[key] | value
+    return merged

@@ -1,0 +1,48 @@
+"""The section `features` of a teacher: what states of its layers are projected on before they travel."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from teacher_server.config.files import Settings
+
+Layer = Annotated[int, Field(ge=0)]
+
+
+class FeaturesConfig(Settings):
+    """Principal components of the states of chosen layers, calibrated when a revision of the teacher is loaded for the first time.
+
+    Only the reduction `pca` of `layers` needs them: all other signals of layers are offered without this section.
+
+    Attributes:
+        layers: `all`, or numbers of blocks, rising; 0 is the embedding.
+        rank: components of a layer, but no more than the model is wide.
+        calibration: a text, or JSONL of which every text in a row counts; null is Python's documentation, which every Python carries.
+        calibration_tokens: of the beginning of it.
+        folder: where bases are kept, so that a revision has the same one wherever and whenever it is loaded: replicas on several machines
+            need a folder that all of them see. null computes them at every loading, and another machine may round otherwise.
+    """
+
+    layers: Annotated[tuple[Literal["all"] | Layer, ...], Field(min_length=1)] = ("all",)
+    rank: Annotated[int, Field(ge=1)] = 256
+    calibration: Path | None = None
+    calibration_tokens: Annotated[int, Field(ge=64, le=16_777_216)] = 16_384
+    folder: Path | None = Path("~/.cache/lyceum/layer_basis")
+
+    @model_validator(mode="after")
+    def _rising(self) -> FeaturesConfig:
+        if "all" in self.layers and len(self.layers) > 1:
+            raise ValueError("layers are `all`, or numbers")
+        if any(isinstance(a, int) and isinstance(b, int) and a >= b for a, b in pairwise(self.layers)):
+            raise ValueError(f"layers must rise, got {', '.join(map(str, self.layers))}")
+        return self
+
+    def chosen(self, blocks: int) -> tuple[int, ...]:
+        """Numbers of layers of a model of so many blocks; some may be beyond them."""
+        if "all" in self.layers:
+            return tuple(range(blocks + 1))
+        return tuple(layer for layer in self.layers if isinstance(layer, int))
