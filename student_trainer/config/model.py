@@ -33,6 +33,8 @@ class ModelConfig(Settings):
             the adapter, without it is merged first.
         dtype: of frozen weights, of the passes, and of the result; what is trained is float32 in memory in any case. float16 is
             refused: it would need a loss scaler.
+        attention: transformers' attn_implementation; `auto` is sdpa, and eager where the model caps its attention scores softly (Gemma 2), which
+            sdpa would leave out.
         lora: adapters, or null to train every weight.
         compiled: compute decoder layers as compiled functions while training (`model/speed/compiled.py`); `auto`: on a GPU.
         graphs: record the passes of each length that comes often and replay them with one launch each (`model/speed/cuda_graphs.py`); needs a GPU,
@@ -43,7 +45,7 @@ class ModelConfig(Settings):
     path: HomeText
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     lora: LoraSettings | None = LoraSettings()
     gradient_checkpointing: bool = False
     compiled: bool | Literal["auto"] = "auto"

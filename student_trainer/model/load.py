@@ -211,12 +211,13 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     internlm.register()
     dtype = getattr(torch, config.dtype)
     with _named(config, sources):
-        AutoConfig.from_pretrained(sources.model, revision=sources.revision, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(sources.model, revision=sources.revision, trust_remote_code=False)
+        attention = _attention(config, model_config)
         model, loading = AutoModelForCausalLM.from_pretrained(
             sources.model,
             revision=sources.revision,
             dtype=dtype if config.lora else torch.float32,
-            attn_implementation=config.attention,
+            attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -253,6 +254,23 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     student.check(config)
     student.is_graphed = quicken(model, config)
     return student
+
+
+def _attention(config: ModelConfig, model_config: Any) -> str:
+    """transformers' attn_implementation.
+
+    Raises:
+        ModelError: one that would leave out what the model does to its attention scores.
+    """
+    softcap = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+    if not softcap:
+        return "sdpa" if config.attention == "auto" else config.attention
+    if config.attention == "sdpa":
+        raise ModelError(
+            f"model.attention=sdpa: {config.path} caps its attention scores (attn_logit_softcapping={softcap}), which sdpa leaves out; set "
+            "it to auto or eager"
+        )
+    return "eager" if config.attention == "auto" else config.attention
 
 
 def _adapter_notes(config: ModelConfig, sources: adapters.Sources) -> tuple[str, ...]:

@@ -35,7 +35,8 @@ class TransformersBackend(BackendConfig):
         dtype: of weights and arithmetic.
         device: `auto` is cuda when there is one.
         threads: torch threads of a replica on CPU.
-        attention: transformers' attn_implementation.
+        attention: transformers' attn_implementation; `auto` is sdpa, and eager where the model caps its attention scores softly (Gemma 2), which
+            sdpa would leave out.
         serve_head: students may fetch the output head (needed for `hidden`).
         reduce_mb: bound on logits held at a time while reducing; without it 1280 on CUDA, 64 elsewhere.
         packing: `auto` runs sequences one behind the other without padding where a probe finds the same states.
@@ -54,7 +55,7 @@ class TransformersBackend(BackendConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: str = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     serve_head: bool = True
     reduce_mb: Annotated[int, Field(ge=1)] | None = None
     packing: Literal["auto", "off"] = "auto"

@@ -75,7 +75,7 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
         model, loading = AutoModelForCausalLM.from_pretrained(
             files.folder,
             dtype=dtype,
-            attn_implementation=config.attention,
+            attn_implementation=_attention(config, model_config),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -89,8 +89,31 @@ def load(config: Config, *, deterministic: bool) -> TransformersModel:
         log.info("model %s is an adapter of %s, merged into it", config.model, files.folder)
     model = model.to(device).eval().requires_grad_(False)
     arithmetic = config.dtype if config.quantization == "none" else f"{config.dtype}+{config.quantization}"
+    if _softcap(model_config):  # earlier labels of such a model were made without it
+        arithmetic += "+softcap"
     digest = fingerprint(files.folder, arithmetic, files.adapter)
     return TransformersModel(config, model, model_config, tokenizer, digest, deterministic=deterministic)
+
+
+def _softcap(model_config: Any) -> float:
+    """c of attention scores c tanh(x / c); 0 for none."""
+    return getattr(model_config.get_text_config(), "attn_logit_softcapping", None) or 0.0
+
+
+def _attention(config: Config, model_config: Any) -> str:
+    """transformers' attn_implementation.
+
+    Raises:
+        ServerConfigError: one that would leave out what the model does to its attention scores.
+    """
+    if not _softcap(model_config):
+        return "sdpa" if config.attention == "auto" else config.attention
+    if config.attention == "sdpa":
+        raise ServerConfigError(
+            f"model {config.model!r} caps its attention scores (attn_logit_softcapping={_softcap(model_config)}), which attention sdpa leaves "
+            "out: its labels would be another model's; set attention to auto or eager"
+        )
+    return "eager" if config.attention == "auto" else config.attention
 
 
 def _device(name: str) -> torch.device:

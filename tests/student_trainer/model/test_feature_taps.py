@@ -32,7 +32,6 @@ KNOWN = {
     "glm4": {},
 }
 SHAPES = {"qwen3": {}, "mistral": {}, "olmo2": {}}
-KERNEL = {"gemma2": "eager"}  # transformers' sdpa leaves its cap out
 TOKENS = torch.arange(5, 205).remainder(290).reshape(2, 100)
 
 
@@ -76,7 +75,7 @@ def test_maps_made_again_are_those_of_eager_attention(folder_of, family):
     eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         expected = eager(TOKENS, output_attentions=True, use_cache=False).attentions
-    student = student_of(folder, lora=False, checkpointing=False, attention=KERNEL.get(family, "sdpa"))
+    student = student_of(folder, lora=False, checkpointing=False)
     reader = AttentionReader(student.body, student.computing)
     rows = torch.tensor([2, 17, 40, 63, 64, 99])
     with torch.no_grad():
@@ -132,7 +131,7 @@ def grads_of(student, loss):
 def test_gradients_of_maps_are_those_of_the_eager_model(folder_of, family):
     """By the eager model's own maps, whose graph is autograd's alone."""
     folder = folder_of(family)
-    student = student_of(folder, lora=False, checkpointing=False, attention=KERNEL.get(family, "sdpa"))
+    student = student_of(folder, lora=False, checkpointing=False)
     eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     student.model.double(), eager.double()
     reader = AttentionReader(student.body, student.computing)
@@ -198,12 +197,11 @@ def test_attention_that_is_not_understood_is_refused_by_the_term(model_factory, 
         AttentionReader(student.body, student.computing).check(1)
 
 
-def test_a_cap_that_sdpa_leaves_out_is_not_in_the_maps(folder_of):
-    for kernel, cap in (("sdpa", 0.0), ("eager", 2.0)):
-        student = student_of(folder_of("gemma2"), lora=False, checkpointing=False, attention=kernel)
-        reader = AttentionReader(student.body, student.computing)
-        reader.check(1)
-        assert reader(1, torch.randn(1, 8, 32)).softcap == cap
+def test_a_soft_cap_is_in_the_maps(folder_of):
+    student = student_of(folder_of("gemma2"), lora=False, checkpointing=False)
+    reader = AttentionReader(student.body, student.computing)
+    reader.check(1)
+    assert reader(1, torch.randn(1, 8, 32)).softcap == 2.0
 
 
 def test_a_wrong_window_is_noticed(folder_of):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
@@ -18,7 +19,7 @@ IDS = torch.arange(3, 43).remainder(290).reshape(2, 20)
 FAMILIES = ["qwen2", "llama", "gemma2", "glm4", "cohere", "granitemoe", "falcon_h1", "recurrent_gemma", "phi"]
 
 
-def student_of(folder, *, lora=True, checkpointing=True, attention="sdpa"):
+def student_of(folder, *, lora=True, checkpointing=True, attention="auto"):
     settings = LoraSettings(rank=4) if lora else None
     student = load_student(
         ModelConfig(
@@ -49,6 +50,23 @@ def same(one, other, rtol=1e-4):
     assert grads.keys() == expected_grads.keys() and grads
     for name, grad in expected_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+
+
+def test_a_soft_cap_of_attention_scores_is_computed_or_refused(model_factory):
+    """transformers' sdpa leaves it out, with a warning at most: another model would be trained."""
+    folder = model_factory("gemma2", attn_logit_softcapping=0.5)
+    student = student_of(folder, lora=False)
+    student.model.eval()
+    eager, sdpa = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=name).eval().model
+        for name in ("eager", "sdpa")
+    )
+    with torch.no_grad():
+        found = student.states(IDS)
+        torch.testing.assert_close(found, eager(IDS).last_hidden_state)
+        assert not torch.allclose(found, sdpa(IDS).last_hidden_state, atol=1e-2), "a case that shows nothing"
+    with pytest.raises(ModelError, match=r"model\.attention=sdpa: .*attn_logit_softcapping=0\.5.*auto or eager"):
+        student_of(folder, attention="sdpa")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -267,11 +267,9 @@ def test_what_differs_from_the_plain_model_is_not_offered(
     assert f"does not give {lost} of chosen layers: block" in caplog.text
 
 
-def test_attention_that_sdpa_computes_without_its_soft_cap_is_not_offered(model_factory, offers):
-    """transformers' sdpa ignores `softcap`; a model whose maps it changes gives them under eager attention alone."""
-    folder = model_factory("gemma2", **SOFTCAP)
-    assert "attention" not in offers(given(folder))
-    assert offers(given(folder, attention="eager")) == {"states", "attention", "ffn"}
+def test_attention_with_a_soft_cap_is_offered_since_it_is_computed_with_it(model_factory, offers):
+    """transformers' sdpa leaves the cap out: `auto` takes eager attention for such a model."""
+    assert offers(given(model_factory("gemma2", **SOFTCAP))) == {"states", "attention", "ffn"}
 
 
 def test_a_backend_that_captures_nothing_offers_no_layers(offers):

@@ -66,6 +66,22 @@ def test_labels_are_the_models_own_logits(model_factory, family):
     assert (head.logit_scale != 1 or head.final_softcap > 0) == (family in CHANGED)
 
 
+def test_a_soft_cap_of_attention_scores_is_in_the_labels_or_the_model_is_refused(model_factory):
+    """transformers' sdpa leaves it out: the labels would be another model's."""
+    folder = model_factory("gemma2", attn_logit_softcapping=0.5)
+    eager, sdpa = (
+        direct(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=name).eval())
+        for name in ("eager", "sdpa")
+    )
+    model = teacher(folder)
+    for found in served(model):
+        torch.testing.assert_close(found, eager, atol=5e-4, rtol=0)
+        assert not torch.allclose(found, sdpa, atol=1e-2), "a case that shows nothing"
+    config = TransformersBackend(model=str(folder), dtype="float32", device="cpu", attention="sdpa")
+    with pytest.raises(ServerConfigError, match=r"attn_logit_softcapping=0\.5.* set attention to auto or eager"):
+        load(config, deterministic=False)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("family", "said"), [("bert", "BertLMHeadModel.*not its head"), ("bert-generation", "tokens that come later")]
