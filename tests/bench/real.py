@@ -67,7 +67,7 @@ class Job:
     seed: int
     folder: str
     steps: int
-    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
 
 def write_rows(folder: Path) -> None:
@@ -83,37 +83,22 @@ def write_rows(folder: Path) -> None:
 
 
 class Server:
-    """`teacher-server up` with the real teacher; `teacher` and `edge` are settings of these sections beside the usual ones."""
+    """`teacher-server up` with the real teacher; `sections` edge, ray and teacher are laid over the usual settings."""
 
-    def __init__(
-        self,
-        folder: Path,
-        model: Path,
-        gpus: int,
-        *,
-        teacher: Mapping[str, Any] | None = None,
-        edge: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, model: Path, gpus: int, **sections: Mapping[str, Any]) -> None:
         from tests.bench.gpu_client import free_port
 
         self.address = f"127.0.0.1:{free_port()}"
         backend = {"kind": "transformers", "model": str(model), "dtype": "bfloat16" if gpus else "float32",
                    "device": "cuda" if gpus else "cpu"}  # fmt: skip
-        tree = {
-            "edge": {"port": int(self.address.rpartition(":")[2]), **(edge or {})},
+        tree: dict[str, dict[str, Any]] = {
+            "edge": {"port": int(self.address.rpartition(":")[2])},
             "ray": {"num_cpus": 4, "object_store_mb": 512},
-            "teachers": [
-                {
-                    "name": "smollm2",
-                    "num_cpus": 0.5,
-                    "num_gpus": 1.0 if gpus else 0.0,
-                    "backend": backend,
-                    **(teacher or {}),
-                }
-            ],
+            "teacher": {"name": "smollm2", "num_cpus": 0.5, "num_gpus": 1.0 if gpus else 0.0, "backend": backend},
         }
+        edge, ray, teacher = (tree[name] | dict(sections.get(name, {})) for name in tree)
         file, self.log = folder / "server.yaml", folder / "server.log"
-        file.write_text(yaml.safe_dump(tree))
+        file.write_text(yaml.safe_dump({"edge": edge, "ray": ray, "teachers": [teacher]}))
         with self.log.open("w") as log:
             command = [sys.executable, "-m", "teacher_server.cli", "up", str(file)]
             self._process = subprocess.Popen(
