@@ -150,7 +150,7 @@ def run(
     shutil.rmtree(folder, ignore_errors=True)
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings_of(options, job, address, gpus)))
-    env = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})}
+    env = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": cards()[gpu]})}
     began = time.monotonic()
     command = [sys.executable, "-m", "student_trainer.cli", "train", str(file)]
     told = ""
@@ -169,6 +169,14 @@ def run(
     print(f"{job.arm}, seed {job.seed}{told}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     shutil.rmtree(folder / "final", ignore_errors=True)
     return found
+
+
+def cards() -> list[str]:
+    """The GPUs that this process sees, as the environment names them."""
+    import torch
+
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return told.split(",") if told else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:
