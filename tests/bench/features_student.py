@@ -6,7 +6,6 @@ Labels are in memory, fetched over gRPC before the clock starts, so that a step 
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from student_trainer.labels.rows_on_device import head_on
 from student_trainer.losses.features.layers import uniform
 from student_trainer.teachers.features import FeaturePlan, plan_features
 from tests.bench.gpu_student import BY_KERNEL, OUTPUT_ALONE, SPECS, InMemory, Remote, Room, Row, taken
+from tests.bench.real import cards
 from tests.bench.student_memory import STUDENT, V
 
 ARTICLE = [1, 5, 12]
@@ -46,7 +46,7 @@ def measured(steps: int) -> list[Row]:
     blocks = int(str(STUDENT["num_hidden_layers"]))
     tried = cases(blocks)
     room = Room(steps)
-    remote = Remote(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0], sorted({*uniform(3, blocks), *ARTICLE}))
+    remote = Remote(cards()[0], sorted({*uniform(3, blocks), *ARTICLE}))
     try:
         room.head = head_on(remote.head, V, torch.device("cuda"))
         _case(room, remote, ALONE, {})

@@ -1,7 +1,7 @@
 """Terms on layers on tasks 1 and 2 of algorithms.md 12, whose truth is known: the output alone, with hidden states, the article's preset, over five seeds.
 
 Teachers and students are those of `tests/e2e/task1.py` and `tests/soak/task2.py`: labels over gRPC from the product's engine, learned from by the product's own terms in a plain
-loop. CPU, one thread a process; a process for every seed. Minutes: tasks 1 and 2 with four arms take about 1 and 4 a seed, teachers one each.
+loop. CPU, `--workers` processes of one thread. A run that is cut off leaves what it has in $OUT/tasks.json.
 
     python -m tests.bench.tasks [--tasks 1 2] [--weights 3] [--annealed] [--seeds 5] [--workers 2] [--json]
 
@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,20 +58,17 @@ def arms_of(weights: list[float], annealed: bool) -> dict[str, Section]:
     }  # fmt: skip
 
 
-def of_seed(number: int, seed: int, arms: dict[str, Section], steps: int | None) -> dict[str, Any]:
-    """What each arm reached with a seed, and how long each took."""
+def of_arm(number: int, seed: int, name: str, section: Section, steps: int | None) -> dict[str, Any]:
+    """What an arm reached with a seed, and how long it took."""
     torch.set_num_threads(1)
     task, (_, measure) = TASKS[number], METRICS[number]
     recipe = replace(task.STUDENT, steps=steps or task.STUDENT.steps)
-    found: dict[str, float] = {}
-    seconds: dict[str, float] = {}
+    began_s = time.perf_counter()
     with classroom(teacher_folder(task.TEACHER, task.fresh)) as room:
-        for name, section in arms.items():
-            began_s = time.perf_counter()
-            student = train_by_terms(recipe, task.examples(seed), section, seed, room)
-            found[name], seconds[name] = measure(student.model), time.perf_counter() - began_s
-            print(f"task {number}, seed {seed}, {name}: {found[name]:.4f}, {seconds[name]:.0f} s", flush=True)
-    return {"task": number, "seed": seed, "found": found, "seconds": seconds}
+        found = measure(train_by_terms(recipe, task.examples(seed), section, seed, room).model)
+    seconds = time.perf_counter() - began_s
+    print(f"task {number}, seed {seed}, {name}: {found:.4f}, {seconds:.0f} s", flush=True)
+    return {"task": number, "arm": name, "seed": seed, "found": found, "seconds": seconds}
 
 
 def main() -> None:
@@ -87,20 +84,26 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     arms = arms_of(options.weights, options.annealed)
-    jobs = [(number, FIRST_SEED[number] + place) for place in range(options.seeds) for number in options.tasks[::-1]]
+    seeds = {number: range(FIRST_SEED[number], FIRST_SEED[number] + options.seeds) for number in options.tasks}
+    jobs = [
+        (number, seeds[number][place], name, section, options.steps)
+        for place in range(options.seeds) for number in options.tasks for name, section in arms.items()
+    ]  # fmt: skip
+    runs: list[dict[str, Any]] = []
     with ProcessPoolExecutor(min(options.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
         list(pool.map(_teacher, options.tasks))  # each once, not in every process
-        runs = []
-        for left in pool.map(of_seed, *zip(*jobs, strict=True), [arms] * len(jobs), [options.steps] * len(jobs)):
-            runs.append(left)
+        for done in as_completed([pool.submit(of_arm, *job) for job in jobs]):
+            runs.append(done.result())
             _keep({"arms": arms, "runs": runs})
     for number in options.tasks:
-        values = {name: [run["found"][name] for run in runs if run["task"] == number] for name in arms}
+        by_seed = {(run["arm"], run["seed"]): run["found"] for run in runs if run["task"] == number}
+        values = {name: [by_seed[name, seed] for seed in seeds[number]] for name in arms}
+        alone = statistics.fmean(values[ALONE])
         rows: list[dict[str, object]] = [
             {
                 "arm": name, "mean": f"{statistics.fmean(found):.4f}", "sd": f"{statistics.stdev(found):.4f}" if len(found) > 1 else "",
                 f"minus {ALONE}": "" if name == ALONE else told_of(paired(found, values[ALONE])),
-                "of it": f"{statistics.fmean(found) / statistics.fmean(values[ALONE]):.3f}" if statistics.fmean(values[ALONE]) else "",
+                "of it": f"{statistics.fmean(found) / alone:.3f}" if alone else "",
                 "seeds": " ".join(f"{value:.4f}" for value in found),
             }
             for name, found in values.items()
