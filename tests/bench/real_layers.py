@@ -80,7 +80,6 @@ class Bench:
         part, steps = self._options.part, self._options.steps
         changes: dict[str, dict[str, Any]] = {
             "model": {"path": str(self._options.real / arm.student), "graphs": arm.graphs}, "loss": dict(arm.loss),
-            "cache": {"max_gb": 200.0},
         }  # fmt: skip
         if part == "time":
             changes |= {"data": {"eval": []}, "train": {"eval_steps": 0}}
