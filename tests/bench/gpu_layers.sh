@@ -19,8 +19,10 @@ sweep)
     CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 timeout "$((budget + 60))" nice python3 -W ignore -m tests.bench.tasks --weights ${WEIGHTS:-1 3 12} \
         --workers "$((cores / 3))" --json >"$OUT/tasks.log" 2>&1 &
     tasks=$!
-    layers sweep --budget-s "$budget"
+    code=0
+    layers sweep --budget-s "$budget" || code=$?
     wait "$tasks" || tail -n 3 "$OUT/tasks.log"
+    exit "$code"
     ;;
 final)
     layers final --budget-s "$budget"

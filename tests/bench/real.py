@@ -153,14 +153,17 @@ def run(
     env = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": cards()[gpu]})}
     began = time.monotonic()
     command = [sys.executable, "-m", "student_trainer.cli", "train", str(file)]
-    told = ""
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        told = ", cut off"
-    else:
-        if done.returncode:
-            raise SystemExit(f"{job.arm}, seed {job.seed}:\n{done.stderr[-3000:]}")
+    told, said = "", folder.with_suffix(".out")
+    with said.open("w") as output:  # no pipe: processes that compile would hold it open
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=output, process_group=0)
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            told = ", cut off"
+    if process.returncode and not told:
+        raise SystemExit(f"{job.arm}, seed {job.seed}:\n{said.read_text()[-3000:]}")
     found = [{name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_") or name == "step"}
              for entry in log_of(folder) if "eval_nll_per_byte" in entry]  # fmt: skip
     if found:
