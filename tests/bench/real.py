@@ -155,11 +155,11 @@ def run(
     command = [sys.executable, "-m", "student_trainer.cli", "train", str(file)]
     told, said = "", folder.with_suffix(".out")
     with said.open("w") as output:  # no pipe: processes that compile would hold it open
-        process = subprocess.Popen(command, env=env, stdout=output, stderr=output, process_group=0)
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
             told = ", cut off"
     if process.returncode and not told:
