@@ -4,12 +4,13 @@
 #     bash tests/bench/gpu_layers.sh sweep REAL 450     # every arm; beside it, on the CPU, tasks 1 and 2 of algorithms.md 12
 #     bash tests/bench/gpu_layers.sh final REAL 540     # the best of it, its neighbours and others, three seeds
 #     bash tests/bench/gpu_layers.sh rest REAL 330      # seconds a step; what layers cost the server and a student's step at 7B and 1.5B shapes
-# The last number is the budget in seconds: of `rest` with one or two GPUs one part after the other takes twice as long. WEIGHTS names the tasks' weights.
+# The last number is the budget in seconds: of `rest` with one or two GPUs one part after the other takes twice as long. WEIGHTS names the tasks' weights,
+# PER_GPU the runs at a time on a card (4; 6 where there is one card).
 set -euo pipefail
 usage="usage: gpu_layers.sh sweep|final|rest REAL SECONDS"
 part=${1:?$usage} real=${2:?$usage} budget=${3:?$usage}
 : "${OUT:?is where the figures go}"
-layers() { python3 -W ignore -m tests.bench.real_layers "$@" --real "$real" --json 2>&1 | tee -a "$OUT/layers-$1.log"; }
+layers() { python3 -W ignore -m tests.bench.real_layers "$@" --real "$real" --per-gpu "${PER_GPU:-4}" --json 2>&1 | tee -a "$OUT/layers-$1.log"; }
 features() { timeout "$budget" python3 -W ignore -m tests.bench.features --half "$1" --json >"$OUT/features-$1.log" 2>&1 || echo "features $1: $?" >&2; }
 
 case $part in
