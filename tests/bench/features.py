@@ -1,12 +1,16 @@
-"""What signals of chosen layers cost the server: a batch with them against the same batch without, per tapped layer, as a share of its forward.
+"""What signals of chosen layers cost: the server, per tapped layer, as a share of a batch's forward; and a student's step with terms on them beside the output's alone.
 
 On a CUDA device the teacher is of Qwen2.5-7B's shape (random weights) and a batch 8 x 2,048 tokens; elsewhere 6 layers of 256 channels and
 4 x 256 tokens on one thread, in its own CPU time. `captured` is the pass alone, `whole` also the reduction and the copies to the host. Rounds of both alternate.
-    python -m tests.bench.features [--json]
+The student's half needs a CUDA device: see `features_student`. Both need one card of 40 GiB or more, since the teacher's process is on the student's.
+    python -m tests.bench.features [--json] [--half server|student] [--steps N]
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import statistics
 import tempfile
 import time
@@ -24,7 +28,7 @@ from teacher_server.signals.reduce import wish_of
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.score.signals import SIGNALS, Hidden
-from tests.bench.table import arguments, show
+from tests.bench.table import show
 from tests.tiny import make_model
 
 ROUNDS = 9
@@ -68,8 +72,8 @@ def alternating(functions: list[Callable[[], object]]) -> list[float]:
 
 
 @torch.inference_mode()
-def main() -> None:
-    options = arguments(__doc__ or "")
+def server() -> tuple[str, list[dict[str, object]]]:
+    """Title and rows of the server's half."""
     model, vocab, count, length = teacher()
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, vocab, length).astype(np.int32) for _ in range(count)]
@@ -101,7 +105,37 @@ def main() -> None:
                 "whole, per layer": f"{(whole_s - bare_s) / without_s / len(tapped):.2%}",
             }
         )
-    show(f"{model._body.name}, {count} x {length} tokens, {model.facts.dtype}", found, as_json=options.json)
+    return f"{model._body.name}, {count} x {length} tokens, {model.facts.dtype}", found
+
+
+def student(steps: int) -> tuple[str, list[dict[str, object]]]:
+    """Title and rows of the student's half."""
+    from tests.bench import features_student
+    from tests.bench.student_memory import LENGTH, SEQUENCES
+
+    return f"a student's step, {SEQUENCES} x {LENGTH} tokens", features_student.measured(steps)
+
+
+def main() -> None:
+    """The bench; see module."""
+    parser = argparse.ArgumentParser(
+        description="What signals of chosen layers cost the server, and terms on them a student."
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON too")
+    parser.add_argument("--half", choices=["server", "student", "both"], default="both")
+    parser.add_argument("--steps", type=int, default=24, help="counted steps of a student's run")
+    options = parser.parse_args()
+    halves: dict[str, Callable[[], tuple[str, list[dict[str, object]]]]] = {"server": server, "student": lambda: student(options.steps)}  # fmt: skip
+    if options.half == "both" and not torch.cuda.is_available():
+        print("the student's half needs a CUDA device (tests/bench/rehearse.sh tries it without)")
+        halves.pop("student")
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if torch.cuda.is_available() else f"CPU, torch {torch.__version__}"  # fmt: skip
+    for name, half in halves.items():
+        if options.half in ("both", name):
+            title, rows = half()
+            show(f"{title}; {where}", rows, as_json=options.json)
+            if "OUT" in os.environ:
+                Path(os.environ["OUT"], f"features-{name}.json").write_text(json.dumps({"title": title, "where": where, "rows": rows}, indent=1))  # fmt: skip
 
 
 if __name__ == "__main__":

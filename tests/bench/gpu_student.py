@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,14 @@ from student_trainer.labels.service import LabelService
 from student_trainer.losses.head import Head
 from student_trainer.model.load import quicken
 from student_trainer.model.speed import compiled
+from student_trainer.teachers.features import FeaturePlan
 from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import DistillationTrainer
 from student_trainer.training.windows import FixedOrder
+from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
 from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, TeacherHead
-from teacher_wire.core.info import TeacherInfo
+from teacher_wire.core.info import LAYER_BASIS, TeacherInfo
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score.signals import spec_of
 from tests.bench.student_memory import GIB, LENGTH, SEQUENCES, Bench, Case, K, V
@@ -58,31 +61,40 @@ from tests.tiny import make_tokenizer
 SKIPPED = 8  # steps before the clock starts: compilation, recording, and what was asked ahead
 SPECS = {"hidden": spec_of("hidden", V), "top_k": spec_of("top_k", V, k=K)}
 BY_KERNEL = ", kernel by kernel"  # `model.graphs: false`
+OUTPUT_ALONE: dict[str, Any] = {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0}
 Row = dict[str, object]
 Feed = Callable[[TokenizedDataset, RunOrder], Any]
 
 
 class Remote:
-    """The teacher's process and what the student needs of it once."""
+    """The teacher's process and what the student needs of it once.
 
-    def __init__(self, gpu: int) -> None:
+    Args:
+        gpu: that it runs on, as CUDA_VISIBLE_DEVICES names it.
+        layers: whose states it can project.
+    """
+
+    def __init__(self, gpu: str, layers: Sequence[int] = ()) -> None:
         from tests.bench.gpu_client import free_port
 
         self.address = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "tests.bench.gpu_student", "--serve", self.address.rpartition(":")[2]]
-        self._process = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
-        self.info, self.head = event_loop.run(self._meet())
+        command += ["--layers", *map(str, layers)] if layers else []
+        self._process = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
+        self.info, self.head, self.basis = event_loop.run(self._meet())
 
-    async def _meet(self) -> tuple[TeacherInfo, TeacherHead]:
+    async def _meet(self) -> tuple[TeacherInfo, TeacherHead, LayerBasis | None]:
         async with TeacherClient(self.address) as client:
             info = await client.teacher(wait_for_s=240)
-            return info, TeacherHead.of(await client.artifact(info, info.artifact(OUTPUT_HEAD)))
+            found = {artifact.kind: await client.artifact(info, artifact) for artifact in info.artifacts}
+        basis = LayerBasis.of(found[LAYER_BASIS]) if LAYER_BASIS in found else None
+        return info, TeacherHead.of(found[OUTPUT_HEAD]), basis
 
-    def feed(self, transport: str, data: TokenizedDataset, order: RunOrder) -> LabelFeed:
+    def feed(self, spec: SignalSpec, data: TokenizedDataset, order: RunOrder) -> LabelFeed:
         """As a run opens it, without a cache on disk."""
         desk = LabelService(lambda: TeacherClient(self.address, window_bytes=128 << 20), None)
         return LabelFeed(
-            desk.source(self.info, SPECS[transport]),
+            desk.source(self.info, spec),
             lambda number: pack([data[index].example for index in order.batch(number)]),
             first=0, count=order.batches, max_bytes=512 << 20, max_batches=64,
             prepare=partial(LabelTensors.of, pinned=True),
@@ -92,6 +104,13 @@ class Remote:
         """Ends the teacher's process."""
         self._process.terminate()
         self._process.wait()
+
+
+def taken(feed: LabelFeed, order: RunOrder) -> list[Taken]:
+    """All labels of a run, in memory."""
+    kept = [feed.take(number) for number in range(order.batches)]
+    feed.close()
+    return kept
 
 
 class InMemory:
@@ -176,14 +195,11 @@ class Room:
     def ours(
         self, name: str, transport: str = "", feed: Feed | None = None,
         seed: int = 0, deterministic: bool = True, graphs: bool = True,
+        loss: dict[str, Any] | None = None, features: FeaturePlan | None = None,
     ) -> Row:  # fmt: skip
-        """A run of the trainer, as it ships unless told otherwise."""
-        loss: dict[str, Any] = (
-            {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0}
-            if transport
-            else {"output": None, "sft_weight": 1.0}
-        )
-        config = self.config(loss, transport or "hidden", graphs)
+        """A run of the trainer, as it ships unless told otherwise; `features` is the plan of the terms on layers in `loss`."""
+        usual: dict[str, Any] = OUTPUT_ALONE if transport else {"output": None, "sft_weight": 1.0}
+        config = self.config(loss or usual, transport or "hidden", graphs)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         self.bench.place_layers(True)
@@ -200,7 +216,7 @@ class Room:
         clock = Clock(self.steps)
         clock.feed = lambda: opened[-1].stats if opened else None
         trainer = DistillationTrainer(
-            config, self.student, FixedOrder(data, order), Objective(config.loss, V).terms(self.student),
+            config, self.student, FixedOrder(data, order), Objective(config.loss, V, features=features, run_steps=order.steps).terms(self.student),
             open_feed=open_feed if transport else None, teacher_head=self.head if transport == "hidden" else None,
             callbacks=[clock], on_trouble=lambda told: print("TROUBLE:", told, flush=True),
         )  # fmt: skip
@@ -266,9 +282,7 @@ def measured(room: Room, remote: Remote) -> None:
     feeds: dict[str, tuple[str, Feed, Feed]] = {}
     for seed, transport in enumerate(SPECS):
         data, order = room.data(seed), room.order()
-        feed = remote.feed(transport, data, order)
-        kept = [feed.take(number) for number in range(order.batches)]
-        feed.close()
+        kept = taken(remote.feed(SPECS[transport], data, order), order)
 
         def in_memory(_data: Any, _order: Any, kept: list[Taken] = kept) -> InMemory:
             return InMemory(kept)
@@ -336,11 +350,14 @@ def with_ratios(rows: list[Row]) -> list[Row]:
     return found
 
 
-async def serve(port: int) -> None:
+async def serve(port: int, layers: Sequence[int]) -> None:
     """The teacher's process."""
+    from teacher_server.config.features import FeaturesConfig
     from tests.bench import gpu_server, gpu_teacher
 
     model = gpu_teacher.backend(gpu_teacher.random_model())
+    if layers:
+        model.calibrate(FeaturesConfig(layers=tuple(layers), folder=None))
     _held = await gpu_server.started(model, port, memory_mb=4096)  # unheld, it would stop
     await asyncio.Event().wait()
 
@@ -351,16 +368,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON too")
     parser.add_argument("--steps", type=int, default=24, help="counted steps of a run")
     parser.add_argument("--serve", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        asyncio.run(serve(options.serve))
+        asyncio.run(serve(options.serve, options.layers))
         return
     gpus = torch.cuda.device_count()
     os.environ["CUDA_VISIBLE_DEVICES"] = str(
         gpus - 1
     )  # before anything is made on a device: transformers takes the first it sees
     room = Room(options.steps)
-    remote = Remote(0)
+    remote = Remote("0")
     try:
         measured(room, remote)
     finally:

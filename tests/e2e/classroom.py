@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from student_trainer.config.losses import LossConfig
 from student_trainer.config.training import OptimizationConfig
 from student_trainer.data.batch_plan import RunOrder
-from student_trainer.data.dataset import Example
+from student_trainer.data.dataset import Example, IndexedExample
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.packing import pack
 from student_trainer.labels.rows_on_device import head_on, rows_on
@@ -40,7 +41,11 @@ from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import TeacherRows, TopKRows
 from student_trainer.model.load import Student
 from student_trainer.teachers.artifact_cache import fetch_head
+from student_trainer.teachers.features import plan_features
+from student_trainer.training.learner import Learner
+from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import learning_rate_share
+from student_trainer.training.windows import MicroBatch, padded
 from teacher_server.config.backends import TransformersBackend
 from teacher_server.config.server import TeacherConfig
 from teacher_server.replica.engine import TeacherEngine
@@ -50,6 +55,7 @@ from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.loopback import serve
 
 CACHE = Path(__file__).parents[2] / ".cache" / "classroom"
@@ -140,11 +146,13 @@ def _save_tokenizer(folder: Path, vocab: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=FastTokenizer(words)).save_pretrained(folder)
 
 
-def optimization(model: Any, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW and its schedule, the same for everybody."""
+def optimization(model: Any, steps: int, more: dict[str, Any] | None = None) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and its schedule, the same for everybody; `more` is a group of what is trained beside the model."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=OPTIMIZATION.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
     )
+    if more is not None:
+        optimizer.add_param_group(more)
     share = lambda step: learning_rate_share(step, steps, OPTIMIZATION)  # noqa: E731
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
@@ -311,6 +319,38 @@ def train_student(recipe: StudentRecipe, examples: Sequence[Example], arm: Arm, 
                 result.integrity.check()
             total = result.total
         take_step(student.model, optimizer, scheduler, total)
+    student.model.eval()
+    return student
+
+
+def train_by_terms(
+    recipe: StudentRecipe, examples: Sequence[Example], section: dict[str, Any], seed: int, room: Classroom
+) -> Student:
+    """As `train_student`, by the product's own terms of a config's section `loss`, those on layers among them, from `hidden` labels."""
+    loss = LossConfig.model_validate(section)
+    spec = spec_of("hidden", recipe.shape.vocab)
+    plan = plan_features(loss, room.info, recipe.shape.vocab, recipe.shape.layers) if loss.features else None
+    objective = Objective(loss, recipe.shape.vocab, spec.signals, plan, recipe.steps)
+    if plan is not None:
+        spec = replace(spec, signals=(*spec.signals, *plan.signals.values()))
+    student = Student(recipe.shape.build(1000 + seed), None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 + seed)  # of projectors
+        learner = Learner(student, objective.terms(student), teacher_head=room.head)
+    labels = room.labels(examples, spec).cut(pack(examples).batch)
+    order = RunOrder(
+        len(examples), batch_size=recipe.batch_size, accumulation=1, epochs=1, max_steps=recipe.steps, seed=seed
+    )
+    group = learner.projector_group(OPTIMIZATION.learning_rate)
+    optimizer, scheduler = optimization(student.model, recipe.steps, group)
+    for step in range(recipe.steps):
+        indices = order.batch(step)
+        batch = padded(MicroBatch.of(step, [IndexedExample(index, examples[index]) for index in indices]), pad_id=0)
+        answer = LabelTensors.of(TeacherSignals.join([labels[index] for index in indices]))
+        found = learner(replace(batch, labels=answer), batch.weight, step)
+        for evidence in found.evidence:
+            evidence.check()
+        take_step(learner, optimizer, scheduler, found.loss)
     student.model.eval()
     return student
 
