@@ -112,7 +112,7 @@ FeatureConfig = HiddenLossConfig | AttentionLossConfig | FfnLossConfig
 
 # `loss.preset` -> what it stands for; what is written beside it wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The origin article's numbers (algorithms.md 13). Nothing published supports them: measured beside our default in docs/layers.md.
+    # The origin article's numbers (algorithms.md 13). Nothing published supports them; how they do is yet to be measured.
     "article": {
         "output": {"weight": 0.2, "temperature": {"kind": "linear", "start": 8.0, "end": 1.2, "share": 1.0}},
         "hidden": {"weight": 0.5, "layers": [1, 5, 12]},
