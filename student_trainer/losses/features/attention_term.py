@@ -21,13 +21,13 @@ from student_trainer.losses.features.labels import keys_and_values, pooled_maps
 from student_trainer.losses.features.layers import LayerPair
 from student_trainer.losses.features.term import (
     FeatureWeight,
+    PairedTerm,
     PairLoss,
     of_rows,
     places,
-    result,
     weights_beyond,
 )
-from student_trainer.losses.term import Needs, StudentOutputs, SupervisedRows, TeacherLabels, TermResult
+from student_trainer.losses.term import Needs, StudentOutputs, SupervisedRows, TeacherLabels
 from teacher_wire.core.signals import Signal
 
 OBJECTIVES = ("pooled_kl", "relation")
@@ -35,7 +35,7 @@ OBJECTIVES = ("pooled_kl", "relation")
 Reader = Callable[[int, Tensor], AttentionStates]
 
 
-class AttentionTerm:
+class AttentionTerm(PairedTerm):
     """See module.
 
     Args:
@@ -70,27 +70,11 @@ class AttentionTerm:
         """A block's attention is made again from what the block reads, the output of the one before."""
         return Needs((self._signal,), tuple(pair.student - 1 for pair in self._pairs))
 
-    def term(
-        self,
-        outputs: StudentOutputs,
-        labels: TeacherLabels | None,
-        rows: SupervisedRows,
-        normalizer: float | Tensor,
-        step: int,
-    ) -> TermResult:
-        """`attention_loss`, the mean over blocks, and `attention_loss_S` of each, in nats per row.
-
-        `pooled_kl` is of rows from position 64 on whose teacher looks elsewhere than at the sinks; `relation` of all from the fifth on.
-        """
-        assert labels is not None
-        weight = self._weight.at(step)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            of_pair = self._pooled if self._objective == "pooled_kl" else self._relations
-            losses = {}
-            for pair in self._pairs:
-                states = self._read(pair.student, outputs.taps[pair.student - 1])
-                losses[pair] = of_pair(pair, states, labels, rows)
-        return result(self.name, self._pairs, losses, weight, normalizer)
+    def _pair(self, pair: LayerPair, outputs: StudentOutputs, labels: TeacherLabels, rows: SupervisedRows) -> PairLoss:
+        """Nats per row: `pooled_kl` of rows from position 64 on whose teacher looks elsewhere than at the sinks, `relation` of all from the fifth on."""
+        states = self._read(pair.student, outputs.taps[pair.student - 1])
+        of_pair = self._pooled if self._objective == "pooled_kl" else self._relations
+        return of_pair(pair, states, labels, rows)
 
     def _pooled(
         self, pair: LayerPair, states: AttentionStates, labels: TeacherLabels, rows: SupervisedRows

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from student_trainer.losses.features import ffn
 from student_trainer.losses.features.labels import energies, profiles
@@ -17,19 +16,19 @@ from student_trainer.losses.features.layers import LayerPair
 from student_trainer.losses.features.term import (
     FIRST_POSITION,
     FeatureWeight,
+    PairedTerm,
     PairLoss,
     of_rows,
     places,
-    result,
     weights_beyond,
 )
-from student_trainer.losses.term import FfnTap, Needs, StudentOutputs, SupervisedRows, TeacherLabels, TermResult
+from student_trainer.losses.term import FfnTap, Needs, StudentOutputs, SupervisedRows, TeacherLabels
 from teacher_wire.core.signals import Signal
 
 OBJECTIVES = ("energy", "quantiles")
 
 
-class FfnTerm:
+class FfnTerm(PairedTerm):
     """See module.
 
     Args:
@@ -51,25 +50,8 @@ class FfnTerm:
     def needs(self) -> Needs:
         return Needs((self._signal,), tuple(FfnTap(pair.student, self._quantiles) for pair in self._pairs))
 
-    def term(
-        self,
-        outputs: StudentOutputs,
-        labels: TeacherLabels | None,
-        rows: SupervisedRows,
-        normalizer: float | Tensor,
-        step: int,
-    ) -> TermResult:
-        """`ffn_loss`, the mean over blocks, and `ffn_loss_S` of each; of rows from the fifth token on.
-
-        `energy`: 1 - correlation, of sequences with at least `ffn.FEWEST_ROWS` rows. `quantiles`: sum of absolute differences.
-        """
-        assert labels is not None
-        weight = self._weight.at(step)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            losses = {pair: self._pair(pair, outputs, labels, rows) for pair in self._pairs}
-        return result(self.name, self._pairs, losses, weight, normalizer)
-
     def _pair(self, pair: LayerPair, outputs: StudentOutputs, labels: TeacherLabels, rows: SupervisedRows) -> PairLoss:
+        """`energy`: 1 - correlation, of sequences with at least `ffn.FEWEST_ROWS` rows. `quantiles`: sum of absolute differences."""
         found_NX = rows.of(outputs.taps[FfnTap(pair.student, self._quantiles)])
         weights_N = weights_beyond(rows, FIRST_POSITION, found_NX)
         if self._quantiles:

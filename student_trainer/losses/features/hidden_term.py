@@ -22,13 +22,13 @@ from student_trainer.losses.features.layers import LayerPair
 from student_trainer.losses.features.term import (
     FIRST_POSITION,
     FeatureWeight,
+    PairedTerm,
     PairLoss,
     of_rows,
     places,
-    result,
     weights_beyond,
 )
-from student_trainer.losses.term import Needs, StudentOutputs, SupervisedRows, TeacherLabels, TermResult
+from student_trainer.losses.term import Needs, StudentOutputs, SupervisedRows, TeacherLabels
 from teacher_wire.core.signals import Signal
 
 # objective -> loss per row, of a projected student
@@ -95,7 +95,7 @@ class Projector(nn.Module):
         return self.linear(state_ND if self._same is None else state_ND - self.shift_D)
 
 
-class HiddenTerm(nn.Module):
+class HiddenTerm(PairedTerm, nn.Module):
     """See module.
 
     Args:
@@ -132,21 +132,6 @@ class HiddenTerm(nn.Module):
 
     def needs(self) -> Needs:
         return Needs((self._signal,), tuple(pair.student for pair in self._pairs))
-
-    def term(
-        self,
-        outputs: StudentOutputs,
-        labels: TeacherLabels | None,
-        rows: SupervisedRows,
-        normalizer: float | Tensor,
-        step: int,
-    ) -> TermResult:
-        """`hidden_loss`, the mean over blocks, and `hidden_loss_S` of each; of rows from the fifth token on."""
-        assert labels is not None
-        weight = self._weight.at(step)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            losses = {pair: self._pair(pair, outputs, labels, rows) for pair in self._pairs}
-        return result(self.name, self._pairs, losses, weight, normalizer)
 
     def _pair(self, pair: LayerPair, outputs: StudentOutputs, labels: TeacherLabels, rows: SupervisedRows) -> PairLoss:
         target_NR = layer_states(labels.named, pair.teacher)

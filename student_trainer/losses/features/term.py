@@ -8,20 +8,20 @@ Axes: N supervised rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from student_trainer.losses.features.layers import LayerPair
-from student_trainer.losses.term import Mean, SupervisedRows, TermResult
+from student_trainer.losses.term import Mean, StudentOutputs, SupervisedRows, TeacherLabels, TermResult
 from student_trainer.schedules import Schedule
 
-FIRST_POSITION = (
-    4  # rows before it are sinks in most models: massive activations that teach nothing (algorithms.md 4.2)
-)
+# Rows before it are sinks in most models: massive activations that teach nothing (algorithms.md 4.2).
+FIRST_POSITION = 4
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,37 @@ def weights_beyond(rows: SupervisedRows, first: int, like: Tensor) -> Tensor:
     return kept_N.to(device=like.device, dtype=like.dtype, non_blocking=True)
 
 
-def result(
-    name: str,
-    pairs: Sequence[LayerPair],
-    losses: Mapping[LayerPair, PairLoss],
-    weight: float,
-    normalizer: float | Tensor,
-) -> TermResult:
-    """The term and its figures: `NAME_loss`, the mean over pairs, and `NAME_loss_S` of the student's block S; neither times the weight."""
-    total = torch.stack([losses[pair].sum for pair in pairs]).sum() / len(pairs)
-    figures = {f"{name}_loss": Mean(total.detach().double(), _mean([losses[pair].weights for pair in pairs]))}
-    for pair in pairs:
-        found = losses[pair]
-        figures[f"{name}_loss_{pair.student}"] = Mean(found.sum.detach().double(), found.weights.detach().double())
-    return TermResult(weight * total / normalizer, figures)
+class PairedTerm(ABC):
+    """The half of a `LossTerm` that is the same for all objectives on pairs of blocks; the other half is `_pair`."""
 
+    name: ClassVar[str]
+    _pairs: tuple[LayerPair, ...]
+    _weight: FeatureWeight
 
-def _mean(weights: Sequence[Tensor]) -> Tensor:
-    return torch.stack([weight.detach().double() for weight in weights]).mean()
+    @abstractmethod
+    def _pair(self, pair: LayerPair, outputs: StudentOutputs, labels: TeacherLabels, rows: SupervisedRows) -> PairLoss:
+        """Of one pair in a micro-batch."""
+
+    def term(
+        self,
+        outputs: StudentOutputs,
+        labels: TeacherLabels | None,
+        rows: SupervisedRows,
+        normalizer: float | Tensor,
+        step: int,
+    ) -> TermResult:
+        """The term and its figures: `NAME_loss`, the mean over pairs, and `NAME_loss_S` of the student's block S; neither times the weight.
+
+        At weight 0 it is still measured, without a gradient.
+        """
+        assert labels is not None, "a run with features has a teacher"
+        weight = self._weight.at(step)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            losses = [self._pair(pair, outputs, labels, rows) for pair in self._pairs]
+        total = torch.stack([found.sum for found in losses]).sum() / len(losses)
+        counted = torch.stack([found.weights.detach().double() for found in losses]).mean()
+        figures = {f"{self.name}_loss": Mean(total.detach().double(), counted)}
+        for pair, found in zip(self._pairs, losses, strict=True):
+            sums = found.sum.detach().double(), found.weights.detach().double()
+            figures[f"{self.name}_loss_{pair.student}"] = Mean(*sums)
+        return TermResult(weight * total / normalizer, figures)
