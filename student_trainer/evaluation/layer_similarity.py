@@ -156,7 +156,8 @@ def draw_layers(before: Mapping[str, float], after: Mapping[str, float]) -> Figu
         axes.set_yticks(range(len(of_kind[kind])), [f"block {block}" for block, _ in of_kind[kind]])
         axes.set_ylim(-0.6, len(of_kind[kind]) - 0.4)
         low, high = axes.get_xlim()
-        axes.set_xlim(min(0.0, low), max(1.0, high) if kind == "cka" else high)
+        high = max(1.0, high) if kind == "cka" else max(high, 1.08 * axes.dataLim.xmax)  # a point is whole at the edge
+        axes.set_xlim(min(0.0, low), high)
         axes.set_title(title, loc="left")
         axes.set_xlabel(sense)
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
