@@ -32,8 +32,9 @@ from student_trainer.training.windows import PaddedBatch
 from teacher_wire.core.batch import TokenBatch
 
 PROJECTORS = "projectors.safetensors"
-# Times the student's learning rate, without weight decay: projectors start from nothing (algorithms.md 4.2).
-PROJECTOR_RATE = 10.0
+# Times the student's learning rate, without weight decay: projectors start from nothing (algorithms.md 4.2). Not above the second number, unless the
+# student's own rate is.
+PROJECTOR_RATE, HIGHEST_PROJECTOR_RATE = 10.0, 1e-3
 
 
 class Learner(nn.Module):
@@ -144,4 +145,5 @@ class Learner(nn.Module):
         parameters = [p for p in self.projectors.parameters() if p.requires_grad]
         if not parameters:
             return None
-        return {"params": parameters, "lr": PROJECTOR_RATE * learning_rate, "weight_decay": 0.0}
+        rate = max(learning_rate, min(PROJECTOR_RATE * learning_rate, HIGHEST_PROJECTOR_RATE))
+        return {"params": parameters, "lr": rate, "weight_decay": 0.0}

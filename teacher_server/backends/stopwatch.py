@@ -26,7 +26,9 @@ class Stopwatch:
         self._marks.append((name, now))
 
     def us(self) -> dict[str, int]:
-        """Microseconds by name."""
+        """Microseconds by name; waits for the last mark: whoever has waited for answers need not have waited for it."""
+        if self._cuda:
+            self._marks[-1][1].synchronize()
         spent: dict[str, float] = {}
         for (_, start), (name, end) in pairwise(self._marks):
             took_us = start.elapsed_time(end) * 1e3 if self._cuda else (end - start) * 1e6

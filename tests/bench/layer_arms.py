@@ -79,7 +79,7 @@ def sweep_arms() -> list[Arm]:
     taken_over = [[5, 9], [10, 20], [14, 28]]  # the blocks that the cut student has of its teacher, as in the trial
     return [
         Arm(),
-        *(hidden(weight) for weight in (3.0, 12.0, 25.0, 1.0, 6.0, 0.25)),
+        *(hidden(weight) for weight in (3.0, 12.0, 25.0, 1.0, 6.0, 50.0, 0.25)),
         *(hidden(weight, layers=layers) for weight in (3.0, 12.0) for layers in ("uniform(6)", "uniform(14)")),
         *(hidden(weight, anneal=HALF) for weight in (3.0, 12.0)),
         *(hidden(weight, objective="proj_sl1") for weight in (3.0, 12.0)),

@@ -1,7 +1,7 @@
 """Hidden states of chosen blocks as a term: through a learned projector, or without one by how rows lie to one another.
 
 In: outputs of the student's blocks, states of the teacher as they travelled; out: a differentiable number and figures per block. The
-projectors are trained with the student at ten times its rate, kept in checkpoints, and not exported.
+projectors are trained with the student at a higher rate, kept in checkpoints, and not exported.
 
 Axes: N supervised rows, M of them sampled, D the student's width, R the width of the teacher's states as they travelled.
 """

@@ -69,6 +69,13 @@ def test_projectors_are_kept_and_read_back(student, tmp_path):
         other.load_projectors(tmp_path)
 
 
+def test_projectors_learn_faster_than_the_student_within_a_bound(student):
+    learner = Learner(student, [Idle("a")])
+    rates = {rate: learner.projector_group(rate) for rate in (1e-5, 3e-4, 5e-3)}
+    assert {rate: group["lr"] for rate, group in rates.items()} == pytest.approx({1e-5: 1e-4, 3e-4: 1e-3, 5e-3: 5e-3})
+    assert all(group["weight_decay"] == 0 for group in rates.values())
+
+
 def test_without_projectors_nothing_is_written_nor_grouped(student, tmp_path):
     learner = Learner(student, [Plain()])
     learner.save_projectors(tmp_path)
