@@ -136,11 +136,9 @@ def _attended(states: AttentionStates) -> Tensor:
     tokens = states.query_BLHd.shape[1]
     position_L = torch.arange(tokens, device=states.query_BLHd.device)
     hidden_LL = ~states.visible(position_L, tokens)
-    found = []
-    for query_LHd, key_LGd, value_LGd in zip(states.query_BLHd, states.key_BLGd, states.value_BLGd, strict=True):
-        map_GhLT = states.scores(query_LHd, key_LGd).masked_fill(hidden_LL, -torch.inf).softmax(-1)
-        found.append(torch.einsum("ghrt,tgd->rghd", map_GhLT, value_LGd.to(map_GhLT.dtype)).flatten(1))
-    return torch.stack(found).to(states.value_BLGd.dtype)
+    map_BGhLT = states.scores(states.query_BLHd, states.key_BLGd).masked_fill(hidden_LL, -torch.inf).softmax(-1)
+    found_BLH = torch.einsum("bghrt,btgd->brghd", map_BGhLT, states.value_BLGd.to(map_BGhLT.dtype)).flatten(2)
+    return found_BLH.to(states.value_BLGd.dtype)
 
 
 def _normed(attention: nn.Module, name: str, heads_BLHd: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from student_trainer.training import trainer as trainer_module
 from student_trainer.training.run import train
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
+from tests.student_trainer.losses.worlds import grid_of
 from tests.tiny import WORDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -53,7 +54,7 @@ def test_recorded_passes_with_taps_inside_of_blocks_give_the_plain_gradients(mod
         for run, reader in ways:
             outputs = run(ids_BL, TAPS)
             loss = sum((value.float() * torch.linspace(-1, 1, value.numel(), device="cuda").view_as(value)).sum() for value in outputs.tensors())  # fmt: skip
-            logp_RP = attention.pooled_logp(reader(2, outputs.taps[1]), 1, rows, 48, 16)
+            logp_RP = attention.pooled_logp(reader(2, outputs.taps[1]), grid_of(rows, 1), 16)
             (loss + (logp_RP.exp() * torch.linspace(-1, 1, 9, device="cuda").view(3, 3)).sum()).backward()
     assert graphed.recorded == 1 and not told
     expected = {n: p.grad for n, p in plain.model.named_parameters() if p.grad is not None}

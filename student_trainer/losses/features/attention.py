@@ -1,17 +1,18 @@
 """Where a block looks, compared between models of different heads (algorithms.md 5).
 
 In: queries and keys of the student, with gradients, and pooled maps, or keys and values, of the teacher; out: a loss per row. Maps are made
-again in chunks of rows, in the forward pass and once more in the backward pass; `output_attentions` is never asked for.
+again in chunks of sequences and rows, in the forward pass and once more in the backward pass; `output_attentions` is never asked for.
 
-Axes: R rows at hand of one sequence, T its tokens, H query heads, G key heads, d channels of a head, P blocks of keys, A relation heads,
-F channels of all key heads.
+Axes: N supervised rows of a micro-batch, S its sequences that have any, R rows of the one with most, T tokens, H query heads, G key heads,
+d channels of a head, P blocks of keys, A relation heads, F channels of all key heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -50,42 +51,87 @@ class AttentionStates:
     window: int | None = None
 
     def visible(self, position_R: Tensor, tokens: int) -> Tensor:
-        """bool [R, T]: which keys a row sees."""
+        """bool [..., R, T]: which keys rows [..., R] see."""
         key_T = torch.arange(tokens, device=position_R.device)
-        seen_RT = key_T <= position_R[:, None]
-        return seen_RT if self.window is None else seen_RT & (key_T > position_R[:, None] - self.window)
+        seen_RT = key_T <= position_R[..., None]
+        return seen_RT if self.window is None else seen_RT & (key_T > position_R[..., None] - self.window)
 
-    def scores(self, query_RHd: Tensor, key_TGd: Tensor) -> Tensor:
-        """[G, H / G, R, T], scaled and capped; all keys."""
-        groups, channels = key_TGd.shape[1:]
-        query_RGhd = query_RHd.view(len(query_RHd), groups, -1, channels)
-        scores = wide(torch.einsum("rghd,tgd->ghrt", query_RGhd, key_TGd)) * self.scale
+    def scores(self, query_SRHd: Tensor, key_STGd: Tensor) -> Tensor:
+        """[S, G, H / G, R, T], scaled and capped; all keys."""
+        query_SRGhd = query_SRHd.unflatten(2, (key_STGd.shape[2], -1))
+        scores = wide(torch.einsum("srghd,stgd->sghrt", query_SRGhd, key_STGd)) * self.scale
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 
 
-def pooled_logp(states: AttentionStates, sequence: int, position_R: Tensor, tokens: int, block: int) -> Tensor:
-    """[R, P], log-probabilities of blocks of keys, averaged over heads, without the sinks and renormalised.
+@dataclass(frozen=True, eq=False)
+class RowGrid:
+    """The supervised rows of a micro-batch by sequence, so that many short sequences cost as few kernels as one long one.
+
+    Attributes:
+        sequence_S: int64, which of the B.
+        position_SR: int64, of the rows; 0 behind a sequence's last.
+        place_N: int64, where the rows are in the flattened grid.
+        tokens: T, one more than the highest position.
+        tokens_S: one more than the highest position of each sequence.
+    """
+
+    sequence_S: Tensor
+    position_SR: Tensor
+    place_N: Tensor
+    tokens: int
+    tokens_S: list[int]
+
+    @classmethod
+    def of(cls, position_N: np.ndarray, sequence_N: np.ndarray, device: torch.device) -> RowGrid:
+        """Of at least one row, in order of sequences and positions."""
+        sequence_S, first_S, rows_S = np.unique(sequence_N, return_index=True, return_counts=True)
+        place_SR = np.arange(rows_S.max())[None]
+        there_SR = place_SR < rows_S[:, None]
+        position_SR = np.where(there_SR, position_N[np.minimum(first_S[:, None] + place_SR, len(position_N) - 1)], 0)
+        on_device = (
+            torch.from_numpy(array).to(device, non_blocking=True)
+            for array in (sequence_S.astype(np.int64), position_SR, np.flatnonzero(there_SR))
+        )
+        tokens_S = (position_N[first_S + rows_S - 1] + 1).tolist()
+        return cls(*on_device, max(tokens_S), tokens_S)
+
+    def of_rows(self, found_SR: Tensor) -> Tensor:
+        """[N, ...], what was found of each row."""
+        return found_SR.flatten(0, 1).index_select(0, self.place_N)
+
+    def chunks(self, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+        """Sequences and rows whose scores, of `row_bytes` a row, lie in memory at a time: whole sequences while they fit, else rows of one."""
+        sequences, rows = self.position_SR.shape
+        at_a_time = max(1, _CHUNK_BYTES // row_bytes)
+        step = max(1, at_a_time // rows)
+        for first in range(0, sequences, step):
+            for row in range(0, rows, at_a_time):
+                yield slice(first, first + step), slice(row, row + at_a_time)
+
+
+def pooled_logp(states: AttentionStates, rows: RowGrid, block: int) -> Tensor:
+    """[N, P], log-probabilities of blocks of keys, averaged over heads, without the sinks and renormalised.
 
     A block of which a row sees no key has a log-probability below -1e29.
 
     Args:
         states: of the student's block.
-        sequence: which of the B.
-        position_R: int64, of the rows, below `tokens`.
-        tokens: T, keys at hand; at least one more than the highest position.
+        rows: which.
         block: keys in a block.
     """
-    query_RHd, key_TGd = states.query_BLHd[sequence, position_R], states.key_BLGd[sequence, :tokens]
+    tokens = rows.tokens
+    query_SRHd = states.query_BLHd[rows.sequence_S[:, None], rows.position_SR]
+    key_STGd = states.key_BLGd[rows.sequence_S, :tokens]
 
-    def run(query_RHd: Tensor, key_TGd: Tensor, position_R: Tensor) -> Tensor:
-        seen_RT = states.visible(position_R, tokens)
-        logp = states.scores(query_RHd, key_TGd).masked_fill(~seen_RT, -torch.inf).log_softmax(-1)
-        seen_RT = seen_RT & (torch.arange(tokens, device=seen_RT.device) >= SINKS)
-        logp = functional.pad(logp.masked_fill(~seen_RT, _UNSEEN), (0, -tokens % block), value=_UNSEEN)
-        pooled_RP = logp.unflatten(-1, (-1, block)).permute(2, 3, 0, 1, 4).flatten(2).logsumexp(-1)
-        return pooled_RP - pooled_RP.logsumexp(-1, keepdim=True)
+    def run(query_SRHd: Tensor, key_STGd: Tensor, position_SR: Tensor) -> Tensor:
+        seen_SRT = states.visible(position_SR, tokens)[:, None, None]
+        logp = states.scores(query_SRHd, key_STGd).masked_fill(~seen_SRT, -torch.inf).log_softmax(-1)
+        seen_SRT = seen_SRT & (torch.arange(tokens, device=seen_SRT.device) >= SINKS)
+        logp = functional.pad(logp.masked_fill(~seen_SRT, _UNSEEN), (0, -tokens % block), value=_UNSEEN)
+        pooled_SRP = logp.unflatten(-1, (-1, block)).permute(0, 3, 4, 1, 2, 5).flatten(3).logsumexp(-1)
+        return pooled_SRP - pooled_SRP.logsumexp(-1, keepdim=True)
 
-    return _in_chunks(run, query_RHd.shape[1] * tokens, query_RHd, key_TGd, position_R)
+    return _in_chunks(run, rows, query_SRHd.shape[2] * tokens, query_SRHd, key_STGd)
 
 
 def pooled_kl(logp_RP: Tensor, teacher_RP: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,39 +159,42 @@ def relation_heads(student_width: int, teacher_width: int) -> int:
     return max(a for a in range(1, RELATION_HEADS + 1) if student_width % a == 0 and teacher_width % a == 0)
 
 
-def relation_kl(student_TF: Tensor, teacher_TF: Tensor, position_R: Tensor, heads: int) -> Tensor:
-    """[R], KL between the relations of tokens, softmax(X X^T / sqrt(d)) of causal rows, averaged over relation heads (MiniLMv2).
+def relation_kl(student_STF: Tensor, teacher_STF: Tensor, rows: RowGrid, heads: int) -> Tensor:
+    """[N], KL between the relations of tokens, softmax(X X^T / sqrt(d)) of causal rows, averaged over relation heads (MiniLMv2).
 
     Args:
-        student_TF, teacher_TF: keys before rotation, or values, all key heads side by side; widths may differ.
-        position_R: int64, rows that are compared.
+        student_STF, teacher_STF: keys before rotation, or values, all key heads side by side; widths may differ.
+        rows: that are compared.
         heads: A, divides both widths.
     """
 
-    def logp(x_TAd: Tensor, position_R: Tensor) -> Tensor:
-        tokens, _, channels = x_TAd.shape
-        scores = wide(torch.einsum("rad,tad->art", x_TAd[position_R], x_TAd)) * channels**-0.5
-        hidden_RT = torch.arange(tokens, device=x_TAd.device) > position_R[:, None]
-        return scores.masked_fill(hidden_RT, -torch.inf).log_softmax(-1)
+    def logp(x_STAd: Tensor, position_SR: Tensor) -> Tensor:
+        tokens, channels = x_STAd.shape[1], x_STAd.shape[3]
+        row_SRAd = x_STAd[torch.arange(len(x_STAd), device=x_STAd.device)[:, None], position_SR]
+        scores = wide(torch.einsum("srad,stad->sart", row_SRAd, x_STAd)) * channels**-0.5
+        hidden_SRT = torch.arange(tokens, device=x_STAd.device) > position_SR[..., None]
+        return scores.masked_fill(hidden_SRT[:, None], -torch.inf).log_softmax(-1)
 
-    def run(student_TAd: Tensor, teacher_TAd: Tensor, position_R: Tensor) -> Tensor:
-        ours, theirs = logp(student_TAd, position_R), logp(teacher_TAd, position_R)
+    def run(_: Tensor, student_STAd: Tensor, teacher_STAd: Tensor, position_SR: Tensor) -> Tensor:
+        ours, theirs = logp(student_STAd, position_SR), logp(teacher_STAd, position_SR)
         seen = theirs > -torch.inf
         kl = theirs.exp() * (torch.where(seen, theirs, 0) - torch.where(seen, ours, 0))
-        return kl.sum(-1).mean(0)
+        return kl.sum(-1).mean(1)
 
-    student_TAd, teacher_TAd = (x.unflatten(-1, (heads, -1)) for x in (student_TF, teacher_TF))
-    rows = max(1, _CHUNK_BYTES // (4 * heads * len(student_TF)))
-    parts = position_R.split(rows)
-    return torch.cat([_checkpointed(run, student_TAd, teacher_TAd, part_R) for part_R in parts])
+    student_STAd, teacher_STAd = (x.unflatten(-1, (heads, -1)) for x in (student_STF, teacher_STF))
+    return _in_chunks(run, rows, heads * student_STF.shape[1], rows.position_SR, student_STAd, teacher_STAd)
 
 
 def _in_chunks(
-    run: Callable[..., Tensor], row_scores: int, rows_R: Tensor, keys_T: Tensor, position_R: Tensor
+    run: Callable[..., Tensor], rows: RowGrid, row_scores: int, of_rows_SR: Tensor, *of_sequences_S: Tensor
 ) -> Tensor:
-    rows = max(1, _CHUNK_BYTES // (4 * row_scores))
-    parts = zip(rows_R.split(rows), position_R.split(rows), strict=True)
-    return torch.cat([_checkpointed(run, part, keys_T, position) for part, position in parts])
+    """[N, ...] from what `run` makes of chunks: of rows, of whole sequences, and of the rows' positions."""
+    parts: dict[int, list[Tensor]] = {}
+    for sequences, within in rows.chunks(4 * row_scores):
+        wholes = (whole[sequences] for whole in of_sequences_S)
+        found = _checkpointed(run, of_rows_SR[sequences, within], *wholes, rows.position_SR[sequences, within])
+        parts.setdefault(sequences.start, []).append(found)
+    return rows.of_rows(torch.cat([torch.cat(found, 1) for found in parts.values()]))
 
 
 def _checkpointed(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

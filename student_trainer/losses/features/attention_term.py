@@ -3,20 +3,18 @@
 In: inputs of the student's blocks, from which queries and keys are made again with gradients; the teacher's maps, or keys and values; out: a
 differentiable number and figures per block.
 
-Axes: B sequences, L padded length, N supervised rows, R of one sequence, P blocks of keys, T tokens, F kv width.
+Axes: B sequences, L padded length, N supervised rows, P blocks of keys, T tokens of all sequences, F kv width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 
-import numpy as np
-import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from student_trainer.losses.features import attention
-from student_trainer.losses.features.attention import AttentionStates
+from student_trainer.losses.features.attention import AttentionStates, RowGrid
 from student_trainer.losses.features.labels import keys_and_values, pooled_maps
 from student_trainer.losses.features.layers import LayerPair
 from student_trainer.losses.features.term import (
@@ -79,41 +77,24 @@ class AttentionTerm(PairedTerm):
     def _pooled(
         self, pair: LayerPair, states: AttentionStates, labels: TeacherLabels, rows: SupervisedRows
     ) -> PairLoss:
-        position_N, _ = places(rows)
+        position_N, sequence_N = places(rows)
         teacher_NP = pooled_maps(labels.named, pair.teacher, position_N, self._block)
-        parts, enough = [], []
-        for sequence, start, stop, position_R in _sequences(rows, teacher_NP.device):
-            tokens = int(position_N[stop - 1]) + 1
-            logp_RP = attention.pooled_logp(states, sequence, position_R, tokens, self._block)
-            kl_R, enough_R = attention.pooled_kl(logp_RP, teacher_NP[start:stop, : logp_RP.shape[1]])
-            parts.append(kl_R)
-            enough.append(enough_R)
-        weights_N = weights_beyond(rows, attention.FIRST_ROW, teacher_NP) * torch.cat(enough)
-        return of_rows(torch.cat(parts), weights_N)
+        grid = RowGrid.of(position_N, sequence_N, teacher_NP.device)
+        kl_N, enough_N = attention.pooled_kl(attention.pooled_logp(states, grid, self._block), teacher_NP)
+        return of_rows(kl_N, weights_beyond(rows, attention.FIRST_ROW, teacher_NP) * enough_N)
 
     def _relations(
         self, pair: LayerPair, states: AttentionStates, labels: TeacherLabels, rows: SupervisedRows
     ) -> PairLoss:
-        position_N, _ = places(rows)
-        key_TF, value_TF = keys_and_values(labels.named, pair.teacher)
+        position_N, sequence_N = places(rows)
+        theirs = keys_and_values(labels.named, pair.teacher)
+        grid = RowGrid.of(position_N, sequence_N, theirs[0].device)
         ours = (states.plain_key_BLGd.flatten(-2), states.value_BLGd.flatten(-2))
-        heads = attention.relation_heads(ours[0].shape[-1], key_TF.shape[-1])
-        parts, first = [], 0
-        for sequence, _, stop, position_R in _sequences(rows, key_TF.device):
-            last = int(position_N[stop - 1]) + 1
-            kl_R = [
-                attention.relation_kl(x_BLF[sequence, :last], teacher_TF[first : first + last], position_R, heads)
-                for x_BLF, teacher_TF in zip(ours, (key_TF, value_TF), strict=True)
-            ]
-            parts.append((kl_R[0] + kl_R[1]) / 2)
-            first += last
-        return of_rows(torch.cat(parts), weights_beyond(rows, attention.SINKS, key_TF))
-
-
-def _sequences(rows: SupervisedRows, device: torch.device) -> Iterator[tuple[int, int, int, Tensor]]:
-    """Sequence, first row, one behind the last, positions on the device: of each sequence with rows, in order; positions rise."""
-    position_N, sequence_N = places(rows)
-    bounds = [0, *(np.flatnonzero(np.diff(sequence_N)) + 1).tolist(), len(sequence_N)]
-    position_on_device_N = torch.from_numpy(position_N).to(device, non_blocking=True)
-    for start, stop in pairwise(bounds):
-        yield int(sequence_N[start]), start, stop, position_on_device_N[start:stop]
+        heads = attention.relation_heads(ours[0].shape[-1], theirs[0].shape[-1])
+        kl_N = [
+            attention.relation_kl(
+                x_BLF[grid.sequence_S, : grid.tokens], pad_sequence(teacher_TF.split(grid.tokens_S), batch_first=True), grid, heads
+            )
+            for x_BLF, teacher_TF in zip(ours, theirs, strict=True)
+        ]  # fmt: skip
+        return of_rows((kl_N[0] + kl_N[1]) / 2, weights_beyond(rows, attention.SINKS, theirs[0]))

@@ -20,6 +20,7 @@ from student_trainer.losses.term import FfnTap, StudentOutputs, SupervisedRows, 
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.score.signals import Attention, Ffn, LayerStates
 from teacher_wire.testing.fake_features import pack_state
+from tests.student_trainer.losses.worlds import grid_of
 
 NEAR = dict(rtol=1e-9, atol=1e-11)
 
@@ -147,7 +148,7 @@ def test_pooled_maps_are_those_of_the_whole_matrix(kind, monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK_BYTES", 4 * 4 * 130 * 7)  # chunks of seven rows
     found, rows = attending(**kind), torch.tensor([5, 64, 80, 81, 82, 83, 100, 101, 129])
     mass = pooled(maps(found, 1, 130), rows.tolist(), 16)
-    logp_RP = attention.pooled_logp(found, 1, rows, 130, 16)
+    logp_RP = attention.pooled_logp(found, grid_of(rows, 1), 16)
     there = mass > 0
     expected = np.log(np.where(there, mass, 1) / mass.sum(-1, keepdims=True))
     np.testing.assert_allclose(logp_RP.detach().numpy()[there], expected[there], rtol=1e-9, atol=1e-10)
@@ -163,6 +164,26 @@ def test_pooled_maps_are_those_of_the_whole_matrix(kind, monkeypatch):
     assert not attention.pooled_kl(logp_RP, torch.full((9, 9), 0.004).double())[1].any()  # all mass at the sinks
 
 
+@pytest.mark.parametrize("at_a_time", [1, 3, 4, 9, 1000])
+def test_rows_of_several_sequences_are_each_as_alone(at_a_time, monkeypatch):
+    """However the scores are cut: by rows of a sequence, whole sequences, or not at all."""
+    found = attending(tokens=40)
+    positions, sequences = np.array([6, 30, 5, 17, 21, 33]), np.array([0, 0, 1, 1, 1, 1])
+    plain_BTF = found.plain_key_BLGd.flatten(-2)
+    theirs_BTF = noise(2, 40, 12)
+    alone = [grid_of(torch.from_numpy(positions[sequences == b]), b) for b in (0, 1)]
+    maps_alone = [attention.pooled_logp(found, grid, 8) for grid in alone]
+    kl_alone = [attention.relation_kl(plain_BTF[b : b + 1, : alone[b].tokens], theirs_BTF[b : b + 1, : alone[b].tokens], alone[b], 2) for b in (0, 1)]  # fmt: skip
+    monkeypatch.setattr(attention, "_CHUNK_BYTES", 4 * 4 * 34 * at_a_time)
+    grid = attention.RowGrid.of(positions, sequences, torch.device("cpu"))
+    together = attention.pooled_logp(found, grid, 8)
+    assert together.shape == (6, 5) and grid.tokens == 34
+    for part, own in zip(together.split([2, 4]), maps_alone, strict=True):
+        torch.testing.assert_close(part[:, : own.shape[1]].clamp_min(-1e9), own.clamp_min(-1e9), rtol=1e-10, atol=1e-10)
+        assert (part[:, own.shape[1] :] < -1e29).all()
+    torch.testing.assert_close(attention.relation_kl(plain_BTF[:, :34], theirs_BTF[:, :34], grid, 2), torch.cat(kl_alone), rtol=1e-10, atol=1e-10)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", [{}, {"softcap": 2.0}, {"window": 12}])
 def test_the_gradients_of_pooled_maps_are_those_of_differences(kind):
     found, rows = attending(tokens=26, **kind), torch.tensor([0, 6, 21, 25])
@@ -170,10 +191,10 @@ def test_the_gradients_of_pooled_maps_are_those_of_differences(kind):
 
     def run(query, key):
         given = AttentionStates(query, key, key, key, found.scale, found.softcap, found.window)
-        return attention.pooled_kl(attention.pooled_logp(given, 0, rows, 26, 8), teacher_RP)[0][1:]
+        return attention.pooled_kl(attention.pooled_logp(given, grid_of(rows, 0), 8), teacher_RP)[0][1:]
 
     checks(run, found.query_BLHd[:1].detach().requires_grad_(), found.key_BLGd[:1].detach().requires_grad_())
-    loss = attention.pooled_logp(found, 0, rows, 26, 8).clamp_min(-50).sum()
+    loss = attention.pooled_logp(found, grid_of(rows, 0), 8).clamp_min(-50).sum()
     loss.backward()
     assert found.query_BLHd.grad.isfinite().all() and found.key_BLGd.grad.isfinite().all()  # of the row among sinks too
 
@@ -189,9 +210,9 @@ def test_maps_are_not_held_for_the_backward_pass(objective):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         if objective == "pooled":
-            attention.pooled_logp(found, 0, rows, 128, 64)
+            attention.pooled_logp(found, grid_of(rows, 0), 64)
         else:
-            attention.relation_kl(found.value_BLGd[0].flatten(-2), noise(128, 6), rows, 2)
+            attention.relation_kl(found.value_BLGd[:1].flatten(-2), noise(1, 128, 6), grid_of(rows, 0), 2)
     one_map = 64 * 128 * 8
     assert sum(saved.values()) < one_map, "queries, keys and positions alone"
 
@@ -211,11 +232,15 @@ def test_relations_are_minilms_and_need_no_equal_heads(monkeypatch):
                 each.append(score - score.max() - math.log(np.exp(score - score.max()).sum()))
             total += (np.exp(each[0]) * (each[0] - each[1])).sum() / 4
         expected.append(total)
-    np.testing.assert_allclose(attention.relation_kl(ours, theirs, rows, 4).detach(), expected, **NEAR)
+    np.testing.assert_allclose(
+        attention.relation_kl(ours[None], theirs[None], grid_of(rows, 0), 4).detach(), expected, **NEAR
+    )
     monkeypatch.setattr(attention, "_CHUNK_BYTES", 4 * 4 * 12)  # one row
-    np.testing.assert_allclose(attention.relation_kl(ours, theirs, rows, 4).detach(), expected, **NEAR)
-    checks(lambda x: attention.relation_kl(x, theirs, rows, 4), ours)
-    assert float(attention.relation_kl(theirs, theirs, rows, 4).abs().max()) < 1e-12
+    np.testing.assert_allclose(
+        attention.relation_kl(ours[None], theirs[None], grid_of(rows, 0), 4).detach(), expected, **NEAR
+    )
+    checks(lambda x: attention.relation_kl(x[None], theirs[None], grid_of(rows, 0), 4), ours)
+    assert float(attention.relation_kl(theirs[None], theirs[None], grid_of(rows, 0), 4).abs().max()) < 1e-12
 
 
 # ---------------------------------------------------------------------- FFN

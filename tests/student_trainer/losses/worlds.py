@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from student_trainer.losses.features.attention import RowGrid
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import FLOAT32, Tolerance
 from student_trainer.losses.rows import FullRows, HiddenRows, TopKRows
@@ -59,3 +61,9 @@ def world(rows: int = 40, vocab: int = 23, width: int = 6, seed: int = 0, spread
         normal(vocab, width + 2) * spread,
         torch.randint(vocab, (rows,), generator=g),
     )
+
+
+def grid_of(rows_R: Tensor, sequence: int) -> RowGrid:
+    """Rows of one sequence, rising, as a term on attention takes them."""
+    position_R = rows_R.cpu().numpy()
+    return RowGrid.of(position_R, np.full(len(position_R), sequence), rows_R.device)

@@ -16,6 +16,7 @@ from student_trainer.model import internlm
 from student_trainer.model.attention_reader import AttentionReader
 from student_trainer.model.forward import blocks_of, down_projection
 from student_trainer.model.speed import compiled, cuda_graphs
+from tests.student_trainer.losses.worlds import grid_of
 from tests.student_trainer.model.test_cuda_graphs import Rerunner, trained
 from tests.student_trainer.model.test_forward import IDS, gradients, same, student_of
 from tests.tiny import make_model
@@ -84,7 +85,7 @@ def test_maps_made_again_are_those_of_eager_attention(folder_of, family):
             reader.check(block)
             found = reader(block, outputs.taps[block - 1])
             for sequence in range(2):
-                logp_RP = formulas.pooled_logp(found, sequence, rows, 100, 16)
+                logp_RP = formulas.pooled_logp(found, grid_of(rows, sequence), 16)
                 map_RT = expected[block - 1][sequence, :, rows].mean(0)
                 map_RT[:, :4] = 0
                 pooled_RP = torch.nn.functional.pad(map_RT, (0, 12)).unflatten(-1, (-1, 16)).sum(-1)
@@ -101,7 +102,7 @@ def test_padding_and_company_change_no_map(folder_of):
     def logp(ids_BL, sequence):
         with torch.no_grad():
             states = reader(2, student.forward(ids_BL, (1,)).taps[1])
-            return formulas.pooled_logp(states, sequence, rows, 41, 16)
+            return formulas.pooled_logp(states, grid_of(rows, sequence), 16)
 
     alone = logp(TOKENS[1:, :41], 0)
     padded = torch.cat([TOKENS[1, :41], torch.zeros(59, dtype=torch.long)])
@@ -114,7 +115,7 @@ def read_loss(student, reader, rows=(9, 15, 19)):
     total = 0.0
     for block in (1, 2):
         found = reader(block, taps[block - 1])
-        logp_RP = formulas.pooled_logp(found, 1, torch.tensor(rows), 20, 8)
+        logp_RP = formulas.pooled_logp(found, grid_of(torch.tensor(rows), 1), 8)
         total = total + (logp_RP * torch.linspace(-1, 1, logp_RP.numel()).view_as(logp_RP)).clamp_min(-50).sum()
         total = total + found.plain_key_BLGd.square().sum() * 1e-3 + found.value_BLGd.square().sum() * 1e-3
     return total
@@ -138,7 +139,7 @@ def test_gradients_of_maps_are_those_of_the_eager_model(folder_of, family):
     rows = torch.tensor([9, 15, 19])
     slope = torch.linspace(-1, 1, 9, dtype=torch.float64).view(3, 3)
     states = reader(2, student.forward(IDS, (1,)).taps[1])
-    logp_RP = formulas.pooled_logp(states, 1, rows, 20, 8)
+    logp_RP = formulas.pooled_logp(states, grid_of(rows, 1), 8)
     found = grads_of(student, (logp_RP.exp() * slope).sum())
     map_RT = eager(IDS, output_attentions=True, use_cache=False).attentions[1][1, :, rows].mean(0)[:, 4:]
     pooled_RP = torch.stack([map_RT[:, :4].sum(-1), map_RT[:, 4:12].sum(-1), map_RT[:, 12:].sum(-1)], -1)

@@ -104,7 +104,8 @@ def test_all_three_are_learned_logged_kept_and_dropped_at_export(run, teacher):
         f"hidden.layers.{n}.linear.weight": (6, 32) for n in (1, 3)
     }
     *usual, own = json.loads((folder / "checkpoint-6" / "training_state.json").read_text())["param_groups"]
-    assert (own["initial_lr"], own["weight_decay"]) == (10 * usual[0]["initial_lr"], 0.0)
+    assert usual[0]["initial_lr"] > 1e-3  # so that projectors learn at the student's own rate
+    assert (own["initial_lr"], own["weight_decay"]) == (usual[0]["initial_lr"], 0.0)
     assert not list((folder / "final").glob("projectors*"))
     plain = run("plain")
     names = [load_file(f / "final" / "adapter_model.safetensors").keys() for f in (plain, folder)]

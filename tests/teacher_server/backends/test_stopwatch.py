@@ -1,5 +1,7 @@
 """The stopwatch reads marks that the device may not have reached."""
 
+from typing import ClassVar
+
 import torch
 
 from teacher_server.backends.stopwatch import Stopwatch
@@ -8,7 +10,7 @@ from teacher_server.backends.stopwatch import Stopwatch
 class Event:
     """As torch's: a time can be read only of events that the device has reached, and it reaches them in their order."""
 
-    made: list["Event"] = []
+    made: ClassVar[list["Event"]] = []
     reached = 0
 
     def __init__(self, enable_timing):
