@@ -53,7 +53,8 @@ class HiddenLossConfig(Settings):
     """Hidden states of chosen blocks (algorithms.md 4).
 
     Attributes:
-        weight: of this term; 0 is off.
+        weight: of this term; 0 is off. `auto` is what was measured (docs/results.md): 12, constant, where the student's width is the teacher's, as of
+            one cut from it; else 1, annealed over half of the run unless `anneal` says otherwise. For `proj_cos` alone.
         layers: `uniform(n)`; blocks of the student, each paired with the teacher's block at the same share of its depth; or pairs
             [student, teacher]. Counted by outputs from 1; 0 is the embedding, the last is before the final norm.
         objective: `proj_cos` and `proj_sl1` go through a learned projector; `gram`, `cka` and `rkd` compare how rows lie to one another.
@@ -62,7 +63,7 @@ class HiddenLossConfig(Settings):
         anneal: null: the weight stays.
     """
 
-    weight: Weight
+    weight: Weight | Literal["auto"] = "auto"
     layers: Layers = "uniform(3)"
     objective: Literal["proj_cos", "proj_sl1", "gram", "cka", "rkd"] = "proj_cos"
     reduction: Literal["pca", "int8", "none"] = "pca"
@@ -73,6 +74,8 @@ class HiddenLossConfig(Settings):
     def _rank_of_pca(self) -> HiddenLossConfig:
         if self.rank is not None and self.reduction != "pca":
             raise ValueError(f"rank belongs to reduction pca, not {self.reduction}")
+        if self.weight == "auto" and self.objective != "proj_cos":
+            raise ValueError(f"weight=auto is known for objective proj_cos alone, not {self.objective}: write a number")
         return self
 
 
@@ -112,7 +115,7 @@ FeatureConfig = HiddenLossConfig | AttentionLossConfig | FfnLossConfig
 
 # `loss.preset` -> what it stands for; what is written beside it wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The origin article's numbers (algorithms.md 13). Nothing published supports them; how they do is yet to be measured.
+    # The origin article's numbers. Nothing published supports them, and on the real pair they did worse than anything else (docs/results.md).
     "article": {
         "output": {"weight": 0.2, "temperature": {"kind": "linear", "start": 8.0, "end": 1.2, "share": 1.0}},
         "hidden": {"weight": 0.5, "layers": [1, 5, 12]},

@@ -110,4 +110,4 @@ class LossConfig(Settings):
         sections: dict[str, FeatureConfig | None] = {
             "hidden": self.hidden, "attention": self.attention, "ffn": self.ffn,
         }  # fmt: skip
-        return {name: section for name, section in sections.items() if section is not None and section.weight > 0}
+        return {name: section for name, section in sections.items() if section is not None and section.weight}

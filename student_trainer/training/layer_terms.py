@@ -34,7 +34,9 @@ def hidden_term(objective: Objective, student: Student) -> LossTerm | None:
     assert isinstance(section, HiddenLossConfig)
     signal = plan.signals["hidden"]
     assert isinstance(signal, LayerStates)
-    width = int(student.body.config.get_text_config().hidden_size)
+    width = _width(student)
+    if section.weight == "auto":
+        weight = auto_weight(objective, width)
     projectors = {}
     if section.objective in PROJECTED:
         for pair in plan.pairs["hidden"]:
@@ -84,7 +86,37 @@ def _section(
     if section is None:
         return None
     assert plan is not None, "a session has planned it"
-    return section, plan, FeatureWeight(section.weight, anneal_steps(section, objective.run_steps))
+    weight = 0.0 if section.weight == "auto" else section.weight  # `hidden_term` knows the width that decides it
+    return section, plan, FeatureWeight(weight, anneal_steps(section, objective.run_steps))
+
+
+def auto_weight(objective: Objective, student_width: int) -> FeatureWeight:
+    """What `loss.hidden.weight: auto` stands for, by measurement (docs/results.md): a student that was cut from its teacher gains by a large weight to the
+    end, one of another width starts behind a projector that knows nothing, and a large weight holds it back.
+    """
+    assert objective.loss.hidden is not None and objective.features is not None
+    steps = anneal_steps(objective.loss.hidden, objective.run_steps)
+    if student_width == objective.features.teacher_width:
+        return FeatureWeight(12.0, steps)
+    return FeatureWeight(1.0, steps or max(1, objective.run_steps // 2))
+
+
+def told_weight(objective: Objective, student: Student) -> str:
+    """A line on what `auto` stands for in this run; empty where it is not asked for."""
+    if objective.loss.hidden is None or objective.loss.hidden.weight != "auto":
+        return ""
+    weight = auto_weight(objective, _width(student))
+    how = f"annealed over {weight.steps:,} steps" if weight.steps else "constant"
+    same = (
+        "the student's width is the teacher's"
+        if weight.start == 12.0
+        else "the student's width is another than the teacher's"
+    )
+    return f"loss.hidden.weight=auto is {weight.start:g}, {how}: {same}"
+
+
+def _width(student: Student) -> int:
+    return int(student.body.config.get_text_config().hidden_size)
 
 
 def _basis(plan: FeaturePlan, layer: int) -> Basis | None:

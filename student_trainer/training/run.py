@@ -42,6 +42,7 @@ from student_trainer.teachers.feeds import open_any_feed, open_training_feed
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
+from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
 from student_trainer.training.reporting.console import ConsoleProgress
 from student_trainer.training.reporting.layers import LayerReport
@@ -133,6 +134,8 @@ def _run(
     output_signals = tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned else ()
     objective = Objective(config.loss, vocab_rows, output_signals, features, order.steps)
     terms = objective.terms(student)
+    if told := told_weight(objective, student):
+        _note(console, told)
     if any(isinstance(tap, FfnTap) for tap in taps_of(terms)) and compiled.is_installed(student.model):
         _note(console, "the blocks whose FFN loss.ffn reads run as they are, not compiled")
     check_needs(

@@ -88,12 +88,10 @@ class RowGrid:
         place_SR = np.arange(rows_S.max())[None]
         there_SR = place_SR < rows_S[:, None]
         position_SR = np.where(there_SR, position_N[np.minimum(first_S[:, None] + place_SR, len(position_N) - 1)], 0)
-        on_device = (
-            torch.from_numpy(array).to(device, non_blocking=True)
-            for array in (sequence_S.astype(np.int64), position_SR, np.flatnonzero(there_SR))
-        )
+        arrays = (sequence_S.astype(np.int64), position_SR, np.flatnonzero(there_SR))
+        which_S, rows_SR, place_N = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
         tokens_S = (position_N[first_S + rows_S - 1] + 1).tolist()
-        return cls(*on_device, max(tokens_S), tokens_S)
+        return cls(which_S, rows_SR, place_N, max(tokens_S), tokens_S)
 
     def of_rows(self, found_SR: Tensor) -> Tensor:
         """[N, ...], what was found of each row."""
