@@ -12,6 +12,7 @@ from pathlib import Path
 
 from student_trainer.config.files import read_tree
 from student_trainer.config.run import TrainConfig, parse_config
+from tests.students import run_student
 
 HERE = Path(__file__).parent
 MODELS, INPUTS = HERE / "models", HERE / "inputs"
@@ -56,7 +57,8 @@ def command(
 def train_case(
     folder: Path, *overrides: str, resume: bool = False, env: dict[str, str] | None = None, **more: object
 ) -> subprocess.CompletedProcess[str]:
-    """`student-trainer train` of the base config with overrides, in a process of its own."""
-    return command(
-        "train", base_file(folder), *overrides, *(["--resume", "auto"] if resume else []), cwd=folder, env=env, **more
-    )  # type: ignore[arg-type]
+    """`student-trainer train` of the base config with overrides, in a process of its own, and with `env` in an interpreter of its own."""
+    arguments = ["train", base_file(folder), *overrides, *(["--resume", "auto"] if resume else [])]
+    if env is None and not more:
+        return run_student(*arguments, cwd=folder)
+    return command(*arguments, cwd=folder, env=env, **more)  # type: ignore[arg-type]

@@ -11,8 +11,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -24,7 +22,8 @@ from student_trainer.errors import ConfigError, RunError
 from student_trainer.files import LOCK_NAME, FolderLock
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.run import train
-from tests.cases.material import INPUTS, MODELS, ROOT, base_file, case_config, train_case
+from tests.cases.material import INPUTS, MODELS, base_file, case_config, train_case
+from tests.students import start_student
 
 HALF = ("train.max_steps=4", "train.save_steps=2")
 
@@ -162,12 +161,8 @@ def parse_config_of(run):
 
 def test_the_second_of_two_is_refused_by_the_name_of_the_first_and_death_frees_the_folder(tmp_path):
     """The same line twice; then the first is killed without a word, and the line works."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
     settings = ("train.max_steps=100000", "train.save_steps=5", "train.log_steps=5")
-    first = subprocess.Popen(
-        [sys.executable, "-m", "student_trainer.cli", "train", str(base_file(tmp_path)), *settings, "--resume", "auto"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    first = start_student("train", base_file(tmp_path), *settings, "--resume", "auto", cwd=tmp_path)
     try:
         deadline = time.monotonic() + 200
         while not list((tmp_path / "run").glob("checkpoint-*/COMPLETE")):

@@ -15,6 +15,7 @@ from student_trainer.traces.questions import Question
 from student_trainer.traces.selection import Judgement
 from tests.cases.material import command
 from tests.student_trainer.traces.test_traces_run import QUESTIONS, run, world  # noqa: F401
+from tests.students import run_student
 from tests.teacher_wire.labels.test_store_processes import small_disk
 
 IDENTITY = {"teacher": "a" * 64, "sampling": {"samples": 1}}
@@ -94,7 +95,7 @@ def test_another_process_is_refused_too(world, tmp_path):  # noqa: F811
     done = command("traces", file, "--resume", "auto", cwd=tmp_path)
     assert done.returncode == 2 and f"process {os.getpid()}" in done.stderr.splitlines()[-1], done.stderr
     held.close()
-    assert command("traces", file, "--resume", "auto", cwd=tmp_path).returncode == 0
+    assert run_student("traces", file, "--resume", "auto", cwd=tmp_path).returncode == 0
 
 
 def test_a_refusal_gives_the_lock_back(tmp_path):

@@ -149,7 +149,7 @@ def _save_tokenizer(folder: Path, vocab: int) -> None:
 def optimization(model: Any, steps: int, more: dict[str, Any] | None = None) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW and its schedule, the same for everybody; `more` is a group of what is trained beside the model."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=OPTIMIZATION.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
+        model.parameters(), lr=OPTIMIZATION.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
     if more is not None:
         optimizer.add_param_group(more)
@@ -235,10 +235,15 @@ class Classroom:
 
 
 @contextlib.contextmanager
-def classroom(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> Iterator[Classroom]:
-    """Serves a model folder on a loopback port until the block ends; its head is put on the same device."""
+def classroom(
+    folder: Path, *, dtype: str = "float32", device: str = "cpu", deterministic: bool = True
+) -> Iterator[Classroom]:
+    """Serves a model folder on a loopback port until the block ends; its head is put on the same device.
+
+    `deterministic` computes every sequence in a forward pass of its own, which takes a CPU five times as long.
+    """
     backend = TransformersBackend.model_validate({"model": str(folder), "dtype": dtype, "device": device})
-    service = EngineService(TeacherEngine(TeacherConfig(name="teacher", backend=backend, deterministic=True)))
+    service = EngineService(TeacherEngine(TeacherConfig(name="teacher", backend=backend, deterministic=deterministic)))
     loop = asyncio.new_event_loop()  # one for all calls and never closed: grpc's poller may still have word for it
 
     async def meet(address: str) -> Classroom:

@@ -64,9 +64,12 @@ class Server:
         return [own, *own.children(recursive=True)]
 
     def stop(self, number: int = signal.SIGINT, limit_s: float = 60) -> int:
-        if self.process.poll() is None:
+        if self.is_running():
             self.process.send_signal(number)
         return self.process.wait(timeout=limit_s)
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
 
 def server_config(*teachers: dict, **edge) -> dict:
@@ -92,17 +95,48 @@ def serving(folder: Path, config: dict, **env: str):
 
 
 @pytest.fixture(scope="session")
-def teachers(tmp_path_factory, model_factory):
-    """One server with two teachers of the same weights: `exact` is deterministic, `shared` batches across callers."""
+def _teachers(tmp_path_factory, model_factory):
     model = model_factory("qwen2", seed=5, hidden=48)
     config = server_config(
         transformers_teacher("exact", model, deterministic=True),
         transformers_teacher("shared", model),
         store={"memory_mb": 0},  # every answer is computed
     )
-    with serving(tmp_path_factory.mktemp("server"), config) as server:
-        server.model = model
-        yield server
+    server = Server(tmp_path_factory.mktemp("server"), config)
+    server.model = model
+    yield server
+    if server.is_running():
+        server.stop()
+
+
+@pytest.fixture
+def teachers(_teachers, request):
+    """One server with two teachers of the same weights: `exact` is deterministic, `shared` batches across callers.
+
+    It runs from the first test that asks for it as long as the next one does too; a Ray that nobody asks takes a tenth of a core.
+    """
+    request.session.stash[_SERVER] = _teachers
+    return _teachers if _teachers.is_running() else _teachers.start()
+
+
+_SERVER = pytest.StashKey[Server]()
+_HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    if "teachers" in item.fixturenames and "teachers" not in getattr(nextitem, "fixturenames", ()):
+        server = item.session.stash.get(_SERVER, None)
+        if server is not None and server.is_running():
+            server.stop()
+
+
+def pytest_collection_modifyitems(items):
+    """Of this folder the tests that ask `teachers` come first, one behind the other; all others keep their order."""
+    places = [number for number, item in enumerate(items) if _HERE in item.path.parents]
+    ours = sorted((items[number] for number in places), key=lambda item: "teachers" not in item.fixturenames)
+    for number, item in zip(places, ours, strict=True):
+        items[number] = item
 
 
 def call_cli(capsys, monkeypatch, *arguments, house="student_trainer") -> tuple[int, str]:

@@ -5,7 +5,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -14,6 +13,7 @@ import yaml
 from teacher_wire.labels.store import LabelStore
 from tests.e2e.conftest import run_cli
 from tests.e2e.test_training import STEPS, adapter_hash, losses, write_config
+from tests.students import run_student, start_student
 
 pytestmark = pytest.mark.ray
 SHORT = {**STEPS, "max_steps": 6}
@@ -37,8 +37,7 @@ def test_two_students_of_a_machine_train_on_the_same_bytes_and_a_third_asks_noth
 ):
     model, cache = model_factory("qwen2"), tmp_path / "cache"
     configs = [config_in(tmp_path / f"s{i}", cache, teachers, model, rows_file, train=SHORT) for i in range(3)]
-    command = [sys.executable, "-m", "student_trainer.cli", "train"]
-    running = [subprocess.Popen([*command, str(path)], stderr=subprocess.PIPE, text=True) for path in configs[:2]]
+    running = [start_student("train", path, stderr=subprocess.PIPE) for path in configs[:2]]
     for process in running:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
@@ -63,8 +62,7 @@ def test_killed_while_labelling_and_done_again(teachers, model_factory, rows_fil
         train={**SHORT, "max_steps": None, "epochs": 1},
         feed={"max_batches": 1},
     )
-    command = [sys.executable, "-m", "student_trainer.cli", "label", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_student("label", config)
     enough = random.randint(3, 20)
     with contextlib.suppress(FileNotFoundError):
         while process.poll() is None and len(blobs(cache)) < enough:
@@ -77,5 +75,5 @@ def test_killed_while_labelling_and_done_again(teachers, model_factory, rows_fil
     store = LabelStore(cache / "labels")
     whole, damaged = store.verify()
     assert damaged.sequences == 0 and whole.sequences >= max(there, 40)
-    result = run_cli("train", config)
+    result = run_student("train", config)
     assert result.returncode == 0 and "0 from the teacher" in result.stderr, result.stderr

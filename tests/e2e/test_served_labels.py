@@ -27,8 +27,8 @@ def sequences(seed, lengths=(3, 50, 2, 33, 18)):
 
 
 @pytest.fixture(scope="module")
-def direct(teachers):
-    model = AutoModelForCausalLM.from_pretrained(teachers.model, dtype=torch.float32).eval()
+def direct(_teachers):
+    model = AutoModelForCausalLM.from_pretrained(_teachers.model, dtype=torch.float32).eval()
 
     def logits(rows):
         with torch.no_grad():

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from teacher_wire.labels.store import LabelStore
 from tests.e2e.conftest import run_cli, server_config, serving, transformers_teacher
 from tests.e2e.test_training import adapter_hash, losses
 from tests.student_trainer.conftest import run_config
+from tests.students import StudentProcess, run_student, start_student
 
 pytestmark = pytest.mark.ray
 STEPS = {"max_steps": 12, "batch_size": 2, "accumulation": 2, "save_steps": 2, "log_steps": 1, "learning_rate": 1e-2}
@@ -38,9 +38,8 @@ def write(folder: Path, model: Path, rows: Path, address: str, seed: int, **sect
     return path
 
 
-def train(config: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "student_trainer.cli", "train", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def train(config: Path) -> StudentProcess:
+    return start_student("train", config, stderr=subprocess.PIPE)
 
 
 def forward_tokens(server) -> int:
@@ -77,7 +76,7 @@ def test_computed_once_for_four_trainers_and_whoever_comes_later(shared, model_f
     tree["run"]["cache_dir"] = str(tmp_path / "2" / "cache")
     same_machine.write_text(yaml.safe_dump(tree))
     for config in (same_machine, elsewhere):
-        done = run_cli("train", config)
+        done = run_student("train", config)
         assert done.returncode == 0, done.stderr
     assert forward_tokens(shared) == unique
     assert labels(tmp_path / "elsewhere" / "cache") == caches[3]
@@ -100,7 +99,7 @@ def test_with_labels_on_disk_a_killed_run_repeats_to_the_bit(shared, model_facto
     """Though the teacher is not deterministic: nothing that was learned from is computed again."""
     model = model_factory("qwen2")
     straight = write(tmp_path / "straight", model, rows_file, shared.address, seed=7)
-    assert run_cli("train", straight).returncode == 0
+    assert run_student("train", straight).returncode == 0
     broken = write(tmp_path / "broken", model, rows_file, shared.address, seed=7)
     run = train(broken)
     log = tmp_path / "broken" / "run" / "train_log.jsonl"

@@ -14,6 +14,7 @@ import yaml
 from student_trainer.training.metrics import TIMED
 from tests.e2e.conftest import call_cli, run_cli
 from tests.student_trainer.conftest import run_config
+from tests.students import run_student, start_student
 
 pytestmark = pytest.mark.ray
 
@@ -46,22 +47,18 @@ def test_killed_at_a_random_step_and_resumed(teachers, model_factory, rows_file,
     labels = {"transport": transport, "k": 16}
     sections = {"train": STEPS, "labels": labels, "cache": {"labels": kept}}
     straight = write_config(tmp_path / "straight", model, rows_file, teachers.address, **sections)
-    done = run_cli("train", straight)
+    done = run_student("train", straight)
     assert done.returncode == 0, done.stderr
     broken = write_config(tmp_path / "broken", model, rows_file, teachers.address, **sections)
     victim_step = random.randint(2, 28)
     log = tmp_path / "broken" / "run" / "train_log.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "student_trainer.cli", "train", str(broken)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_student("train", broken)
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= victim_step):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "broken" / "run" / "final").exists(), "it was killed before its end"
-    resumed = run_cli("train", broken, "--resume", "auto")
+    resumed = run_cli("train", broken, "--resume", "auto")  # by an interpreter of its own, with a hash seed of its own
     assert resumed.returncode == 0, resumed.stderr
     assert adapter_hash(tmp_path / "broken" / "run") == adapter_hash(tmp_path / "straight" / "run"), (
         f"killed at {victim_step}"
@@ -146,7 +143,7 @@ def test_a_sequence_above_the_teachers_limit(teachers, model_factory, tmp_path):
         teachers.address,
         data={"train": [str(rows)], "eval": [], "max_tokens": 1000},
     )
-    result = run_cli("train", config)
+    result = run_student("train", config)
     assert result.returncode == 2
     assert "long.jsonl:2" in result.stderr and "128" in result.stderr
 
@@ -159,7 +156,7 @@ def test_a_teacher_with_another_tokenizer(teachers, model_factory, rows_file, tm
     model = shutil.copytree(model_factory("qwen2"), tmp_path / "other")
     make_tokenizer(model, seed_text="quite other words for other merges")
     config = write_config(tmp_path, model, rows_file, teachers.address)
-    result = run_cli("train", config)
+    result = run_student("train", config)
     assert result.returncode == 2 and "another tokenizer" in result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -175,5 +172,5 @@ def test_one_command_with_an_embedded_teacher(model_factory, rows_file, tmp_path
     result = run_cli("train", config)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
-    broken = run_cli("train", config, "teacher.embedded=/no/such.yaml", f"run.output_dir={tmp_path / 'other'}")
+    broken = run_student("train", config, "teacher.embedded=/no/such.yaml", f"run.output_dir={tmp_path / 'other'}")
     assert broken.returncode == 2 and "/no/such.yaml" in broken.stderr

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
 from tests.student_trainer.training.test_train import QUIET, adapter_hash, losses
+from tests.students import start_student
 from tests.teacher_wire.labels.labels_of import SPECS, entry_of, key_of
 from tests.teacher_wire.labels.test_store_processes import small_disk
 
@@ -337,13 +339,10 @@ def test_the_cache_commands_load_no_torch(tmp_path):
 
 def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(config_file, fake, tmp_path):
     fake.delay_s = 0.3
-    process = subprocess.Popen(
-        [sys.executable, "-m", "student_trainer.cli", "label", str(config_file), "feed.max_batches=1"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_student("label", config_file, "feed.max_batches=1", stderr=subprocess.PIPE)
     while process.poll() is None and fake.calls < 5:
         time.sleep(0.02)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and f"go on with: student-trainer label {config_file}" in err, err
     assert "Traceback" not in err
