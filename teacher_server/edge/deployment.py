@@ -68,6 +68,7 @@ class Edge:
     def _take(self, news: News) -> None:
         self._plan = news.plan or self._plan
         self._teachers.take(news)
+        self._server.publishing.take(news)
         self._server.set_tenants(self._plan.tenants, news.edges)
         self._server.set_healthy({name: news.healthy.get(name, 0) > 0 for name in self._plan.teachers})
 

@@ -5,6 +5,7 @@ Encoding trusts its own side; decoding refuses with a RequestError or LimitError
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from teacher_wire.core.errors import LabelError, LimitError, RequestError
@@ -74,7 +75,7 @@ def decode_open(message: pb.PublishUp, tenant: str) -> Publication:
             )
         _check_digest(f"files.{place}.sha256", file.sha256)
     names = [file.name for file in opened.files]
-    if any(a >= b for a, b in zip(names, names[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(names)):
         raise RequestError("names rise, and come once each", field="files", value=ascii(", ".join(names)[:200]))
     files = tuple(RevisionFile(file.name, file.bytes, file.sha256) for file in opened.files)
     return Publication(
@@ -122,7 +123,7 @@ def decode_piece(message: pb.PublishUp, file: int, offset: int, size: int) -> by
 
 
 def encode_stage(
-    stage: pb.PublishStage.ValueType,
+    stage: pb.PublishStage,
     revision: str,
     *,
     have: Sequence[int] = (),
