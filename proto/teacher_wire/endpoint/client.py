@@ -204,6 +204,8 @@ class TeacherClient:
     ) -> str:
         """Publishes a revision of a teacher; returns its fingerprint when a replica answers with it. A call that breaks is taken up.
 
+        With `publication.check_only` nothing is sent, and nothing returned: the server would take it.
+
         Args:
             publication: what, and of which teacher.
             sources: where its files are, in their order.

@@ -67,6 +67,8 @@ class _Call:
     async def _run(self, sources: Sequence[Path]) -> str:
         await self._write(codec.encode_open(self._publication))
         have = codec.decode_have(await self._read(), self._publication)
+        if self._publication.check_only:
+            return ""
         self.arrived = sum(have)
         sent, whole = self.arrived, self._publication.bytes
         for number, (path, offset) in enumerate(zip(sources, have, strict=True)):

@@ -40,6 +40,7 @@ def encode_open(publication: Publication) -> pb.PublishUp:
             files=[pb.PublishFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in publication.files],
             note=publication.note,
             timeout_ms=round(publication.timeout_s * 1000),
+            check_only=publication.check_only,
         )
     )
 
@@ -79,14 +80,9 @@ def decode_open(message: pb.PublishUp, tenant: str) -> Publication:
         raise RequestError("names rise, and come once each", field="files", value=ascii(", ".join(names)[:200]))
     files = tuple(RevisionFile(file.name, file.bytes, file.sha256) for file in opened.files)
     return Publication(
-        opened.teacher,
-        opened.config_json,
-        opened.tokenizer_sha256,
-        files,
-        opened.note,
-        opened.timeout_ms / 1000,
-        tenant,
-    )
+        opened.teacher, opened.config_json, opened.tokenizer_sha256, files, opened.note, opened.timeout_ms / 1000, tenant,
+        opened.check_only,
+    )  # fmt: skip
 
 
 def encode_piece(file: int, offset: int, data: bytes) -> pb.PublishUp:

@@ -54,6 +54,7 @@ class Publication:
         note: where it comes from, for people.
         timeout_s: of the whole call; 0 for none.
         tenant: who publishes; filled in by the server.
+        check_only: nothing is sent, the server only says whether it would be taken.
     """
 
     teacher: str
@@ -63,6 +64,7 @@ class Publication:
     note: str = ""
     timeout_s: float = 0.0
     tenant: str = ""
+    check_only: bool = False
 
     @property
     def revision(self) -> str:

@@ -39,6 +39,9 @@ class Incoming(Protocol):
 class PublishService(Protocol):
     """What takes revisions."""
 
+    async def check(self, publication: Publication) -> None:
+        """Refuses what `receive` would refuse, as far as it shows before a byte has come."""
+
     def receive(self, publication: Publication) -> contextlib.AbstractAsyncContextManager[Incoming]:
         """Lets a tenant begin, or refuses; what came of it is kept for a later call, unless it is refused."""
 
@@ -66,6 +69,10 @@ async def serve(
     """
     publication = codec.decode_open(parse(pb.PublishUp, first), tenant)
     revision = publication.revision
+    if publication.check_only:
+        await service.check(publication)
+        await send(codec.encode_stage(codec.RECEIVING, revision, have=[0] * len(publication.files)))
+        return
     try:
         async with asyncio.timeout(publication.timeout_s or None), service.receive(publication) as incoming:
             await send(codec.encode_stage(codec.RECEIVING, revision, have=incoming.have))

@@ -521,20 +521,22 @@ class PublishUp(_message.Message):
     def __init__(self, open: _Optional[_Union[PublishOpen, _Mapping]] = ..., data: _Optional[_Union[PublishData, _Mapping]] = ...) -> None: ...
 
 class PublishOpen(_message.Message):
-    __slots__ = ("teacher", "config_json", "tokenizer_sha256", "files", "note", "timeout_ms")
+    __slots__ = ("teacher", "config_json", "tokenizer_sha256", "files", "note", "timeout_ms", "check_only")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    CHECK_ONLY_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     config_json: bytes
     tokenizer_sha256: str
     files: _containers.RepeatedCompositeFieldContainer[PublishFile]
     note: str
     timeout_ms: int
-    def __init__(self, teacher: _Optional[str] = ..., config_json: _Optional[bytes] = ..., tokenizer_sha256: _Optional[str] = ..., files: _Optional[_Iterable[_Union[PublishFile, _Mapping]]] = ..., note: _Optional[str] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    check_only: bool
+    def __init__(self, teacher: _Optional[str] = ..., config_json: _Optional[bytes] = ..., tokenizer_sha256: _Optional[str] = ..., files: _Optional[_Iterable[_Union[PublishFile, _Mapping]]] = ..., note: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., check_only: bool = ...) -> None: ...
 
 class PublishFile(_message.Message):
     __slots__ = ("name", "bytes", "sha256")

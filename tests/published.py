@@ -1,0 +1,94 @@
+"""What tests of publishing share: a model as a publication, an edge that takes it, and somebody who deploys what is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+from teacher_server.config.server import EdgeConfig, TeacherConfig
+from teacher_server.edge.server import EdgeServer
+from teacher_server.publishing import blueprint
+from teacher_server.publishing.revisions import Revisions, model_key
+from teacher_server.telemetry.records import News, Plan, TeacherPlan
+from teacher_wire.publish.messages import Publication, RevisionFile
+from teacher_wire.testing.fake_teacher import FakeTeacher
+from tests.e2e.conftest import free_port
+
+TOKENIZER = hashlib.sha256(b"a tokenizer").hexdigest()
+
+
+def publication_of(model: Path, teacher: str = "me", **changes) -> tuple[Publication, list[Path]]:
+    """A model folder as it is published, and where its files are."""
+    sources = sorted(model.glob("*.safetensors"))
+    files = tuple(RevisionFile.of(path) for path in sources)
+    made = Publication(teacher, (model / "config.json").read_bytes(), TOKENIZER, files, "a test")
+    return replace(made, **changes), sources
+
+
+class Deployer:
+    """An edge before a fake teacher, and what `up` would do: whatever is wanted goes live, or is given up.
+
+    Attributes:
+        edge: listening.
+        revisions: of the teacher `me`, whose config names `model`.
+        refuses: deploys nothing more, and gives up what is wanted.
+        idle: does nothing at all.
+    """
+
+    def __init__(self, folder: Path, model: Path, **settings) -> None:
+        settings = {"tenants": ["trainer"], "folder": str(folder / "revisions"), **settings}
+        backend = {"kind": "transformers", "model": str(model)}
+        self.config = TeacherConfig.model_validate({"name": "me", "backend": backend, "publish": settings})
+        blueprint.make(self.config)
+        self.teacher = FakeTeacher(name="me", tokenizer_sha256=TOKENIZER)
+        self.edge = EdgeServer(EdgeConfig(port=free_port(), drain_s=0), self.teacher)
+        self.revisions = Revisions.of(self.config.publish, "me")
+        self.deployed: list[str] = []
+        self.refuses = self.idle = False
+        self.news("")
+
+    def news(self, revision: str, **plan) -> None:
+        """Tells the edge what lives."""
+        told = TeacherPlan("running", publish=self.config.publish, model=model_key(self.config), **plan)
+        live = self.teacher.teacher_info()
+        if revision:
+            live = replace(live, revision=revision, fingerprint=hashlib.sha256(revision.encode()).hexdigest())
+        self.edge.publishing.take(News(Plan(teachers={"me": told}, open=True), {"me": (live,)}, 1))
+
+    async def run(self) -> None:
+        key = model_key(self.config)
+        while True:
+            wanted = self.revisions.wanted(key)
+            if wanted and not self.idle and wanted[0] not in self.deployed[-1:]:
+                if self.refuses:
+                    self.news("", unpublished="it does not load")
+                    self.revisions.drop(key, wanted[0])
+                else:
+                    self.deployed.append(wanted[0])
+                    self.news(wanted[0])
+            await asyncio.sleep(0.02)
+
+    @property
+    def incoming(self) -> Path:
+        return self.revisions.folder / ".incoming"
+
+    def folders(self) -> set[str]:
+        """Whole revisions on the disk."""
+        return {path.name for path in self.revisions.folder.iterdir() if len(path.name) == 64}
+
+
+@contextlib.asynccontextmanager
+async def publishing(folder: Path, model: Path, **settings) -> AsyncIterator[Deployer]:
+    """A deployer at work while the block runs."""
+    made = Deployer(folder, model, **settings)
+    await made.edge.start()
+    task = asyncio.create_task(made.run())
+    try:
+        yield made
+    finally:
+        task.cancel()
+        await made.edge.drain()
