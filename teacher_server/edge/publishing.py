@@ -61,7 +61,7 @@ class Publishing:
         """
         name, tenant = self._name(publication.teacher), publication.tenant
         plan = self._plans[name]
-        settings = self._allowed(name, plan, publication)
+        settings, blueprint = await self._fitting(name, plan, publication)
         if tenant in self._tenants:
             raise OverloadedError(
                 "a tenant publishes one revision at a time",
@@ -73,12 +73,6 @@ class Publishing:
         self._tenants.add(tenant)
         try:
             revisions = Revisions.of(settings, name)
-            blueprint = await asyncio.to_thread(Blueprint.read, revisions)
-            if blueprint is None or blueprint.model != plan.model:
-                raise UnavailableError(
-                    "the server does not see the folder of its revisions yet", field="publish.folder"
-                )
-            blueprint.check_config(publication.config_json)
             with contextlib.ExitStack() as stack:
                 if not await asyncio.to_thread(stack.enter_context, revisions.locked()):
                     raise OverloadedError(
@@ -90,6 +84,19 @@ class Publishing:
                 yield _Incoming(self, _Revision(name, publication.revision, plan.model), receiving, revisions, settings)
         finally:
             self._tenants.discard(tenant)
+
+    async def check(self, publication: Publication) -> None:
+        """Refuses as `receive` what can be seen before a byte has come."""
+        name = self._name(publication.teacher)
+        await self._fitting(name, self._plans[name], publication)
+
+    async def _fitting(self, name: str, plan: TeacherPlan, publication: Publication) -> tuple[PublishConfig, Blueprint]:
+        settings = self._allowed(name, plan, publication)
+        blueprint = await asyncio.to_thread(Blueprint.read, Revisions.of(settings, name))
+        if blueprint is None or blueprint.model != plan.model:
+            raise UnavailableError("the server does not see the folder of its revisions yet", field="publish.folder")
+        blueprint.check_config(publication.config_json)
+        return settings, blueprint
 
     def _name(self, teacher: str) -> str:
         if not teacher and len(self._plans) == 1:

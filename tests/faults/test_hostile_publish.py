@@ -31,7 +31,6 @@ from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
 from tests.published import publication_of, publishing
 from tests.tiny import make_model
 
-
 MIDDLE = "model.layers.0.input_layernorm.weight"
 
 
@@ -225,11 +224,10 @@ async def test_too_large_is_refused_by_what_was_announced_and_never_grows_beyond
 
 
 async def test_a_message_that_is_none(base, tmp_path):
-    async with publishing(tmp_path, base) as server:
-        async with grpc.aio.insecure_channel(server.edge.address) as channel:
-            call = channel.stream_stream("/teacher_wire.v2.Teacher/Publish")(metadata=(("lyceum-tenant", "trainer"),))
-            await call.write(b"\xff\xff\xff")
-            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    async with publishing(tmp_path, base) as server, grpc.aio.insecure_channel(server.edge.address) as channel:
+        call = channel.stream_stream("/teacher_wire.v2.Teacher/Publish")(metadata=(("lyceum-tenant", "trainer"),))
+        await call.write(b"\xff\xff\xff")
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def rewritten(model, folder, edit):
@@ -296,7 +294,7 @@ async def test_a_call_that_is_cut_off_is_taken_up_where_it_was(base, student, tm
     publication, sources = publication_of(student)
     data = sources[0].read_bytes()
     async with publishing(tmp_path, base) as server:
-        said, error = await raw(
+        _, error = await raw(
             server,
             codec.encode_open(publication),
             codec.encode_piece(0, 0, data[:5000]),
@@ -369,7 +367,7 @@ async def test_a_full_disk_is_said_frees_what_came_and_passes(base, student, tmp
                 patched.setattr(
                     receiving.Receiving,
                     "_path",
-                    lambda self, number, code=code: _Opened(grow(self, number), Full, code),
+                    lambda self, number, code=code, grow=grow: _Opened(grow(self, number), Full, code),
                 )
                 with pytest.raises(OverloadedError) as caught:
                     await publish(server, student)
