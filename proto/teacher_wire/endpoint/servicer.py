@@ -195,11 +195,11 @@ class TeacherServicer:
 
     async def _publish_call(self, context: Context) -> None:
         async with self._call(context) as account:
-            if self._publisher is None:
-                raise CapabilityError("this server takes no revisions", field="Publish")
             caller = Caller(context, self._limits.stall_s)
             async with account.receiving:
-                first = await caller.read_only()
+                first = await caller.read_only()  # before any refusal: who writes to a call that has ended does not hear why
+            if self._publisher is None:
+                raise CapabilityError("this server takes no revisions", field="Publish")
             await publish_servicer.serve(
                 self._publisher, first, caller.read, caller.send, account.tenant, self._limits.stall_s
             )
