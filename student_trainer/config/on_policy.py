@@ -25,15 +25,17 @@ class ShareConfig(Settings):
 
 
 class PublishConfig(Settings):
-    """Pushes the student's weights to its server as a new revision of a teacher.
+    """Pushes the student's weights to its server as a new revision of a teacher, while training goes on (docs/publishing.md).
 
     Attributes:
         every: optimizer steps between two revisions.
-        teacher: its name on the server.
+        teacher: its name on the server of the section `teacher`; where the run learns from that one, its labels move along.
+        on_failure: what to do when a revision does not go live: `skip` says so, counts it and goes on with the one before; `stop` ends the run.
     """
 
     every: Positive
     teacher: str
+    on_failure: Literal["skip", "stop"] = "skip"
 
 
 class OnPolicyConfig(Settings):
