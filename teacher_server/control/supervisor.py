@@ -49,7 +49,8 @@ class Server:
         self._cluster = ServeCluster()
         self._rollout = Rollout(self._cluster, say)
         self._publications = Publications(self._rollout, say)
-        self._plan = Plan(config.tenants, {teacher.name: TeacherPlan() for teacher in config.teachers})
+        begun = {teacher.name: TeacherPlan() for teacher in config.teachers}
+        self._plan = Plan(config.tenants, self._publications.told(config.teachers, begun))
         self._owner = secrets.token_hex(8)
         self._node = node_address()
         try:

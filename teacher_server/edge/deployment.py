@@ -42,6 +42,7 @@ class Edge:
         self._teachers = ServeTeachers(list(plan.teachers), _find_handle, on_observe=self._exported.observe)
         self._server = EdgeServer(EdgeConfig.model_validate_json(config_json), self._teachers, self._status_for)
         self._server.set_tenants(plan.tenants, 1)
+        self._server.publishing.take(News(plan, {}, 1))
         self._node = await asyncio.to_thread(node_address)
         self._reporter = Reporter(replica, self._report, self._take)
         await self._reporter.report()
