@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from student_trainer.config.run import parse_config
@@ -25,12 +26,13 @@ from student_trainer.rollout.publisher import Publisher
 from student_trainer.training.run import train
 from teacher_server.backends.model_folder import fingerprint
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.errors import MismatchError, TeacherWireError
+from teacher_wire.core.errors import MismatchError, ServerError, TeacherWireError
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score.signals import spec_of
 from teacher_wire.transport.channel import Credentials
-from tests.e2e.conftest import server_config, serving, transformers_teacher
+from tests.e2e.conftest import TRIED_ONCE, Server, server_config, serving, transformers_teacher
+from tests.published import publication_of
 
 SPEC = spec_of("top_k", 300, k=8)
 EVERY = 2
@@ -101,6 +103,21 @@ async def keep_copies(revisions: Path, copies: Path, stop: asyncio.Event) -> Non
         await asyncio.sleep(0.1)
 
 
+async def publish_what_no_replica_can_load(server: Server, model: Path, broken: Path) -> None:
+    """Weights that fit and are no numbers: refused by the replica that loads them, and the ones before stay."""
+    shutil.copytree(model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    async with TeacherClient(server.address, credentials=Credentials(tenant="trainer"), retry_for_s=10) as client:
+        before = await client.teacher("me")
+        publication, sources = publication_of(broken, tokenizer_sha256=before.tokenizer_sha256)
+        with pytest.raises(ServerError) as caught:
+            await client.publish(publication, sources)
+        assert "not finite" in str(caught.value), str(caught.value)
+        assert (await client.teacher("me")).fingerprint == before.fingerprint
+
+
 async def published_run(tmp_path: Path, model: Path, rows: Path, revisions: int, monkeypatch, **changes) -> dict:
     """Trains, publishes so often, and checks all that must hold; what happened, for whoever prints it."""
     publish_again = Publisher.publish
@@ -131,12 +148,13 @@ async def published_run(tmp_path: Path, model: Path, rows: Path, revisions: int,
         },
         **changes,
     }
-    with serving(tmp_path, config) as server:
+    with serving(tmp_path, config, **TRIED_ONCE) as server:
         tree["teacher"] = {"address": server.address, "tenant": "trainer"}
         with (tmp_path / "run.log").open("w") as log:
             others = [asyncio.create_task(ask(server.address, stop, asked, n, pinned=n != 2)) for n in range(3)]
             others.append(asyncio.create_task(keep_copies(kept / "me", copies, stop)))
             try:
+                await publish_what_no_replica_can_load(server, model, tmp_path / "broken")
                 await asyncio.to_thread(train, parse_config(tree, "test"), console=Console(file=log, width=200))
                 await asyncio.sleep(2.0)  # the newest weights are asked too
             finally:
