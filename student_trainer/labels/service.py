@@ -49,7 +49,7 @@ class LabelService:
 
         store = None if spec.extra_ids else self.store
         if self.lineage is not None:
-            return FollowingSource(self.lineage, connect or self.connect, info, spec, check, store, self.usage)
+            return FollowingSource(self.lineage, connect or self.connect, spec, check, store, self.usage)
         return LabelSource(connect or self.connect, info, spec, check, store, self.usage)
 
     def forget(self, info: TeacherInfo) -> str:
@@ -60,7 +60,8 @@ class LabelService:
         """
         if self.store is None:
             return ""
-        gone = self.store.prune(teacher=info.fingerprint, used_since_s=self.opened_s - 1)  # clocks of disks are coarse
-        return (
-            f"the labels of {gone.sequences:,} sequences that this run has used were deleted from {self.store.folder}"
-        )
+        gone = 0
+        for fingerprint in self.lineage.fingerprints if self.lineage is not None else (info.fingerprint,):
+            # clocks of disks are coarse
+            gone += self.store.prune(teacher=fingerprint, used_since_s=self.opened_s - 1).sequences
+        return f"the labels of {gone:,} sequences that this run has used were deleted from {self.store.folder}"

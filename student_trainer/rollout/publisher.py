@@ -6,6 +6,7 @@ nothing else.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 import time
@@ -28,6 +29,7 @@ from teacher_wire.publish.messages import Publication, RevisionFile
 
 FOLDER_NAME = ".publishing"
 _LEAVE_S = 5.0
+_HEARD_S, _LOOK_S = 10.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,11 @@ class Publisher:
     async def _live(self, publication: Publication, sources: list[Path]) -> TeacherInfo:
         async with self._target.connect() as client:
             fingerprint = await client.publish(publication, sources)
+            until_s = time.monotonic() + _HEARD_S
             info = await client.teacher(self._target.teacher)
+            while info.fingerprint != fingerprint and time.monotonic() < until_s:  # another edge hears of it later
+                await asyncio.sleep(_LOOK_S)
+                info = await client.teacher(self._target.teacher)
         if info.fingerprint != fingerprint:
             raise MismatchError(
                 "somebody else has published another revision since",
