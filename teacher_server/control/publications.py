@@ -87,10 +87,9 @@ class Publications:
             self._say(f"{config.name}: revision {tried[:12]} is given up")
             del self._tried[config.name]
             revisions.drop(key, tried)
-        if self._rollout.is_quiet(config.name):
-            needed = {revision_of(version) for version in self._rollout.needed(config.name)}
-            for name in revisions.tidy(key, settings.keep, needed):
-                self._say(f"{config.name}: revision {name[:12]} is deleted; publish.keep is {settings.keep}")
+        needed = {revision_of(version) for version in self._rollout.needed(config.name)}
+        for name in revisions.tidy(key, settings.keep, needed):
+            self._say(f"{config.name}: revision {name[:12]} is deleted; publish.keep is {settings.keep}")
 
     def told(self, teachers: Sequence[TeacherConfig], plans: Mapping[str, TeacherPlan]) -> dict[str, TeacherPlan]:
         """The plans with what edges must know of publishing."""

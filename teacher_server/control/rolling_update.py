@@ -51,7 +51,6 @@ class _Teacher:
     Attributes:
         config: deployed now; `good` came up before and is put back if this one does not.
         coming: its deployment has not ended yet.
-        moving: replicas of it start or stop, as of the last look.
         note: what is to be known about it longer.
     """
 
@@ -60,7 +59,6 @@ class _Teacher:
     since_s: float
     good: TeacherConfig | None = None
     coming: bool = True
-    moving: bool = False
     note: str = ""
     told: str = ""
 
@@ -103,11 +101,6 @@ class Rollout:
                 changed = ", ".join(changes(known.config.model_dump(), config.model_dump()))
                 self._say(f"{name}: rolling to the new version ({changed})")
                 self._begin(_Teacher(config, 0, 0.0, good=known.good))
-
-    def is_quiet(self, name: str) -> bool:
-        """Whether a teacher's last change has ended and no replica of it is on its way, up or down; as of the last look."""
-        teacher = self._teachers.get(name)
-        return teacher is not None and not teacher.coming and not teacher.moving
 
     def has_come(self, name: str) -> bool:
         """Whether a teacher's last change has ended."""
@@ -164,8 +157,6 @@ class Rollout:
             if name not in found or name in self._teachers:
                 del self._leaving[name]
         for name, teacher in list(self._teachers.items()):
-            replicas = found[name].replicas if name in found else {}
-            teacher.moving = any(replicas.get(state) for state in ("starting", "stopping"))
             if teacher.coming:
                 self._follow(name, teacher, found.get(name, Deployed("deploying")))
         return {name: _plan(teacher, found.get(name)) for name, teacher in self._teachers.items()}

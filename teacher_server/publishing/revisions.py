@@ -7,7 +7,7 @@ what edges and `up` share, on one machine or several. Layout of `FOLDER/TEACHER`
     REVISION/       a whole revision, a model folder like any other; made by renaming
     .incoming/      the one that is being received
     wanted.json     revisions in the order in which they were wanted, the newest first, and of which model they are revisions
-    .lock           held by whoever receives or deletes
+    .lock           held by whoever receives
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Revisions:
             partial.write_text(json.dumps({"model": model, "revisions": revisions}, indent=1))
 
     def tidy(self, model: str, keep: int, needed: set[str]) -> list[str]:
-        """Deletes all but the newest `keep` revisions and those that are needed; nothing while somebody receives one.
+        """Deletes all but the newest `keep` revisions and those that are needed.
+
+        An edge that has just found one of them whole and wants it again finds it gone (`wanted`), and has it sent anew.
 
         Returns:
             The names of the deleted ones.
@@ -106,17 +108,12 @@ class Revisions:
         found = [path for path in self.folder.iterdir() if path.is_dir()]
         old = [path for path in found if SHA256.fullmatch(path.name) and path.name not in kept]
         torn = [path for path in found if path.name.startswith(_GOING)]
-        if not old and not torn:
-            return []
-        with self.locked() as held:
-            if not held:
-                return []
-            for path in old:
-                going = self.folder / f"{_GOING}{path.name}"
-                os.replace(path, going)  # from now on it is no revision, however far the deletion comes
-                torn.append(going)
-            for path in torn:
-                shutil.rmtree(path)
+        for path in old:
+            going = self.folder / f"{_GOING}{path.name}"
+            os.replace(path, going)  # from now on it is no revision, however far the deletion comes
+            torn.append(going)
+        for path in torn:
+            shutil.rmtree(path)
         return [path.name for path in old]
 
     @contextlib.contextmanager

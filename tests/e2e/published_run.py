@@ -46,11 +46,13 @@ class Asked:
         answers: batches and answers, by the fingerprint they came with.
         told: how often it heard that its weights are gone, and took the new ones.
         troubles: everything else that was not an answer, also what its client would have tried again.
+        most_kept: whole revisions on the server's disk at a time.
     """
 
     answers: dict[str, list[tuple[TokenBatch, TeacherSignals]]] = field(default_factory=dict)
     told: int = 0
     troubles: list[TeacherWireError] = field(default_factory=list)
+    most_kept: int = 0
 
     @property
     def counts(self) -> Counter[str]:
@@ -93,11 +95,13 @@ def check_answers(asked: Asked, models: dict[str, Path]) -> None:
             np.testing.assert_allclose(answer["label_logp_N"].array, expected_N, atol=2e-4, rtol=1e-4)
 
 
-async def keep_copies(revisions: Path, copies: Path, stop: asyncio.Event) -> None:
+async def keep_copies(revisions: Path, copies: Path, stop: asyncio.Event, asked: Asked) -> None:
     """Links of every revision, since the server deletes old ones."""
     while not stop.is_set():
-        for folder in revisions.glob("*"):
-            if len(folder.name) == 64 and not (copies / folder.name).exists():
+        whole = [folder for folder in revisions.glob("*") if len(folder.name) == 64]
+        asked.most_kept = max(asked.most_kept, len(whole))
+        for folder in whole:
+            if not (copies / folder.name).exists():
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copytree(folder, copies / folder.name, copy_function=os.link)
         await asyncio.sleep(0.1)
@@ -152,7 +156,7 @@ async def published_run(tmp_path: Path, model: Path, rows: Path, revisions: int,
         tree["teacher"] = {"address": server.address, "tenant": "trainer"}
         with (tmp_path / "run.log").open("w") as log:
             others = [asyncio.create_task(ask(server.address, stop, asked, n, pinned=n != 2)) for n in range(3)]
-            others.append(asyncio.create_task(keep_copies(kept / "me", copies, stop)))
+            others.append(asyncio.create_task(keep_copies(kept / "me", copies, stop, asked)))
             try:
                 await publish_what_no_replica_can_load(server, model, tmp_path / "broken")
                 await asyncio.to_thread(train, parse_config(tree, "test"), console=Console(file=log, width=200))
@@ -163,6 +167,7 @@ async def published_run(tmp_path: Path, model: Path, rows: Path, revisions: int,
         async with asyncio.timeout(30):  # the last roll has ended: old revisions go
             while len([path for path in (kept / "me").iterdir() if len(path.name) == 64]) > 2:
                 await asyncio.sleep(0.2)
+    assert asked.most_kept <= 2 + 2, "publish.keep, one that is received, one while replicas change"
     assert asked.troubles == [], (tmp_path / "run.log").read_text()
     models = {fingerprint(folder, "float32"): folder for folder in copies.iterdir()}
     models[fingerprint(model, "float32")] = model

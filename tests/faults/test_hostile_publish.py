@@ -394,6 +394,30 @@ async def test_a_revision_that_cannot_come_up(base, student, model_factory, tmp_
         await publish(server, model_factory("qwen2", seed=7))
 
 
+async def test_a_revision_that_is_deleted_at_that_moment_is_sent_again(base, student, tmp_path):
+    """`up` deletes without asking edges: what it found too old may be what somebody wants again."""
+    publication, sources = publication_of(student)
+    async with publishing(tmp_path, base) as server:
+        await publish(server, student)
+        folder = server.revisions.path(publication.revision)
+        server.idle, server.deployed = True, []
+        server.news("")
+        sent = []
+        async with client_of(server, retry_for_s=20) as client:
+            waiting = asyncio.create_task(
+                client.publish(publication, sources, lambda stage, n, whole: sent.append(stage))
+            )
+            async with asyncio.timeout(20):
+                while not any("replicas" in stage for stage in sent):
+                    await asyncio.sleep(0.01)
+            assert "sending" not in sent
+            shutil.rmtree(folder)
+            server.idle = False
+            async with asyncio.timeout(20):
+                assert await waiting
+        assert "sending" in sent and folder.is_dir()
+
+
 async def test_a_publisher_that_leaves_while_it_is_deployed_changes_nothing(base, student, tmp_path):
     publication, sources = publication_of(student)
     async with publishing(tmp_path, base) as server:

@@ -141,22 +141,33 @@ def test_the_model_of_the_config_is_put_back_if_the_first_revision_fails(server)
     assert server.runs == "" and server.revisions.wanted(model_key(server.config)) == []
 
 
-def test_nothing_is_deleted_while_replicas_go_or_somebody_publishes(server):
+def test_a_publisher_without_pause_does_not_fill_the_disk(server):
+    """One roll follows the other at once, and somebody always holds the lock: old revisions go all the same."""
+    names = [f"{number:064x}" for number in range(1, 9)]
+    with server.revisions.locked() as held:
+        assert held
+        for name in names:
+            server.publish(name)
+            server.step()  # the roll before has ended: this one begins
+            assert len([path for path in server.revisions.folder.iterdir() if len(path.name) == 64]) <= 3
+            server.cluster.becomes("running", running=1, stopping=1)
+    server.step()
+    assert {path.name for path in server.revisions.folder.iterdir() if len(path.name) == 64} == set(names[-2:])
+
+
+def test_what_is_put_back_is_not_deleted(tmp_path, model):
+    publish = {"tenants": ["t"], "folder": str(tmp_path), "keep": 1}
+    server = Server(tmp_path, model, publish=publish)
     for name in (A, B):
         server.publish(name)
         server.comes_up()
+    assert server.there == {"b"}
     server.publish(C)
     server.step()
-    server.cluster.becomes("running", running=1, stopping=1)
-    server.step()
-    assert server.there == {"a", "b", "c"}, "an old replica may still read its files"
-    server.cluster.becomes("running")
-    with server.revisions.locked() as held:
-        assert held
-        server.step()
-        assert server.there == {"a", "b", "c"}
-    server.step()
     assert server.there == {"b", "c"}
+    server.cluster.becomes("failed", "x")
+    server.step()
+    assert server.runs == B and server.there == {"b"}
 
 
 def test_the_operator_has_the_last_word(server, tmp_path, model, model_factory):
