@@ -94,9 +94,9 @@ class Deployer:
         self.refuses = self.idle = False
         self.news("")
 
-    def news(self, revision: str, **plan) -> None:
+    def news(self, revision: str) -> None:
         """Tells the edge what lives."""
-        told = TeacherPlan("running", publish=self.config.publish, model=model_key(self.config), **plan)
+        told = TeacherPlan("running", publish=self.config.publish, model=model_key(self.config))
         live = self.teacher.teacher_info()
         if revision and isinstance(self.teacher, FakeTeacher):
             live = replace(live, revision=revision, fingerprint=hashlib.sha256(revision.encode()).hexdigest())
@@ -108,8 +108,7 @@ class Deployer:
             wanted = self.revisions.wanted(key)
             if wanted and not self.idle and wanted[0] not in self.deployed[-1:]:
                 if self.refuses:
-                    self.news(self.deployed[-1] if self.deployed else "", unpublished="it does not load")
-                    self.revisions.drop(key, wanted[0])
+                    self.revisions.drop(key, wanted[0], "it does not load")
                 else:
                     if isinstance(self.teacher, Served):
                         await self.teacher.become(with_revision(self.config, wanted[0]))

@@ -30,7 +30,6 @@ class Publications:
         self._rollout = rollout
         self._say = say
         self._tried: dict[str, str] = {}  # the revision that was ordered last, by teacher
-        self._unpublished: dict[str, str] = {}
         self._told: dict[str, str] = {}  # of disks
 
     def prepare(self, teachers: Sequence[TeacherConfig]) -> None:
@@ -83,10 +82,9 @@ class Publications:
         running = revision_of(self._rollout.deployed[config.name][0])
         tried = self._tried.get(config.name, "")
         if tried and tried != running and revisions.wanted(key)[:1] == [tried]:
-            self._unpublished[config.name] = self._rollout.note(config.name)
             self._say(f"{config.name}: revision {tried[:12]} is given up")
             del self._tried[config.name]
-            revisions.drop(key, tried)
+            revisions.drop(key, tried, self._rollout.note(config.name))
         needed = {revision_of(version) for version in self._rollout.needed(config.name)}
         for name in revisions.tidy(key, settings.keep, needed):
             self._say(f"{config.name}: revision {name[:12]} is deleted; publish.keep is {settings.keep}")
@@ -94,11 +92,7 @@ class Publications:
     def told(self, teachers: Sequence[TeacherConfig], plans: Mapping[str, TeacherPlan]) -> dict[str, TeacherPlan]:
         """The plans with what edges must know of publishing."""
         more = {
-            config.name: {
-                "publish": config.publish,
-                "model": model_key(config),
-                "unpublished": self._unpublished.get(config.name, ""),
-            }
+            config.name: {"publish": config.publish, "model": model_key(config)}
             for config in teachers
             if config.publish is not None
         }

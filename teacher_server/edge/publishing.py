@@ -191,14 +191,14 @@ class _Incoming:
                 raise UnavailableError("the server's config has changed", field="teacher", value=self._revision.teacher)
             wanted = await asyncio.to_thread(self._revisions.wanted, self._revision.model)
             if self._revision.name not in wanted:
-                if not self._revisions.is_whole(self._revision.name):
+                why = await asyncio.to_thread(self._revisions.given_up, self._revision.name)
+                if not why:
                     raise UnavailableError(
                         "it was deleted as too old meanwhile", field="revision", value=self._revision.name
                     )
                 raise ServerError(
-                    f"it cannot come up, the revision before stays: {plan.unpublished or plan.message}",
-                    field="revision", value=self._revision.name,
-                )  # fmt: skip
+                    f"it cannot come up, the revision before stays: {why}", field="revision", value=self._revision.name
+                )
             if time.monotonic() - told_s > _TELL_S:
                 told_s = time.monotonic()
                 await tell(f"{plan.state}, {plan.replicas} of {plan.replicas_wanted} replicas")

@@ -6,7 +6,8 @@ what edges and `up` share, on one machine or several. Layout of `FOLDER/TEACHER`
     base/           small files of the model that the config names, and the shapes of its weights (`blueprint`)
     REVISION/       a whole revision, a model folder like any other; made by renaming
     .incoming/      the one that is being received
-    wanted.json     revisions in the order in which they were wanted, the newest first, and of which model they are revisions
+    wanted.json     revisions in the order in which they were wanted, the newest first, of which model they are revisions, and which one
+                    could not come up last
     .lock           held by whoever receives
 """
 
@@ -71,6 +72,14 @@ class Revisions:
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
+    def given_up(self, revision: str) -> str:
+        """Why a revision could not come up, if it is the last that could not; else empty."""
+        try:
+            found = json.loads((self.folder / _WANTED).read_text())["given_up"]
+            return str(found["why"]) if found["revision"] == revision else ""
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
     def want(self, model: str, revision: str) -> None:
         """Makes a whole revision the one that is to serve.
 
@@ -79,17 +88,19 @@ class Revisions:
         """
         self._write(model, [revision, *(name for name in self.wanted(model) if name != revision)])
 
-    def drop(self, model: str, revision: str) -> None:
+    def drop(self, model: str, revision: str, why: str) -> None:
         """No longer wants a revision, which could not come up: the one before is in its place.
 
         Raises:
             OSError: the disk does not take it.
         """
-        self._write(model, [name for name in self.wanted(model) if name != revision])
+        given_up = {"revision": revision, "why": why or "no reason is known"}
+        self._write(model, [name for name in self.wanted(model) if name != revision], given_up)
 
-    def _write(self, model: str, revisions: list[str]) -> None:
+    def _write(self, model: str, revisions: list[str], given_up: dict[str, str] | None = None) -> None:
         with replacing(self.folder / _WANTED, shared=True) as partial:
-            partial.write_text(json.dumps({"model": model, "revisions": revisions}, indent=1))
+            told = {"model": model, "revisions": revisions, "given_up": given_up}
+            partial.write_text(json.dumps(told, indent=1))
 
     def tidy(self, model: str, keep: int, needed: set[str]) -> list[str]:
         """Deletes all but the newest `keep` revisions and those that are needed.

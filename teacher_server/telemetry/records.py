@@ -44,7 +44,6 @@ class TeacherPlan:
     Attributes:
         publish: who may publish revisions of it; None for nobody.
         model: of its config, of which revisions are revisions (`revisions.model_key`).
-        unpublished: why the last revision that was given up could not come up.
     """
 
     state: str = "starting"
@@ -53,7 +52,6 @@ class TeacherPlan:
     replicas_wanted: int = 0
     publish: PublishConfig | None = None
     model: str = ""
-    unpublished: str = ""
 
 
 @dataclass(frozen=True)

@@ -124,12 +124,13 @@ def test_what_cannot_come_up_is_given_up_for_good(server, tmp_path, model):
     server.step()
     assert server.cluster.orders[1:] == ["a", "b", "a"] and server.revisions.wanted(model_key(server.config)) == [A]
     server.cluster.becomes("running")
-    assert "no memory for it" in server.step().unpublished
+    assert "no memory for it" in server.revisions.given_up(B)
     for _ in range(3):
         server.step()
     assert server.cluster.orders[1:] == ["a", "b", "a"] and server.there == {"a"}, "and deleted"
     server.publish(B)  # published anew: tried anew
     server.comes_up()
+    assert server.revisions.given_up(B) == ""
     assert server.runs == B
 
 
