@@ -197,7 +197,9 @@ class TeacherServicer:
         async with self._call(context) as account:
             caller = Caller(context, self._limits.stall_s)
             async with account.receiving:
-                first = await caller.read_only()  # before any refusal: who writes to a call that has ended does not hear why
+                first = (
+                    await caller.read_only()
+                )  # before any refusal: who writes to a call that has ended does not hear why
             if self._publisher is None:
                 raise CapabilityError("this server takes no revisions", field="Publish")
             await publish_servicer.serve(
