@@ -122,8 +122,13 @@ async def publish_what_no_replica_can_load(server: Server, model: Path, broken: 
         assert (await client.teacher("me")).fingerprint == before.fingerprint
 
 
-async def published_run(tmp_path: Path, model: Path, rows: Path, revisions: int, monkeypatch, **changes) -> dict:
-    """Trains, publishes so often, and checks all that must hold; what happened, for whoever prints it."""
+async def published_run(
+    tmp_path: Path, model: Path, rows: Path, revisions: int, monkeypatch, *, broken_first: bool = False
+) -> dict:
+    """Trains, publishes so often, and checks all that must hold; what happened, for whoever prints it.
+
+    With `broken_first` somebody publishes weights that no replica can load, before.
+    """
     publish_again = Publisher.publish
 
     def one_after_the_other(self: Publisher, step: int) -> None:
@@ -150,7 +155,6 @@ async def published_run(tmp_path: Path, model: Path, rows: Path, revisions: int,
             "learning_rate": 1e-2,
             "log_steps": 1,
         },
-        **changes,
     }
     with serving(tmp_path, config, **TRIED_ONCE) as server:
         tree["teacher"] = {"address": server.address, "tenant": "trainer"}
@@ -158,7 +162,8 @@ async def published_run(tmp_path: Path, model: Path, rows: Path, revisions: int,
             others = [asyncio.create_task(ask(server.address, stop, asked, n, pinned=n != 2)) for n in range(3)]
             others.append(asyncio.create_task(keep_copies(kept / "me", copies, stop, asked)))
             try:
-                await publish_what_no_replica_can_load(server, model, tmp_path / "broken")
+                if broken_first:
+                    await publish_what_no_replica_can_load(server, model, tmp_path / "broken")
                 await asyncio.to_thread(train, parse_config(tree, "test"), console=Console(file=log, width=200))
                 await asyncio.sleep(2.0)  # the newest weights are asked too
             finally:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.e2e.published_run import published_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 async def test_two_revisions_under_load(model_factory, rows_file, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ pytestmark = [
 
 
 async def test_ten_revisions_under_load(model_factory, rows_file, tmp_path, monkeypatch, capsys):
-    told = await published_run(tmp_path, model_factory("qwen2", seed=5), rows_file, 10, monkeypatch)
+    told = await published_run(tmp_path, model_factory("qwen2", seed=5), rows_file, 10, monkeypatch, broken_first=True)
     with capsys.disabled():
         print("\n" + "\n".join(f"{name}: {value}" for name, value in told.items() if name != "server"))
     assert len(told["answers"]) == 11
