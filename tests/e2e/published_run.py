@@ -87,12 +87,12 @@ def check_answers(asked: Asked, models: dict[str, Path]) -> None:
     """Every answer is that of the weights it names."""
     for name, answers in asked.answers.items():
         model = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
-        for batch, answer in answers:
-            ids_1L = torch.from_numpy(batch.token_ids_T.astype(np.int64))[None]
-            with torch.no_grad():
-                logp_LV = model(input_ids=ids_1L).logits[0, :-1].log_softmax(-1)
-            expected_N = logp_LV.gather(-1, ids_1L[0, 1:, None])[:, 0].numpy()
-            np.testing.assert_allclose(answer["label_logp_N"].array, expected_N, atol=2e-4, rtol=1e-4)
+        ids_BL = torch.from_numpy(np.stack([batch.token_ids_T for batch, _ in answers]).astype(np.int64))
+        with torch.no_grad():
+            logp_BLV = model(input_ids=ids_BL).logits[:, :-1].log_softmax(-1)
+        expected_BN = logp_BLV.gather(-1, ids_BL[:, 1:, None])[..., 0].numpy()
+        given_BN = np.stack([answer["label_logp_N"].array for _, answer in answers])
+        np.testing.assert_allclose(given_BN, expected_BN, atol=2e-4, rtol=1e-4)
 
 
 async def keep_copies(revisions: Path, copies: Path, stop: asyncio.Event, asked: Asked) -> None:
