@@ -82,13 +82,17 @@ class Deployer:
         idle: does nothing at all.
     """
 
-    def __init__(self, folder: Path, model: Path, *, served: bool = False, **settings) -> None:
+    def __init__(
+        self, folder: Path, model: Path, *, served: bool = False, edge: dict | None = None, **settings
+    ) -> None:
         settings = {"tenants": ["trainer"], "folder": str(folder / "revisions"), **settings}
         backend = {"kind": "transformers", "model": str(model), "dtype": "float32", "device": "cpu"}
         self.config = TeacherConfig.model_validate({"name": "me", "backend": backend, "publish": settings})
         blueprint.make(self.config)
         self.teacher = Served(self.config) if served else FakeTeacher(name="me", tokenizer_sha256=TOKENIZER)
-        self.edge = EdgeServer(EdgeConfig(port=free_port(), drain_s=0), self.teacher)
+        self.edge = EdgeServer(
+            EdgeConfig.model_validate({"port": free_port(), "drain_s": 0, **(edge or {})}), self.teacher
+        )
         self.revisions = Revisions.of(self.config.publish, "me")
         self.deployed: list[str] = []
         self.refuses = self.idle = False

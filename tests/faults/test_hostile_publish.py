@@ -198,6 +198,24 @@ async def test_who_may_not(base, student, tmp_path):
         nothing_left(server)
 
 
+async def test_a_token_says_who_publishes(base, student, tmp_path):
+    """Not the name that a caller gives itself."""
+    tokens, ours, others = tmp_path / "tokens", "t" * 20, "o" * 20
+    tokens.write_text(f"trainer {ours}\nother {others}\n")
+    publication, sources = publication_of(student)
+    async with publishing(tmp_path, base, edge={"tokens_file": str(tokens)}) as server:
+
+        def client(token, **named):
+            return TeacherClient(server.edge.address, credentials=Credentials(token=token, **named), retry_for_s=0)
+
+        async with client(others) as stranger:
+            with pytest.raises(ForbiddenError):
+                await stranger.publish(publication, sources)
+        nothing_left(server)
+        async with client(ours) as trainer:
+            assert await trainer.publish(publication, sources)
+
+
 async def test_too_large_is_refused_by_what_was_announced_and_never_grows_beyond_it(base, student, tmp_path):
     publication, sources = publication_of(student)
     open_, size = codec.encode_open(publication), publication.files[0].bytes
