@@ -5,7 +5,8 @@
     ├── DataError     a row, a file or a template breaks a rule       (ValueError)
     ├── ModelError    a model or tokenizer cannot be loaded or used
     └── RunError      a run cannot start, continue or be resumed
-        └── NonFiniteError  the numbers of a run are no numbers any more; exit code 1
+        ├── NonFiniteError  the numbers of a run are no numbers any more; exit code 1
+        └── RolloutError    the student's own samples cannot be written
 
 The text of each is one clear line naming what and where; the CLI prints it and exits with its `exit_code`.
 """
@@ -66,6 +67,10 @@ class NonFiniteError(RunError):
     """A loss, a gradient, a weight or a held-out figure is NaN or infinite: the run as it was set up does not work."""
 
     exit_code = 1
+
+
+class RolloutError(RunError):
+    """The engine that writes the student's own samples is gone, has no memory, or does not fit the student."""
 
 
 def _shown(value: object, limit: int = 80) -> str:

@@ -17,6 +17,7 @@ from student_trainer.config.fields import AbsolutePath
 from student_trainer.config.files import Settings, parse_as, read_tree
 from student_trainer.config.losses import LossConfig
 from student_trainer.config.model import ModelConfig
+from student_trainer.config.on_policy import OnPolicyConfig
 from student_trainer.config.teachers import CacheConfig, FeedConfig, LabelConfig, TeacherConfig
 from student_trainer.config.training import OptimizationConfig
 from student_trainer.errors import ConfigError
@@ -45,6 +46,7 @@ class TrainConfig(Settings):
     teacher: TeacherConfig | None = None
     labels: LabelConfig = LabelConfig()
     loss: LossConfig = LossConfig()
+    on_policy: OnPolicyConfig | None = None
     train: OptimizationConfig = OptimizationConfig()
     feed: FeedConfig = FeedConfig()
     cache: CacheConfig = CacheConfig()

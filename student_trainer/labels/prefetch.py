@@ -38,10 +38,12 @@ class Taken:
     Attributes:
         ready: what the feed's `prepare` made of them.
         usage: what they took.
+        fingerprint: of the teacher that they are of.
     """
 
     ready: Any
     usage: LabelUsage
+    fingerprint: str = ""
 
 
 class LabelFeed:
@@ -55,6 +57,7 @@ class LabelFeed:
         burst: micro-batches that are taken at once.
         prepare: makes of an answer what `take` gives, in a thread of the feed; the answer as it is if not given.
         on_close: wakes a `request` that is waiting.
+        on_taken: called with number and fingerprint of labels that are taken.
     """
 
     def __init__(
@@ -69,8 +72,10 @@ class LabelFeed:
         prepare: Callable[[TeacherSignals], Any] = lambda signals: signals,
         burst: int = 1,
         on_close: Callable[[], None] = lambda: None,
+        on_taken: Callable[[int, str], None] | None = None,
     ) -> None:
         self._source = source
+        self._on_taken = on_taken
         self._request = request
         self._first = first
         self._count = count
@@ -129,6 +134,8 @@ class LabelFeed:
                 self._promises.pop(number, None)
                 self._held.pop(number, None)
                 self._lock.notify_all()
+        if self._on_taken is not None:
+            self._on_taken(number, labels.fingerprint)
         return labels
 
     def close(self) -> None:
@@ -190,7 +197,7 @@ class LabelFeed:
 
     def _ready(self, labels: Labels, request: LabelRequest) -> Taken:
         signals = labels.signals  # not held longer than it takes: they may be as large as what is made of them
-        return Taken(self._prepare(with_checked_rows(signals, request.batch)), labels.usage)
+        return Taken(self._prepare(with_checked_rows(signals, request.batch)), labels.usage, signals.fingerprint)
 
     def _wait_for_room(self, size: int) -> bool:
         """Blocks until `size` more bytes may be under way; False when the feed is closed."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from student_trainer.labels.lineage import FollowingSource, Lineage
 from student_trainer.labels.source import LabelRequest, LabelSource, LabelUsage
 from student_trainer.labels.verify import check_signals
 from teacher_wire.core.info import TeacherInfo
@@ -26,12 +27,14 @@ class LabelService:
         store: labels on disk; None if the run keeps none.
         usage: what all sources together have used.
         opened_s: when, in seconds since 1970.
+        lineage: revisions of the teacher, if the run publishes them itself: then its sources ask whichever is live.
     """
 
     connect: Callable[[], TeacherClient]
     store: LabelStore | None
     usage: LabelUsage = field(default_factory=LabelUsage)
     opened_s: float = field(default_factory=time.time)
+    lineage: Lineage | None = None
 
     def source(
         self, info: TeacherInfo, spec: SignalSpec, connect: Callable[[], TeacherClient] | None = None
@@ -44,9 +47,10 @@ class LabelService:
         def check(signals: TeacherSignals, asked: LabelRequest) -> None:
             check_signals(signals, spec, asked.batch, asked.names)
 
-        return LabelSource(
-            connect or self.connect, info, spec, check, None if spec.extra_ids else self.store, self.usage
-        )
+        store = None if spec.extra_ids else self.store
+        if self.lineage is not None:
+            return FollowingSource(self.lineage, connect or self.connect, spec, check, store, self.usage)
+        return LabelSource(connect or self.connect, info, spec, check, store, self.usage)
 
     def forget(self, info: TeacherInfo) -> str:
         """Deletes the labels of a teacher that were used since the run began: some are wrong, and all came the same way.
@@ -56,7 +60,8 @@ class LabelService:
         """
         if self.store is None:
             return ""
-        gone = self.store.prune(teacher=info.fingerprint, used_since_s=self.opened_s - 1)  # clocks of disks are coarse
-        return (
-            f"the labels of {gone.sequences:,} sequences that this run has used were deleted from {self.store.folder}"
-        )
+        gone = 0
+        for fingerprint in self.lineage.fingerprints if self.lineage is not None else (info.fingerprint,):
+            # clocks of disks are coarse
+            gone += self.store.prune(teacher=fingerprint, used_since_s=self.opened_s - 1).sequences
+        return f"the labels of {gone:,} sequences that this run has used were deleted from {self.store.folder}"

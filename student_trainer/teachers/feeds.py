@@ -29,13 +29,14 @@ def open_any_feed(
     count: int,
     on_close: Callable[[], None] = lambda: None,
     prepare: Callable[[TeacherSignals], Any] | None = None,
+    on_taken: Callable[[int, str], None] | None = None,
 ) -> LabelFeed:
     """A feed of requests `first .. count-1` by one signal; what is taken is `LabelTensors` unless `prepare` makes something else."""
     return LabelFeed(
         session.service.source(session.info, spec), request,
         first=first, count=count, max_bytes=config.feed.max_mb << 20, max_batches=config.feed.max_batches,
         prepare=prepare or partial(LabelTensors.of, pinned=torch.cuda.is_available()), on_close=on_close,
-        burst=config.train.accumulation,
+        burst=config.train.accumulation, on_taken=on_taken,
     )  # fmt: skip
 
 
@@ -57,6 +58,9 @@ def open_training_feed(
     config: TrainConfig, session: TeacherSession, windows: Requests, provided: ProvidedRequests | None, first: int
 ) -> LabelFeed:
     """The feed of the training rows from micro-batch `first` on; `provided` hands over requests that cannot be made ahead."""
-    if provided is not None:
-        return open_any_feed(config, session, session.spec, provided.wait, first, windows.batches, provided.close)
-    return open_any_feed(config, session, session.spec, windows.request, first, windows.batches, windows.close)
+    lineage = session.service.lineage
+    used = lineage.used if lineage is not None else None
+    asked = (windows.request, windows.close) if provided is None else (provided.wait, provided.close)
+    return open_any_feed(
+        config, session, session.spec, asked[0], first, windows.batches, on_close=asked[1], on_taken=used
+    )

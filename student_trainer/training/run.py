@@ -37,10 +37,12 @@ from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import Student, load_student
 from student_trainer.model.saving import saved_bytes, state_bytes
 from student_trainer.model.speed import compiled
-from student_trainer.teachers.connect import connections
+from student_trainer.rollout.publishing import PublishAfterSteps, open_publishing
+from student_trainer.teachers.connect import Connection, connections
 from student_trainer.teachers.feeds import open_any_feed, open_training_feed
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
+from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
@@ -103,7 +105,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             settled = settled_labels(config) if resume else None
             sessions = open_sessions(config, reached, student.outline, data, held_out, console, findings, settled)
             try:
-                return _run(config, student, data, held_out, sessions, resume, console, lock, trackers, findings)
+                return _run(
+                    config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings
+                )
             except AlreadyFinished:
                 console.print("the run is finished: nothing to resume")
                 return result_of(folder)
@@ -119,6 +123,7 @@ def _run(
     data: TokenizedDataset,
     held_out: TokenizedDataset | None,
     sessions: list[TeacherSession],
+    reached: list[Connection],
     resume: bool,
     console: Console,
     lock: FolderLock,
@@ -148,13 +153,17 @@ def _run(
         learned = _asking(learned, terms, data)
         sessions = [learned, *sessions[1:]]
     findings.add(check_requests(config, sessions, data, held_out))
+    publishing = open_publishing(config, student, learned, reached, partial(_note, console))
     windows = SOURCES["data"](data, order)
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
     findings.add(check_room(folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints))
     learned_from = {
-        "teacher": "\n".join(session.info.fingerprint for session in sessions),
+        "teacher": "\n".join(
+            publishing.origin(config.run.output_dir, session) if publishing else session.info.fingerprint
+            for session in sessions
+        ),
         "data": data.sha256,
         "held_out": held_out.sha256 if held_out else "",
         "student": student.sha256,
@@ -169,12 +178,16 @@ def _run(
         lock.acquire()
     findings.add(check_folder(config, resume))  # another run may have been here since
     is_new = not (folder / IDENTITY_NAME).is_file()
-    trainer = None
+    trainer = publisher = None
     progress = ConsoleProgress(console, folder.name)
     try:
         start = open_folder(config, learned_from, resume, console, order.steps)
         keep_bad_rows(folder, data, held_out, console)
         provided = ProvidedRequests() if learned and config.labels.extra_ids else None
+        if publishing:
+            begun = checkpoint.step_of(start) * order.accumulation if start else 0
+            publisher, learned = publishing.begin(folder, learned, begun, partial(_note, console))
+            sessions = [learned, *sessions[1:]] if learned else sessions
         feed = partial(open_training_feed, config, learned, windows, provided) if learned else None
         trainer = DistillationTrainer(
             config,
@@ -190,6 +203,8 @@ def _run(
             on_trouble=partial(_note, console),
         )
         trainer.try_saving()
+        if publisher and config.on_policy and config.on_policy.publish:
+            trainer.add_callback(PublishAfterSteps(publisher, config.on_policy.publish.every, trainer.settle))
         layers = None
         if learned and features:
             of_features = [term for term in terms if term.name in features.pairs]
@@ -197,6 +212,9 @@ def _run(
             layers.begin(resumed=start is not None)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         trainer.save_final(folder / FINAL_NAME)  # before anything else can go wrong
+        if publisher:
+            publisher.close(wait=True)
+            publisher.check()
         metrics = trainer.last_metrics() if held_out else {}
         if layers:
             layers.end()
@@ -208,6 +226,8 @@ def _run(
         raise
     finally:
         progress.close()
+        if publisher is not None:
+            publisher.close(wait=False)
         if trainer is not None:
             trainer.close()
         if is_new and (trainer is None or not trainer.state.global_step):
@@ -291,9 +311,15 @@ def _measure(
     def request(number: int) -> LabelRequest:
         return pack([held_out[index].example for index in groups[number]])
 
+    lineage = session.service.lineage if session is not None else None
+    measured_with: list[str] = []
+
     def run() -> dict[str, float]:
         if session is None or session.measuring is None:
             return measured()
+        if lineage is not None and measured_with != [lineage.info.fingerprint]:
+            measured_with[:] = [lineage.info.fingerprint]
+            kept.clear()  # of another revision
         if len(kept) == len(groups):
             return measured(labels=kept.__getitem__, teacher_head=session.head)
         kept.clear()

@@ -25,6 +25,7 @@ from student_trainer.errors import RunError
 from student_trainer.evaluation import layer_similarity
 from student_trainer.files import LOCK_NAME, disk_trouble_named, read_object, write_whole
 from student_trainer.findings import Finding, Findings
+from student_trainer.labels.lineage import LEDGER_NAME
 from student_trainer.labels.source import LabelUsage
 from student_trainer.training.checkpoints import checkpoint
 
@@ -39,7 +40,7 @@ LAYERS_NAME = layer_similarity.FILE_NAME
 _FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "data", "model.path", "model.revision", "model.threads",
          "model.compiled", "model.graphs", "train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints",
          "train.eval_batch_size", "train.nonfinite", "train.max_skipped",
-         "labels.check")  # fmt: skip
+         "labels.check", "on_policy.publish.on_failure")  # fmt: skip
 # Digests of an identity, what they are of, and the section of the settings that decides them.
 _DIGESTS = (
     ("data", "the training rows", "data"),
@@ -179,7 +180,7 @@ def open_folder(
 
 def leave_no_trace(folder: Path) -> None:
     """Takes away what `open_folder` has made, for a run that has come to nothing: the same folder may be tried again."""
-    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, LAYERS_NAME):
+    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, LAYERS_NAME, LEDGER_NAME):
         (folder / name).unlink(missing_ok=True)
     checkpoint.discard_unfinished(folder)
     with contextlib.suppress(OSError):  # others' files stay, and with them the folder

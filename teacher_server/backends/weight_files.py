@@ -6,6 +6,7 @@ In: what a config calls the model; out: nothing, or one line that names the dama
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from teacher_server.errors import ServerConfigError
@@ -35,28 +36,50 @@ def check_weights(model: str) -> None:
             raise ServerConfigError(f"model folder {folder}: {_INDEX} lists {', '.join(missing)}, which is not there")
 
 
+@dataclass(frozen=True)
+class TensorOutline:
+    """What a header says of one tensor: dtype in safetensors' words, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 def check_file(file: Path) -> None:
     """Refuses a safetensors file whose header cannot be read, or whose size is not what the header says.
 
     Raises:
         ServerConfigError: naming the file.
     """
+    outline_of(file)
+
+
+def outline_of(file: Path, max_header_bytes: int = _HEADER_LIMIT_BYTES) -> dict[str, TensorOutline]:
+    """Every tensor of a safetensors file by name, if its header is no longer than that.
+
+    Raises:
+        ServerConfigError: as `check_file`.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as data:
             length = int.from_bytes(data.read(_LENGTH_BYTES), "little")
-            if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - _LENGTH_BYTES):
+            if not 2 <= length <= min(max_header_bytes, size - _LENGTH_BYTES):
                 raise ServerConfigError(
                     f"weight file {file} is damaged: {size} bytes, which hold no safetensors header"
                 )
             header = json.loads(data.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        outline = {
+            name: TensorOutline(str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()
+        }
     except OSError as error:
         raise ServerConfigError(f"weight file {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         if isinstance(error, ServerConfigError):
             raise
         raise ServerConfigError(f"weight file {file} is damaged: its header is no safetensors header") from error
     wanted = _LENGTH_BYTES + length + max(ends, default=0)
     if size != wanted:
         raise ServerConfigError(f"weight file {file} is damaged: it has {size} bytes, its header says {wanted}")
+    return outline

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from teacher_server.config.backends import BACKENDS, BackendConfig, VllmBackend
 from teacher_server.config.features import FeaturesConfig
 from teacher_server.config.files import Settings, parse_as, read_tree
+from teacher_server.config.publish import PublishConfig
 from teacher_wire.transport.channel import is_loopback
 
 EDGE_NAME = "edge"  # of the endpoint among the application's deployments
@@ -242,6 +243,7 @@ class TeacherConfig(_Strict):
         deterministic: every sequence is computed by itself, so that its labels are always the same bits, whatever
             else is asked at the time; slower, since forward passes are not shared.
         features: what states of layers are projected on; without it they are not, and a student that asks for it is refused.
+        publish: who may replace its weights while it serves; null for nobody.
         num_cpus, num_gpus: Ray's share of a replica.
         hang_s: a call of the backend (a forward pass, the wait for its answers, one step of writing) that has run this long
             counts as hung: the replica is unhealthy and replaced. Must be well above the longest batch; null for never.
@@ -255,6 +257,7 @@ class TeacherConfig(_Strict):
     limits: LimitsConfig = LimitsConfig()
     generation: GenerationConfig = GenerationConfig()
     features: FeaturesConfig | None = None
+    publish: PublishConfig | None = None
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -267,6 +270,12 @@ class TeacherConfig(_Strict):
             raise ValueError(
                 f"features of teacher {self.name}: backend vllm gives no states of layers: remove `features`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_replaced(self) -> TeacherConfig:
+        if self.publish is not None and not hasattr(self.backend, "model"):
+            raise ValueError(f"publish of teacher {self.name}: backend {self.backend.kind} has no weights to replace")
         return self
 
     @model_validator(mode="after")

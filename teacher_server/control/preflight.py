@@ -116,8 +116,8 @@ def _check_home() -> None:
         ) from error
 
 
-def check_store(folder: Path) -> None:
-    """Refuses a folder of `edge.store` in which nothing can be kept.
+def check_store(folder: Path, name: str = "edge.store.folder") -> None:
+    """Refuses a folder in which nothing can be kept; `name` is its setting.
 
     Raises:
         ServerConfigError: why.
@@ -125,8 +125,8 @@ def check_store(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ServerConfigError(f"edge.store.folder {folder}: cannot be made: {error.strerror}") from error
-    _check_writable(folder, f"edge.store.folder {folder}")
+        raise ServerConfigError(f"{name} {folder}: cannot be made: {error.strerror}") from error
+    _check_writable(folder, f"{name} {folder}")
 
 
 def _check_writable(folder: Path, name: str) -> None:
@@ -170,6 +170,8 @@ def check_files(config: ServerConfig) -> None:
                 raise ServerConfigError(f"teachers.{teacher.name}.backend.model: {error}") from None
         if teacher.features is not None and teacher.features.calibration is not None:
             check_readable(teacher.features.calibration.expanduser(), f"teachers.{teacher.name}.features.calibration")
+        if teacher.publish is not None:
+            check_store(teacher.publish.folder.expanduser(), f"teachers.{teacher.name}.publish.folder")
     edge = config.edge
     if edge.tokens_file:
         TokenFile(edge.tokens_file)

@@ -102,6 +102,19 @@ class Rollout:
                 self._say(f"{name}: rolling to the new version ({changed})")
                 self._begin(_Teacher(config, 0, 0.0, good=known.good))
 
+    def has_come(self, name: str) -> bool:
+        """Whether a teacher's last change has ended."""
+        return not self._teachers[name].coming
+
+    def note(self, name: str) -> str:
+        """What is to be known about a teacher longer, such as why its last change was taken back."""
+        return self._teachers[name].note
+
+    def needed(self, name: str) -> tuple[TeacherConfig, ...]:
+        """The versions of a teacher that are deployed, or are put back if that one does not come up."""
+        teacher = self._teachers.get(name)
+        return () if teacher is None else (teacher.config, *([teacher.good] if teacher.good else []))
+
     @property
     def deployed(self) -> dict[str, tuple[TeacherConfig, int]]:
         """Every wanted teacher as it is deployed, and the generation of its deployment."""

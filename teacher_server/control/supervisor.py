@@ -16,6 +16,7 @@ from ray.exceptions import RayTaskError
 from teacher_server import __version__
 from teacher_server.config.server import ServerConfig
 from teacher_server.control.preflight import check_files
+from teacher_server.control.publications import Publications
 from teacher_server.control.rolling_update import Rollout, changes
 from teacher_server.control.serve_apps import ServeCluster, check_room, metrics_addresses
 from teacher_server.edge.auth import TokenFile
@@ -47,7 +48,9 @@ class Server:
         self._say = say
         self._cluster = ServeCluster()
         self._rollout = Rollout(self._cluster, say)
-        self._plan = Plan(config.tenants, {teacher.name: TeacherPlan() for teacher in config.teachers})
+        self._publications = Publications(self._rollout, say)
+        begun = {teacher.name: TeacherPlan() for teacher in config.teachers}
+        self._plan = Plan(config.tenants, self._publications.told(config.teachers, begun))
         self._owner = secrets.token_hex(8)
         self._node = node_address()
         try:
@@ -69,10 +72,11 @@ class Server:
         Raises:
             ServerConfigError: one cannot come up; why.
         """
+        self._publications.prepare(self.config.teachers)
         adopted = self._adopt()
         if not adopted:
             check_room(self.config)
-        self._rollout.want(self.config.teachers)
+        self._rollout.want(self._publications.wanted(self.config.teachers))
         self._say("metrics at " + ", ".join(metrics_addresses()))
         if not self._edges_can_stay():
             self._cluster.start_edges(self.config.edge, self._plan)
@@ -80,7 +84,7 @@ class Server:
             self._check_ray()
             self._post(self._plan, _STATE_START_S)
             if adopted:  # it serves: a version that cannot come up is taken back, as on a change
-                self._plan = Plan(self.config.tenants, self._rollout.step(), open=True)
+                self._plan = self._stepped()
             else:
                 self._rollout.start()
             if self._cluster.edges_are_up() and (adopted or self._rollout.settled):
@@ -125,13 +129,14 @@ class Server:
         try:
             check_files(config)
             check_room(config)
+            self._publications.prepare(config.teachers)
         except ServerConfigError as error:
             raise ServerConfigError(f"{error}; the config before stays in force") from None
         tenants = [name for name in changed if name.startswith("tenants.")]
         if tenants:
             self._say(f"{', '.join(tenants)}: in force")
         self.config = config
-        self._rollout.want(config.teachers)
+        self._rollout.want(self._publications.wanted(config.teachers))
         self._stepped_s = 0.0
 
     def step(self) -> None:
@@ -142,7 +147,10 @@ class Server:
         self._check_ray()
         self._stepped_s = now_s
         try:
-            self._plan = Plan(self.config.tenants, self._rollout.step(), open=True)
+            if any(teacher.publish for teacher in self.config.teachers):
+                self._rollout.want(self._publications.wanted(self.config.teachers))
+            self._plan = self._stepped()
+            self._publications.step(self.config.teachers)
             self._post(self._plan)
             for name, teacher in self._plan.teachers.items():
                 self._exported.setdefault(name, Exported(teacher=name)).show(vars(teacher))
@@ -154,6 +162,10 @@ class Server:
         if trouble != self._trouble:
             self._say(trouble or "Ray answers again")
             self._trouble = trouble
+
+    def _stepped(self) -> Plan:
+        plans = self._publications.told(self.config.teachers, self._rollout.step())
+        return Plan(self.config.tenants, plans, open=True)
 
     def drain(self) -> None:
         """Has the edges answer what they hold, and refuse the rest.

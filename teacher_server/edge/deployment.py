@@ -42,6 +42,7 @@ class Edge:
         self._teachers = ServeTeachers(list(plan.teachers), _find_handle, on_observe=self._exported.observe)
         self._server = EdgeServer(EdgeConfig.model_validate_json(config_json), self._teachers, self._status_for)
         self._server.set_tenants(plan.tenants, 1)
+        self._server.publishing.take(News(plan, {}, 1))
         self._node = await asyncio.to_thread(node_address)
         self._reporter = Reporter(replica, self._report, self._take)
         await self._reporter.report()
@@ -68,6 +69,7 @@ class Edge:
     def _take(self, news: News) -> None:
         self._plan = news.plan or self._plan
         self._teachers.take(news)
+        self._server.publishing.take(news)
         self._server.set_tenants(self._plan.tenants, news.edges)
         self._server.set_healthy({name: news.healthy.get(name, 0) > 0 for name in self._plan.teachers})
 

@@ -20,6 +20,7 @@ from teacher_server.edge import memory
 from teacher_server.edge.admission import Admission
 from teacher_server.edge.auth import TokenFile, TokenInterceptor, tenant_of
 from teacher_server.edge.label_sharing import LabelSharing
+from teacher_server.edge.publishing import Publishing
 from teacher_server.edge.tls import server_credentials
 from teacher_server.errors import ServerConfigError
 from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
@@ -48,6 +49,9 @@ class EdgeServer:
         config: where and how to listen.
         service: what answers.
         status_for: how the server is doing, as a tenant may see it.
+
+    Attributes:
+        publishing: takes revisions; hears the news.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class EdgeServer:
             offload=self._offload,
         )
         self._gate = _Gate(self._sharing)
+        self.publishing = Publishing()
         tokens = TokenFile(config.tokens_file) if config.tokens_file else None
         self._servicer = TeacherServicer(
             self._gate,
@@ -79,6 +84,7 @@ class EdgeServer:
             status_for=status_for,
             charge=self._admission.send,
             offload=self._offload,
+            publisher=self.publishing,
         )
         self._trimming: asyncio.Task[None] | None = None
         self._health = health_aio.HealthServicer()
@@ -134,7 +140,7 @@ class EdgeServer:
         """
         self._listening = False
         await self._say()
-        self._gate.closed = True
+        self._gate.closed = self.publishing.closed = True
         await self._servicer.drain(self._config.drain_s)
         await self._server.stop(grace=_LAST_WORDS_S)
         if self._trimming is not None:

@@ -6,6 +6,7 @@ import logging
 
 from teacher_server.backends.base import ModelFacts
 from teacher_server.config.server import TeacherConfig
+from teacher_server.publishing.revisions import revision_of
 from teacher_wire.core.identity import text_sha256
 from teacher_wire.core.info import Limits, TeacherInfo
 
@@ -27,6 +28,7 @@ def description(config: TeacherConfig, facts: ModelFacts) -> TeacherInfo:
     return TeacherInfo(
         name=config.name,
         deterministic=config.deterministic,
+        revision=revision_of(config),
         limits=Limits(
             max_sequence_tokens=sequence,
             max_request_tokens=limits.max_request_tokens,

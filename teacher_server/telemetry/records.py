@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from teacher_server.config.publish import PublishConfig
 from teacher_server.config.server import EdgeConfig, TeacherConfig, TenantConfig
 from teacher_wire.core.info import TeacherInfo
 
@@ -38,12 +39,19 @@ class EdgeReport:
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What `up` knows of a teacher's deployment; see `TeacherStatus` for the fields."""
+    """What `up` knows of a teacher's deployment; see `TeacherStatus` for the first fields.
+
+    Attributes:
+        publish: who may publish revisions of it; None for nobody.
+        model: of its config, of which revisions are revisions (`revisions.model_key`).
+    """
 
     state: str = "starting"
     message: str = ""
     replicas: int = 0
     replicas_wanted: int = 0
+    publish: PublishConfig | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class TeacherInfo:
     kv_width: int = 0
     basis_rank: int = 0
     basis_layers: tuple[int, ...] = ()
+    revision: str = ""
 
     @property
     def value_bytes(self) -> int:

@@ -10,8 +10,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 
@@ -26,6 +27,8 @@ from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint import status_codec
 from teacher_wire.generate import client
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec
+from teacher_wire.publish import client as publishing
+from teacher_wire.publish.messages import Publication
 from teacher_wire.score import codec
 from teacher_wire.score.client import ScoreClient
 from teacher_wire.transport import status_table, versions
@@ -194,6 +197,29 @@ class TeacherClient:
         retry = replace(self._retry(), next_edge=self._connection.next_edge)
         return await artifacts.fetch(
             lambda: self._connection.stub, self._connection.metadata, info, wanted, retry, progress, timeout_s
+        )
+
+    async def publish(
+        self, publication: Publication, sources: Sequence[Path], progress: Callable[[str, int, int], None] | None = None
+    ) -> str:
+        """Publishes a revision of a teacher; returns its fingerprint when a replica answers with it. A call that breaks is taken up.
+
+        With `publication.check_only` nothing is sent, and nothing returned: the server would take it.
+
+        Args:
+            publication: what, and of which teacher.
+            sources: where its files are, in their order.
+            progress: called with what is being done, bytes sent and bytes in all.
+
+        Raises:
+            ForbiddenError, CapabilityError: we may not, or nobody may.
+            LimitError, RequestError, MismatchError: the server does not take these files.
+            ServerError: no replica can load them; the revision before stays.
+            UnavailableError, OverloadedError, DeadlineError: not live within `retry_for_s`, or `publication.timeout_s`.
+        """
+        retry = replace(self._retry(), next_edge=self._connection.next_edge)
+        return await publishing.publish(
+            lambda: self._connection.stub, self._connection.metadata, publication, sources, retry, progress
         )
 
     def _retry(self) -> Retry:

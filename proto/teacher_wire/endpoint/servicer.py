@@ -20,6 +20,7 @@ from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint import status_codec
 from teacher_wire.endpoint.service import TeacherService
 from teacher_wire.generate import servicer as generate_servicer
+from teacher_wire.publish import servicer as publish_servicer
 from teacher_wire.score import codec
 from teacher_wire.score.kept_replies import KeptReplies
 from teacher_wire.score.service import SharedState
@@ -56,6 +57,7 @@ class TeacherServicer:
         status_for: how the server is doing, as the tenant of that name may see it.
         charge: told of a tenant's bytes of an artifact before they are sent; may raise an OverloadedError.
         offload: threads for long messages; its own if not given.
+        publisher: takes revisions of teachers; None where none can be published.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class TeacherServicer:
         status_for: Callable[[str], Awaitable[ServerStatus]] | None = None,
         charge: Callable[[str, int], None] = uncharged,
         offload: Offload | None = None,
+        publisher: publish_servicer.PublishService | None = None,
     ) -> None:
         self._service = service
+        self._publisher = publisher
         self._version = server_version
         self._limits = limits or StreamLimits()
         self._tenant_of = tenant_of
@@ -112,6 +116,7 @@ class TeacherServicer:
             # One request each, and the same on the wire; but so a call is counted before its message is received.
             "Generate": grpc.stream_stream_rpc_method_handler(self._generate),
             "Artifact": grpc.stream_stream_rpc_method_handler(self._artifact),
+            "Publish": grpc.stream_stream_rpc_method_handler(self._publish),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers), OtherVersions()))
 
@@ -143,6 +148,9 @@ class TeacherServicer:
 
     async def _artifact(self, _requests: Any, context: Context) -> None:
         await _ended_with_status(self._artifact_call(context), context)
+
+    async def _publish(self, _requests: Any, context: Context) -> None:
+        await _ended_with_status(self._publish_call(context), context)
 
     async def _description(self, data: bytes) -> bytes:
         parse(pb.DescribeRequest, data)
@@ -184,6 +192,19 @@ class TeacherServicer:
                             await caller.send(message)
                 finally:
                     self._accounts.close_artifact(account)
+
+    async def _publish_call(self, context: Context) -> None:
+        async with self._call(context) as account:
+            caller = Caller(context, self._limits.stall_s)
+            async with account.receiving:
+                first = (
+                    await caller.read_only()
+                )  # before any refusal: who writes to a call that has ended does not hear why
+            if self._publisher is None:
+                raise CapabilityError("this server takes no revisions", field="Publish")
+            await publish_servicer.serve(
+                self._publisher, first, caller.read, caller.send, account.tenant, self._limits.stall_s
+            )
 
     @contextlib.asynccontextmanager
     async def _call(self, context: Context) -> AsyncIterator[Account]:

@@ -38,6 +38,14 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_UNSPECIFIED: _ClassVar[FinishReason]
     STOP: _ClassVar[FinishReason]
     LENGTH: _ClassVar[FinishReason]
+
+class PublishStage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PUBLISH_UNSPECIFIED: _ClassVar[PublishStage]
+    RECEIVING: _ClassVar[PublishStage]
+    CHECKING: _ClassVar[PublishStage]
+    DEPLOYING: _ClassVar[PublishStage]
+    LIVE: _ClassVar[PublishStage]
 DTYPE_UNSPECIFIED: DType
 UINT8: DType
 UINT16: DType
@@ -59,6 +67,11 @@ TOKEN: Axis
 FINISH_UNSPECIFIED: FinishReason
 STOP: FinishReason
 LENGTH: FinishReason
+PUBLISH_UNSPECIFIED: PublishStage
+RECEIVING: PublishStage
+CHECKING: PublishStage
+DEPLOYING: PublishStage
+LIVE: PublishStage
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")
@@ -85,7 +98,7 @@ class DescribeReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., server_version: _Optional[str] = ..., teachers: _Optional[_Iterable[_Union[TeacherInfo, _Mapping]]] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "artifacts", "transports", "deterministic", "limits", "generates", "base_tokenizer_sha256", "added_tokens", "kv_width", "basis_rank", "basis_layers")
+    __slots__ = ("name", "model", "fingerprint", "architecture", "dtype", "vocab_rows", "tokenizer_size", "tokenizer_sha256", "chat_template_sha256", "hidden_size", "layers", "artifacts", "transports", "deterministic", "limits", "generates", "base_tokenizer_sha256", "added_tokens", "kv_width", "basis_rank", "basis_layers", "revision")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +120,7 @@ class TeacherInfo(_message.Message):
     KV_WIDTH_FIELD_NUMBER: _ClassVar[int]
     BASIS_RANK_FIELD_NUMBER: _ClassVar[int]
     BASIS_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     fingerprint: str
@@ -128,7 +142,8 @@ class TeacherInfo(_message.Message):
     kv_width: int
     basis_rank: int
     basis_layers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ..., kv_width: _Optional[int] = ..., basis_rank: _Optional[int] = ..., basis_layers: _Optional[_Iterable[int]] = ...) -> None: ...
+    revision: str
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ..., kv_width: _Optional[int] = ..., basis_rank: _Optional[int] = ..., basis_layers: _Optional[_Iterable[int]] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes", "max_new_tokens", "max_samples", "max_generate_tokens", "max_schema_bytes")
@@ -496,6 +511,66 @@ class ArtifactTensor(_message.Message):
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PublishUp(_message.Message):
+    __slots__ = ("open", "data")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    open: PublishOpen
+    data: PublishData
+    def __init__(self, open: _Optional[_Union[PublishOpen, _Mapping]] = ..., data: _Optional[_Union[PublishData, _Mapping]] = ...) -> None: ...
+
+class PublishOpen(_message.Message):
+    __slots__ = ("teacher", "config_json", "tokenizer_sha256", "files", "note", "timeout_ms", "check_only")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    CHECK_ONLY_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    config_json: bytes
+    tokenizer_sha256: str
+    files: _containers.RepeatedCompositeFieldContainer[PublishFile]
+    note: str
+    timeout_ms: int
+    check_only: bool
+    def __init__(self, teacher: _Optional[str] = ..., config_json: _Optional[bytes] = ..., tokenizer_sha256: _Optional[str] = ..., files: _Optional[_Iterable[_Union[PublishFile, _Mapping]]] = ..., note: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., check_only: bool = ...) -> None: ...
+
+class PublishFile(_message.Message):
+    __slots__ = ("name", "bytes", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    bytes: int
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class PublishData(_message.Message):
+    __slots__ = ("file", "offset", "data")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    file: int
+    offset: int
+    data: bytes
+    def __init__(self, file: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PublishDown(_message.Message):
+    __slots__ = ("stage", "revision", "have", "message", "fingerprint")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    HAVE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    stage: PublishStage
+    revision: str
+    have: _containers.RepeatedScalarFieldContainer[int]
+    message: str
+    fingerprint: str
+    def __init__(self, stage: _Optional[_Union[PublishStage, str]] = ..., revision: _Optional[str] = ..., have: _Optional[_Iterable[int]] = ..., message: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -54,6 +54,11 @@ class TeacherStub(object):
                 request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.SerializeToString,
                 response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.FromString,
                 _registered_method=True)
+        self.Publish = channel.stream_stream(
+                '/teacher_wire.v2.Teacher/Publish',
+                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.PublishUp.SerializeToString,
+                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.PublishDown.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/teacher_wire.v2.Teacher/Status',
                 request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.StatusRequest.SerializeToString,
@@ -96,6 +101,13 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Publish(self, request_iterator, context):
+        """New weights for a teacher whose server lets the caller publish them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """How the server is doing: for operators, and for a tenant about itself.
         """
@@ -125,6 +137,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.Artifact,
                     request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.FromString,
                     response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.SerializeToString,
+            ),
+            'Publish': grpc.stream_stream_rpc_method_handler(
+                    servicer.Publish,
+                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.PublishUp.FromString,
+                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.PublishDown.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -240,6 +257,33 @@ class Teacher(object):
             '/teacher_wire.v2.Teacher/Artifact',
             teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.SerializeToString,
             teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Publish(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/teacher_wire.v2.Teacher/Publish',
+            teacher__wire_dot_v2_dot_teacher__pb2.PublishUp.SerializeToString,
+            teacher__wire_dot_v2_dot_teacher__pb2.PublishDown.FromString,
             options,
             channel_credentials,
             insecure,

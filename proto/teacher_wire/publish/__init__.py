@@ -1,0 +1,1 @@
+"""New weights for a teacher: messages, codec, and both ends of a Publish call."""

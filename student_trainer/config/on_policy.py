@@ -1,0 +1,76 @@
+"""The section `on_policy`: which sequences the student writes itself (GKD, Agarwal et al. 2023; algorithms.md 10)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from student_trainer.config.fields import Fraction, Positive
+from student_trainer.config.files import Settings
+
+
+class ShareConfig(Settings):
+    """The share of sequences that are rollouts: `start` for a `warmup` share of the run's steps, then in a straight line over a `ramp` share to `end`.
+
+    Attributes:
+        start, end: shares of the sequences of a window.
+        warmup, ramp: shares of the run's steps.
+    """
+
+    start: Fraction = 0.0
+    end: Fraction = 0.7
+    warmup: Fraction = 0.2
+    ramp: Fraction = 0.3
+
+
+class PublishConfig(Settings):
+    """Pushes the student's weights to its server as a new revision of a teacher, while training goes on (docs/publishing.md).
+
+    Attributes:
+        every: optimizer steps between two revisions.
+        teacher: its name on the server of the section `teacher`; where the run learns from that one, its labels move along.
+        on_failure: what to do when a revision does not go live: `skip` says so, counts it and goes on with the one before; `stop` ends the run.
+    """
+
+    every: Positive
+    teacher: str
+    on_failure: Literal["skip", "stop"] = "skip"
+
+
+class OnPolicyConfig(Settings):
+    """On-policy distillation: the student's own completions, scored by the teacher.
+
+    Attributes:
+        share: of the sequences of each window that are rollouts; a number, or a schedule. The coin of each sample is a function of
+            (seed, step, place in the window).
+        max_new_tokens: of a completion; one that is cut off there stays, its last token with weight 0.
+        temperature, top_p: of sampling.
+        samples_per_prompt: completions of each prompt that is drawn; consecutive on-policy places of a window share it.
+        engine: `hf` writes in this process; `vllm` in a process of its own, which is given the weights every `sync_steps`.
+        sync_steps: optimizer steps between two loads of the weights; above 1 only where max_staleness allows it.
+        max_staleness: optimizer steps that the weights of a rollout may be behind; 0 is one after the other, reproducible to the bit.
+        batch: sequences that are written at a time.
+        on_failure: what to do with a prompt that gets no completion: `skip` learns from the row instead and counts it, `stop` ends the run.
+        publish: the student becomes a teacher of the server; null for none.
+    """
+
+    share: Fraction | ShareConfig = ShareConfig()
+    max_new_tokens: Positive = 512
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    samples_per_prompt: Positive = 1
+    engine: Literal["hf", "vllm"] = "hf"
+    sync_steps: Positive = 1
+    max_staleness: Annotated[int, Field(ge=0)] = 1
+    batch: Positive = 32
+    on_failure: Literal["skip", "stop"] = "skip"
+    publish: PublishConfig | None = None
+
+    @model_validator(mode="after")
+    def _fresh_enough(self) -> OnPolicyConfig:
+        if self.sync_steps > max(1, self.max_staleness):
+            raise ValueError(
+                f"sync_steps={self.sync_steps} makes rollouts older than max_staleness={self.max_staleness}: lower the one or raise the other"
+            )
+        return self
