@@ -8,7 +8,6 @@ from typing import Literal
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec
 
-
 Cache = Literal["shared", "none"]  # proto: Cache
 Latency = Literal["bulk", "interactive"]  # proto: Latency
 

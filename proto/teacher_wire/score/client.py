@@ -91,7 +91,9 @@ class ScoreClient:
         self._up: asyncio.Queue[pb.ScoreUp] = asyncio.Queue()
         self._stream: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
-        self._backlog: list[tuple[bool, int, str]] = []  # to be sent, interactive ones first, and of each the oldest first
+        self._backlog: list[
+            tuple[bool, int, str]
+        ] = []  # to be sent, interactive ones first, and of each the oldest first
         self._pace = Pace()
         self._pump_timer: asyncio.TimerHandle | None = None
         self._delayed: set[asyncio.Task[None]] = set()
