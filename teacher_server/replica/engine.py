@@ -62,12 +62,9 @@ class TeacherEngine:
         self._config = config
         self._backend = features.ready(config, backend)
         answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
-        batch = config.batch
+        batch, small = config.batch, config.batch.small_tokens
         self._batcher = Batcher(
-            batch.max_tokens,
-            batch.max_queue_tokens,
-            interactive_tokens=batch.small_tokens,
-            max_answer_bytes=answer_bytes,
+            batch.max_tokens, batch.max_queue_tokens, interactive_tokens=small, max_answer_bytes=answer_bytes
         )
         self._health = faults.Health(config.hang_s)
         self._probing: asyncio.Task[None] | None = None
@@ -251,7 +248,7 @@ class TeacherEngine:
             while self._batcher.queued_jobs:
                 await self._room.acquire()  # and only then choose: the later, the fuller and fairer
                 now = time.monotonic()
-                # Behind a pass that runs nothing of bulk is begun while interactive requests come: they would wait for both.
+                # Bulk requests begin behind no other pass while interactive ones come, which would wait for both.
                 alone = bool(self._under_way) and self._batcher.interactive_comes(now)
                 jobs, expired = self._batcher.next_batch(now, only_interactive=alone)
                 for job in expired:
