@@ -172,6 +172,13 @@ async def bulk_rate(engine: TeacherEngine, work: Callable[[], Any]) -> tuple[flo
     return (tokens() - before) / (time.perf_counter() - began_s), result
 
 
+async def passes(engine: TeacherEngine, count: int) -> None:
+    """Returns when the next pass but `count` - 1 begins."""
+    until = engine.counters()["forwards"] + count
+    while engine.counters()["forwards"] < until:
+        await asyncio.sleep(0.01)
+
+
 async def measure(model: TransformersModel, shapes: Shapes, options: argparse.Namespace) -> list[Row]:
     """The rows of the table."""
     spec = spec_of("hidden", shapes.vocab, check="sampled")
@@ -191,7 +198,8 @@ async def measure(model: TransformersModel, shapes: Shapes, options: argparse.Na
         pause_s = 2 * statistics.median(alone)
         async with saturated(address, engine, shapes):
             await asyncio.sleep(10.5)  # no interactive request is expected any more
-            quiet, _ = await bulk_rate(engine, lambda: asyncio.sleep(options.quiet_s))
+            await passes(engine, 1)  # full ones from here on
+            quiet, _ = await bulk_rate(engine, lambda: passes(engine, 2))
             few = max(3, options.rounds // 7)
             rate, times = await bulk_rate(engine, lambda: times_s(address, spec, shapes, few, "bulk", pause_s))
             row("behind bulk, as bulk", times, rate)
@@ -236,7 +244,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print each table's figures as JSON too")
     parser.add_argument("--gpu", action="store_true", help="the shapes of gpu_server, on CUDA")
     parser.add_argument("--rounds", type=int, default=21, help="requests of each kind")
-    parser.add_argument("--quiet-s", type=float, default=4.0, help="of bulk alone")
     parser.add_argument(
         "--interactive-tokens", type=int, help="batch.interactive_tokens; the server's default if not given"
     )
