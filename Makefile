@@ -77,11 +77,12 @@ extras: $(STAMP)
 # The generator is pinned apart from the runtime: its stubs import under protobuf 5.29 and newer, those of later
 # generators demand 7.35 or newer; and it needs a protobuf older than the one we run with.
 $(PROTO_TOOLS):
+	@test -x $(BIN)/python || $(MAKE) setup
 	@echo "== installing the stub generator into $@"
 	@$(PIP) install --target $@.partial grpcio-tools==1.71.2 'protobuf==5.29.6' 'setuptools<81'
 	@mv $@.partial $@
 
-stubs: $(STAMP) $(PROTO_TOOLS)
+stubs: $(PROTO_TOOLS) # not of $(STAMP): in a second worktree with the same environment it would point the commands at this one
 	@PYTHONPATH=$(PROTO_TOOLS) $(BIN)/python -m grpc_tools.protoc -I proto \
 	    --python_out=proto --pyi_out=proto --grpc_python_out=proto $(STUBS)
 
