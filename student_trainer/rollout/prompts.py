@@ -62,8 +62,8 @@ def prompt_length(example: Example) -> int:
 
 def hindrance(tokens: int, longest: int | None, max_new_tokens: int) -> str:
     """Why a prompt of so many tokens cannot be answered; empty if it can."""
-    if tokens <= 1:
-        return "it has no prompt: its first token is all that stands before its answer"
+    if not tokens:
+        return "its prompt is empty"
     if longest is not None and tokens + max_new_tokens > longest:
         return (
             f"its prompt of {tokens} tokens and on_policy.max_new_tokens={max_new_tokens} are more than the {longest} tokens that student "

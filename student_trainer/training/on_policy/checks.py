@@ -99,15 +99,11 @@ def check_rollouts(
 
 
 def _unanswerable(settings: OnPolicyConfig, data: TokenizedDataset, bad: list[int], why: str) -> Finding:
-    setting = "on_policy" if "no prompt" in why else "on_policy.max_new_tokens"
+    setting = "on_policy.max_new_tokens"
     first = f"{data[bad[0]].example.key}: {why}"
     if len(bad) == len(data):
-        fix = (
-            "on-policy training needs rows with a prompt: instructions or conversations, not plain text"
-            if "no prompt" in why
-            else "lower on_policy.max_new_tokens, or shorten the prompts"
-        )
-        return Finding.bad(setting, f"on_policy: none of the {len(data):,} rows can be answered; {first}", fix)
+        what = f"on_policy: none of the {len(data):,} rows can be answered; {first}"
+        return Finding.bad(setting, what, "lower on_policy.max_new_tokens, or shorten the prompts")
     what = f"on_policy: {len(bad):,} of the {len(data):,} rows cannot be answered; {first}"
     if settings.on_failure == "stop":
         return Finding.bad(
