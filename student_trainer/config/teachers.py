@@ -66,7 +66,7 @@ class LabelConfig(Settings):
 
     Attributes:
         transport: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass;
-            `full` sends every logit, for small vocabularies; `auto` picks the exact one that fits card and link.
+            `full` sends every logit, for small vocabularies; `given` sends the log-probability of each token alone, for `pg_rkl`; `auto` picks the exact one that fits card and link.
         k: kept entries of `top_k`.
         extra_ids: of `top_k`, the student's own likeliest ids per row that are kept too, for divergences that weigh by the
             student (reverse KL, JSD). Asked for when the student has seen the batch, so not ahead.
@@ -76,7 +76,7 @@ class LabelConfig(Settings):
             transports always send them of all rows.
     """
 
-    transport: Literal["hidden", "top_k", "full", "auto"] = "hidden"
+    transport: Literal["hidden", "top_k", "full", "given", "auto"] = "hidden"
     k: Positive = 128
     extra_ids: Annotated[int, Field(ge=0)] = 0
     compression: Literal["none", "int8"] = "none"

@@ -193,7 +193,7 @@ class _Opening:
     def _measuring(self, info: TeacherInfo, labels: LabelConfig, held_out: TokenizedDataset) -> SignalSpec | None:
         exact = measured_by(self.config, info, labels, shared_rows(info, self.facts), held_out)
         spec = self._agree(info, exact, "evaluation")
-        if exact.transport == "top_k":
+        if exact.transport in ("top_k", "given"):
             advice = (
                 f"kl_to_teacher is not measured: labels.transport={labels.transport} keeps the teacher's head off "
                 "the card, and all logits of a batch of held-out rows are not offered or above the limits (train.eval_batch_size)"
