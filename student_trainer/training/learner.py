@@ -100,7 +100,9 @@ class Learner(nn.Module):
         moved = ahead({"index_N": batch.index_N, "input_ids_BL": batch.input_ids_BL}, device)
         labels = None if batch.labels is None else self._labels(batch)
         sequence_N, position_N = divmod(batch.index_N.numpy(), batch.input_ids_BL.shape[1])
-        rows = SupervisedRows(moved["index_N"], batch.labels_N, batch.weights_N, position_N, sequence_N)
+        rows = SupervisedRows(
+            moved["index_N"], batch.labels_N, batch.weights_N, position_N, sequence_N, batch.sampled_logp_N
+        )
         outputs = self.passes(moved["input_ids_BL"], self._taps)
         return total(self._terms, outputs, labels, rows, normalizer, step)
 

@@ -23,6 +23,7 @@ from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.align import row_index
+from student_trainer.rollout.examples import RolloutExample
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +134,8 @@ class PaddedBatch:
         weights_N: float32, of their losses.
         request: names and tokens, packed.
         labels: what the teacher answered; None where it was not asked.
+        sampled_logp_N: float32, log-probability of each label under the weights and temperature that sampled it; NaN in rows of the
+            data. None where no sequence is a rollout.
     """
 
     input_ids_BL: Tensor
@@ -141,6 +144,7 @@ class PaddedBatch:
     weights_N: Tensor
     request: LabelRequest
     labels: LabelTensors | None = None
+    sampled_logp_N: Tensor | None = None
 
     @property
     def weight(self) -> float:
@@ -163,7 +167,22 @@ def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda
         torch.from_numpy(packed.labels_N()).long(),
         torch.from_numpy(np.concatenate([item.example.target_weights for item in batch.examples])),
         batch.request,
+        sampled_logp_N=_sampled_logp(batch.examples),
     )
+
+
+def _sampled_logp(items: Sequence[IndexedExample]) -> Tensor | None:
+    """float32 [N] of a micro-batch's targets, NaN in those of the data; None if all are."""
+    examples = [item.example for item in items]
+    if not any(isinstance(example, RolloutExample) for example in examples):
+        return None
+    parts = [
+        example.sampled_logp_N
+        if isinstance(example, RolloutExample)
+        else np.full(int(example.loss_mask.sum()), np.nan, np.float32)
+        for example in examples
+    ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 class SequenceNumbers(Dataset[int]):
