@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.packing import LabelRequest
 from student_trainer.labels.rows_on_device import rows_on
-from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.service import LabelService
 from student_trainer.losses.rows import GivenRows
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import CapabilityError, LabelError, MismatchError, RequestError, TeacherWireError
+from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.score.signals import Given, Hidden, spec_of
-from teacher_wire.core.signals import SignalSpec
 from teacher_wire.testing.fake_teacher import FAKE_SIGNALS, FakeTeacher
 from teacher_wire.testing.loopback import serve
 from tests.seams.test_signal_kind import served

@@ -116,7 +116,7 @@ def test_estimators_that_are_propagated_directly() -> None:
 
 def test_samples_of_older_weights_are_weighed_by_their_ratio() -> None:
     """Unclipped, the expectation over the old policy's samples has the gradient of E_q[A], A of the old policy."""
-    row_NV, label_NV, q_NV = every_outcome()
+    row_NV, label_NV, _ = every_outcome()
     old = W.hidden_ND @ W.weight_VD.T + 0.3 * torch.randn(N, V, generator=torch.Generator().manual_seed(1)).double()
     old_logp = old.log_softmax(-1)
     hidden = W.hidden_ND.clone().requires_grad_()
@@ -216,9 +216,10 @@ def test_a_batch_without_samples_teaches_a_policy_gradient_nothing() -> None:
 
 def test_what_cannot_be_meant_is_refused() -> None:
     rows, ones = given(torch.arange(N), W.labels_N), torch.ones(N).double()
-    ask = lambda spec, sampled=None: output_loss(
-        W.hidden_ND, Head(W.weight_VD), rows, W.labels_N, ones, 1.0, spec, sampled
-    )  # noqa: E731
+
+    def ask(spec: OutputLossSpec, sampled: Tensor | None = None) -> OutputLoss:
+        return output_loss(W.hidden_ND, Head(W.weight_VD), rows, W.labels_N, ones, 1.0, spec, sampled)
+
     with pytest.raises(ConfigError, match="given labels hold no distribution"):
         ask(OutputLossSpec())
     with pytest.raises(ConfigError, match="temperature must be 1, not 2"):
