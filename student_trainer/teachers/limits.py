@@ -41,7 +41,7 @@ def _check_groups(
     groups: list[list[int]],
     setting: str,
 ) -> Iterator[Finding]:
-    tokens = [row.example.token_ids.size for row in data]
+    tokens = [row.example.asked.token_ids.size for row in data]
     replies = [answer_bytes(session.info, spec, row.example) for row in data]
     limits = session.info.limits
     reply = max(sum(replies[index] for index in group) for group in groups)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from student_trainer.config.features import FeatureConfig
 from student_trainer.config.losses import LossConfig, OutputLossConfig, ScheduleConfig
 from student_trainer.config.on_policy import OnPolicyConfig, ShareConfig
-from student_trainer.config.teachers import LabelConfig
+from student_trainer.config.teachers import ContextConfig, LabelConfig
 from student_trainer.findings import Finding
 from student_trainer.losses.divergence import Divergence, advice
 from student_trainer.losses.output.policy_gradient import PolicyGradient
@@ -92,6 +92,20 @@ def check_policy_gradient(loss: LossConfig, labels: LabelConfig, on_policy: OnPo
             "student's samples, and loss.sft_weight is 0",
             "on_policy.share=1, or loss.sft_weight above 0",
         )
+
+
+def check_context(loss: LossConfig, context: ContextConfig | None) -> Iterator[Finding]:
+    """Whether the losses can be joined by position where teacher and student read different prompts."""
+    if context is None:
+        return
+    if "attention" in loss.features:
+        yield Finding.bad(
+            "loss.attention",
+            "loss.attention compares where both look in one text, and with teacher.context they read different ones",
+            "set one of the two to null",
+        )
+    else:
+        yield Finding.good("teacher.context", f"the teacher alone reads the field {context.field!r} of each row")
 
 
 def always_on_policy(on_policy: OnPolicyConfig) -> bool:

@@ -276,7 +276,7 @@ def _store(config: TrainConfig, on_trouble: Callable[[str], None]) -> LabelStore
 
 
 def _longest(data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:
-    """Name and tokens of the longest sequence."""
+    """Name and tokens of the longest sequence, as the teacher is asked it."""
     every = [row.example for rows in (data, held_out) if rows is not None for row in rows]
-    longest = max(every, key=lambda example: example.token_ids.size)
-    return longest.key, int(longest.token_ids.size)
+    longest = max(every, key=lambda example: example.asked.token_ids.size)
+    return longest.key, int(longest.asked.token_ids.size)

@@ -89,8 +89,8 @@ def _probe(config: TrainConfig, info: TeacherInfo, rows: int, data: TokenizedDat
         examples = [data[index].example for index in indices]
         return (
             len(examples) <= limits.max_request_sequences
-            and max(example.token_ids.size for example in examples) <= limits.max_sequence_tokens
-            and sum(example.token_ids.size for example in examples) <= limits.max_request_tokens
+            and max(example.asked.token_ids.size for example in examples) <= limits.max_sequence_tokens
+            and sum(example.asked.token_ids.size for example in examples) <= limits.max_request_tokens
             and sum(int(example.loss_mask.sum()) for example in examples) * row_bytes <= most_bytes
         )
 
