@@ -70,7 +70,9 @@ class TeacherContext:
         asking = [i for i, turn in enumerate(before) if turn.role == "user"]
         if learned and not asking:
             raise row.error(
-                "no message of the user stands before the answer, for teacher.context to add to", self.field
+                "no message of the user stands before the first answer, for teacher.context to add to; data.turns=last learns "
+                "the last answer alone",
+                self.field,
             )
         return asking[-1] if asking else 0  # nothing is learned of a row without an answer
 
