@@ -15,6 +15,7 @@ from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, RolloutError, RunError
 from student_trainer.rollout.hf_sampler import HfSampler
 from student_trainer.rollout.sample import RolloutFailure
+from student_trainer.training.on_policy.named import NamedAhead
 from student_trainer.training.run import train
 from student_trainer.training.trainer import DistillationTrainer
 from teacher_wire.testing.loopback import serve
@@ -176,17 +177,38 @@ def test_other_labels_tell_of_health_too(go, transport):
     assert all(0 <= e["topk_overlap"] <= 1 and 0 < e["teacher_entropy"] < np.log(300) + 1e-6 for e in log)
 
 
+def test_a_teacher_that_is_told_more_reads_another_prompt_before_the_same_completion(go, rows_file, tmp_path):
+    rows = [
+        json.loads(line) | {"hint": f"the old dog {n}"} for n, line in enumerate(rows_file.read_text().splitlines())
+    ]
+    file = tmp_path / "hinted.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = {"address": go.server.address, "context": {"field": "hint"}}
+    data = {"train": [str(file)], "eval": []}
+    folder, seen = go("told", on_policy=HALF, teacher=teacher, data=data)
+    assert ledger(folder)
+    for batch in seen:
+        asked = batch.request.batch
+        assert asked.tokens > int((batch.input_ids_BL != 0).sum())  # right-padded with id 0
+        assert asked.labels_N().tolist() == batch.labels_N.tolist()
+    plain, other = go("plain", on_policy=HALF, data=data)
+    assert [e["kd_loss"] for e in losses(plain) if "loss" in e] != [e["kd_loss"] for e in losses(folder) if "loss" in e]
+    assert [b.input_ids_BL.tolist() for b in other][:4] == [b.input_ids_BL.tolist() for b in seen][:4]
+
+
 def test_the_students_own_ids_are_those_of_sampling(go, monkeypatch):
     from student_trainer.training.learner import Learner
 
-    passes = []
+    passes, asked = [], NamedAhead.request
     plain = Learner._likeliest_ids
     monkeypatch.setattr(
         Learner, "_likeliest_ids", lambda self, ids, *a: passes.append(len(ids)) or plain(self, ids, *a)
     )
     labels = {"transport": "top_k", "k": 8, "extra_ids": 4}
+    ahead = []
+    monkeypatch.setattr(NamedAhead, "request", lambda self, number: ahead.append(number) or asked(self, number))
     go("named", on_policy=ALL, labels=labels, train={"max_steps": 2, "save_steps": 0})
-    assert not passes
+    assert not passes and ahead == [0, 1, 2, 3]
     folder, seen = go("mixed", on_policy=HALF, labels=labels)
     assert sum(passes) == 24 - len(ledger(folder))
     for batch in seen:
