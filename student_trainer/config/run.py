@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from student_trainer.config.data import DataConfig
 from student_trainer.config.fields import AbsolutePath
 from student_trainer.config.files import Settings, parse_as, read_tree
+from student_trainer.config.generate import GenerateConfig
 from student_trainer.config.losses import LossConfig
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.on_policy import OnPolicyConfig
@@ -47,6 +48,7 @@ class TrainConfig(Settings):
     labels: LabelConfig = LabelConfig()
     loss: LossConfig = LossConfig()
     on_policy: OnPolicyConfig | None = None
+    generate: GenerateConfig | None = None
     train: OptimizationConfig = OptimizationConfig()
     feed: FeedConfig = FeedConfig()
     cache: CacheConfig = CacheConfig()
