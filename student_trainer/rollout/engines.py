@@ -27,7 +27,7 @@ class Writing:
         student: who writes.
         sampling: how tokens are drawn.
         vocab_rows: V, ids that may be drawn.
-        longest: tokens of a sequence that student and teacher can both read; None if neither knows a limit.
+        longest: tokens of a sequence that the student can write; None if it knows no limit.
     """
 
     config: TrainConfig
@@ -54,7 +54,6 @@ def build_sampler(
     student: Student,
     *,
     vocab_rows: int,
-    longest: int | None,
     stop_ids: frozenset[int],
 ) -> Sampler:
     """The engine of a run.
@@ -74,4 +73,4 @@ def build_sampler(
         config.labels.extra_ids,
         settings.batch,
     )
-    return ENGINES[settings.engine](Writing(config, student, sampling, vocab_rows, longest))
+    return ENGINES[settings.engine](Writing(config, student, sampling, vocab_rows, student.outline.positions))

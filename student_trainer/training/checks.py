@@ -98,9 +98,9 @@ def check_settings(config: TrainConfig) -> Iterator[Finding]:
     yield checked("model.dtype", lambda: check_trained_in(config.model), f"{config.model.dtype} can be trained in")
     if config.labels.transport != "auto":
         yield from check_loss(config.loss, config.labels)
+    yield from check_on_policy(config)
     yield from check_policy_gradient(config.loss, config.labels, config.on_policy)
     yield from check_context(config.loss, config.context)
-    yield from check_on_policy(config)
     yield checked("run", check_single_process, "the environment speaks of one process")
 
 

@@ -13,10 +13,9 @@ from student_trainer.config.on_policy import OnPolicyConfig
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example, TokenizedDataset
-from student_trainer.data.teacher_view import answer_start
 from student_trainer.findings import Finding
 from student_trainer.rollout.plan import RolloutPlan
-from student_trainer.rollout.prompts import row_hindrance
+from student_trainer.rollout.prompts import Room, prompt_length
 from student_trainer.teachers.limits import check_groups
 from student_trainer.teachers.session import TeacherSession
 
@@ -29,10 +28,9 @@ def plan_of(config: TrainConfig, order: RunOrder) -> RolloutPlan | None:
     return RolloutPlan(config.on_policy, seed=config.run.seed, steps=order.steps, window=window)
 
 
-def longest_sequence(positions: int | None, teacher: TeacherSession | None) -> int | None:
-    """Tokens of a sequence that a student with so many positions and its teacher can both read; None if neither knows a limit."""
-    limits = [positions, teacher.info.limits.max_sequence_tokens if teacher else None]
-    return min((limit for limit in limits if limit is not None), default=None)
+def room_of(settings: OnPolicyConfig, positions: int | None, teacher: TeacherSession | None) -> Room:
+    """How long sequences may become, of a student with so many positions."""
+    return Room(settings.max_new_tokens, positions, teacher.info.limits.max_sequence_tokens if teacher else None)
 
 
 def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
@@ -75,9 +73,8 @@ def check_rollouts(
         yield Finding.good("on_policy.share", what, f"{what}: it is learned off-policy alone")
         return
     teacher = sessions[0] if sessions else None
-    longest = longest_sequence(positions, teacher)
-    asked_longest = longest_sequence(None, teacher)
-    why = [row_hindrance(row.example, longest, asked_longest, settings.max_new_tokens) for row in data]
+    room = room_of(settings, positions, teacher)
+    why = [room.hindrance(row.example) for row in data]
     bad = [number for number, told in enumerate(why) if told]
     if bad:
         yield _unanswerable(settings, data, bad, why[bad[0]])
@@ -92,7 +89,7 @@ def check_rollouts(
         ]
         groups = [order.batch(number) for number in range(order.batches)]
         if settings.samples_per_prompt > 1:  # of one prompt, whichever it is
-            heaviest = max(range(len(grown)), key=lambda number: grown[number].asked.token_ids.size)
+            heaviest = max(range(len(grown)), key=lambda number: grown[number].token_ids.size)
             groups = [[heaviest] * order.batch_size]
         yield from check_groups(
             config, session, session.spec, TokenizedDataset(grown), groups, "on_policy.max_new_tokens"
@@ -114,9 +111,8 @@ def _unanswerable(settings: OnPolicyConfig, data: TokenizedDataset, bad: list[in
 
 
 def _at_most(example: Example, max_new_tokens: int) -> Example:
-    """An example with as many tokens and targets as the teacher is asked about a row or the longest rollout in its place."""
-    asked = example.asked
-    tokens = max(asked.token_ids.size, answer_start(asked.loss_mask) + max_new_tokens)
+    """An example with as many tokens and targets as the teacher is asked about in a row or in the longest rollout in its place."""
+    tokens = max(example.asked.token_ids.size, prompt_length(example.asked) + max_new_tokens)
     targets = max(int(example.loss_mask.sum()), max_new_tokens)
     mask = np.zeros(tokens, np.bool_)
     mask[-targets:] = True

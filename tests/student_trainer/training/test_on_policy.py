@@ -289,7 +289,7 @@ def test_garbage_is_warned_of_once(go):
         ({"teacher": None, "loss": {"output": None, "sft_weight": 1.0}}, "on_policy: .* set the section teacher"),
         (
             {"on_policy": {"share": 1.0, "max_new_tokens": 200}},
-            "on_policy.max_new_tokens=200 are more than the 128 tokens that",
+            "on_policy.max_new_tokens=200 are more than the 128 tokens that the student",
         ),
         ({"on_policy": ALL | {"engine": "vllm"}}, "on_policy.engine=vllm: is not there; there are hf"),
         ({"on_policy": {"share": 1.5}}, "on_policy.share"),
