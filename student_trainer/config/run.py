@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from student_trainer.config.data import DataConfig
 from student_trainer.config.fields import AbsolutePath
 from student_trainer.config.files import Settings, parse_as, read_tree
-from student_trainer.config.generate import GenerateConfig
 from student_trainer.config.losses import LossConfig
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.on_policy import OnPolicyConfig
 from student_trainer.config.teachers import CacheConfig, ContextConfig, FeedConfig, LabelConfig, TeacherConfig
+from student_trainer.config.traces import GenerateConfig
 from student_trainer.config.training import OptimizationConfig
 from student_trainer.errors import ConfigError
 

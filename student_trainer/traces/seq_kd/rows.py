@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from student_trainer.config.generate import GenerateConfig
 from student_trainer.config.run import TrainConfig
+from student_trainer.config.traces import GenerateConfig
 from student_trainer.data.inputs import source_of
 from student_trainer.data.rows.formats import Conversation, Row, Turn, read_rows
 from student_trainer.data.rows.intake import Intake

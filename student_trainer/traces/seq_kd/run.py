@@ -21,8 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from student_trainer.config.generate import GenerateConfig
 from student_trainer.config.run import TrainConfig
+from student_trainer.config.traces import GenerateConfig
 from student_trainer.data.rows.intake import Intake, write_bad_rows
 from student_trainer.data.text.tokenizer_file import load_tokenizer
 from student_trainer.errors import ConfigError, ModelError, RunError
