@@ -177,3 +177,12 @@ def test_pending_rollouts_of_other_rows_or_torn_files_are_refused(tmp_path):
     file.unlink()
     with pytest.raises(RunError, match=r"rollouts.safetensors cannot be read"):
         load_pending(tmp_path, Prompts(plan).of)
+
+
+def test_weights_that_are_gone_are_an_error_and_no_wait_for_ever():
+    """A run that goes on without what its checkpoint should have held."""
+    writer, _, _ = writer_of(max_staleness=1)
+    writer.weights_are(3, weights(1))
+    with pytest.raises(RolloutError, match="rollouts of step 3 need the weights of step 2, and these are gone"):
+        writer.take(3)
+    writer.close()
