@@ -19,6 +19,7 @@ from student_trainer.config.losses import LossConfig
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.on_policy import OnPolicyConfig
 from student_trainer.config.teachers import CacheConfig, ContextConfig, FeedConfig, LabelConfig, TeacherConfig
+from student_trainer.config.traces import GenerateConfig
 from student_trainer.config.training import OptimizationConfig
 from student_trainer.errors import ConfigError
 
@@ -47,6 +48,7 @@ class TrainConfig(Settings):
     labels: LabelConfig = LabelConfig()
     loss: LossConfig = LossConfig()
     on_policy: OnPolicyConfig | None = None
+    generate: GenerateConfig | None = None
     train: OptimizationConfig = OptimizationConfig()
     feed: FeedConfig = FeedConfig()
     cache: CacheConfig = CacheConfig()

@@ -228,8 +228,10 @@ def build_dataset(
     clock, intake = clock or Clock(), intake or Intake()
     chosen = choose(template, tokenizer, kwargs=template_kwargs, clock=clock)
     encoder = Encoder(tokenizer, chosen)
-    informing = context and _Informing(
-        context, tokenizer, choose(template, tokenizer, kwargs=template_kwargs, clock=clock)
+    informing = (
+        None
+        if context is None
+        else _Informing(context, tokenizer, choose(template, tokenizer, kwargs=template_kwargs, clock=clock))
     )
     examples: list[Example] = []
     dropped: list[Overlength] = []

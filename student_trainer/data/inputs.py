@@ -60,7 +60,7 @@ def load_data(
     intakes = {"train": Intake(config.bad_rows), "eval": Intake(config.bad_rows)}
 
     notes: list[str] = []
-    told: dict[str, Any] = {} if context is None else {"context": TeacherContext(**context.model_dump())}
+    beside: dict[str, Any] = {} if context is None else {"context": TeacherContext(**context.model_dump())}
     make = build_dataset if cache_dir is None else TokenCache(cache_dir / TOKENS, notes.append).dataset
 
     def build(sources: Any, intake: Intake) -> TokenizedDataset:
@@ -76,7 +76,7 @@ def load_data(
             turns=config.turns,
             template_kwargs=config.template_kwargs,
             clock=clock,
-            **told,
+            **beside,
         )
 
     with console.status("reading and tokenising the data"):

@@ -98,12 +98,17 @@ class TeacherView:
 
         The prompt is what stands before the last answer, as of an inference prompt.
         """
-        targets = np.flatnonzero(self.loss_mask)
-        breaks = np.flatnonzero(np.diff(targets) > 1)
-        prompt_ids = self.token_ids[: targets[breaks[-1] + 1 if breaks.size else 0]]
+        prompt_ids = self.token_ids[: answer_start(self.loss_mask)]
         loss_mask = np.zeros(prompt_ids.size + completion_n.size, np.bool_)
         loss_mask[prompt_ids.size :] = True
         return TeacherView(np.concatenate([prompt_ids, completion_n]).astype(np.int32), loss_mask)
+
+
+def answer_start(loss_mask: np.ndarray) -> int:
+    """Tokens before the last answer of a sequence, all that an inference prompt of it holds; `loss_mask` is bool [L]."""
+    targets = np.flatnonzero(loss_mask)
+    breaks = np.flatnonzero(np.diff(targets) > 1)
+    return int(targets[breaks[-1] + 1 if breaks.size else 0])
 
 
 def check_targets(token_ids: np.ndarray, loss_mask: np.ndarray, view: TeacherView) -> None:

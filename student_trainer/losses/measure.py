@@ -18,7 +18,15 @@ from student_trainer.errors import DataError
 from student_trainer.losses.divergence import Divergence, divergence_and_grad
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.rows import GivenRows, Seen, TeacherRows, TopKRows, check_vocabulary, seen_in_logits
+from student_trainer.losses.rows import (
+    EvidentRows,
+    GivenRows,
+    Seen,
+    TeacherRows,
+    TopKRows,
+    check_vocabulary,
+    seen_in_logits,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +113,7 @@ def measure(
     )
 
 
-def _evidence(rows: TeacherRows, label_ids_N: Tensor, seen: list[Seen]) -> Integrity:
+def _evidence(rows: EvidentRows, label_ids_N: Tensor, seen: list[Seen]) -> Integrity:
     """What `Integrity.check` will look at, of every row."""
     if isinstance(rows, TopKRows):
         lse_N, label_logp_N = rows.seen(label_ids_N)

@@ -169,7 +169,8 @@ class GivenRows:
         return GivenRows(self.lse_N[index_C], self.label_logp_N[index_C])
 
 
-TeacherRows = HiddenRows | FullRows | TopKRows | GivenRows
+EvidentRows = HiddenRows | FullRows | TopKRows  # of which the student recomputes lse and logp(label)
+TeacherRows = EvidentRows | GivenRows
 
 
 def seen_in_logits(z_CV: Tensor, label_ids_C: Tensor) -> Seen:

@@ -1,7 +1,8 @@
 """How far the teacher and the student agree on the student's own sequences, as figures of the log: a term of weight 0.
 
 In: what every term is given; out: nothing to learn, and four means over a few rows of each micro-batch's rollouts. They come from the labels
-that are there: exact from states and full logits, over the kept ids and one bucket for the rest from `top_k`.
+that are there: exact from states and full logits, over the kept ids and one bucket for the rest from `top_k`. `given` labels tell of the
+sampled tokens alone.
 
 Axes: S looked-at rows, V vocabulary rows, K kept ids.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses.head import Head
-from student_trainer.losses.rows import FullRows, HiddenRows, TopKRows
+from student_trainer.losses.rows import FullRows, GivenRows, HiddenRows, TopKRows
 from student_trainer.losses.term import Mean, Needs, StudentOutputs, SupervisedRows, TeacherLabels, TermResult
 from student_trainer.rollout.figures import OF_LABELS
 
@@ -55,6 +56,10 @@ class HealthTerm:
         count = nothing
         given = None if labels is None else labels.output
         index_S = self._looked_at(rows)
+        if isinstance(given, GivenRows):
+            return TermResult(
+                torch.zeros((), device=device), {OF_LABELS[-1]: self._of_given(outputs, given, rows, index_S)}
+            )
         if index_S is not None and isinstance(given, HiddenRows | FullRows | TopKRows):
             on_device_S = index_S.to(device)
             z_SV = self._head().logits(rows.of(outputs.final_BLD)[on_device_S])
@@ -63,6 +68,20 @@ class HealthTerm:
             count = torch.full_like(nothing, len(index_S))
         parts = {name: Mean(part, count) for name, part in zip(OF_LABELS, sums, strict=True)}
         return TermResult(torch.zeros((), device=device), parts)
+
+    def _of_given(
+        self, outputs: StudentOutputs, given: GivenRows, rows: SupervisedRows, index_S: Tensor | None
+    ) -> Mean:
+        """By how much likelier than the teacher the student finds its samples: all that the teacher's word on them alone can tell."""
+        device = outputs.final_BLD.device
+        if index_S is None:
+            return Mean(*torch.zeros(2, dtype=torch.float64, device=device))
+        on_device_S = index_S.to(device)
+        z_SV = self._head().logits(rows.of(outputs.final_BLD)[on_device_S])
+        label_S1 = rows.labels_N[index_S].to(device)[:, None]
+        log_q_S = z_SV.log_softmax(-1).gather(-1, label_S1)[:, 0]
+        apart = (log_q_S.double() - given.label_logp_N[on_device_S].double()).sum()
+        return Mean(apart, torch.full_like(apart, len(index_S)))
 
     def _looked_at(self, rows: SupervisedRows) -> Tensor | None:
         """int64 [S], on the host; None where no row is a rollout's."""

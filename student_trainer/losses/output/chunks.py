@@ -83,8 +83,7 @@ def _on_samples(
     how: PolicyGradient,
 ) -> tuple[Surrogate, Seen | None]:
     """The surrogate of each row, and the evidence where the teacher's logits are there."""
-    short = isinstance(chunk, TopKRows | GivenRows)
-    seen = None if short else seen_in_logits(chunk.logits(dtype), label_ids_C)
+    seen = None if isinstance(chunk, TopKRows | GivenRows) else seen_in_logits(chunk.logits(dtype), label_ids_C)
     teacher_logp_C = chunk.label_logp_N.to(log_q_C.dtype) if seen is None else seen.label_logp_C
     if sampled_logp_C is None:
         sampled_logp_C = torch.full_like(log_q_C, torch.nan)

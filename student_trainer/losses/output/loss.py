@@ -23,7 +23,15 @@ from student_trainer.losses.matmul import wide
 from student_trainer.losses.output.chunks import RowFigures, chunk_terms, fused_terms, has_kernel, is_short
 from student_trainer.losses.output.gradients import Attach, Gradients
 from student_trainer.losses.output.spec import OutputLossSpec
-from student_trainer.losses.rows import GivenRows, HiddenRows, Seen, TeacherRows, TopKRows, check_vocabulary
+from student_trainer.losses.rows import (
+    EvidentRows,
+    GivenRows,
+    HiddenRows,
+    Seen,
+    TeacherRows,
+    TopKRows,
+    check_vocabulary,
+)
 from student_trainer.losses.truncated import check_temperature
 
 
@@ -140,8 +148,9 @@ def output_loss(
             clipped = weights_M.double() @ torch.cat(flags).double()
     count_of = torch.full_like(kd_sum, count)
     parts = LossParts(kd_sum, ce_sum, acc1_hits, acc3_hits, count_of, weights, kd_weights, ce_weights, clipped)
-    evident = rows is not None and not isinstance(rows, GivenRows)
-    return OutputLoss(total, parts, _evidence(rows, kept_M, labels_M, figures) if evident else None)
+    if rows is None or isinstance(rows, GivenRows):
+        return OutputLoss(total, parts, None)
+    return OutputLoss(total, parts, _evidence(rows, kept_M, labels_M, figures))
 
 
 def _sums(figures: list[RowFigures], weights_M: Tensor, own_M: Tensor) -> tuple[Tensor, ...]:
@@ -164,7 +173,7 @@ def _narrow(hidden_ND: Tensor, head: Head) -> bool:
     return plain and hidden_ND.dtype == head.weight_VD.dtype == torch.bfloat16
 
 
-def _evidence(rows: TeacherRows, kept_M: Tensor, labels_M: Tensor, figures: list[RowFigures]) -> Integrity:
+def _evidence(rows: EvidentRows, kept_M: Tensor, labels_M: Tensor, figures: list[RowFigures]) -> Integrity:
     """What `Integrity.check` will look at, of the rows that were used; the comparison is under way already."""
     if isinstance(rows, TopKRows):
         seen = rows.take(kept_M).seen(labels_M)

@@ -132,6 +132,35 @@ def test_samples_of_older_weights_are_weighed_by_their_ratio() -> None:
     torch.testing.assert_close(hidden.grad, other.grad, **EXACT)
 
 
+@pytest.mark.parametrize("reuse", [1, 3], ids=["on_policy", "three_steps_off"])
+def test_it_learns_from_samples_alone(reuse: int) -> None:
+    """Tables of logits come to the teacher's, also where each sample is learned from several times, clipped."""
+    g = torch.Generator().manual_seed(0)
+    teacher_NV, ids, samples = 2 * torch.randn(3, 8, generator=g).double(), Head(torch.eye(8).double()), 64
+    table_NV = torch.zeros(3, 8, dtype=torch.float64, requires_grad=True)
+    row_S = torch.arange(3).repeat_interleave(samples)
+
+    def apart() -> float:
+        q = table_NV.detach().softmax(-1)
+        return float(oracle.divergence(teacher_NV.softmax(-1), q, "reverse_kl").sum())
+
+    before, clipped = apart(), 0.0
+    for _ in range(120):
+        log_q = table_NV.detach().log_softmax(-1)
+        label_S = log_q.exp().multinomial(samples, replacement=True, generator=g).reshape(-1)
+        p = teacher_NV.log_softmax(-1)[row_S, label_S]
+        for _ in range(reuse):
+            table_NV.grad = None
+            weights = torch.ones(len(row_S)).double()
+            rows = GivenRows(torch.zeros_like(p), p)
+            found = output_loss(table_NV[row_S], ids, rows, label_S, weights, samples, PG, log_q[row_S, label_S])
+            found.total.backward()
+            assert table_NV.grad is not None
+            table_NV.data -= 0.3 * table_NV.grad
+            clipped += float(found.parts.clipped)
+    assert apart() < 0.1 * before and (clipped > 0) == (reuse > 1)
+
+
 @pytest.mark.parametrize("clip", [0.05, 0.2, 1.5])
 def test_clipping_is_ppos(clip: float) -> None:
     g = torch.Generator().manual_seed(2)

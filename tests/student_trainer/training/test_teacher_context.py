@@ -19,6 +19,7 @@ from student_trainer.labels.packing import pack, pack_own
 from student_trainer.model.load import load_student
 from student_trainer.training.label_ahead import label
 from student_trainer.training.run import train
+from student_trainer.training.trainer import DistillationTrainer
 from student_trainer.training.windows import MicroBatch, padded
 from teacher_wire.core.errors import LimitError, MismatchError
 from teacher_wire.score.signals import spec_of
@@ -189,3 +190,56 @@ def test_another_tokenizer_is_refused_for_what_the_teacher_reads(tmp_path, model
             else:
                 with pytest.raises(MismatchError, match="another tokenizer"):
                     train(parse_config(tree, "test"), console=QUIET)
+
+
+@pytest.mark.parametrize("loss", [{"divergence": "jsd"}, {"divergence": "pg_rkl"}], ids=["jsd", "pg_rkl"])
+def test_rollouts_are_asked_about_behind_the_teachers_own_prompts(told_of, fake, hinted, monkeypatch, loss):
+    """By hand: the fake called directly with what it was to read, the log-probabilities with which the tokens were drawn."""
+    seen = []
+    plain = DistillationTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["batch"])
+        return plain(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", watched)
+    config = told_of(
+        labels={"transport": "given" if loss["divergence"] == "pg_rkl" else "full"}, data={"eval": []},
+        loss={"output": loss, "sft_weight": 0.0}, on_policy={"share": 1.0, "max_new_tokens": 5, "max_staleness": 0},
+        lora={"rank": 4, "dropout": 0.0}, train={"max_steps": 2},
+    )  # fmt: skip
+    result = train(config, console=QUIET)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    hints = {json.loads(line)["hint"] for line in hinted.read_text().splitlines()}
+    apart, weights = [], []
+    for batch in seen[:2]:
+        asked = batch.request.batch
+        for b in range(asked.sequences):
+            ids = asked.token_ids_T[asked.cu_lengths_B1[b] : asked.cu_lengths_B1[b + 1]]
+            told = tokenizer.decode(ids)
+            own = tokenizer.decode(batch.input_ids_BL[b])
+            assert told.partition("[")[2].partition("]")[0] in hints and "[" not in own.partition("assistant")[0]
+        np.testing.assert_array_equal(asked.labels_N(), batch.labels_N.numpy())
+        logits_NV = fake.signals(spec_of("full", 300), asked)["logits_NV"].array.astype(np.float64)
+        logp_N = logits_NV[np.arange(len(logits_NV)), batch.labels_N] - np.log(np.exp(logits_NV).sum(-1))
+        apart.append(batch.sampled_logp_N.numpy() - logp_N)
+        weights.append(batch.weights_N.numpy())
+    weights = np.concatenate(weights)
+    expected = (np.concatenate(apart) * weights).sum() / weights.sum()
+    first = next(entry for entry in result.curve if "kd_loss" in entry)
+    if loss["divergence"] == "pg_rkl":
+        assert first["kd_loss"] == pytest.approx(expected, rel=1e-3)
+    else:
+        assert first["kd_loss"] > 0
+    assert first["on_policy_share"] == 1
+
+
+def test_a_teachers_prompt_that_leaves_no_room_for_a_completion_is_named(told_of, hinted, tmp_path):
+    rows = [json.loads(line) for line in hinted.read_text().splitlines()]
+    rows[2]["hint"] = "dog " * 4060  # with what stands around it, below the teacher's 4096
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    on = {"share": 1.0, "max_new_tokens": 30, "on_failure": "stop"}
+    told = r"long\.jsonl:3: its prompt of \d{4} tokens and on_policy\.max_new_tokens=30 are .* that the teacher can read"
+    with pytest.raises(ConfigError, match=told):
+        train(told_of(rows=long, on_policy=on, data={"eval": []}), console=QUIET)
