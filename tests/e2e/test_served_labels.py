@@ -124,3 +124,21 @@ def test_health_and_describe(teachers):
             )
     shown = run_cli("describe", "--address", teachers.address, house="teacher_server")
     assert shown.returncode == 0 and "exact" in shown.stdout and "Qwen2ForCausalLM" in shown.stdout
+
+
+async def test_an_interactive_request_that_nobody_keeps_has_the_same_bits_and_is_counted(teachers):
+    async with TeacherClient(teachers.address) as client:
+        info, spec = await client.teacher("exact"), spec_of("hidden", 300)
+        batch = TokenBatch.pack(sequences(77))
+        quick = await client.score(info, spec, batch, cache="none", latency="interactive")
+        for name, tensor in (await client.score(info, spec, batch)).tensors.items():
+            assert quick[name].array.tobytes() == tensor.array.tobytes()
+        async with asyncio.timeout(60):  # replicas and edges report once a second
+            while True:
+                status = await client.server_status()
+                teacher = next(teacher for teacher in status.teachers if teacher.name == "exact")
+                stages = {entry.stage for entry in teacher.latencies}
+                if teacher.interactive_answered and status.store.unshared and "interactive_whole" in stages:
+                    break
+                await asyncio.sleep(0.2)
+        assert teacher.interactive_tokens == batch.tokens and "interactive_queue" in stages

@@ -250,3 +250,42 @@ def test_answers_one_by_one_are_those_of_the_batch(model):
     for signals, (_, found) in zip(whole, each, strict=True):
         np.testing.assert_allclose(found["topk_logits_NK"].array, signals["topk_logits_NK"].array, rtol=1e-5, atol=1e-6)
     assert each[-1][1].timing.batch_tokens == 12 and whole[0].timing.forward_us > 0
+
+
+class Pipelined(FakeModel):
+    """A device: a batch is begun at once, and its answers come when it is let through."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeBackend())
+        self.batches = []
+        self.passes = threading.Semaphore(0)
+
+    def begin(self, jobs):
+        self.batches.append([int(batch.token_ids_T[0]) for batch, _ in jobs])
+
+        def finish():
+            self.passes.acquire()
+            return FakeModel.score(self, jobs)
+
+        return finish
+
+
+async def test_while_interactive_requests_come_no_bulk_pass_is_begun_behind_another():
+    async with running(Pipelined(), max_tokens=4) as (engine, model):
+        tasks = start(engine, *(asked(i) for i in range(6)))
+        await until(lambda: len(model.batches) == 2)  # one runs, one is behind it
+        tasks += start(engine, asked(50, latency="interactive"))
+        await until(lambda: engine.counters()["interactive_queued_requests"] == 1)
+        model.passes.release()
+        await until(lambda: len(model.batches) == 3)
+        assert model.batches == [[0], [1], [50]]
+        model.passes.release(2)
+        await tasks[-1]
+        await until(lambda: len(model.batches) == 4)
+        await asyncio.sleep(0.05)
+        assert model.batches[3:] == [[2]], "nothing behind it"
+        tasks += start(engine, asked(51, latency="interactive"))
+        await until(lambda: len(model.batches) == 5)
+        assert model.batches[4] == [51], "though a bulk pass runs"
+        model.passes.release(10**6)
+        assert [answer.rows for answer in await asyncio.gather(*tasks)] == [3] * 8
