@@ -19,7 +19,7 @@ from student_trainer.errors import ConfigError
 KINDS = ("constant", "linear", "cosine", "exponential")
 
 # What randomness is for -> second word of its key; append only, for a number that moves changes every past run.
-STREAMS = {"data": 0}
+STREAMS = {"data": 0, "on_policy": 1, "rollout": 2}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,23 @@ def uniform(seed: int, stream: str, step: int, slot: int) -> float:
     Raises:
         ConfigError: an unknown stream, or a number out of range.
     """
-    return float(_uniforms(seed, stream, step, np.asarray([slot]))[0])
+    return float(uniforms(seed, stream, step, np.asarray([slot]))[0])
+
+
+def uniforms(seed: int, stream: str, step: int, slots_N: np.ndarray) -> np.ndarray:
+    """float64 [N] in [0, 1), 53 random bits each: `uniform` of many slots at once."""
+    if stream not in STREAMS:
+        raise ConfigError(f"random stream {stream!r} is unknown; choose from {', '.join(STREAMS)}")
+    if not 0 <= seed < 1 << 32:
+        raise ConfigError(f"seed must lie in 0..2^32-1, not {seed}")
+    if step < 0 or (slots_N.size and slots_N.min() < 0):
+        raise ConfigError(f"step and slot must not be negative, at step {step}")
+    slots_N = slots_N.astype(np.uint64)
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    steps_N = np.full_like(slots_N, step)
+    counter_N4 = np.stack([steps_N & low, steps_N >> shift, slots_N & low, slots_N >> shift], -1)
+    bits_N4 = philox_4x32(counter_N4, (seed, STREAMS[stream])).astype(np.uint64)
+    return ((bits_N4[:, 0] << np.uint64(21)) | (bits_N4[:, 1] >> np.uint64(11))) * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -79,7 +95,7 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
     Sorts n keyed random numbers; unlike `Generator.permutation` it cannot change with the release of numpy.
     """
-    return np.argsort(_uniforms(seed, "data", epoch, np.arange(n)), kind="stable").astype(np.int64)
+    return np.argsort(uniforms(seed, "data", epoch, np.arange(n)), kind="stable").astype(np.int64)
 
 
 def philox_4x32(counter_N4: np.ndarray, key_2: tuple[int, int]) -> np.ndarray:
@@ -93,19 +109,3 @@ def philox_4x32(counter_N4: np.ndarray, key_2: tuple[int, int]) -> np.ndarray:
         x1, x3 = product1 & word, product0 & word
         key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
     return np.stack([x0, x1, x2, x3], -1).astype(np.uint32)
-
-
-def _uniforms(seed: int, stream: str, step: int, slots_N: np.ndarray) -> np.ndarray:
-    """float64 [N] in [0, 1), 53 random bits each."""
-    if stream not in STREAMS:
-        raise ConfigError(f"random stream {stream!r} is unknown; choose from {', '.join(STREAMS)}")
-    if not 0 <= seed < 1 << 32:
-        raise ConfigError(f"seed must lie in 0..2^32-1, not {seed}")
-    if step < 0 or (slots_N.size and slots_N.min() < 0):
-        raise ConfigError(f"step and slot must not be negative, at step {step}")
-    slots_N = slots_N.astype(np.uint64)
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    steps_N = np.full_like(slots_N, step)
-    counter_N4 = np.stack([steps_N & low, steps_N >> shift, slots_N & low, slots_N >> shift], -1)
-    bits_N4 = philox_4x32(counter_N4, (seed, STREAMS[stream])).astype(np.uint64)
-    return ((bits_N4[:, 0] << np.uint64(21)) | (bits_N4[:, 1] >> np.uint64(11))) * 2.0**-53

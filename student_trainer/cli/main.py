@@ -59,10 +59,23 @@ def train(
 
 
 @app.command()
-def label(config: ConfigFile, overrides: Overrides = None) -> None:
+def label(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="let the teacher write the answers of data.train, as rows to train on")
+    ] = False,
+) -> None:
     """Ask for the labels of a run ahead of it; those that are on disk already are skipped."""
     loaded = load_config(config, overrides)
     console = _console()
+    if generate:
+        from student_trainer.traces.seq_kd.run import ROWS, generate_rows
+
+        with _going_on(console, "label --generate", config, overrides, ""):
+            made = generate_rows(loaded, console)
+        console.print(f"[bold green]done[/] {made.stats.written:,} rows are in {made.output_dir / ROWS}")
+        return
     from student_trainer.training.label_ahead import label as run
 
     with _going_on(console, "label", config, overrides, ""):
@@ -85,7 +98,7 @@ def _going_on(console: Console, command: str, config: Path, overrides: list[str]
     try:
         yield
     except KeyboardInterrupt:
-        again = shlex.join(["student-trainer", command, str(config), *(overrides or [])])
+        again = shlex.join(["student-trainer", *command.split(), str(config), *(overrides or [])])
         console.print(f"interrupted; go on with: {again} {more}".rstrip(), markup=False)
         raise SystemExit(130) from None
 

@@ -81,6 +81,8 @@ class SupervisedRows:
         labels_N: int64, on the host: the tokens they describe.
         weights_N: float32, on the host: of their losses, at least 0.
         position_N, sequence_N: int64, on the host: where they are in their sequence, and which of the B it is; None where no term asks.
+        sampled_logp_N: float32, on the host: log-probability of each label under the weights and temperature that sampled it; NaN in
+            rows of the data. None where no sequence is a rollout.
     """
 
     index_N: Tensor
@@ -88,6 +90,7 @@ class SupervisedRows:
     weights_N: Tensor
     position_N: np.ndarray | None = None
     sequence_N: np.ndarray | None = None
+    sampled_logp_N: Tensor | None = None
 
     def of(self, states_BLD: Tensor) -> Tensor:
         """[N, D], these rows of the student's states."""

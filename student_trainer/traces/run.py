@@ -6,11 +6,9 @@ with an error when the teacher's samples are not worth learning from.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,14 @@ from student_trainer.findings import Finding, Findings
 from student_trainer.labels import event_loop
 from student_trainer.progress import ProgressBar
 from student_trainer.teachers.connect import Connection, check_way, connections
+from student_trainer.traces.asking import Asking
 from student_trainer.traces.folder import Stats, TracesFolder
 from student_trainer.traces.questions import Question, digest, encode_questions, read_questions
 from student_trainer.traces.selection import judge
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError, TeacherWireError
 from teacher_wire.core.identity import template_sha256, tokenizer_sha256
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.endpoint.client import TeacherClient
-from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
+from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec, check_generate
 
 _SHOWN_EVERY_S = 10.0  # where there is no terminal
 
@@ -89,7 +87,7 @@ async def _run(
         folder = TracesFolder(config.output_dir, identity, resume=resume)
         shown = _Shown(console, config.output_dir.name, len(questions), folder)
         try:
-            asking = _Asking(client, info, spec, prompts, config)
+            asking = Asking(client, info, spec, prompts, config.prompts_per_call, config.calls)
             await _work(asking, folder, questions, tokenizer, config, shown)
         finally:
             shown.close()
@@ -99,7 +97,7 @@ async def _run(
 
 
 async def _work(
-    asking: _Asking,
+    asking: Asking,
     folder: TracesFolder,
     questions: list[Question],
     tokenizer: Any,
@@ -116,72 +114,6 @@ async def _work(
         began_s = now_s
         shown.update()
         _check_rate(folder.stats, asking.info, config)
-
-
-class _Asking:
-    """Calls under way, a few ahead of what is taken."""
-
-    def __init__(
-        self,
-        client: TeacherClient,
-        info: TeacherInfo,
-        spec: SamplingSpec,
-        prompts: list[list[int]],
-        config: TracesConfig,
-    ) -> None:
-        self.info, self.spec = info, spec
-        self._client = client
-        self._prompts = prompts
-        self._config = config
-
-    async def answers(self, first: int) -> Any:
-        """(number, samples) of every question from `first` on, in order."""
-        groups = _groups(self._prompts, first, self._config.prompts_per_call, self.spec, self.info)
-        under_way: deque[tuple[range, asyncio.Task[list[list[Sample]]]]] = deque()
-        try:
-            for group in groups:
-                under_way.append((group, asyncio.create_task(self._ask(group))))
-                if len(under_way) >= self._config.calls:
-                    for pair in await _finished(*under_way.popleft()):
-                        yield pair
-            while under_way:
-                for pair in await _finished(*under_way.popleft()):
-                    yield pair
-        finally:
-            for _, task in under_way:
-                task.cancel()
-            await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
-
-    async def _ask(self, group: range) -> list[list[Sample]]:
-        found: list[list[Sample]] = [[] for _ in group]
-        batch = PromptBatch.pack([self._prompts[number] for number in group])
-        async for sample in self._client.generate(self.info, self.spec, batch):
-            found[sample.prompt].append(sample)
-        return found
-
-
-async def _finished(group: range, task: asyncio.Task[list[list[Sample]]]) -> list[tuple[int, list[Sample]]]:
-    try:
-        return list(zip(group, await task, strict=True))
-    except BaseException:
-        task.cancel()
-        raise
-
-
-def _groups(
-    prompts: Sequence[Sequence[int]], first: int, most: int, spec: SamplingSpec, info: TeacherInfo
-) -> Iterator[range]:
-    """Questions of one call each: neighbours, under the teacher's limits."""
-    start, tokens = first, 0
-    for number in range(first, len(prompts)):
-        needed = spec.samples * (len(prompts[number]) + spec.max_new_tokens)
-        full = number - start >= min(most, info.limits.max_request_sequences)
-        if number > start and (full or tokens + needed > info.limits.max_generate_tokens):
-            yield range(start, number)
-            start, tokens = number, 0
-        tokens += needed
-    if start < len(prompts):
-        yield range(start, len(prompts))
 
 
 def _spec(config: TracesConfig) -> SamplingSpec:

@@ -24,9 +24,10 @@ from student_trainer.model.load import Outline, load_outline
 from student_trainer.model.precision import check_trained_in
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.limits import check_sizes
-from student_trainer.teachers.loss_checks import check_anneal, check_loss
+from student_trainer.teachers.loss_checks import check_anneal, check_context, check_loss, check_policy_gradient
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.on_policy.checks import check_on_policy, check_rollouts
 from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
     CONFIG_NAME,
@@ -62,7 +63,12 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
     loaded = findings.attempt(
         "data",
         lambda: load_data(
-            config.data, outline.tokenizer, console, pinned_date(config) if resume else None, config.run.cache_dir
+            config.data,
+            outline.tokenizer,
+            console,
+            pinned_date(config) if resume else None,
+            config.run.cache_dir,
+            config.context,
         ),
         "the rows can be learned from",
     )
@@ -83,6 +89,7 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
                 only_stores=True,
             )  # fmt: skip
             findings.add(check_requests(config, sessions, data, held_out))
+            findings.add(check_rollouts(config, outline.positions, data, order_of(config, data), sessions))
     return findings.all
 
 
@@ -91,6 +98,9 @@ def check_settings(config: TrainConfig) -> Iterator[Finding]:
     yield checked("model.dtype", lambda: check_trained_in(config.model), f"{config.model.dtype} can be trained in")
     if config.labels.transport != "auto":
         yield from check_loss(config.loss, config.labels)
+    yield from check_on_policy(config)
+    yield from check_policy_gradient(config.loss, config.labels, config.on_policy)
+    yield from check_context(config.loss, config.context)
     yield checked("run", check_single_process, "the environment speaks of one process")
 
 

@@ -46,6 +46,9 @@ from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
+from student_trainer.training.on_policy.checks import check_rollouts, plan_of
+from student_trainer.training.on_policy.named import NamedAhead
+from student_trainer.training.on_policy.rollouts import Rollouts
 from student_trainer.training.reporting.console import ConsoleProgress
 from student_trainer.training.reporting.layers import LayerReport
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
@@ -99,7 +102,12 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             for told in student.notes:
                 note(told)
             data, held_out = load_data(
-                config.data, student.tokenizer, console, pinned_date(config) if resume else None, config.run.cache_dir
+                config.data,
+                student.tokenizer,
+                console,
+                pinned_date(config) if resume else None,
+                config.run.cache_dir,
+                config.context,
             )
             findings.add(check_rows(config, student.outline, data, held_out))
             settled = settled_labels(config) if resume else None
@@ -154,7 +162,12 @@ def _run(
         sessions = [learned, *sessions[1:]]
     findings.add(check_requests(config, sessions, data, held_out))
     publishing = open_publishing(config, student, learned, reached, partial(_note, console))
-    windows = SOURCES["data"](data, order)
+    findings.add(check_rollouts(config, student.outline.positions, data, order, sessions))
+    rollouts, plan = None, plan_of(config, order)
+    if learned and plan and plan.has_any:
+        rollouts = Rollouts(config, student, data, order, plan, learned, vocab_rows, partial(_note, console))
+        terms = [*terms, rollouts.term]
+    windows = rollouts.windows if rollouts else SOURCES["data"](data, order)
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
@@ -183,12 +196,16 @@ def _run(
     try:
         start = open_folder(config, learned_from, resume, console, order.steps)
         keep_bad_rows(folder, data, held_out, console)
-        provided = ProvidedRequests() if learned and config.labels.extra_ids else None
         if publishing:
             begun = checkpoint.step_of(start) * order.accumulation if start else 0
             publisher, learned = publishing.begin(folder, learned, begun, partial(_note, console))
             sessions = [learned, *sessions[1:]] if learned else sessions
-        feed = partial(open_training_feed, config, learned, windows, provided) if learned else None
+        if rollouts:
+            rollouts.begin(start)
+        named = NamedAhead(rollouts.windows) if rollouts and config.labels.extra_ids else None
+        provided = ProvidedRequests() if learned and config.labels.extra_ids and not named else None
+        feed = partial(open_training_feed, config, learned, named or windows, provided) if learned else None
+        handed_to = named or provided
         trainer = DistillationTrainer(
             config,
             student,
@@ -196,12 +213,13 @@ def _run(
             terms,
             arguments=arguments,
             open_feed=feed,
-            ask=provided.put if provided else None,
+            ask=handed_to.put if handed_to else None,
             teacher_head=learned.head if learned else None,
             measure=_measure(config, student, held_out, sessions, objective) if held_out else None,
-            callbacks=[progress, *trackers],
+            callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
             on_trouble=partial(_note, console),
         )
+        trainer.keep_beside = rollouts.save if rollouts else None
         trainer.try_saving()
         if publisher and config.on_policy and config.on_policy.publish:
             trainer.add_callback(PublishAfterSteps(publisher, config.on_policy.publish.every, trainer.settle))
@@ -230,6 +248,8 @@ def _run(
             publisher.close(wait=False)
         if trainer is not None:
             trainer.close()
+        if rollouts:
+            rollouts.close()
         if is_new and (trainer is None or not trainer.state.global_step):
             leave_no_trace(folder)  # of a run that has learned nothing
     result = finish(folder, trainer.state.global_step, metrics)

@@ -27,6 +27,7 @@ from student_trainer.files import LOCK_NAME, disk_trouble_named, read_object, wr
 from student_trainer.findings import Finding, Findings
 from student_trainer.labels.lineage import LEDGER_NAME
 from student_trainer.labels.source import LabelUsage
+from student_trainer.rollout.ledger import LEDGER_NAME
 from student_trainer.training.checkpoints import checkpoint
 
 LOG_NAME = "train_log.jsonl"
@@ -37,7 +38,7 @@ FINAL_NAME = "final"
 LAYERS_NAME = layer_similarity.FILE_NAME
 # Settings that may change between a run and its resumption: they decide where and how fast, not what; or, as the rows and the weights
 # that a run begins with, what they decide is in the identity as a digest.
-_FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "data", "model.path", "model.revision", "model.threads",
+_FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "generate", "data", "model.path", "model.revision", "model.threads",
          "model.compiled", "model.graphs", "train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints",
          "train.eval_batch_size", "train.nonfinite", "train.max_skipped",
          "labels.check", "on_policy.publish.on_failure")  # fmt: skip

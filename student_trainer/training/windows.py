@@ -20,9 +20,10 @@ from torch.utils.data import Dataset
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import IndexedExample, TokenizedDataset, collate
 from student_trainer.labels.device_transfer import LabelTensors
-from student_trainer.labels.packing import pack
+from student_trainer.labels.packing import pack, pack_own
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.align import row_index
+from student_trainer.rollout.examples import RolloutExample
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +132,12 @@ class PaddedBatch:
         index_N: int64, where the supervised rows are in the flattened batch.
         labels_N: int64, the tokens they describe.
         weights_N: float32, of their losses.
-        request: names and tokens, packed.
+        request: names and tokens as the teacher is asked about them, packed.
         labels: what the teacher answered; None where it was not asked.
+        sampled_logp_N: float32, log-probability of each label under the weights and temperature that sampled it; NaN in rows of the
+            data. None where no sequence is a rollout.
+        likeliest_NM: int32, the student's own likeliest ids of each row when it was sampled; -1 in rows of the data. None where no
+            sequence is a rollout, or none is known.
     """
 
     input_ids_BL: Tensor
@@ -141,6 +146,8 @@ class PaddedBatch:
     weights_N: Tensor
     request: LabelRequest
     labels: LabelTensors | None = None
+    sampled_logp_N: Tensor | None = None
+    likeliest_NM: np.ndarray | None = None
 
     @property
     def weight(self) -> float:
@@ -156,6 +163,10 @@ def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda
         length: L for a longest sequence of so many tokens; not less.
     """
     packed = batch.request.batch
+    if any(
+        item.example.teacher is not None for item in batch.examples
+    ):  # who reads other prompts before the same targets
+        packed = pack_own([item.example for item in batch.examples])
     ids_BL = collate(batch.examples, pad_id, length)["input_ids"]
     return PaddedBatch(
         ids_BL,
@@ -163,6 +174,34 @@ def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda
         torch.from_numpy(packed.labels_N()).long(),
         torch.from_numpy(np.concatenate([item.example.target_weights for item in batch.examples])),
         batch.request,
+        sampled_logp_N=_sampled_logp(batch.examples),
+        likeliest_NM=likeliest_ids(batch.examples),
+    )
+
+
+def _sampled_logp(items: Sequence[IndexedExample]) -> Tensor | None:
+    """float32 [N] of a micro-batch's targets, NaN in those of the data; None if all are."""
+    examples = [item.example for item in items]
+    if not any(isinstance(example, RolloutExample) for example in examples):
+        return None
+    parts = [
+        example.sampled_logp_N
+        if isinstance(example, RolloutExample)
+        else np.full(int(example.loss_mask.sum()), np.nan, np.float32)
+        for example in examples
+    ]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def likeliest_ids(items: Sequence[IndexedExample]) -> np.ndarray | None:
+    """int32 [N, M] of a micro-batch's targets, -1 in those of the data; None if none is known."""
+    known = [item.example.likeliest_NM if isinstance(item.example, RolloutExample) else None for item in items]
+    count = next((ids_NM.shape[1] for ids_NM in known if ids_NM is not None), 0)
+    if not count:
+        return None
+    rows = [int(item.example.loss_mask.sum()) for item in items]
+    return np.concatenate(
+        [np.full((n, count), -1, np.int32) if ids_NM is None else ids_NM for n, ids_NM in zip(rows, known, strict=True)]
     )
 
 

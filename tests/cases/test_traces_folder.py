@@ -158,7 +158,7 @@ class NearlyFull:
 def test_a_full_disk_is_one_line_and_what_is_done_stays_done(tmp_path, name):
     folder = folder_of(tmp_path / "out")
     folder.add(judgement(1), 0.1)
-    folder._files[name] = NearlyFull(folder._files[name], 10)
+    folder._files._files[name] = NearlyFull(folder._files._files[name], 10)
     with pytest.raises(
         RunError, match=rf"{name}: cannot be written: No space left on device; 1 questions are done.*--resume auto"
     ):

@@ -14,8 +14,9 @@ from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.losses.output.loss import OutputLoss, output_loss
+from student_trainer.losses.output.policy_gradient import PolicyGradient
 from student_trainer.losses.output.spec import OutputLossSpec
-from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows
+from student_trainer.losses.rows import FullRows, GivenRows, HiddenRows, TeacherRows
 from tests.student_trainer.losses.worlds import World, world
 
 pytest.importorskip("triton")
@@ -34,7 +35,9 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "usable", lambda tensor: True)
 
 
-def loss(w: World, rows: TeacherRows | None, spec: OutputLossSpec, dtype: torch.dtype) -> tuple[OutputLoss, Tensor]:
+def loss(
+    w: World, rows: TeacherRows | None, spec: OutputLossSpec, dtype: torch.dtype, sampled: Tensor | None = None
+) -> tuple[OutputLoss, Tensor]:
     """Of float64 inputs by the plain path; of any other by the kernels."""
     move = lambda t: t.to(DEVICE, dtype) if t.is_floating_point() else t.to(DEVICE)  # noqa: E731
     if rows is not None:
@@ -45,19 +48,26 @@ def loss(w: World, rows: TeacherRows | None, spec: OutputLossSpec, dtype: torch.
             rows = replace(rows, **moved)
     hidden = move(w.hidden_ND).clone().requires_grad_()
     weights = (torch.arange(len(hidden)) % 4).to(DEVICE, dtype)
-    result = output_loss(hidden, Head(move(w.weight_VD)), rows, w.labels_N.to(DEVICE), weights, 7.0, spec)
+    sampled = None if sampled is None else sampled.to(DEVICE)
+    result = output_loss(hidden, Head(move(w.weight_VD)), rows, w.labels_N.to(DEVICE), weights, 7.0, spec, sampled)
     result.total.backward()
     assert hidden.grad is not None
     return result, hidden.grad.double()
 
 
-def same(w: World, rows: TeacherRows | None, spec: OutputLossSpec, dtype: torch.dtype = torch.float32) -> None:
-    got, grad = loss(w, rows, spec, dtype)
-    want, true_grad = loss(w, rows, spec, torch.float64)
+def same(
+    w: World,
+    rows: TeacherRows | None,
+    spec: OutputLossSpec,
+    dtype: torch.dtype = torch.float32,
+    sampled: Tensor | None = None,
+) -> None:
+    got, grad = loss(w, rows, spec, dtype, sampled)
+    want, true_grad = loss(w, rows, spec, torch.float64, sampled)
     for name, value in vars(want.parts).items():
         torch.testing.assert_close(getattr(got.parts, name), value, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(grad, true_grad, rtol=1e-4, atol=1e-4)  # logits of 40 are right to 4e-6, ratios too
-    if rows is not None:
+    if rows is not None and not isinstance(rows, GivenRows):
         assert got.integrity is not None
         got.integrity.check()
 
@@ -115,3 +125,18 @@ def test_a_nan_reaches_the_check() -> None:
     assert result.integrity is not None
     with pytest.raises(TeacherHeadMismatch, match="row 3"):
         result.integrity.check()
+
+
+@pytest.mark.parametrize("form", ["given", "hidden", "full", "top_k"])
+def test_a_policy_gradient_and_hard_labels_beside_it(form: str) -> None:
+    sampled = (WORLD.hidden_ND @ WORLD.weight_VD.T).log_softmax(-1).gather(-1, WORLD.labels_N[:, None])[:, 0]
+    sampled = sampled + 0.3 * torch.sin(torch.arange(len(sampled)))
+    sampled[::3] = torch.nan
+    forms = {
+        "given": GivenRows(*WORLD.served()),
+        "hidden": WORLD.hidden_rows(),
+        "full": WORLD.full_rows(),
+        "top_k": WORLD.topk_rows(9),
+    }
+    spec = OutputLossSpec(policy_gradient=PolicyGradient(), sft_weight=0.4, kd_weight=0.7, chunk_bytes=1)
+    same(WORLD, forms[form], spec, sampled=sampled)

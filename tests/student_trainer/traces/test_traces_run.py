@@ -19,7 +19,8 @@ from student_trainer.config.files import parse_as
 from student_trainer.config.traces import TracesConfig
 from student_trainer.data.trace_schema import parse
 from student_trainer.errors import ConfigError, DataError, RunError
-from student_trainer.traces.run import _groups, make_traces
+from student_trainer.traces.asking import groups as _groups
+from student_trainer.traces.run import make_traces
 from student_trainer.traces.token_spans import mean_probability, token_spans, value_spans
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError, ServerError
 from teacher_wire.generate.messages import SamplingSpec
