@@ -240,6 +240,8 @@ def test_a_teachers_prompt_that_leaves_no_room_for_a_completion_is_named(told_of
     long = tmp_path / "long.jsonl"
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     on = {"share": 1.0, "max_new_tokens": 30, "on_failure": "stop"}
-    told = r"long\.jsonl:3: its prompt of \d{4} tokens and on_policy\.max_new_tokens=30 are .* that the teacher can read"
+    told = (
+        r"long\.jsonl:3: its prompt of \d{4} tokens and on_policy\.max_new_tokens=30 are .* that the teacher can read"
+    )
     with pytest.raises(ConfigError, match=told):
         train(told_of(rows=long, on_policy=on, data={"eval": []}), console=QUIET)
