@@ -23,6 +23,14 @@ class ShareConfig(Settings):
     warmup: Fraction = 0.2
     ramp: Fraction = 0.3
 
+    @model_validator(mode="after")
+    def _ends_within_the_run(self) -> ShareConfig:
+        if self.warmup + self.ramp > 1:
+            raise ValueError(
+                f"warmup={self.warmup:g} and ramp={self.ramp:g} are more than the run: their sum is at most 1"
+            )
+        return self
+
 
 class PublishConfig(Settings):
     """Pushes the student's weights to its server as a new revision of a teacher.
@@ -42,19 +50,20 @@ class OnPolicyConfig(Settings):
     Attributes:
         share: of the sequences of each window that are rollouts; a number, or a schedule. The coin of each sample is a function of
             (seed, step, place in the window).
-        max_new_tokens: of a completion; one that is cut off there stays, its last token with weight 0.
+        max_new_tokens: of a completion, at least 2; one that is cut off there stays, its last token with weight 0.
         temperature, top_p: of sampling.
         samples_per_prompt: completions of each prompt that is drawn; consecutive on-policy places of a window share it.
         engine: `hf` writes in this process; `vllm` in a process of its own, which is given the weights every `sync_steps`.
         sync_steps: optimizer steps between two loads of the weights; above 1 only where max_staleness allows it.
         max_staleness: optimizer steps that the weights of a rollout may be behind; 0 is one after the other, reproducible to the bit.
         batch: sequences that are written at a time.
-        on_failure: what to do with a prompt that gets no completion: `skip` learns from the row instead and counts it, `stop` ends the run.
+        on_failure: what to do with a prompt that gets no completion: `skip` learns from the row instead and counts it, `stop` ends the run
+            with its name.
         publish: the student becomes a teacher of the server; null for none.
     """
 
     share: Fraction | ShareConfig = ShareConfig()
-    max_new_tokens: Positive = 512
+    max_new_tokens: Annotated[int, Field(ge=2, lt=1 << 20)] = 512
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     samples_per_prompt: Positive = 1

@@ -26,14 +26,17 @@ class LabelRequest:
     Attributes:
         batch: its tokens and wanted rows.
         names: of its sequences, for errors.
+        fresh: numbers of the sequences that were made for this step, about which nobody will ask again: their labels are not kept.
     """
 
     batch: TokenBatch
     names: tuple[str, ...]
+    fresh: frozenset[int] = frozenset()
 
     def select(self, sequences: list[int]) -> LabelRequest:
         """These sequences alone."""
-        return LabelRequest(self.batch.select(sequences), tuple(self.names[b] for b in sequences))
+        fresh = frozenset(place for place, b in enumerate(sequences) if b in self.fresh)
+        return LabelRequest(self.batch.select(sequences), tuple(self.names[b] for b in sequences), fresh)
 
 
 @dataclass
@@ -128,8 +131,10 @@ class LabelSource:
         Raises:
             LabelError, TeacherWireError: as `TeacherClient.score` and the check raise them.
         """
-        if self._store is None:
-            signals = await self._ask(request.batch)
+        if 0 < len(request.fresh) < request.batch.sequences:
+            return await self._mixed(request)
+        if self._store is None or request.fresh:
+            signals = await self._ask(request.batch, fresh=bool(request.fresh))
             await asyncio.to_thread(self._check, signals, request)
             found = Labels(signals, LabelUsage(0, 0, request.batch.sequences, request.batch.tokens))
         else:
@@ -137,9 +142,25 @@ class LabelSource:
         self._usage.add(found.usage)
         return found
 
+    async def _mixed(self, request: LabelRequest) -> Labels:
+        """Labels of fresh sequences and of others, asked for side by side."""
+        every = range(request.batch.sequences)
+        parts = [[b for b in every if b in request.fresh], [b for b in every if b not in request.fresh]]
+        asked = [request.select(part) for part in parts]
+        answers = await asyncio.gather(*(self.labels(part) for part in asked))
+        usage = LabelUsage()
+        found: dict[int, TeacherSignals] = {}
+        for part, one, answer in zip(parts, asked, answers, strict=True):
+            usage.add(answer.usage)
+            found.update(zip(part, answer.signals.cut(one.batch), strict=True))
+        bounds = request.batch.row_bounds_B1.tolist()
+        labelled = [found[b] for b in every if bounds[b + 1] > bounds[b]]
+        signals = TeacherSignals.join(labelled)
+        return Labels(replace(signals, fingerprint=self._info.fingerprint, timing=answers[0].signals.timing), usage)
+
     async def has(self, request: LabelRequest) -> bool:
         """Whether all labels of `request` are on disk."""
-        if self._store is None:
+        if self._store is None or request.fresh:
             return False
         keys = label_keys(self._info.fingerprint, self._spec, request.batch)
         found = await asyncio.to_thread(
@@ -149,7 +170,7 @@ class LabelSource:
 
     async def keep(self, request: LabelRequest, answer: TeacherSignals) -> None:
         """Checks and keeps the labels of `request` that somebody else has asked for, and counts them as asked."""
-        if self._store is None:
+        if self._store is None or request.fresh:
             await asyncio.to_thread(self._check, answer, request)
         else:
             keys = label_keys(self._info.fingerprint, self._spec, request.batch)
@@ -217,7 +238,7 @@ class LabelSource:
             for key in flights:
                 del self._flights[key]
 
-    async def _ask(self, batch: TokenBatch) -> TeacherSignals:
+    async def _ask(self, batch: TokenBatch, *, fresh: bool = False) -> TeacherSignals:
         if self._client is None:
             self._client = self._connect()
         return await self._client.score(self._info, self._spec, batch)

@@ -1,6 +1,6 @@
 """Rollouts as training examples: the prompt of a row, and what the student has written behind it as targets.
 
-In: a tokenised row, a rollout; out: a prompt, an example. Token ids travel: text is never tokenised again.
+In: a rollout; out: an example. Token ids travel: text is never tokenised again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,6 @@ class RolloutExample(Example):
     sampled_logp_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     version: int = 0
     likeliest_NM: np.ndarray | None = None
-
-
-def prompt_length(example: Example) -> int:
-    """Tokens before the last answer of a row, all that an inference prompt of it holds."""
-    targets = np.flatnonzero(example.loss_mask)
-    breaks = np.flatnonzero(np.diff(targets) > 1)
-    return int(targets[breaks[-1] + 1 if breaks.size else 0])
 
 
 def example_of(rollout: Rollout) -> RolloutExample:

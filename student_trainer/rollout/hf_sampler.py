@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +87,7 @@ class HfSampler:
         self._vocab_rows = vocab_rows
         self._positions = positions
         self._narrowed = narrowed
+        self._closed = False
         with _memory_named("for a copy of the trained weights"):
             self._student = replace(student, model=_copied(student.model), is_graphed=False)
         self._trained = {name: p for name, p in self._student.model.named_parameters() if p.requires_grad}
@@ -140,7 +141,8 @@ class HfSampler:
         return [found[number] for number in range(len(prompts))]
 
     def close(self) -> None:
-        """Nothing runs here."""
+        """Whoever is writing is told with a RolloutError before the next token."""
+        self._closed = True
 
     def _hindrance(self, prompt: RolloutPrompt) -> str:
         """Why a prompt cannot be answered; empty if it can."""
@@ -172,6 +174,8 @@ class HfSampler:
         alive_B = torch.ones(count, dtype=torch.bool, device=self._device)
         state_BD = passes.read(*self._padded(prompts))
         for place in range(sampling.max_new_tokens):
+            if self._closed:
+                raise RolloutError("on_policy.engine=hf: the sampler was closed")
             z_BV = self._logits(head, state_BD)
             bad_B = ~torch.isfinite(z_BV).all(-1)
             z_BV = z_BV.masked_fill(bad_B[:, None], 0.0)
@@ -231,7 +235,10 @@ class HfSampler:
         for u, row in enumerate(rows):
             ids_UL[u, longest - row.size :] = row
             mask_UL[u, longest - row.size :] = 1
-        return tuple(torch.as_tensor(array, device=self._device) for array in (ids_UL, mask_UL, np.asarray(index_B)))  # type: ignore[return-value]
+        ids, mask, index = (
+            torch.as_tensor(array, device=self._device) for array in (ids_UL, mask_UL, np.asarray(index_B))
+        )
+        return ids, mask, index
 
     def _logits(self, head: Head, state_BD: Tensor) -> Tensor:
         """float32 [B, V]."""
@@ -239,7 +246,7 @@ class HfSampler:
         return head.logits(state_BD).float()
 
     @contextlib.contextmanager
-    def _ready(self) -> Any:
+    def _ready(self) -> Iterator[None]:
         """What passes and copies run under; all of it is done when the block ends."""
         if self._stream is None:
             with self._computing():
@@ -251,13 +258,12 @@ class HfSampler:
             self._stream.synchronize()
 
     @contextlib.contextmanager
-    def _computing(self) -> Any:
-        with self._student.computing():
-            if self._narrowed is None:
-                yield
-            else:
-                with torch.autocast(self._device.type, self._narrowed, cache_enabled=False):
-                    yield
+    def _computing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._student.computing())
+            if self._narrowed is not None:
+                stack.enter_context(torch.autocast(self._device.type, self._narrowed, cache_enabled=False))
+            yield
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -328,7 +334,7 @@ class _Passes:
         outputs = self._body(
             input_ids=ids_BL, attention_mask=mask_BL, past_key_values=self._cache, use_cache=True, **positions
         )
-        return outputs.last_hidden_state  # type: ignore[no-any-return]
+        return outputs.last_hidden_state
 
 
 def _copied(model: Any) -> Any:
@@ -344,7 +350,7 @@ def _copied(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _memory_named(what: str) -> Any:
+def _memory_named(what: str) -> Iterator[None]:
     """Turns a lack of memory into an error that names what it was for."""
     try:
         yield

@@ -27,13 +27,13 @@ def check_sizes(
     for session in sessions:
         if config.loss.output is not None:
             groups = [order.batch(number) for number in range(order.batches)]
-            yield from _check_groups(config, session, session.spec, data, groups, "train.batch_size")
+            yield from check_groups(config, session, session.spec, data, groups, "train.batch_size")
         if held_out is not None and session.measuring is not None:
             groups = by_length(held_out, config.train.eval_batch_size)
-            yield from _check_groups(config, session, session.measuring, held_out, groups, "train.eval_batch_size")
+            yield from check_groups(config, session, session.measuring, held_out, groups, "train.eval_batch_size")
 
 
-def _check_groups(
+def check_groups(
     config: TrainConfig,
     session: TeacherSession,
     spec: SignalSpec,
@@ -41,6 +41,7 @@ def _check_groups(
     groups: list[list[int]],
     setting: str,
 ) -> Iterator[Finding]:
+    """Whether a teacher and our own window take requests that hold these groups of rows; `setting` is what makes them large."""
     tokens = [row.example.token_ids.size for row in data]
     replies = [answer_bytes(session.info, spec, row.example) for row in data]
     limits = session.info.limits

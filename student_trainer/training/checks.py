@@ -27,6 +27,7 @@ from student_trainer.teachers.limits import check_sizes
 from student_trainer.teachers.loss_checks import check_anneal, check_loss
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.on_policy.checks import check_on_policy, check_rollouts
 from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
     CONFIG_NAME,
@@ -83,6 +84,7 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
                 only_stores=True,
             )  # fmt: skip
             findings.add(check_requests(config, sessions, data, held_out))
+            findings.add(check_rollouts(config, outline.positions, data, order_of(config, data), sessions))
     return findings.all
 
 
@@ -91,6 +93,7 @@ def check_settings(config: TrainConfig) -> Iterator[Finding]:
     yield checked("model.dtype", lambda: check_trained_in(config.model), f"{config.model.dtype} can be trained in")
     if config.labels.transport != "auto":
         yield from check_loss(config.loss, config.labels)
+    yield from check_on_policy(config)
     yield checked("run", check_single_process, "the environment speaks of one process")
 
 

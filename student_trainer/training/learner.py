@@ -114,13 +114,27 @@ class Learner(nn.Module):
     @torch.no_grad()
     def with_own_ids(self, batch: PaddedBatch, count: int, step: int) -> TokenBatch:
         """The tokens of a micro-batch with the student's `count` likeliest ids of each row, as it is now (algorithms.md 2.1)."""
+        if batch.likeliest_NM is None:
+            ids_NM = self._likeliest_ids(batch.input_ids_BL, batch.index_N, count, step)
+        else:  # rollouts: the ids are those of their sampling, without a second pass
+            ids_NM = batch.likeliest_NM.copy()
+            asked_N = ids_NM[:, 0] < 0
+            if asked_N.any():
+                sequence_N, position_N = divmod(batch.index_N.numpy()[asked_N], batch.input_ids_BL.shape[1])
+                sequences, place_N = np.unique(sequence_N, return_inverse=True)
+                index_N = torch.from_numpy(place_N * batch.input_ids_BL.shape[1] + position_N)
+                ids_NM[asked_N] = self._likeliest_ids(batch.input_ids_BL[sequences], index_N, count, step)
+        return replace(batch.request.batch, extra_ids_NM=ids_NM)
+
+    def _likeliest_ids(self, input_ids_BL: Tensor, index_N: Tensor, count: int, step: int) -> np.ndarray:
+        """int32 [N, count], by a pass without dropout."""
         (term,) = (term for term in self._terms if isinstance(term, OutputTerm))
         self.eval()
-        outputs = self.plain(batch.input_ids_BL.to(self.device))
+        outputs = self.plain(input_ids_BL.to(self.device))
         self.train()
-        rows = SupervisedRows(batch.index_N.to(self.device), batch.labels_N, batch.weights_N)
-        ids_NM = term.likeliest_ids(outputs, rows, count, step)
-        return replace(batch.request.batch, extra_ids_NM=ids_NM.cpu().numpy().astype(np.int32))
+        nothing_N = torch.zeros(0)
+        rows = SupervisedRows(index_N.to(self.device), nothing_N, nothing_N)
+        return term.likeliest_ids(outputs, rows, count, step).cpu().numpy().astype(np.int32)
 
     def save_projectors(self, folder: Path) -> None:
         """Writes them, if there are any."""

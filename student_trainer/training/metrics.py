@@ -18,7 +18,7 @@ from student_trainer.losses.term import Mean
 
 _OVER = "over "  # before the name of a figure: what its sum is divided by
 # What the clock and the disk decide; everything else in the log is the same whenever the run is repeated.
-TIMED = ("tokens_per_s", "wait_share", "cache_hits", "runtime_s")
+TIMED = ("tokens_per_s", "wait_share", "cache_hits", "runtime_s", "rollout_wait_share")
 
 
 @dataclass

@@ -43,6 +43,8 @@ from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.objective import Objective
+from student_trainer.training.on_policy.checks import check_rollouts, plan_of
+from student_trainer.training.on_policy.rollouts import Rollouts
 from student_trainer.training.reporting.console import ConsoleProgress
 from student_trainer.training.reporting.layers import LayerReport
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
@@ -145,7 +147,12 @@ def _run(
         learned = _asking(learned, terms, data)
         sessions = [learned, *sessions[1:]]
     findings.add(check_requests(config, sessions, data, held_out))
-    windows = SOURCES["data"](data, order)
+    findings.add(check_rollouts(config, student.outline.positions, data, order, sessions))
+    rollouts, plan = None, plan_of(config, order)
+    if learned and plan and plan.has_any:
+        rollouts = Rollouts(config, student, data, order, plan, learned, vocab_rows, partial(_note, console))
+        terms = [*terms, rollouts.term]
+    windows = rollouts.windows if rollouts else SOURCES["data"](data, order)
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
@@ -171,6 +178,8 @@ def _run(
     try:
         start = open_folder(config, learned_from, resume, console, order.steps)
         keep_bad_rows(folder, data, held_out, console)
+        if rollouts:
+            rollouts.begin(start)
         provided = ProvidedRequests() if learned and config.labels.extra_ids else None
         feed = partial(open_training_feed, config, learned, windows, provided) if learned else None
         trainer = DistillationTrainer(
@@ -183,9 +192,10 @@ def _run(
             ask=provided.put if provided else None,
             teacher_head=learned.head if learned else None,
             measure=_measure(config, student, held_out, sessions, objective) if held_out else None,
-            callbacks=[progress, *trackers],
+            callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
             on_trouble=partial(_note, console),
         )
+        trainer.keep_beside = rollouts.save if rollouts else None
         trainer.try_saving()
         layers = None
         if learned and features:
@@ -207,6 +217,8 @@ def _run(
         progress.close()
         if trainer is not None:
             trainer.close()
+        if rollouts:
+            rollouts.close()
         if is_new and (trainer is None or not trainer.state.global_step):
             leave_no_trace(folder)  # of a run that has learned nothing
     result = finish(folder, trainer.state.global_step, metrics)

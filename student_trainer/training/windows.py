@@ -136,6 +136,8 @@ class PaddedBatch:
         labels: what the teacher answered; None where it was not asked.
         sampled_logp_N: float32, log-probability of each label under the weights and temperature that sampled it; NaN in rows of the
             data. None where no sequence is a rollout.
+        likeliest_NM: int32, the student's own likeliest ids of each row when it was sampled; -1 in rows of the data. None where no
+            sequence is a rollout, or none is known.
     """
 
     input_ids_BL: Tensor
@@ -145,6 +147,7 @@ class PaddedBatch:
     request: LabelRequest
     labels: LabelTensors | None = None
     sampled_logp_N: Tensor | None = None
+    likeliest_NM: np.ndarray | None = None
 
     @property
     def weight(self) -> float:
@@ -168,6 +171,7 @@ def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda
         torch.from_numpy(np.concatenate([item.example.target_weights for item in batch.examples])),
         batch.request,
         sampled_logp_N=_sampled_logp(batch.examples),
+        likeliest_NM=_likeliest(batch.examples),
     )
 
 
@@ -183,6 +187,18 @@ def _sampled_logp(items: Sequence[IndexedExample]) -> Tensor | None:
         for example in examples
     ]
     return torch.from_numpy(np.concatenate(parts))
+
+
+def _likeliest(items: Sequence[IndexedExample]) -> np.ndarray | None:
+    """int32 [N, M] of a micro-batch's targets, -1 in those of the data; None if none is known."""
+    known = [item.example.likeliest_NM if isinstance(item.example, RolloutExample) else None for item in items]
+    count = next((ids_NM.shape[1] for ids_NM in known if ids_NM is not None), 0)
+    if not count:
+        return None
+    rows = [int(item.example.loss_mask.sum()) for item in items]
+    return np.concatenate(
+        [np.full((n, count), -1, np.int32) if ids_NM is None else ids_NM for n, ids_NM in zip(rows, known, strict=True)]
+    )
 
 
 class SequenceNumbers(Dataset[int]):

@@ -32,6 +32,9 @@ class KeepingTrainer(Trainer):
     _verdicts: DeferredChecks
     _on_trouble: Callable[[str], None]
     _writing: Path | None = None  # where a checkpoint is being written
+    keep_beside: Callable[[Path], None] | None = (
+        None  # writes into the folder of a checkpoint what else the run needs to go on
+    )
 
     def try_saving(self) -> None:
         """Saves once before the first step, and takes it away again.
@@ -131,6 +134,8 @@ class KeepingTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_random(Path(output_dir))
+        if self.keep_beside is not None:
+            self.keep_beside(Path(output_dir))
 
     def _load_rng_state(self, checkpoint_dir: str | None) -> None:
         if checkpoint_dir is not None and (told := checkpoint.load_random(Path(checkpoint_dir))):

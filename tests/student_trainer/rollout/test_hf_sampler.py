@@ -194,5 +194,5 @@ def test_a_student_whose_cache_changes_its_logits_is_refused(model_factory, monk
         type(student.body), "forward",
         lambda self, *args, attention_mask=None, **kwargs: plain(self, *args, **kwargs),
     )  # fmt: skip
-    with pytest.raises(RolloutError, match="on_policy.engine=hf: .* left padding gives logits that differ"):
+    with pytest.raises(RolloutError, match=r"on_policy.engine=hf: .* left padding gives logits that differ"):
         HfSampler(student, Sampling(2, 8), V)

@@ -1,0 +1,77 @@
+"""Engines that write rollouts, by the name that `on_policy.engine` gives them.
+
+In: a run's config and its student; out: a `Sampler`, tried before step 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from student_trainer.config.on_policy import OnPolicyConfig
+from student_trainer.config.run import TrainConfig
+from student_trainer.errors import ConfigError
+from student_trainer.model.load import Student
+from student_trainer.rollout.hf_sampler import HfSampler, Sampling
+from student_trainer.rollout.sample import Sampler
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What an engine is made of.
+
+    Attributes:
+        config: of the run.
+        student: who writes.
+        sampling: how tokens are drawn.
+        vocab_rows: V, ids that may be drawn.
+        longest: tokens of a sequence that student and teacher can both read; None if neither knows a limit.
+    """
+
+    config: TrainConfig
+    student: Student
+    sampling: Sampling
+    vocab_rows: int
+    longest: int | None
+
+
+def _hf(writing: Writing) -> Sampler:
+    narrowed = torch.bfloat16 if writing.config.train.bf16 else None
+    return HfSampler(
+        writing.student, writing.sampling, writing.vocab_rows, positions=writing.longest, narrowed=narrowed
+    )
+
+
+# name of `on_policy.engine` -> what makes it. A new engine is one line here.
+ENGINES: dict[str, Callable[[Writing], Sampler]] = {"hf": _hf}
+
+
+def build_sampler(
+    config: TrainConfig,
+    settings: OnPolicyConfig,
+    student: Student,
+    *,
+    vocab_rows: int,
+    longest: int | None,
+    stop_ids: frozenset[int],
+) -> Sampler:
+    """The engine of a run.
+
+    Raises:
+        ConfigError: this version has no such engine.
+        RolloutError: the student cannot write by it.
+    """
+    if settings.engine not in ENGINES:
+        raise ConfigError(f"on_policy.engine={settings.engine}: is not there; there are {', '.join(ENGINES)}")
+    sampling = Sampling(
+        config.run.seed,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        stop_ids,
+        config.labels.extra_ids,
+        settings.batch,
+    )
+    return ENGINES[settings.engine](Writing(config, student, sampling, vocab_rows, longest))

@@ -1,0 +1,125 @@
+"""What can be wrong with `on_policy` before step 0, a `Finding` per check, by the name of the setting.
+
+In: config, rows, teachers; out: findings. A prompt that no completion fits behind is refused, or left to the policy of `on_failure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from student_trainer.config.on_policy import OnPolicyConfig
+from student_trainer.config.run import TrainConfig
+from student_trainer.data.batch_plan import RunOrder
+from student_trainer.data.dataset import Example, TokenizedDataset
+from student_trainer.findings import Finding
+from student_trainer.rollout.plan import RolloutPlan
+from student_trainer.rollout.prompts import hindrance, prompt_length
+from student_trainer.teachers.limits import check_groups
+from student_trainer.teachers.session import TeacherSession
+
+
+def plan_of(config: TrainConfig, order: RunOrder) -> RolloutPlan | None:
+    """The rollouts of a run; None for one without."""
+    if config.on_policy is None:
+        return None
+    window = order.batch_size * order.accumulation
+    return RolloutPlan(config.on_policy, seed=config.run.seed, steps=order.steps, window=window)
+
+
+def longest_sequence(positions: int | None, teacher: TeacherSession | None) -> int | None:
+    """Tokens of a sequence that a student with so many positions and its teacher can both read; None if neither knows a limit."""
+    limits = [positions, teacher.info.limits.max_sequence_tokens if teacher else None]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
+    """What can be told from the config alone."""
+    if config.on_policy is None:
+        return
+    if not config.teachers:
+        yield Finding.bad(
+            "on_policy", "on_policy: rollouts are learned from by a teacher's labels", "set the section teacher"
+        )
+        return
+    if config.loss.output is None:
+        yield Finding.bad(
+            "on_policy", "on_policy: needs loss.output, by which rollouts are learned from, and it is null"
+        )
+        return
+    yield Finding.good("on_policy", "rollouts have a teacher and a loss")
+
+
+def check_rollouts(
+    config: TrainConfig,
+    positions: int | None,
+    data: TokenizedDataset,
+    order: RunOrder,
+    sessions: Sequence[TeacherSession],
+) -> Iterator[Finding]:
+    """Whether there are prompts, whether completions fit behind them, and whether the teachers take the requests that hold them.
+
+    Args:
+        config: the run.
+        positions: that the student knows; None for no limit.
+        data, order: the rows and their order.
+        sessions: of the run's teachers.
+    """
+    settings, plan = config.on_policy, plan_of(config, order)
+    if settings is None or plan is None:
+        return
+    if not plan.has_any:
+        what = "on_policy.share: no sequence of the run is a rollout"
+        yield Finding.good("on_policy.share", what, f"{what}: it is learned off-policy alone")
+        return
+    teacher = sessions[0] if sessions else None
+    longest = longest_sequence(positions, teacher)
+    lengths = [prompt_length(row.example) for row in data]
+    why = [hindrance(tokens, longest, settings.max_new_tokens) for tokens in lengths]
+    bad = [number for number, told in enumerate(why) if told]
+    if bad:
+        yield _unanswerable(settings, data, bad, why[bad[0]])
+    else:
+        yield Finding.good("on_policy.max_new_tokens", f"a completion fits behind each of the {len(data):,} prompts")
+    if len(bad) == len(data):
+        return
+    for session in sessions[:1]:
+        grown = [
+            row.example if told else _at_most(row.example, tokens, settings.max_new_tokens)
+            for row, tokens, told in zip(data, lengths, why, strict=True)
+        ]
+        groups = [order.batch(number) for number in range(order.batches)]
+        if settings.samples_per_prompt > 1:  # of one prompt, whichever it is
+            heaviest = max(range(len(grown)), key=lambda number: grown[number].token_ids.size)
+            groups = [[heaviest] * order.batch_size]
+        yield from check_groups(
+            config, session, session.spec, TokenizedDataset(grown), groups, "on_policy.max_new_tokens"
+        )
+
+
+def _unanswerable(settings: OnPolicyConfig, data: TokenizedDataset, bad: list[int], why: str) -> Finding:
+    setting = "on_policy" if "no prompt" in why else "on_policy.max_new_tokens"
+    first = f"{data[bad[0]].example.key}: {why}"
+    if len(bad) == len(data):
+        fix = (
+            "on-policy training needs rows with a prompt: instructions or conversations, not plain text"
+            if "no prompt" in why
+            else "lower on_policy.max_new_tokens, or shorten the prompts"
+        )
+        return Finding.bad(setting, f"on_policy: none of the {len(data):,} rows can be answered; {first}", fix)
+    what = f"on_policy: {len(bad):,} of the {len(data):,} rows cannot be answered; {first}"
+    if settings.on_failure == "stop":
+        return Finding.bad(
+            setting, what, "take them out, lower on_policy.max_new_tokens, or set on_policy.on_failure=skip"
+        )
+    return Finding.good(setting, what, f"{what}; where they are drawn, the rows are learned from as they are")
+
+
+def _at_most(example: Example, prompt: int, max_new_tokens: int) -> Example:
+    """An example with as many tokens and targets as a row or the longest rollout in its place has."""
+    tokens = max(example.token_ids.size, prompt + max_new_tokens)
+    targets = max(int(example.loss_mask.sum()), max_new_tokens)
+    mask = np.zeros(tokens, np.bool_)
+    mask[-targets:] = True
+    return Example(np.zeros(tokens, np.int32), mask, 0, example.key)

@@ -1,0 +1,320 @@
+"""On-policy runs against a teacher behind the real wire: what is learned from at which step, and that nothing else changes."""
+
+import io
+import json
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from student_trainer.config.run import parse_config
+from student_trainer.errors import ConfigError, RolloutError, RunError
+from student_trainer.rollout.hf_sampler import HfSampler
+from student_trainer.rollout.sample import RolloutFailure
+from student_trainer.training.run import train
+from student_trainer.training.trainer import DistillationTrainer
+from teacher_wire.testing.loopback import serve
+from tests.student_trainer.conftest import fake_for, run_config
+from tests.student_trainer.training.test_train import QUIET, adapter_hash, losses
+
+ALL = {"share": 1.0, "max_new_tokens": 6, "max_staleness": 0}
+HALF = {"share": {"start": 0.0, "end": 1.0, "warmup": 0.2, "ramp": 0.5}, "max_new_tokens": 6}
+
+
+@pytest.fixture
+def go(tmp_path, model_factory, rows_file, fake, monkeypatch):
+    """name, sections -> the folder of a run, and the names of the samples that each micro-batch has learned from."""
+    seen = []
+    plain = DistillationTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        batch = inputs["batch"]
+        seen.append(batch)
+        return plain(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", watched)
+    with serve(fake) as server:
+
+        def run(name, *, resume=False, console=QUIET, **sections):
+            where = {"output_dir": str(tmp_path / name), "cache_dir": str(tmp_path / "cache")}
+            sections = {"data": {"eval": []}, "model": {"compiled": False}} | sections
+            tree = run_config(tmp_path, model_factory("qwen2"), rows_file, server.address, run=where, **sections)
+            seen.clear()
+            return train(parse_config(tree, "test"), resume=resume, console=console).output_dir, list(seen)
+
+        run.server = server
+        yield run
+
+
+def ledger(folder):
+    path = folder / "rollouts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def names(seen):
+    return [name for batch in seen for name in batch.request.names]
+
+
+def take_back(folder, *steps):
+    """Makes a finished run one that was interrupted after an earlier checkpoint."""
+    for name in ("final", *(f"checkpoint-{step}" for step in steps)):
+        shutil.rmtree(folder / name)
+    (folder / "result.json").unlink()
+
+
+def test_a_share_of_nothing_is_off_policy_training_bit_by_bit(go):
+    off, plain = go("off")
+    none, seen = go("none", on_policy={"share": 0.0})
+    late, some = go(
+        "late", on_policy={"share": {"start": 0, "end": 1, "warmup": 0.5, "ramp": 0.0}, "max_new_tokens": 5}
+    )
+    assert losses(off) == losses(none) and adapter_hash(off) == adapter_hash(none) and names(plain) == names(seen)
+    assert not (none / "rollouts.jsonl").exists()
+    strip = [{k: v for k, v in entry.items() if k in losses(off)[0]} for entry in losses(late)]
+    assert strip[:3] == losses(off)[:3] and strip[3:6] != losses(off)[3:6]
+    assert names(some)[:12] == names(plain)[:12]
+
+
+def test_a_share_of_all_learns_from_rollouts_alone(go):
+    folder, seen = go("all", on_policy=ALL)
+    assert all("[rollout " in name for name in names(seen)) and len(names(seen)) == 24
+    entries = ledger(folder)
+    assert [(e["step"], e["slot"]) for e in entries] == [(step, slot) for step in range(6) for slot in range(4)]
+    assert all(e["version"] == e["step"] for e in entries) and all(1 <= e["tokens"] <= 6 for e in entries)
+    log = [e for e in losses(folder) if "loss" in e]
+    assert all(e["on_policy_share"] == 1 and e["staleness"] == 0 and np.isfinite(e["loss"]) for e in log)
+    assert all(0 <= e["teacher_agreement"] <= 1 and e["teacher_entropy"] > 0 for e in log)
+    for batch in seen:
+        assert batch.sampled_logp_N.shape == batch.labels_N.shape and not batch.sampled_logp_N.isnan().any()
+        assert (batch.weights_N == 0).sum() == sum(not e["finished"] for e in entries[:2])  # checked in full below
+        entries = entries[2:]
+
+
+def test_what_is_learned_from_is_what_the_student_would_write(go, model_factory):
+    """The log-probabilities of step 0, under the untrained student called directly, over prompts of the rows."""
+    from student_trainer.config.model import ModelConfig
+    from student_trainer.model.load import load_student
+
+    _, seen = go("first", on_policy=ALL, train={"max_steps": 1, "log_steps": 1, "save_steps": 0})
+    settings = ModelConfig(path=str(model_factory("qwen2")), dtype="float32", lora={"rank": 4}, compiled=False)
+    student = load_student(settings, seed=0)
+    student.model.eval()
+    for batch in seen:
+        with torch.no_grad():
+            logp_BLV = student.model(input_ids=batch.input_ids_BL).logits.log_softmax(-1)
+        wanted = logp_BLV.flatten(0, 1)[batch.index_N].gather(-1, batch.labels_N[:, None])[:, 0]
+        np.testing.assert_allclose(batch.sampled_logp_N, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_weights_are_as_old_as_the_plan_says(go, staleness):
+    folder, seen = go("old", on_policy=ALL | {"max_staleness": staleness})
+    assert [e["version"] for e in ledger(folder)[::4]] == [max(0, step - staleness) for step in range(6)]
+    log = [e for e in losses(folder) if "loss" in e]
+    assert [e["staleness"] for e in log] == [min(step, staleness) for step in range(6)]
+
+
+@pytest.mark.parametrize(("staleness", "kept"), [(0, 2), (1, 4), (2, 2)])
+def test_a_resumed_run_is_the_uninterrupted_one(go, staleness, kept):
+    settings = {"on_policy": HALF | {"max_staleness": staleness}, "train": {"keep_checkpoints": 9}}
+    (straight, seen), (broken, _) = go("straight", **settings), go("broken", **settings)
+    assert ledger(straight) == ledger(broken) and losses(straight) == losses(broken)
+    take_back(broken, *(step for step in (2, 4, 6) if step > kept))
+    _, again = go("broken", resume=True, **settings)
+    assert names(again) == names(seen)[4 * kept :]
+    assert [b.input_ids_BL.tolist() for b in again] == [b.input_ids_BL.tolist() for b in seen[2 * kept :]]
+    assert ledger(broken) == ledger(straight) and losses(broken) == losses(straight)
+    assert adapter_hash(broken) == adapter_hash(straight)
+
+
+def test_how_a_window_is_cut_changes_no_coin(go):
+    found = {}
+    for size, accumulation in ((1, 8), (2, 4), (4, 2), (8, 1)):
+        cut = {"batch_size": size, "accumulation": accumulation, "max_steps": 3, "save_steps": 0}
+        folder, seen = go(f"cut-{size}", train=cut, on_policy=HALF | {"max_staleness": 0})
+        found[size] = [(e["step"], e["slot"], e["key"]) for e in ledger(folder)], names(seen)
+    assert len({str(value) for value in found.values()}) == 1 and found[1][0]
+
+
+def test_the_share_follows_its_schedule_by_the_ledger(go):
+    from student_trainer.config.on_policy import OnPolicyConfig
+    from student_trainer.rollout.plan import RolloutPlan
+
+    folder, seen = go("share", on_policy=HALF)
+    plan = RolloutPlan(OnPolicyConfig(**HALF), seed=0, steps=6, window=4)
+    assert [(e["step"], e["slot"]) for e in ledger(folder)] == [(s, p.slot) for s in range(6) for p in plan.places(s)]
+    log = [e for e in losses(folder) if "loss" in e]
+    assert [e["on_policy_share"] for e in log] == [len(plan.places(step)) / 4 for step in range(6)]
+    assert ["[rollout " in name for name in names(seen)] == [
+        slot in {p.slot for p in plan.places(s)} for s in range(6) for slot in range(4)
+    ]
+    assert "teacher_agreement" not in log[0] and "staleness" not in log[0] and "teacher_agreement" in log[-1]
+
+
+def test_samples_of_one_prompt_share_it(go):
+    folder, _ = go("groups", on_policy=ALL | {"samples_per_prompt": 2})
+    keys = [e["key"] for e in ledger(folder)]
+    assert keys[::2] == keys[1::2] and len(set(keys)) == 12
+
+
+def test_labels_of_rollouts_are_not_kept_and_those_of_rows_are(go, tmp_path):
+    folder, _ = go("kept", on_policy=HALF)
+    rows = 24 - len(ledger(folder))
+    kept = len(list((tmp_path / "cache" / "labels").rglob("*.safetensors")))
+    assert rows <= kept <= rows + 1 < 20  # and the one that the door was tried with
+
+
+@pytest.mark.parametrize("transport", ["top_k", "full"])
+def test_other_labels_tell_of_health_too(go, transport):
+    folder, _ = go(transport, on_policy=ALL, labels={"transport": transport, "k": 20})
+    log = [e for e in losses(folder) if "loss" in e]
+    assert all(0 <= e["topk_overlap"] <= 1 and 0 < e["teacher_entropy"] < np.log(300) + 1e-6 for e in log)
+
+
+def test_the_students_own_ids_are_those_of_sampling(go, monkeypatch):
+    from student_trainer.training.learner import Learner
+
+    passes = []
+    plain = Learner._likeliest_ids
+    monkeypatch.setattr(
+        Learner, "_likeliest_ids", lambda self, ids, *a: passes.append(len(ids)) or plain(self, ids, *a)
+    )
+    labels = {"transport": "top_k", "k": 8, "extra_ids": 4}
+    go("named", on_policy=ALL, labels=labels)
+    assert not passes
+    folder, seen = go("mixed", on_policy=HALF, labels=labels)
+    assert sum(passes) == 24 - len(ledger(folder))
+    for batch in seen:
+        assert (
+            batch.likeliest_NM is None
+            or ((batch.likeliest_NM < 0).all(-1) == batch.sampled_logp_N.isnan().numpy()).all()
+        )
+
+
+def test_a_prompt_without_a_completion_is_named_skipped_and_counted(go, monkeypatch):
+    plain = HfSampler.sample
+
+    def failing(self, prompts):
+        return [
+            RolloutFailure(one.prompt, "the weather is bad") if (one.prompt.step, one.prompt.slot) == (1, 2) else one
+            for one in plain(self, prompts)
+        ]
+
+    monkeypatch.setattr(HfSampler, "sample", failing)
+    shown = Console(file=io.StringIO(), width=300)
+    folder, seen = go("skipped", on_policy=ALL, console=shown)
+    (skipped,) = [e for e in ledger(folder) if "skipped" in e]
+    assert (skipped["step"], skipped["slot"], skipped["skipped"]) == (1, 2, "the weather is bad")
+    assert names(seen)[6] == skipped["key"] and sum("[rollout" in name for name in names(seen)) == 23
+    log = [e for e in losses(folder) if "loss" in e]
+    assert [e.get("rollout_failures") for e in log] == [None, 1, None, None, None, None]
+    assert log[1]["on_policy_share"] == 0.75
+    assert f"{skipped['key']} (step 1, place 2) got no completion: the weather is bad" in shown.file.getvalue()
+    with pytest.raises(RunError, match="got no completion: the weather is bad .on_policy.on_failure=stop"):
+        go("stopped", on_policy=ALL | {"on_failure": "stop"})
+
+
+def test_a_failure_is_pending_like_any_rollout(go, monkeypatch):
+    plain = HfSampler.sample
+
+    def failing(self, prompts):
+        return [
+            RolloutFailure(p, "no") if p.slot == 1 else one
+            for p, one in zip(prompts, plain(self, prompts), strict=True)
+        ]
+
+    monkeypatch.setattr(HfSampler, "sample", failing)
+    settings = {"on_policy": ALL | {"max_staleness": 1}, "train": {"keep_checkpoints": 9}}
+    folder, _ = go("pending", **settings)
+    before = ledger(folder), losses(folder)
+    take_back(folder, 4, 6)
+    go("pending", resume=True, **settings)
+    assert (ledger(folder), losses(folder)) == before
+
+
+def test_an_engine_that_is_gone_ends_the_run_with_its_word(go, monkeypatch, tmp_path):
+    def gone(self, prompts):
+        raise RolloutError("on_policy.engine=hf: the machine is on fire")
+
+    monkeypatch.setattr(HfSampler, "sample", gone)
+    with pytest.raises(RolloutError, match="on fire"):
+        go("gone", on_policy=ALL)
+    assert not (tmp_path / "gone").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name == "rollouts"]
+
+
+def test_a_teacher_that_dies_during_rollouts_is_waited_for_and_nothing_is_lost(go, monkeypatch):
+    settings = {"on_policy": HALF, "teacher": {"address": go.server.address, "wait_s": 60}}
+    straight, _ = go("straight", **settings)
+    plain = HfSampler.sample
+
+    def killed(self, prompts):
+        written = plain(self, prompts)
+        if prompts and prompts[0].step == 3:
+            go.server.stop()
+            threading.Timer(1.0, go.server.start).start()
+            time.sleep(0.2)
+        return written
+
+    monkeypatch.setattr(HfSampler, "sample", killed)
+    killed_run, _ = go("killed", **settings)
+    assert losses(killed_run) == losses(straight) and ledger(killed_run) == ledger(straight)
+
+
+def test_a_damaged_checkpoint_of_rollouts_is_named(go):
+    settings = {"on_policy": ALL | {"max_staleness": 1}}
+    folder, _ = go("damaged", **settings)
+    take_back(folder, 6)
+    file = folder / "checkpoint-4" / "rollouts.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'\\"tokens\\": ', b'\\"tokenz\\": '))
+    with pytest.raises(RunError, match=r"checkpoint-4/rollouts.safetensors cannot be read"):
+        go("damaged", resume=True, **settings)
+    assert (folder / "checkpoint-4").is_dir()
+
+
+def test_garbage_is_warned_of_once(go):
+    shown = Console(file=io.StringIO(), width=400)
+    go("garbage", on_policy=ALL, console=shown)  # a random student and a random teacher
+    assert shown.file.getvalue().count("the teacher is asked about sequences that are far from its own") == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({"teacher": None, "loss": {"output": None, "sft_weight": 1.0}}, "on_policy: .* set the section teacher"),
+        (
+            {"on_policy": {"share": 1.0, "max_new_tokens": 200}},
+            "on_policy.max_new_tokens=200 are more than the 128 tokens that",
+        ),
+        ({"on_policy": {"share": 1.0, "engine": "vllm"}}, "on_policy.engine=vllm: is not there; there are hf"),
+        ({"on_policy": {"share": 1.5}}, "on_policy.share"),
+        ({"on_policy": {"share": {"warmup": 0.8, "ramp": 0.3}}}, "warmup=0.8 and ramp=0.3 are more than the run"),
+        ({"on_policy": {"max_new_tokens": 1}}, "on_policy.max_new_tokens"),
+        ({"on_policy": {"sync_steps": 4, "max_staleness": 2}}, "sync_steps=4 makes rollouts older"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(go, sections, wanted, tmp_path):
+    with pytest.raises(ConfigError, match=wanted):
+        go("refused", **{"on_policy": ALL} | sections)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_plain_text_rows_have_no_prompt(tmp_path, model_factory, fake):
+    rows = tmp_path / "text.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"the cat sat on a mat {i}"}) + "\n" for i in range(8)))
+    with serve(fake) as server:
+        tree = run_config(
+            tmp_path,
+            model_factory("qwen2"),
+            rows,
+            server.address,
+            on_policy=ALL,
+            data={"eval": [], "template": "plain"},
+        )
+        with pytest.raises(ConfigError, match=r"none of the 8 rows can be answered.*needs rows with a prompt"):
+            train(parse_config(tree, "test"), console=QUIET)
