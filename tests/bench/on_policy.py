@@ -3,7 +3,7 @@
 `addition`: a teacher that adds, students on noisy rows. At equal steps: off-policy alone against an off-policy warm-up after which the share of the
 student's own samples grows in a straight line (`on_policy.share`). `hint`: a base that reads a hint well and adds badly teaches itself: served frozen it sees the right
 sum before the problem, the student sees the problem alone; beside it SFT on the right sums at equal steps.
-Samples are the product's (`rollout.hf_sampler`, coins of `schedules.uniforms`), labels come over gRPC from the product's engine, and are learned from by the
+Samples are the product's (`rollout.hf_sampler`, `rollout.plan`), labels come over gRPC from the product's engine, and are learned from by the
 product's own terms in a plain loop. CPU, `--workers` processes of one thread; a run that is cut off leaves what it has in $OUT/on_policy-TASK.json.
 
     python -m tests.bench.on_policy addition [--digits 5] [--seeds 5] [--workers 2] [--json]
@@ -34,7 +34,7 @@ from transformers import Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from student_trainer.config.losses import LossConfig
-from student_trainer.config.on_policy import ShareConfig
+from student_trainer.config.on_policy import OnPolicyConfig, ShareConfig
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example, IndexedExample
 from student_trainer.evaluation.report import paired
@@ -43,8 +43,8 @@ from student_trainer.labels.packing import pack
 from student_trainer.model.load import Student
 from student_trainer.rollout.examples import example_of
 from student_trainer.rollout.hf_sampler import HfSampler, Sampling
+from student_trainer.rollout.plan import RolloutPlan
 from student_trainer.rollout.sample import Rollout, RolloutPrompt
-from student_trainer.schedules import uniforms
 from student_trainer.training.learner import Learner
 from student_trainer.training.objective import Objective
 from student_trainer.training.windows import MicroBatch, padded
@@ -110,12 +110,6 @@ WAYS: dict[str, dict[str, Way]] = {
 }
 
 
-def share_at(share: ShareConfig, step: int, steps: int) -> float:
-    """The share of a step, as config/on_policy.py says."""
-    risen = (step - share.warmup * steps) / max(1e-9, share.ramp * steps)
-    return share.start + (share.end - share.start) * min(1.0, max(0.0, risen))
-
-
 def train(
     model: Any, task: Addition, rows: Sequence[Example], hints: Sequence[np.ndarray] | None, way: Way, recipe: StudentRecipe, seed: int, room: Classroom,
 ) -> Any:  # fmt: skip
@@ -136,6 +130,8 @@ def train(
         len(rows), batch_size=recipe.batch_size, accumulation=1, epochs=1, max_steps=recipe.steps, seed=seed
     )
 
+    plan = RolloutPlan(OnPolicyConfig(share=way.share), seed=seed, steps=recipe.steps, window=recipe.batch_size)
+
     def labels_of(examples: Sequence[Example], indices: Sequence[int]) -> list[TeacherSignals]:
         seen = (
             examples
@@ -150,8 +146,7 @@ def train(
         indices = order.batch(step)
         examples: list[Example] = [rows[index] for index in indices]
         labels: list[TeacherSignals] = [kept[index] for index in indices] if kept else []
-        coin_B = uniforms(seed, "on_policy", step, np.arange(len(indices))) < share_at(way.share, step, recipe.steps)
-        places = np.flatnonzero(coin_B).tolist()
+        places = [place.slot for place in plan.places(step)]
         if places and sampler is not None:
             sampler.load({name: p.detach() for name, p in student.model.named_parameters()}, step)
             prompts = [
