@@ -41,26 +41,39 @@ class ScheduleConfig(Settings):
 
 
 class OutputLossConfig(Settings):
-    """Divergence of the output distributions (algorithms.md 1).
+    """Divergence of the output distributions (algorithms.md 1), or reverse KL on the student's own samples as a policy gradient (10).
 
     Attributes:
         weight: of this term.
+        divergence: which; `pg_rkl` is the policy gradient, for the section `on_policy`, and needs of the teacher no more than the
+            log-probability of each token (`labels.transport: given`).
         beta: of `jsd`; 0 is forward KL, 1 reverse KL, exactly.
         alpha: of `skew_kl`, `skew_rkl` (0.1 if null) and `adaptive_kl` (0.5 if null).
         normalization: `paper`, or `unit` = D / (beta (1 - beta)), comparable across beta.
         temperature: of the loss, constant or a schedule. Not the temperature of sampling.
         tau_squared: multiply by temperature squared; null means: under a schedule.
+        clip: of `pg_rkl`, 0.2 if null: a token stops to teach once its probability has changed by more than this share since it was
+            sampled. `.inf` clips nothing.
         tempered_head: with `top_k`, the other objective of algorithms.md 2.4 that has a meaning at any temperature.
     """
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "adaptive_kl"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "adaptive_kl", "pg_rkl"] = (
+        "forward_kl"
+    )
     beta: Fraction = 0.5
     alpha: Fraction | None = None
     normalization: Literal["paper", "unit"] = "paper"
     temperature: Annotated[float, Field(gt=0)] | ScheduleConfig = 1.0
     tau_squared: bool | None = None
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     tempered_head: bool = False
+
+    @model_validator(mode="after")
+    def _clipped(self) -> OutputLossConfig:
+        if self.clip is not None and self.divergence != "pg_rkl":
+            raise ValueError(f"clip belongs to divergence pg_rkl, not {self.divergence}")
+        return self
 
 
 class LossConfig(Settings):

@@ -18,7 +18,7 @@ from student_trainer.config.files import Settings, parse_as, read_tree
 from student_trainer.config.losses import LossConfig
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.on_policy import OnPolicyConfig
-from student_trainer.config.teachers import CacheConfig, FeedConfig, LabelConfig, TeacherConfig
+from student_trainer.config.teachers import CacheConfig, ContextConfig, FeedConfig, LabelConfig, TeacherConfig
 from student_trainer.config.training import OptimizationConfig
 from student_trainer.errors import ConfigError
 
@@ -68,6 +68,11 @@ class TrainConfig(Settings):
     def teachers(self) -> tuple[TeacherConfig, ...]:
         """Every teacher that the run learns from: none, or the one of the section `teacher`."""
         return () if self.teacher is None else (self.teacher,)
+
+    @property
+    def context(self) -> ContextConfig | None:
+        """What of each row the teacher alone is told; None for nothing."""
+        return self.teacher.context if self.teacher else None
 
 
 TOKENS = "tokens"  # folder of tokenised rows in a cache folder

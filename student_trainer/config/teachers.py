@@ -13,6 +13,29 @@ from student_trainer.config.files import Settings
 from teacher_wire.transport.proxy import AUTO, NONE, proxy_url
 
 
+class ContextConfig(Settings):
+    """What of each row the teacher alone is told: a hint, the reference answer, a document, another system prompt (docs/objectives.md).
+
+    Attributes:
+        field: of the rows, whose text it is; a row without it is a bad row.
+        template: what becomes of the message: `{message}` stands for the message as the student reads it, `{context}` for the field's text.
+        role: whose message: the last one of the `user` before the answers, or the `system` message, which is made if there is none.
+    """
+
+    field: Annotated[str, Field(min_length=1)]
+    template: str = "{message}\n\n{context}"
+    role: Literal["user", "system"] = "user"
+
+    @field_validator("template")
+    @classmethod
+    def _tells(cls, value: str) -> str:
+        if "{context}" not in value:
+            raise ValueError(
+                "must have the place {context}, where the field's text goes; {message} stands for the message itself"
+            )
+        return value
+
+
 class TeacherConfig(Settings):
     """Whom to learn from: a server at `address`, or one started beside us from `embedded`.
 
@@ -29,6 +52,7 @@ class TeacherConfig(Settings):
         retry_s: how long a request is retried while the server is away.
         answer_s: how long a request that the server has taken may stay without any part of its answer before it is made again.
         allow_template_mismatch: learn although the teacher's chat template differs from ours.
+        context: what of each row the teacher alone is told; null for nothing.
     """
 
     address: str | None = None
@@ -44,6 +68,7 @@ class TeacherConfig(Settings):
     retry_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 300.0
     answer_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 600.0
     allow_template_mismatch: bool = False
+    context: ContextConfig | None = None
 
     @field_validator("proxy")
     @classmethod
@@ -66,7 +91,7 @@ class LabelConfig(Settings):
 
     Attributes:
         transport: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass;
-            `full` sends every logit, for small vocabularies; `auto` picks the exact one that fits card and link.
+            `full` sends every logit, for small vocabularies; `given` sends the log-probability of each token alone, for `pg_rkl`; `auto` picks the exact one that fits card and link.
         k: kept entries of `top_k`.
         extra_ids: of `top_k`, the student's own likeliest ids per row that are kept too, for divergences that weigh by the
             student (reverse KL, JSD). Asked for when the student has seen the batch, so not ahead.
@@ -76,7 +101,7 @@ class LabelConfig(Settings):
             transports always send them of all rows.
     """
 
-    transport: Literal["hidden", "top_k", "full", "auto"] = "hidden"
+    transport: Literal["hidden", "top_k", "full", "given", "auto"] = "hidden"
     k: Positive = 128
     extra_ids: Annotated[int, Field(ge=0)] = 0
     compression: Literal["none", "int8"] = "none"

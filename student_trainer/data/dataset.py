@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from student_trainer.data.rows.intake import BadRow, Intake
 from student_trainer.data.rows.sources import DataSource, read_source
-from student_trainer.data.text.answer import Template
+from student_trainer.data.teacher_view import TeacherContext, TeacherView, check_targets
+from student_trainer.data.text.answer import Answer, Template
 from student_trainer.data.text.clock import Clock
 from student_trainer.data.text.encoding import Encoder, TokenSequence
 from student_trainer.data.text.templates import choose, rendering_sha256
@@ -46,6 +47,7 @@ class Example:
             end-of-turn token count 0 bytes, though their loss is part of the sum: a model must also know when to stop.
         key: "file:line" of the row, with the task of a trace, and with the turn where a conversation is several examples.
         weights: float32 [L], weight of each target's loss; None: 1 everywhere.
+        teacher: the row as the teacher reads it; None where that is as the student does.
     """
 
     token_ids: np.ndarray
@@ -53,6 +55,12 @@ class Example:
     target_bytes: int
     key: str
     weights: np.ndarray | None = None
+    teacher: TeacherView | None = None
+
+    @property
+    def asked(self) -> TeacherView:
+        """What a teacher is asked about this row."""
+        return self.teacher or TeacherView(self.token_ids, self.loss_mask)
 
     @property
     def target_weights(self) -> np.ndarray:
@@ -154,6 +162,8 @@ class TokenizedDataset:
             digest.update(example.loss_mask.tobytes())
             if example.weights is not None:
                 digest.update(example.weights.tobytes())
+            if example.teacher is not None:
+                digest.update(b"teacher" + example.teacher.token_ids.tobytes() + example.teacher.loss_mask.tobytes())
         return digest.hexdigest()
 
     @property
@@ -190,6 +200,7 @@ def build_dataset(
     template_kwargs: Mapping[str, Any] | None = None,
     clock: Clock | None = None,
     intake: Intake | None = None,
+    context: TeacherContext | None = None,
 ) -> TokenizedDataset:
     """Read, parse and tokenise every source.
 
@@ -203,6 +214,7 @@ def build_dataset(
         template_kwargs: variables of the chat template; a row's own stand before them.
         clock: the day that the template prints; today's if None.
         intake: takes bad rows and is told what each source holds; None refuses bad rows.
+        context: what of a row the teacher alone is told; None for nothing.
 
     Raises:
         DataError: anything wrong with a source, a row or the template; an overlong row; or no row left.
@@ -216,12 +228,16 @@ def build_dataset(
     clock, intake = clock or Clock(), intake or Intake()
     chosen = choose(template, tokenizer, kwargs=template_kwargs, clock=clock)
     encoder = Encoder(tokenizer, chosen)
+    informing = context and _Informing(
+        context, tokenizer, choose(template, tokenizer, kwargs=template_kwargs, clock=clock)
+    )
     examples: list[Example] = []
     dropped: list[Overlength] = []
     weightless: list[TaskRow] = []
     rows = 0
     for source in sources:
-        for made, found in _examples(source, chosen, encoder, turns, system_prompt, traces or TraceTasks(), intake):
+        read = _examples(source, chosen, encoder, turns, system_prompt, traces or TraceTasks(), intake, informing)
+        for made, found in read:
             rows += 1
             if not found:
                 weightless.append(made)
@@ -284,24 +300,32 @@ def _examples(
     system_prompt: str,
     traces: TraceTasks,
     intake: Intake,
+    informing: _Informing | None,
 ) -> Iterator[tuple[TaskRow, list[Example]]]:
     """The conversations of a source in order, each with its examples; none where nothing in it has a weight above 0."""
-    rows = task_rows(read_source(source, intake), source.format, system_prompt, traces, intake, source.path)
+    read = read_source(source, intake)
+    if informing is not None:
+        read = [replace(row, beside=frozenset({informing.context.field})) for row in read]
+    rows = task_rows(read, source.format, system_prompt, traces, intake, source.path)
     for start in range(0, len(rows), ROWS_PER_CALL):
-        some, answers = [], []
+        some, answers, told = [], [], []
         for made in rows[start : start + ROWS_PER_CALL]:
             try:
-                answers.append(template.answers(made.conversation, turns))
+                found = template.answers(made.conversation, turns)
+                told.append([] if informing is None else informing.answers(made, turns))
+                answers.append(found)
                 some.append(made)
             except DataError as error:  # templates know conversations, not rows: the place is added here
-                intake.leave_out(made.row.error(str(error)), made.row.fields)
+                intake.leave_out(error if error.line else made.row.error(str(error)), made.row.fields)
         if not some:
             continue
-        for made, sequences in zip(some, encoder.encode(answers, turns), strict=True):
+        views = [None] * len(some) if informing is None else informing.encode(told, turns)
+        for made, sequences, seen in zip(some, encoder.encode(answers, turns), views, strict=True):
             try:
                 if made.task and not sequences:
                     raise made.row.error("no target has a weight above 0")
                 examples = [_example(made, sequence, parted=len(sequences) > 1) for sequence in sequences]
+                examples = examples if seen is None else _seen_otherwise(made, examples, seen)
             except DataError as error:
                 intake.leave_out(error, made.row.fields)
                 continue
@@ -315,3 +339,42 @@ def _example(made: TaskRow, sequence: TokenSequence, *, parted: bool) -> Example
         raise made.row.error("no target has a weight above 0")
     key = f"{made.key}[turn {sequence.turns[0]}]" if parted else made.key
     return Example(sequence.token_ids, sequence.loss_mask, sequence.target_bytes, key, sequence.weights)
+
+
+class _Informing:
+    """Makes the teacher's renderings of conversations, with a template and counters of its own.
+
+    Attributes:
+        context: what the teacher is told.
+    """
+
+    def __init__(self, context: TeacherContext, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        self.context = context
+        self._template = template
+        self._encoder = Encoder(tokenizer, template)
+
+    def answers(self, made: TaskRow, turns: str) -> list[Answer]:
+        return self._template.answers(self.context.informed(made.row, made.conversation, turns), turns)
+
+    def encode(self, told: Sequence[Sequence[Answer]], turns: str) -> list[list[TeacherView] | None]:
+        found = self._encoder.encode(told, turns)
+        return [[TeacherView(sequence.token_ids, sequence.loss_mask) for sequence in sequences] for sequences in found]
+
+
+def _seen_otherwise(made: TaskRow, examples: list[Example], views: list[TeacherView]) -> list[Example]:
+    """The examples with what the teacher sees of each.
+
+    Raises:
+        DataError: the targets of the two differ.
+    """
+    if len(examples) != len(views):
+        raise made.row.error(
+            f"the teacher's rendering makes {len(views)} sequences of its answers, the student's {len(examples)} (teacher.context); "
+            "data.turns=each makes one of each answer"
+        )
+    for example, view in zip(examples, views, strict=True):
+        try:
+            check_targets(example.token_ids, example.loss_mask, view)
+        except DataError as error:
+            raise made.row.error(str(error)) from error
+    return [replace(example, teacher=view) for example, view in zip(examples, views, strict=True)]

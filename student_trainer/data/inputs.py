@@ -16,10 +16,12 @@ from rich.markup import escape
 
 from student_trainer.config.data import DataConfig, SourceConfig
 from student_trainer.config.run import TOKENS, TrainConfig
+from student_trainer.config.teachers import ContextConfig
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example, TokenizedDataset, build_dataset
 from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, write_bad_rows
 from student_trainer.data.rows.sources import DataSource, parse_source
+from student_trainer.data.teacher_view import TeacherContext
 from student_trainer.data.text.clock import Clock
 from student_trainer.data.token_cache import TokenCache
 from student_trainer.data.trace_rows import TraceTasks
@@ -38,6 +40,7 @@ def load_data(
     console: Console,
     pinned: datetime.date | None = None,
     cache_dir: Path | None = None,
+    context: ContextConfig | None = None,
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """The rows to learn from and those to measure with; says what each source holds, and how many rows there are.
 
@@ -47,6 +50,7 @@ def load_data(
         console: told what was read.
         pinned: the day on which the run began, for templates that print one; None for a new run.
         cache_dir: of all runs of this machine; tokenised rows are kept in its folder `tokens`. None: they are not kept.
+        context: what of each row the teacher alone is told; None for nothing.
 
     Raises:
         DataError, ConfigError: naming file and line, or the setting.
@@ -56,6 +60,7 @@ def load_data(
     intakes = {"train": Intake(config.bad_rows), "eval": Intake(config.bad_rows)}
 
     notes: list[str] = []
+    told: dict[str, Any] = {} if context is None else {"context": TeacherContext(**context.model_dump())}
     make = build_dataset if cache_dir is None else TokenCache(cache_dir / TOKENS, notes.append).dataset
 
     def build(sources: Any, intake: Intake) -> TokenizedDataset:
@@ -71,6 +76,7 @@ def load_data(
             turns=config.turns,
             template_kwargs=config.template_kwargs,
             clock=clock,
+            **told,
         )
 
     with console.status("reading and tokenising the data"):
@@ -152,7 +158,7 @@ def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
 def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset, indices: Iterable[int]) -> int:
     """About what the labels of these rows take in the cache."""
     examples = [data[index].example for index in indices]
-    tokens = sum(example.token_ids.size for example in examples)
+    tokens = sum(example.asked.token_ids.size for example in examples)
     answers = sum(answer_bytes(info, spec, example) for example in examples)
     return answers + tokens * _TOKEN_BYTES + len(examples) * _FILE_BYTES
 
@@ -164,7 +170,7 @@ def answer_bytes(info: TeacherInfo, spec: SignalSpec, example: Example) -> int:
     uneven = [part for part in spec.fields_of(info) if part.axis in (Axis.BLOCK, Axis.TOKEN)]
     if not uneven:
         return bytes_
-    tokens = example.token_ids.size  # each row sees no more blocks than the last
+    tokens = example.asked.token_ids.size  # each row sees no more blocks than the last
     most = {Axis.BLOCK: rows * (-(-tokens // BLOCK_POSITIONS)), Axis.TOKEN: tokens}
     return bytes_ + sum(most[part.axis] * part.entry_bytes for part in uneven)
 

@@ -6,7 +6,7 @@ them, the tokenizer, the template, every setting, the code of this package and t
 Must never give a dataset that `build_dataset` would not give: what cannot be proved the same is made anew. Rows of a hub id are
 not kept, since only the hub knows whether they have changed.
 
-Axes: B examples, T tokens of all examples one behind another, W of those that have weights.
+Axes: B examples, T tokens of all examples one behind another, W of those that have weights; S examples that the teacher reads otherwise, T of its tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from student_trainer.data.dataset import Example, Overlength, Rendering, TokenizedDataset, build_dataset
 from student_trainer.data.rows.intake import BadRow, Intake, SourceFacts
 from student_trainer.data.rows.sources import DataSource, describes_itself, local_path
+from student_trainer.data.teacher_view import TeacherView
 from student_trainer.data.text.clock import Clock
 from student_trainer.data.text.templates import choose
 from student_trainer.errors import DataError
@@ -242,7 +243,18 @@ def _save(path: Path, key: str, entry: _Entry) -> None:
     if json.loads(written) != facts:
         raise _NotKeptError
     weights = [example.weights for example in examples if example.weights is not None]
-    tensors = {
+    seen = [(b, example.teacher) for b, example in enumerate(examples) if example.teacher is not None]
+    views = (
+        {
+            "seen_by_teacher_S": np.array([b for b, _ in seen], np.int64),
+            "teacher_tokens_S": np.array([view.token_ids.size for _, view in seen], np.int64),
+            "teacher_ids_T": np.concatenate([view.token_ids for _, view in seen]),
+            "teacher_mask_T": np.concatenate([view.loss_mask for _, view in seen]),
+        }
+        if seen
+        else {}
+    )
+    tensors = views | {
         "token_ids_T": np.concatenate([example.token_ids for example in examples]),
         "loss_mask_T": np.concatenate([example.loss_mask for example in examples]),
         "tokens_B": np.array([example.token_ids.size for example in examples], np.int64),
@@ -279,6 +291,11 @@ def _load(path: Path, key: str) -> _Entry:
                 tensors["token_ids_T"][place], tensors["loss_mask_T"][place], target_bytes, facts["keys"][b], weights
             )
         )
+    if "teacher_ids_T" in tensors:
+        parts = np.cumsum(tensors["teacher_tokens_S"])[:-1]
+        ids, masks = (np.split(tensors[name], parts) for name in ("teacher_ids_T", "teacher_mask_T"))
+        for b, ids_L, mask_L in zip(tensors["seen_by_teacher_S"].tolist(), ids, masks, strict=True):
+            examples[b] = replace(examples[b], teacher=TeacherView(ids_L, mask_L))
     dropped = [Overlength(*row) for row in facts["dropped"]]
     bad = [BadRow(**row) for row in facts["bad"]]
     sources = tuple(SourceFacts(**{**row, "unused": tuple(row["unused"])}) for row in facts["sources"])

@@ -14,7 +14,7 @@ import torch
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset, collate
 from student_trainer.labels.device_transfer import LabelTensors
-from student_trainer.labels.packing import pack
+from student_trainer.labels.packing import pack_own
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses.align import row_index
 from student_trainer.losses.head import Head
@@ -60,7 +60,7 @@ def measure(
     for number, indices in enumerate(by_length(data, batch_size)):
         rows = [data[index] for index in indices]
         padded = collate(rows, student.pad_id)
-        packed = pack([row.example for row in rows]).batch
+        packed = pack_own([row.example for row in rows])
         index_N = torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, padded["input_ids"].shape[1])).to(
             device
         )

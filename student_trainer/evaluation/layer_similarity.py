@@ -16,7 +16,7 @@ import torch
 from student_trainer.data.dataset import IndexedExample, collate
 from student_trainer.files import read_object, write_whole
 from student_trainer.labels.device_transfer import LabelTensors
-from student_trainer.labels.packing import pack
+from student_trainer.labels.packing import pack_own
 from student_trainer.losses.align import row_index
 from student_trainer.losses.features.hidden_term import sample
 from student_trainer.losses.features.labels import layer_states
@@ -68,7 +68,7 @@ def measure_layers(
     try:
         for examples, labels in batches:
             ids_BL = collate(examples, student.pad_id)["input_ids"]
-            packed = pack([item.example for item in examples]).batch
+            packed = pack_own([item.example for item in examples])
             index_N = row_index(packed.cu_lengths_B1, packed.wanted_T, ids_BL.shape[1])
             sequence_N, position_N = divmod(index_N, ids_BL.shape[1])
             rows = SupervisedRows(

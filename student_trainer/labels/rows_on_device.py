@@ -13,7 +13,7 @@ import torch
 from student_trainer.labels.device_transfer import LabelTensors, to_torch
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import BFLOAT16, FLOAT32, Tolerance
-from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows, TopKRows
+from student_trainer.losses.rows import FullRows, GivenRows, HiddenRows, TeacherRows, TopKRows
 from teacher_wire.artifacts.kinds.output_head import TeacherHead
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.checked_rows import checked_rows
@@ -52,6 +52,8 @@ def rows_on(labels: LabelTensors, head: Head | None, device: torch.device, likel
     if "logits_NV" in found:
         logits_NV = found["logits_NV"]
         return FullRows(logits_NV, found["lse_N"], found["label_logp_N"], _tolerance(logits_NV.dtype))
+    if "hidden_ND" not in found and "state_int8_ND" not in found:
+        return GivenRows(found["lse_N"], found["label_logp_N"])
     assert head is not None, "hidden labels need the teacher's head"
     dtype = head.weight_VD.dtype  # the teacher's
     state_ND, checked = labels.state(dtype), None

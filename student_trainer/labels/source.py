@@ -241,6 +241,8 @@ class LabelSource:
     async def _ask(self, batch: TokenBatch, *, fresh: bool = False) -> TeacherSignals:
         if self._client is None:
             self._client = self._connect()
+        if fresh:  # a step waits for them, and nobody else will ask for them
+            return await self._client.score(self._info, self._spec, batch, cache="none", latency="interactive")
         return await self._client.score(self._info, self._spec, batch)
 
     def _keep(

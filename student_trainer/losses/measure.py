@@ -18,7 +18,7 @@ from student_trainer.errors import DataError
 from student_trainer.losses.divergence import Divergence, divergence_and_grad
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.rows import Seen, TeacherRows, TopKRows, check_vocabulary, seen_in_logits
+from student_trainer.losses.rows import GivenRows, Seen, TeacherRows, TopKRows, check_vocabulary, seen_in_logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +27,12 @@ class Measures:
 
     Attributes:
         nll_N: -log q(label) of every row; its sum is the file's nats, its mean the log of the perplexity.
-        kl_sum: sum of KL(teacher | student), exact; None without a teacher or with top-k rows, which only bound it.
+        kl_sum: sum of KL(teacher | student), exact; None without a teacher or with top-k rows, which only bound it, or given ones.
         acc1_hits, acc3_hits: rows whose label is the student's first, or among its first three.
         teacher_nll_sum: what the teacher scores on the same rows, or None.
         teacher_acc1_hits, teacher_acc3_hits: its hits, as the student's; None as for `kl_sum`.
         rows: N.
-        integrity: evidence that the teacher's rows are of these tokens and its head; None without a teacher.
+        integrity: evidence that the teacher's rows are of these tokens and its head; None without a teacher, or with given rows.
     """
 
     nll_N: Tensor
@@ -69,7 +69,7 @@ def measure(
     Raises:
         DataError: a vocabulary or a number of rows that does not fit.
     """
-    exact = rows is not None and not isinstance(rows, TopKRows)
+    exact = rows is not None and not isinstance(rows, TopKRows | GivenRows)
     if rows is not None:
         check_vocabulary(rows, head)
     count = student_hidden_ND.shape[0]
@@ -84,7 +84,7 @@ def measure(
         label_C1 = label_ids_N[index_C][:, None]
         nll.append(-log_q_CV.gather(-1, label_C1)[:, 0].double())
         figures = [*_hits(z_CV, label_C1), *sums_5.new_zeros(3)]
-        if rows is not None and not isinstance(rows, TopKRows):
+        if rows is not None and not isinstance(rows, TopKRows | GivenRows):
             teacher_CV = rows.take(index_C).logits(z_CV.dtype)
             seen.append(seen_in_logits(teacher_CV, label_C1[:, 0]))
             log_p_CV = teacher_CV.log_softmax(-1)
@@ -101,7 +101,7 @@ def measure(
         teacher_acc1_hits=teacher_acc1 if exact else None,
         teacher_acc3_hits=teacher_acc3 if exact else None,
         rows=count,
-        integrity=None if rows is None else _evidence(rows, label_ids_N, seen),
+        integrity=None if rows is None or isinstance(rows, GivenRows) else _evidence(rows, label_ids_N, seen),
     )
 
 

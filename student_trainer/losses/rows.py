@@ -1,4 +1,4 @@
-"""The teacher's rows on the student's device, in the three forms in which labels travel.
+"""The teacher's rows on the student's device, in the forms in which labels travel.
 
 In: tensors decoded from the wire. Out: a chunk of rows, and of a chunk either logits or K ids with a tail.
 Must never widen more than a chunk to [C, V], nor compare anything itself (see `integrity.py`).
@@ -146,7 +146,30 @@ class TopKRows:
         return self.topk_logits_NK.to(dtype) - self.lse_N.to(dtype)[:, None], self.tail_logp_N.to(dtype)
 
 
-TeacherRows = HiddenRows | FullRows | TopKRows
+@dataclass(frozen=True, eq=False)
+class GivenRows:
+    """Nothing but what the teacher says of the tokens that are there: enough for a policy gradient (algorithms.md 10).
+
+    The student can recompute neither figure, so these rows carry no evidence of being about its tokens.
+
+    Attributes:
+        lse_N, label_logp_N: as served.
+    """
+
+    lse_N: Tensor
+    label_logp_N: Tensor
+
+    @property
+    def vocab_rows(self) -> None:
+        """Not known from the rows."""
+        return None
+
+    def take(self, index_C: Tensor | slice) -> GivenRows:
+        """The rows `index_C` (int64, or a slice: then without a copy)."""
+        return GivenRows(self.lse_N[index_C], self.label_logp_N[index_C])
+
+
+TeacherRows = HiddenRows | FullRows | TopKRows | GivenRows
 
 
 def seen_in_logits(z_CV: Tensor, label_ids_C: Tensor) -> Seen:

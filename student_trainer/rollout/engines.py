@@ -28,20 +28,20 @@ class Writing:
         student: who writes.
         sampling: how tokens are drawn.
         vocab_rows: V, ids that may be drawn.
-        longest: tokens of a sequence that student and teacher can both read; None if neither knows a limit.
+        positions: longest sequence that the student can write; None if it knows no limit.
     """
 
     config: TrainConfig
     student: Student
     sampling: Sampling
     vocab_rows: int
-    longest: int | None
+    positions: int | None
 
 
 def _hf(writing: Writing) -> Sampler:
     narrowed = torch.bfloat16 if writing.config.train.bf16 else None
     return HfSampler(
-        writing.student, writing.sampling, writing.vocab_rows, positions=writing.longest, narrowed=narrowed
+        writing.student, writing.sampling, writing.vocab_rows, positions=writing.positions, narrowed=narrowed
     )
 
 
@@ -67,7 +67,6 @@ def build_sampler(
     student: Student,
     *,
     vocab_rows: int,
-    longest: int | None,
     stop_ids: frozenset[int],
 ) -> Sampler:
     """The engine of a run.
@@ -87,4 +86,4 @@ def build_sampler(
         config.labels.extra_ids,
         settings.batch,
     )
-    return ENGINES[settings.engine](Writing(config, student, sampling, vocab_rows, longest))
+    return ENGINES[settings.engine](Writing(config, student, sampling, vocab_rows, student.outline.positions))

@@ -28,8 +28,13 @@ class RolloutExample(Example):
     likeliest_NM: np.ndarray | None = None
 
 
-def example_of(rollout: Rollout) -> RolloutExample:
-    """The prompt and its completion, every token of which is a target; one that was cut off has weight 0 on its last token."""
+def example_of(rollout: Rollout, row: Example | None = None) -> RolloutExample:
+    """The prompt and its completion, every token of which is a target; one that was cut off has weight 0 on its last token.
+
+    Args:
+        rollout: the completion.
+        row: whose prompt it is, for what the teacher reads in its place (`teacher.context`).
+    """
     prompt, tokens = rollout.prompt, rollout.token_ids.size
     token_ids = np.concatenate([prompt.token_ids, rollout.token_ids]).astype(np.int32)
     loss_mask = np.zeros(token_ids.size, np.bool_)
@@ -39,4 +44,8 @@ def example_of(rollout: Rollout) -> RolloutExample:
         weights = np.ones(token_ids.size, np.float32)
         weights[-1] = 0.0
     key = f"{prompt.key}[rollout {prompt.step}.{prompt.slot}]"
-    return RolloutExample(token_ids, loss_mask, 0, key, weights, rollout.logp_n, rollout.version, rollout.likeliest_nM)
+    seen = row.teacher.answered(rollout.token_ids) if row is not None and row.teacher is not None else None
+    return RolloutExample(
+        token_ids, loss_mask, 0, key, weights, seen,
+        sampled_logp_N=rollout.logp_n, version=rollout.version, likeliest_NM=rollout.likeliest_nM,
+    )  # fmt: skip

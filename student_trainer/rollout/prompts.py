@@ -6,14 +6,44 @@ In: tokenised rows, their order, a plan; out: prompts as token ids. A row's prom
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example, IndexedExample, TokenizedDataset
+from student_trainer.data.teacher_view import TeacherView
 from student_trainer.rollout.plan import RolloutPlan
 from student_trainer.rollout.sample import RolloutPrompt
+
+
+@dataclass(frozen=True)
+class Room:
+    """How long a sequence may become.
+
+    Attributes:
+        max_new_tokens: of a completion.
+        student: tokens that the student has positions for; None if it knows no limit.
+        teacher: tokens of a sequence that the teacher takes; None if there is none yet.
+    """
+
+    max_new_tokens: int
+    student: int | None
+    teacher: int | None
+
+    def hindrance(self, row: Example) -> str:
+        """Why the prompt of a row cannot be answered; empty if it can."""
+        if not prompt_length(row):
+            return "its prompt is empty"
+        for whose, limit, read in (("student", self.student, row), ("teacher", self.teacher, row.asked)):
+            tokens = prompt_length(read)
+            if limit is not None and tokens + self.max_new_tokens > limit:
+                return (
+                    f"its prompt of {tokens} tokens and on_policy.max_new_tokens={self.max_new_tokens} are more than the {limit} tokens "
+                    f"that the {whose} can read"
+                )
+        return ""
 
 
 class Prompts:
@@ -22,18 +52,14 @@ class Prompts:
     Args:
         data, order: the rows, and which of them each step holds.
         plan: which places of a window are rollouts.
-        longest: tokens of a sequence that student and teacher can both read; None if neither knows a limit.
-        max_new_tokens: of a completion.
+        room: for completions.
     """
 
-    def __init__(
-        self, data: TokenizedDataset, order: RunOrder, plan: RolloutPlan, longest: int | None, max_new_tokens: int
-    ) -> None:
+    def __init__(self, data: TokenizedDataset, order: RunOrder, plan: RolloutPlan, room: Room) -> None:
         self._data = data
         self._order = order
         self._plan = plan
-        self._longest = longest
-        self._most = max_new_tokens
+        self._room = room
 
     def row(self, step: int, slot: int) -> IndexedExample:
         """The row at a place of the run."""
@@ -48,28 +74,16 @@ class Prompts:
             found.append(RolloutPrompt(step, place.slot, ids, example.key))
         return found
 
-    def hindrance(self, prompt: RolloutPrompt) -> str:
-        """Why a prompt cannot be answered; empty if it can."""
-        return hindrance(prompt.token_ids.size, self._longest, self._most)
+    def hindrances(self, step: int) -> list[str]:
+        """Why each of the prompts of a step cannot be answered; empty where it can."""
+        return [self._room.hindrance(self.row(step, place.row).example) for place in self._plan.places(step)]
 
 
-def prompt_length(example: Example) -> int:
+def prompt_length(read: Example | TeacherView) -> int:
     """Tokens before the last answer of a row, all that an inference prompt of it holds."""
-    targets = np.flatnonzero(example.loss_mask)
+    targets = np.flatnonzero(read.loss_mask)
     breaks = np.flatnonzero(np.diff(targets) > 1)
     return int(targets[breaks[-1] + 1 if breaks.size else 0])
-
-
-def hindrance(tokens: int, longest: int | None, max_new_tokens: int) -> str:
-    """Why a prompt of so many tokens cannot be answered; empty if it can."""
-    if tokens <= 1:
-        return "it has no prompt: its first token is all that stands before its answer"
-    if longest is not None and tokens + max_new_tokens > longest:
-        return (
-            f"its prompt of {tokens} tokens and on_policy.max_new_tokens={max_new_tokens} are more than the {longest} tokens that student "
-            "and teacher can read"
-        )
-    return ""
 
 
 def stop_ids(tokenizer: Any, model: Any, data: TokenizedDataset) -> frozenset[int]:

@@ -131,8 +131,7 @@ class RolloutWriter:
                 self._changed.notify_all()
 
     def _write(self, step: int) -> Written:
-        prompts = self._prompts.of(step)
-        refused = [self._prompts.hindrance(prompt) for prompt in prompts]
+        prompts, refused = self._prompts.of(step), self._prompts.hindrances(step)
         written = iter(self._sampler.sample([p for p, why in zip(prompts, refused, strict=True) if not why]))
         return [RolloutFailure(p, why) if why else next(written) for p, why in zip(prompts, refused, strict=True)]
 

@@ -33,7 +33,13 @@ class Probe:
 
 
 def choose(
-    info: TeacherInfo, vocab_rows: int, free_bytes: int, probe: Probe | None, *, softened: bool
+    info: TeacherInfo,
+    vocab_rows: int,
+    free_bytes: int,
+    probe: Probe | None,
+    *,
+    softened: bool,
+    on_samples: bool = False,
 ) -> tuple[LabelConfig, str]:
     """The labels to ask for.
 
@@ -42,12 +48,16 @@ def choose(
         vocab_rows: V, the shared vocabulary.
         free_bytes: memory free on the student's device, the student loaded.
         probe: of the link; None if the teacher offers no hidden states, or had them already.
+        on_samples: whether the loss is a policy gradient, which reads the teacher's word on the sampled tokens alone.
         softened: whether the loss has a temperature other than 1, which only exact labels can serve.
 
     Raises:
         ConfigError: nothing this teacher offers can serve the loss on this card.
     """
     offered = info.transports
+    if on_samples and "given" in offered:
+        given_row = spec_of("given", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
+        return LabelConfig(transport="given"), f"pg_rkl needs no more of the teacher: {given_row} bytes per token"
     full_row = spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     hidden_row = spec_of("hidden", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     if "full" in offered and full_row <= hidden_row:

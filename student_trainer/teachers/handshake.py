@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from student_trainer.config.teachers import LabelConfig
-from student_trainer.data.dataset import Example, TokenizedDataset
+from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.data.teacher_view import TeacherView
 from student_trainer.findings import Finding, Findings
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError
 from teacher_wire.core.identity import (
@@ -97,8 +98,9 @@ class TokensSeen:
         named = ", ".join(repr(text) for text in sorted(texts)[:4]) + (", ..." if len(texts) > 4 else "")
         return f"its tokenizer differs from the student's in added tokens alone ({named}), of which no row has any: all ids are equal"
 
-    def _examples(self) -> Iterator[Example]:
-        return (item.example for data in self._datasets for item in data)
+    def _examples(self) -> Iterator[TeacherView]:
+        """All that the teacher is asked; of the student's own prompts it sees nothing else."""
+        return (item.example.asked for data in self._datasets for item in data)
 
 
 def shared_rows(info: TeacherInfo, student: StudentFacts) -> int:

@@ -42,7 +42,7 @@ def check_groups(
     setting: str,
 ) -> Iterator[Finding]:
     """Whether a teacher and our own window take requests that hold these groups of rows; `setting` is what makes them large."""
-    tokens = [row.example.token_ids.size for row in data]
+    tokens = [row.example.asked.token_ids.size for row in data]
     replies = [answer_bytes(session.info, spec, row.example) for row in data]
     limits = session.info.limits
     reply = max(sum(replies[index] for index in group) for group in groups)

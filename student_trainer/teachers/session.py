@@ -193,7 +193,7 @@ class _Opening:
     def _measuring(self, info: TeacherInfo, labels: LabelConfig, held_out: TokenizedDataset) -> SignalSpec | None:
         exact = measured_by(self.config, info, labels, shared_rows(info, self.facts), held_out)
         spec = self._agree(info, exact, "evaluation")
-        if exact.transport == "top_k":
+        if exact.transport in ("top_k", "given"):
             advice = (
                 f"kl_to_teacher is not measured: labels.transport={labels.transport} keeps the teacher's head off "
                 "the card, and all logits of a batch of held-out rows are not offered or above the limits (train.eval_batch_size)"
@@ -276,7 +276,7 @@ def _store(config: TrainConfig, on_trouble: Callable[[str], None]) -> LabelStore
 
 
 def _longest(data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:
-    """Name and tokens of the longest sequence."""
+    """Name and tokens of the longest sequence, as the teacher is asked it."""
     every = [row.example for rows in (data, held_out) if rows is not None for row in rows]
-    longest = max(every, key=lambda example: example.token_ids.size)
-    return longest.key, int(longest.token_ids.size)
+    longest = max(every, key=lambda example: example.asked.token_ids.size)
+    return longest.key, int(longest.asked.token_ids.size)

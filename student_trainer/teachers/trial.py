@@ -76,7 +76,8 @@ async def choose_labels(
         if timing.forward_us:  # else the server had them, and there is no forward pass to compare the link with
             probe = Probe(transfer_s=max(0.0, took_s - server_s), forward_s=timing.forward_us / 1e6)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return choose(info, rows, free, probe, softened=is_softened(config.loss))
+    on_samples = config.loss.output is not None and config.loss.output.divergence == "pg_rkl"
+    return choose(info, rows, free, probe, softened=is_softened(config.loss), on_samples=on_samples)
 
 
 def _probe(config: TrainConfig, info: TeacherInfo, rows: int, data: TokenizedDataset) -> LabelRequest | None:
@@ -88,8 +89,8 @@ def _probe(config: TrainConfig, info: TeacherInfo, rows: int, data: TokenizedDat
         examples = [data[index].example for index in indices]
         return (
             len(examples) <= limits.max_request_sequences
-            and max(example.token_ids.size for example in examples) <= limits.max_sequence_tokens
-            and sum(example.token_ids.size for example in examples) <= limits.max_request_tokens
+            and max(example.asked.token_ids.size for example in examples) <= limits.max_sequence_tokens
+            and sum(example.asked.token_ids.size for example in examples) <= limits.max_request_tokens
             and sum(int(example.loss_mask.sum()) for example in examples) * row_bytes <= most_bytes
         )
 

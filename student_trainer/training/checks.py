@@ -24,7 +24,7 @@ from student_trainer.model.load import Outline, load_outline
 from student_trainer.model.precision import check_trained_in
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.limits import check_sizes
-from student_trainer.teachers.loss_checks import check_anneal, check_loss
+from student_trainer.teachers.loss_checks import check_anneal, check_context, check_loss, check_policy_gradient
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.on_policy.checks import check_on_policy, check_rollouts
@@ -63,7 +63,12 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
     loaded = findings.attempt(
         "data",
         lambda: load_data(
-            config.data, outline.tokenizer, console, pinned_date(config) if resume else None, config.run.cache_dir
+            config.data,
+            outline.tokenizer,
+            console,
+            pinned_date(config) if resume else None,
+            config.run.cache_dir,
+            config.context,
         ),
         "the rows can be learned from",
     )
@@ -94,6 +99,8 @@ def check_settings(config: TrainConfig) -> Iterator[Finding]:
     if config.labels.transport != "auto":
         yield from check_loss(config.loss, config.labels)
     yield from check_on_policy(config)
+    yield from check_policy_gradient(config.loss, config.labels, config.on_policy)
+    yield from check_context(config.loss, config.context)
     yield checked("run", check_single_process, "the environment speaks of one process")
 
 

@@ -80,7 +80,9 @@ def label(config: TrainConfig, console: Console) -> Filled:
     findings.add(check_labelling(config, settled is not None))
     with connections(config.teachers, console) as reached:
         student = load_outline(config.model)
-        data, held_out = load_data(config.data, student.tokenizer, console, pinned_date(config), config.run.cache_dir)
+        data, held_out = load_data(
+            config.data, student.tokenizer, console, pinned_date(config), config.run.cache_dir, config.context
+        )
         findings.add(check_rows(config, student, data, held_out))
         sessions = open_sessions(config, reached, student, data, held_out, console, findings, settled, only_stores=True)
         if not sessions:
@@ -171,7 +173,7 @@ def _fill(config: TrainConfig, jobs: list[_Job], console: Console) -> Filled:
     store, usage = jobs[0].session.service.store, LabelUsage()  # one store of all sessions
     assert store is not None
     before = store.stats.read_bytes + store.stats.written_bytes
-    shown = _Shown(console, sum(job.data[index].example.token_ids.size for job in jobs for index in job.indices))
+    shown = _Shown(console, sum(job.data[index].example.asked.token_ids.size for job in jobs for index in job.indices))
     try:
         for job in jobs:
             feed = open_any_feed(config, job.session, job.spec, job.request, 0, len(job.groups), prepare=lambda _: None)

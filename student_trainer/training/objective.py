@@ -16,7 +16,7 @@ from student_trainer.losses.output.term import OutputTerm
 from student_trainer.losses.term import LossTerm
 from student_trainer.model.load import Student
 from student_trainer.teachers.features import FeaturePlan
-from student_trainer.teachers.loss_checks import divergence_of, has_tau_squared, temperature_of
+from student_trainer.teachers.loss_checks import divergence_of, has_tau_squared, policy_gradient_of, temperature_of
 from student_trainer.training.layer_terms import attention_term, ffn_term, hidden_term
 from teacher_wire.core.signals import Signal
 
@@ -57,6 +57,7 @@ class Objective:
             kd_weight=output.weight,
             sft_weight=self.loss.sft_weight,
             tempered_head=output.tempered_head,
+            policy_gradient=policy_gradient_of(output),
             chunk_bytes=self._chunk_bytes,
         )
 

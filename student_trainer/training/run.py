@@ -98,7 +98,12 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             for told in student.notes:
                 note(told)
             data, held_out = load_data(
-                config.data, student.tokenizer, console, pinned_date(config) if resume else None, config.run.cache_dir
+                config.data,
+                student.tokenizer,
+                console,
+                pinned_date(config) if resume else None,
+                config.run.cache_dir,
+                config.context,
             )
             findings.add(check_rows(config, student.outline, data, held_out))
             settled = settled_labels(config) if resume else None

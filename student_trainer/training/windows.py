@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import IndexedExample, TokenizedDataset, collate
 from student_trainer.labels.device_transfer import LabelTensors
-from student_trainer.labels.packing import pack
+from student_trainer.labels.packing import pack, pack_own
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.align import row_index
 from student_trainer.rollout.examples import RolloutExample
@@ -132,7 +132,7 @@ class PaddedBatch:
         index_N: int64, where the supervised rows are in the flattened batch.
         labels_N: int64, the tokens they describe.
         weights_N: float32, of their losses.
-        request: names and tokens, packed.
+        request: names and tokens as the teacher is asked about them, packed.
         labels: what the teacher answered; None where it was not asked.
         sampled_logp_N: float32, log-probability of each label under the weights and temperature that sampled it; NaN in rows of the
             data. None where no sequence is a rollout.
@@ -163,6 +163,10 @@ def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda
         length: L for a longest sequence of so many tokens; not less.
     """
     packed = batch.request.batch
+    if any(
+        item.example.teacher is not None for item in batch.examples
+    ):  # who reads other prompts before the same targets
+        packed = pack_own([item.example for item in batch.examples])
     ids_BL = collate(batch.examples, pad_id, length)["input_ids"]
     return PaddedBatch(
         ids_BL,

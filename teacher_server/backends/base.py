@@ -5,7 +5,7 @@ Calls come from one thread at a time. A backend knows nothing of queues, tenants
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from teacher_server.config.features import FeaturesConfig
     from teacher_server.config.server import GenerationConfig
     from teacher_server.decoding.scheduler import Generation, OnThread
+
+
+ScoreJob = tuple[TokenBatch, SignalSpec]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,17 @@ class Backend(Protocol):
 
     def artifact(self, wanted: ArtifactInfo) -> Artifact:
         """One of `facts.artifacts`, copied to the host; called once for each, from any thread."""
+
+
+@runtime_checkable
+class EachBackend(Protocol):
+    """A backend that hands out the answers of a batch one by one."""
+
+    def begin_each(self, jobs: list[ScoreJob]) -> Callable[[], Iterator[tuple[int, TeacherSignals]]]:
+        """As `begin`; what it returns gives the place of each job and its answer as soon as that one is on the host.
+
+        Only the last one need carry the times of the batch.
+        """
 
 
 @runtime_checkable

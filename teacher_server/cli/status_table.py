@@ -50,6 +50,11 @@ def _details(teacher: TeacherStatus) -> list[str]:
             f"writes {teacher.generate_running:,} sequences of {teacher.generate_calls:,} calls, "
             f"{teacher.generate_waiting:,} wait; {teacher.generated_samples:,} samples written"
         )
+    if teacher.interactive_answered or teacher.interactive_queued_requests:
+        lines.append(
+            f"interactive: {teacher.interactive_answered:,} requests answered, {teacher.interactive_tokens:,} tokens in "
+            f"{teacher.interactive_forwards:,} forward passes; {teacher.interactive_queued_requests:,} wait"
+        )
     if teacher.latencies:
         stages = (f"{entry.stage} {entry.p50_s:.3g}/{entry.p99_s:.3g} s" for entry in teacher.latencies)
         lines.append(f"p50/p99 of the last minute: {', '.join(stages)}")
@@ -82,6 +87,8 @@ def _store(store: StoreStatus) -> Text:
         f"labels: {store.memory_hits:,} sequences from memory ({size(store.memory_bytes)}), "
         f"{store.disk_hits:,} from disk ({size(store.disk_bytes)}), {store.joined:,} joined, {store.computed:,} computed"
     )
+    if store.unshared:
+        text.append(f", {store.unshared:,} computed and not kept, as asked")
     if store.trouble:
         text.append(f"\nlabel store: {store.trouble}", style="red")
     return text

@@ -175,10 +175,26 @@ class BatchConfig(_Strict):
     Attributes:
         max_tokens: token budget of one forward pass; a larger request has one of its own.
         max_queue_tokens: of a replica; a tenant that would hold more than its share of it is refused as overloaded.
+        interactive_tokens: token budget of a forward pass of interactive requests, and of one of bulk requests while interactive ones come;
+            bulk requests above it are then cut between their sequences. At most `max_tokens`.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] = 16_384
     max_queue_tokens: Annotated[int, Field(ge=1)] = 1_048_576
+    interactive_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _interactive_batches_are_smaller(self) -> BatchConfig:
+        if self.interactive_tokens is not None and self.interactive_tokens > self.max_tokens:
+            raise ValueError(
+                f"interactive_tokens {self.interactive_tokens} must be at most max_tokens {self.max_tokens}"
+            )
+        return self
+
+    @property
+    def small_tokens(self) -> int:
+        """`interactive_tokens`, or an eighth of `max_tokens` where it is not given."""
+        return self.interactive_tokens or max(1, self.max_tokens // 8)
 
 
 class LimitsConfig(_Strict):

@@ -36,13 +36,14 @@ _WRITERS = 16  # files of labels written at a time: an answer waits for its slow
 
 @dataclass
 class SharingStats:
-    """Sequences by where their labels came from, since the start."""
+    """Sequences by where their labels came from, since the start; `unshared` were asked for with `cache: none`."""
 
     memory_hits: int = 0
     disk_hits: int = 0
     joined: int = 0
     computed: int = 0
     computed_tokens: int = 0
+    unshared: int = 0
 
 
 @dataclass
@@ -128,10 +129,13 @@ class LabelSharing:
             return await self._score(call)
 
     async def _score(self, call: ScoreCall) -> TeacherSignals:
-        walked = _size_of(call.batch)
-        if not call.fingerprint:  # whoever takes any weights may get others next time: nothing to share
+        # Whoever takes any weights may get others next time, and labels that nobody asks for again need no name: nothing to share.
+        if not call.fingerprint or call.cache == "none":
             with self._admission.computing(call.tenant, call.batch.tokens):
-                return await self._service.score(call)
+                signals = await self._service.score(call)
+            self.stats.unshared += call.batch.sequences if call.cache == "none" else 0
+            return signals
+        walked = _size_of(call.batch)
         keys, of_all = await self._offload.run(call.tenant, walked, _keys, call)
         bounds = call.batch.row_bounds_B1
         wanted = [sequence for sequence in range(call.batch.sequences) if bounds[sequence + 1] > bounds[sequence]]

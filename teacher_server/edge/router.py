@@ -112,7 +112,7 @@ class ServeTeachers:
             call.teacher, call.fingerprint, lambda handle: handle.score.remote(call)
         )
         for stage in ("first_chunk", "whole"):  # an answer comes in one piece; what follows is the student's reading
-            self._observe(self._name(call.teacher), stage, started)
+            self._observe(self._name(call.teacher), f"interactive_{stage}" if call.interactive else stage, started)
         return signals
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Sample, None]:

@@ -11,47 +11,37 @@ import itertools
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 
 from teacher_server import faults
 from teacher_server.backends import Backend
-from teacher_server.backends.base import OutsideBackend, WritingBackend
+from teacher_server.backends.base import EachBackend, OutsideBackend, WritingBackend
 from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
 from teacher_server.decoding.scheduler import Result
 from teacher_server.replica import features
 from teacher_server.replica.artifacts import ReplicaArtifacts
+from teacher_server.replica.counts import Counts
 from teacher_server.replica.description import description
+from teacher_server.replica.pieces import Piece, Waiting, cuts
 from teacher_server.replica.score_queue import Batcher, Job
 from teacher_server.telemetry.latency import Latencies
 from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import DeadlineError, OverloadedError, TeacherWireError, UnavailableError
-from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.core.signals import TeacherSignals, Timing
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, Sample, SamplingSpec, check_generate
 from teacher_wire.score.signals import spec_of
 
 log = logging.getLogger(__name__)
 
 _BATCHES = 2  # under way at once: one on the device, one behind it
-_RATE_MEMORY = 0.8  # of the measured tokens/s, a forward pass: about the last five count
 _ANSWER_BYTES = 1 << 30  # of labels that one batch may make, if no single reply is allowed more
 _PROBE_TENANT = "(probe)"
-
-
-@dataclass
-class _Waiting:
-    """A request in the queue or in a forward pass."""
-
-    call: ScoreCall
-    future: asyncio.Future[TeacherSignals]
-    queued_s: float
 
 
 class TeacherEngine:
@@ -72,12 +62,15 @@ class TeacherEngine:
         self._config = config
         self._backend = features.ready(config, backend)
         answer_bytes = max(_ANSWER_BYTES, config.limits.max_reply_mb << 20)
-        self._batcher = Batcher(config.batch.max_tokens, config.batch.max_queue_tokens, max_answer_bytes=answer_bytes)
+        batch, small = config.batch, config.batch.small_tokens
+        self._batcher = Batcher(
+            batch.max_tokens, batch.max_queue_tokens, interactive_tokens=small, max_answer_bytes=answer_bytes
+        )
         self._health = faults.Health(config.hang_s)
         self._probing: asyncio.Task[None] | None = None
         self._latencies = Latencies(on_observe)
         self._ids = itertools.count()
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, Waiting] = {}
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self._waiter = ThreadPoolExecutor(max_workers=_BATCHES, thread_name_prefix="answers")
@@ -91,11 +84,7 @@ class TeacherEngine:
         if self.info.generates:
             writer = cast(WritingBackend, self._backend)
             self._generation = writer.generation(config.generation, self._on_thread, deterministic=config.deterministic)
-        self.forward_tokens = 0
-        self.forwards = 0
-        self._ended: Counter[str] = Counter()  # requests by how they ended
-        self._served: Counter[str] = Counter()  # tokens by tenant
-        self._refused: Counter[str] = Counter()  # requests that met a full queue, by tenant
+        self._counts = Counts()
 
     def start(self) -> None:
         """Begins taking batches, in the running event loop."""
@@ -134,24 +123,26 @@ class TeacherEngine:
         now = time.monotonic()
         job_id = next(self._ids)
         deadline = now + call.timeout_s if call.timeout_s else math.inf
+        bounds, pieces = cuts(call.batch)
+        tokens = call.batch.tokens
         try:
-            self._batcher.add(Job(job_id, call.tenant, call.batch.tokens, deadline, answer_bytes))
+            self._batcher.add(Job(job_id, call.tenant, tokens, deadline, answer_bytes, call.interactive, pieces))
         except OverloadedError:
-            self._ended["refused"] += 1
-            self._refused[call.tenant] += 1
+            self._counts.ended["refused"] += 1
+            self._counts.refused[call.tenant] += 1
             raise
-        waiting = _Waiting(call, asyncio.get_running_loop().create_future(), now)
+        waiting = Waiting(call, asyncio.get_running_loop().create_future(), now, bounds)
         self._waiting[job_id] = waiting
         self._wake.set()
         try:
             answer = await waiting.future
-            self._ended["answered"] += 1
+            self._counts.answered(interactive=call.interactive)
             return answer
         except asyncio.CancelledError:
-            self._ended["cancelled"] += 1
+            self._counts.ended["cancelled"] += 1
             raise
         except TeacherWireError as error:
-            self._ended["expired" if isinstance(error, DeadlineError) else "failed"] += 1
+            self._counts.ended["expired" if isinstance(error, DeadlineError) else "failed"] += 1
             raise
         finally:
             self._waiting.pop(job_id, None)
@@ -176,7 +167,7 @@ class TeacherEngine:
             outcome = "refused" if isinstance(error, OverloadedError) else "failed"
             raise
         finally:
-            self._ended[outcome] += 1
+            self._counts.ended[outcome] += 1
             await samples.aclose()
 
     async def _on_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
@@ -256,44 +247,53 @@ class TeacherEngine:
             self._wake.clear()
             while self._batcher.queued_jobs:
                 await self._room.acquire()  # and only then choose: the later, the fuller and fairer
-                jobs, expired = self._batcher.next_batch(time.monotonic())
+                now = time.monotonic()
+                # Bulk requests begin behind no other pass while interactive ones come, which would wait for both.
+                alone = bool(self._under_way) and self._batcher.interactive_comes(now)
+                jobs, expired = self._batcher.next_batch(now, only_interactive=alone)
                 for job in expired:
-                    self._fail(
-                        job.job_id,
-                        DeadlineError(
-                            "dropped from the queue unscored", field="timeout_s", value=self._waited(job.job_id)
-                        ),
-                    )
-                batch = [self._waiting[job.job_id] for job in jobs if job.job_id in self._waiting]
+                    self._expire(job.job_id, now)
+                batch = [self._waiting[job.job_id].piece(job) for job in jobs if job.job_id in self._waiting]
                 if batch:
                     begun = asyncio.Event()
                     task = asyncio.create_task(self._score_batch(batch, begun))
                     self._under_way.add(task)
                     task.add_done_callback(self._batch_ended)
                     await begun.wait()
-                else:
-                    self._room.release()
+                    continue
+                self._room.release()
+                if alone and not jobs:
+                    break  # until the pass has ended or another request comes
 
-    def _waited(self, job_id: int) -> str:
-        return f"{time.monotonic() - self._waiting[job_id].queued_s:.3f}" if job_id in self._waiting else ""
+    def _expire(self, job_id: int, now: float) -> None:
+        if job_id in self._waiting:
+            waited = f"{now - self._waiting[job_id].queued_s:.3f}"
+            self._fail(job_id, DeadlineError("dropped from the queue unscored", field="timeout_s", value=waited))
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
         self._room.release()
+        self._wake.set()
 
-    async def _score_batch(self, batch: list[_Waiting], begun: asyncio.Event) -> None:
+    async def _score_batch(self, batch: list[Piece], begun: asyncio.Event) -> None:
         """Answers a batch; `begun` is set once the backend can take the next one, so that the device never waits."""
         started = time.monotonic()
-        jobs = [(waiting.call.batch, waiting.call.spec) for waiting in batch]
-        tokens = sum(asked.tokens for asked, _ in jobs)
-        self.forwards += 1
-        self.forward_tokens += tokens
+        tokens = sum(piece.tokens for piece in batch)
+        interactive = all(piece.waiting.call.interactive for piece in batch)
+        self._counts.began(tokens, interactive=interactive)
+        for piece in batch:
+            piece.waiting.begun_s = piece.waiting.begun_s or started
         failed: Exception | None = None
         try:
-            finish = await self._on(self._thread, self._backend.begin, jobs)
-            begun.set()
-            answers = await self._on(self._waiter, finish)
-            answered = list(zip(batch, answers, strict=True))
+            if interactive and isinstance(self._backend, EachBackend):
+                timing = await self._each(self._backend, batch, begun)
+            else:
+                finish = await self._on(self._thread, self._backend.begin, [piece.job for piece in batch])
+                begun.set()
+                answers = await self._on(self._waiter, finish)
+                for piece, signals in zip(batch, answers, strict=True):
+                    self._answer(piece, signals)
+                timing = answers[0].timing
         except Exception as error:
             failed = error
         if failed is not None:  # handled out here: inside `except` the traceback would keep the tensors of the batch
@@ -301,48 +301,54 @@ class TeacherEngine:
             return
         self._health.succeeded("score")
         now = time.monotonic()
-        self._measure(tokens, now - max(started, self._last_end_s))
+        self._batcher.measure(tokens, now - max(started, self._last_end_s))
         self._last_end_s = now
-        timing = answers[0].timing
         self._latencies.observe("forward", timing.forward_us / 1e6 or now - started)
         self._latencies.observe("reduce", timing.reduce_us / 1e6)
-        for waiting, signals in answered:
-            self._served[waiting.call.tenant] += waiting.call.batch.tokens
-            queued_s = started - waiting.queued_s
-            self._latencies.observe("queue", queued_s)
-            if not waiting.future.done():
-                waiting.future.set_result(
-                    replace(
-                        signals,
-                        timing=replace(signals.timing, queue_us=round(queued_s * 1e6)),
-                        fingerprint=self.info.fingerprint,
-                    )
-                )
 
-    async def _divide(self, batch: list[_Waiting], error: Exception, begun: asyncio.Event) -> None:
+    async def _each(self, backend: EachBackend, batch: list[Piece], begun: asyncio.Event) -> Timing:
+        """Answers each request as soon as its labels are on the host; the times of the batch."""
+        finish = await self._on(self._thread, backend.begin_each, [piece.job for piece in batch])
+        begun.set()
+        loop = asyncio.get_running_loop()
+
+        def hand_out() -> Timing:
+            timing = Timing()
+            for place, signals in finish():
+                timing = signals.timing
+                loop.call_soon_threadsafe(self._answer, batch[place], signals)
+            return timing
+
+        return await self._on(self._waiter, hand_out)
+
+    def _answer(self, piece: Piece, signals: TeacherSignals) -> None:
+        waiting = piece.waiting
+        self._counts.served[waiting.call.tenant] += piece.tokens
+        if waiting.take(piece, signals, self.info.fingerprint):
+            assert waiting.begun_s is not None
+            stage = "interactive_queue" if waiting.call.interactive else "queue"
+            self._latencies.observe(stage, waiting.begun_s - waiting.queued_s)
+
+    async def _divide(self, batch: list[Piece], error: Exception, begun: asyncio.Event) -> None:
         """After a failed batch: both halves by themselves, so that in the end only the request that cannot be answered pays.
 
         A lost device fails all as unavailable; memory that does not suffice for one request is told as overloaded.
         """
         log.error("forward pass of %d requests failed", len(batch), exc_info=error)
-        told = faults.as_wire_error(error, alone=f"a request of {batch[0].call.batch.tokens} tokens")
+        told = faults.as_wire_error(error, alone=f"a request of {batch[0].tokens} tokens")
         self._failed(error, "score")
         faults.release(error)
         if len(batch) > 1 and not self._health.reason:
             middle = len(batch) // 2
             for half in (batch[:middle], batch[middle:]):
-                wanted = [waiting for waiting in half if not waiting.future.done()]
+                wanted = [piece for piece in half if not piece.waiting.future.done()]
                 if wanted:
                     await self._score_batch(wanted, begun)
         else:
-            for waiting in batch:
-                if not waiting.future.done():
-                    waiting.future.set_exception(told)
+            for piece in batch:
+                if not piece.waiting.future.done():
+                    piece.waiting.future.set_exception(told)
         begun.set()
-
-    def _measure(self, tokens: int, took_s: float) -> None:
-        rate, before = tokens / max(took_s, 1e-6), self._batcher.tokens_per_s
-        self._batcher.tokens_per_s = _RATE_MEMORY * before + (1 - _RATE_MEMORY) * rate if before else rate
 
     def _fail(self, job_id: int, error: TeacherWireError) -> None:
         waiting = self._waiting.get(job_id)
@@ -365,25 +371,18 @@ class TeacherEngine:
     def counters(self) -> dict[str, Any]:
         """What this replica has done and holds, for status displays and tests."""
         writing = self._generation.counters() if self._generation is not None else {}
-        tenants: dict[str, dict[str, int]] = {}
-        queued, written = self._batcher.queued_tokens_of(), writing.pop("tenants", {})
-        for name in {*queued, *self._served, *self._refused, *written}:
-            of_writing = written.get(name, {})
-            tenants[name] = {
-                "queued_tokens": queued.get(name, 0) + of_writing.get("queued_tokens", 0),
-                "served_tokens": self._served[name] + of_writing.get("served_tokens", 0),
-                "refused": self._refused[name] + of_writing.get("refused", 0),
-            }
+        tenants = self._counts.tenants(self._batcher.queued_tokens_of(), writing.pop("tenants", {}))
+        interactive_tokens, interactive_jobs = self._batcher.queued_interactive()
         return {
             "queued_tokens": self._batcher.queued_tokens,
             "queued_jobs": self._batcher.queued_jobs,
+            "interactive_queued_tokens": interactive_tokens,
+            "interactive_queued_requests": interactive_jobs,
             "waiting": len(self._waiting),
-            "forwards": self.forwards,
-            "forward_tokens": self.forward_tokens,
             "failed_forwards": self._health.failed,
             "given_up": int(bool(self.trouble)),
             "max_batch_tokens": self._config.batch.max_tokens,
-            **{name: self._ended[name] for name in ("answered", "failed", "expired", "cancelled", "refused")},
+            **self._counts.told(),
             "latency": self._latencies.counters(),
             "tenants": tenants,
             **writing,

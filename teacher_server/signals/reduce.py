@@ -23,6 +23,7 @@ from teacher_server.signals.features.ffn import FfnReduction
 from teacher_server.signals.features.layer_states import LayerStatesReduction
 from teacher_server.signals.features.relation import RelationReduction
 from teacher_server.signals.full import FullReduction
+from teacher_server.signals.given import GivenReduction
 from teacher_server.signals.hidden import HiddenReduction
 from teacher_server.signals.top_k import TopKReduction
 from teacher_server.signals.transfer import HostRows
@@ -39,6 +40,7 @@ REDUCTIONS: dict[str, type[Reduction[Any]]] = {
     "attention": AttentionReduction,
     "relation": RelationReduction,
     "ffn": FfnReduction,
+    "given": GivenReduction,
 }
 
 

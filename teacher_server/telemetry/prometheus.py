@@ -34,6 +34,11 @@ _REPLICA: _Table = {
     "generate_failed_steps": ("generate_failed_steps", {}),
     "generated_samples": ("generated_samples", {}),
     "generated_tokens": ("generated_tokens", {}),
+    "interactive_queued_tokens": ("interactive_queued_tokens", {}),
+    "interactive_queued_requests": ("interactive_queued_requests", {}),
+    "interactive_forwards": ("interactive_forwards", {}),
+    "interactive_tokens": ("interactive_tokens", {}),
+    "interactive_answered": ("interactive_answered", {}),
 }
 _EDGE: _Table = {
     "open_streams": ("open_streams", {}),
@@ -42,6 +47,7 @@ _EDGE: _Table = {
     "store.disk_hits": ("store_sequences", {"found": "disk"}),
     "store.joined": ("store_sequences", {"found": "under_way"}),
     "store.computed": ("store_sequences", {"found": "nowhere"}),
+    "store.unshared": ("store_sequences", {"found": "not_looked_for"}),
     "store.memory_bytes": ("store_bytes", {"where": "memory"}),
     "store.disk_bytes": ("store_bytes", {"where": "disk"}),
 }
@@ -67,6 +73,9 @@ _TOTALS = {
     "generated_samples": "samples written",
     "generated_tokens": "tokens written",
     "retries": "attempts of an edge beyond the first, by teacher",
+    "interactive_forwards": "forward passes of interactive requests",
+    "interactive_tokens": "tokens of interactive requests through forward passes",
+    "interactive_answered": "interactive requests that were answered",
 }
 _NOW = {
     "queued_tokens": "tokens that wait for a forward pass",
@@ -82,6 +91,8 @@ _NOW = {
     "generate_waiting_tokens": "what waiting sequences may come to hold",
     "tenant_queued_tokens": "tokens of a tenant that wait",
     "tenant_inflight_tokens": "tokens of a tenant waiting or being computed",
+    "interactive_queued_tokens": "tokens of interactive requests that wait for a forward pass",
+    "interactive_queued_requests": "interactive requests that wait for a forward pass",
 }
 
 

@@ -22,10 +22,12 @@ SHARE_S = 60.0  # shares of tenants are over this time
 # Totals of a teacher and where they are in its counters; gauges are not kept of those who are gone.
 _TEACHER_TOTALS = (
     "forwards", "forward_tokens", "answered", "failed", "expired", "cancelled", "refused", "failed_forwards", "given_up",
-    "generated_samples", "generated_tokens",
+    "generated_samples", "generated_tokens", "interactive_forwards", "interactive_tokens", "interactive_answered",
 )  # fmt: skip
-_TEACHER_NOW = ("generate_calls", "generate_running", "generate_waiting")
-_STORE_TOTALS = ("memory_hits", "disk_hits", "joined", "computed")
+_TEACHER_NOW = (
+    "generate_calls", "generate_running", "generate_waiting", "interactive_queued_tokens", "interactive_queued_requests",
+)  # fmt: skip
+_STORE_TOTALS = ("memory_hits", "disk_hits", "joined", "computed", "unshared")
 
 
 def summarise(

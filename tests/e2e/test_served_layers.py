@@ -77,7 +77,7 @@ def test_layers_cross_the_wire_beside_the_output_and_are_found_again(model_facto
             return info, basis, spec, labels, again
 
         info, basis, spec, labels, again = asyncio.run(ask())
-        forwards = engine.forwards
+        forwards = engine.counters()["forwards"]
         (alone,) = engine._backend.score([(batch(), SignalSpec(300, (Hidden(),), "sampled"))])
     assert forwards == 1, "features cost no pass of their own"
     assert {"layers", "attention", "relation", "ffn"} <= set(info.transports) and info.kv_width == 32
@@ -139,11 +139,13 @@ def test_what_this_teacher_cannot_give_is_refused_over_the_wire_by_name(model_fa
     with served(folder, tmp_path) as (address, engine):
         assert asyncio.run(refused(address, LayerStates((1,), "pca", 8, "0" * 64)))[:2] == (MismatchError, "basis")
         assert asyncio.run(refused(address, Attention((3,)), TopK(2)))[:2] == (LimitError, "layers")
-        forwards = engine.forwards
+        forwards = engine.counters()["forwards"]
         monkeypatch.setattr(replica_features, "CAPTURED_BYTES", 10_000)
         kind, field, said = asyncio.run(refused(address, Attention((1, 2))))
         assert (
-            (kind, field) == (LimitError, "bytes captured") and "fewer layers" in said and engine.forwards == forwards
+            (kind, field) == (LimitError, "bytes captured")
+            and "fewer layers" in said
+            and engine.counters()["forwards"] == forwards
         )
 
 

@@ -169,7 +169,7 @@ async def test_long_messages_are_decoded_hashed_and_encoded_off_the_event_loop(m
 
     from teacher_server.edge import label_sharing
 
-    for module, name in ((codec, "decode_call"), (codec, "check_call"), (asked, "_content_key"),
+    for module, name in ((codec, "decode_call"), (codec, "check_call"), (asked, "content_key"),
                          (ReplyEncoder, "encode"), (label_sharing, "label_keys")):  # fmt: skip
         spy(module, name)
     async with edge(FakeTeacher()) as server, TeacherClient(server.address) as client:
@@ -179,7 +179,7 @@ async def test_long_messages_are_decoded_hashed_and_encoded_off_the_event_loop(m
         assert codec_check is None
         await client.score(info, spec_of("full", 64), long)
     where["check_call"].discard(threading.main_thread().name)  # the client's own
-    assert set(where) == {"decode_call", "check_call", "_content_key", "encode", "label_keys"}
+    assert set(where) == {"decode_call", "check_call", "content_key", "encode", "label_keys"}
     for name, threads in where.items():
         assert threads and all(thread.startswith("offload") for thread in threads), (name, threads)
 
@@ -227,7 +227,7 @@ async def test_who_does_not_read_its_refusals_is_not_read_from():
     stream = ScoreStream(servicer._shared, servicer._accounts.enter(""), peer)
     running = asyncio.create_task(stream.run())
     await asyncio.sleep(0.2)
-    assert peer.written == 9 and stream._out.qsize() <= 8
+    assert peer.written == 9 and len(stream._out) <= 8
     peer.hears.set()  # and who takes again is read from again
     async with asyncio.timeout(30):
         await running

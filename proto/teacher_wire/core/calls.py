@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.signals import SignalSpec
+
+Cache = Literal["shared", "none"]  # proto: Cache
+Latency = Literal["bulk", "interactive"]  # proto: Latency
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,8 @@ class ScoreCall:
     Attributes:
         timeout_s: seconds the student waits; 0 for no limit.
         tenant: who asks, for fairness and quotas.
+        cache: "none" for labels that nobody will ask for again: they are looked for nowhere and kept nowhere.
+        latency: "interactive" if somebody waits for this very answer; see proto.
     """
 
     request_id: str
@@ -24,3 +30,10 @@ class ScoreCall:
     batch: TokenBatch
     timeout_s: float = 0.0
     tenant: str = ""
+    cache: Cache = "shared"
+    latency: Latency = "bulk"
+
+    @property
+    def interactive(self) -> bool:
+        """Whether it goes before bulk requests."""
+        return self.latency == "interactive"

@@ -29,6 +29,8 @@ class TeacherStatus:
             generated_samples, generated_tokens: since the server came up; see proto.
         generate_calls, generate_running, generate_waiting: now; calls, and sequences of them.
         latencies: of the last minute.
+        interactive_queued_tokens, interactive_queued_requests: now, of requests with latency "interactive".
+        interactive_forwards, interactive_tokens, interactive_answered: since the server came up, of these.
     """
 
     name: str
@@ -58,6 +60,11 @@ class TeacherStatus:
     generated_samples: int = 0
     generated_tokens: int = 0
     latencies: tuple[LatencyStatus, ...] = ()
+    interactive_queued_tokens: int = 0
+    interactive_queued_requests: int = 0
+    interactive_forwards: int = 0
+    interactive_tokens: int = 0
+    interactive_answered: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class StoreStatus:
     memory_bytes: int = 0
     disk_bytes: int = 0
     trouble: str = ""
+    unshared: int = 0
 
 
 @dataclass(frozen=True)

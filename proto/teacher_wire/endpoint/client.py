@@ -19,6 +19,7 @@ from teacher_wire import PROTOCOL
 from teacher_wire.artifacts import client as artifacts
 from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
+from teacher_wire.core.calls import Cache, Latency
 from teacher_wire.core.errors import NotFoundError, TeacherWireError
 from teacher_wire.core.info import ArtifactInfo, TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
@@ -206,7 +207,14 @@ class TeacherClient:
     # ----------------------------------------------------------------- labels
 
     async def score(
-        self, info: TeacherInfo, spec: SignalSpec, batch: TokenBatch, *, timeout_s: float = 0.0
+        self,
+        info: TeacherInfo,
+        spec: SignalSpec,
+        batch: TokenBatch,
+        *,
+        timeout_s: float = 0.0,
+        cache: Cache = "shared",
+        latency: Latency = "bulk",
     ) -> TeacherSignals:
         """The teacher's labels for the wanted rows of `batch`.
 
@@ -215,6 +223,9 @@ class TeacherClient:
             spec: which signal.
             batch: which tokens and rows.
             timeout_s: after which the request has failed and the server may drop it; 0 for `answer_s`, after which it is asked again.
+            cache: "none" for labels that nobody will ask for again, such as those of a rollout: the server neither looks for them nor keeps
+                them.
+            latency: "interactive" if somebody waits for this very answer: it goes before bulk requests, within the tenant's share.
 
         Raises:
             RequestError, LimitError: `batch` breaks a limit; checked before anything is sent.
@@ -222,7 +233,7 @@ class TeacherClient:
             MismatchError: the teacher behind the address is another one now.
             UnavailableError: nobody answered for `retry_for_s`.
         """
-        return await self._requests.score(info, spec, batch, timeout_s=timeout_s)
+        return await self._requests.score(info, spec, batch, timeout_s=timeout_s, cache=cache, latency=latency)
 
     def generate(
         self, info: TeacherInfo, spec: SamplingSpec, prompts: PromptBatch, *, timeout_s: float = 0.0

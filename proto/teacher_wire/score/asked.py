@@ -20,7 +20,11 @@ from teacher_wire.v2 import teacher_pb2 as pb
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as it was understood; `problem` if it is none."""
+    """A request as it was understood; `problem` if it is none.
+
+    Attributes:
+        key: by which its reply is kept. Empty until the reply is there if nothing is to be hashed before it: then no reply is looked for.
+    """
 
     request_id: str
     call: ScoreCall | None
@@ -78,11 +82,12 @@ def _decoded(request: pb.ScoreRequest, tenant: str) -> Asked:
         call = codec.decode_call(request, tenant)
     except TeacherWireError as error:
         return Asked(request.request_id, None, "", 0, 0, error)
-    reply_id = resume.reply_id if request.HasField("resume") else 0
-    return Asked(call.request_id, call, _content_key(call), reply_id, resume.next_chunk, None)
+    resumes = request.HasField("resume")
+    key = content_key(call) if resumes or call.cache == "shared" else ""
+    return Asked(call.request_id, call, key, resume.reply_id if resumes else 0, resume.next_chunk, None)
 
 
-def _content_key(call: ScoreCall) -> str:
+def content_key(call: ScoreCall) -> str:
     """Names a reply by who asked and everything that was asked: no id can be guessed to get another's labels."""
     digest = hashlib.sha256()
     batch = call.batch

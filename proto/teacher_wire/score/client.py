@@ -21,7 +21,7 @@ import grpc
 
 from teacher_wire import PROTOCOL
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.calls import Cache, Latency, ScoreCall
 from teacher_wire.core.errors import (
     CancelledRequestError,
     DeadlineError,
@@ -91,7 +91,9 @@ class ScoreClient:
         self._up: asyncio.Queue[pb.ScoreUp] = asyncio.Queue()
         self._stream: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
-        self._backlog: list[tuple[int, str]] = []  # to be sent, oldest first
+        self._backlog: list[
+            tuple[bool, int, str]
+        ] = []  # to be sent, interactive ones first, and of each the oldest first
         self._pace = Pace()
         self._pump_timer: asyncio.TimerHandle | None = None
         self._delayed: set[asyncio.Task[None]] = set()
@@ -116,14 +118,22 @@ class ScoreClient:
         self._fail_all(CancelledRequestError("the client was closed"))
 
     async def score(
-        self, info: TeacherInfo, spec: SignalSpec, batch: TokenBatch, *, timeout_s: float = 0.0
+        self,
+        info: TeacherInfo,
+        spec: SignalSpec,
+        batch: TokenBatch,
+        *,
+        timeout_s: float = 0.0,
+        cache: Cache = "shared",
+        latency: Latency = "bulk",
     ) -> TeacherSignals:
         """See `TeacherClient.score`."""
         if self._closed:
             raise CancelledRequestError("the client was closed")
         ours = not timeout_s and self._answer_s < math.inf
+        limit_s = self._answer_s if ours else timeout_s
         call = ScoreCall(
-            uuid.uuid4().hex, info.name, info.fingerprint, spec, batch, self._answer_s if ours else timeout_s
+            uuid.uuid4().hex, info.name, info.fingerprint, spec, batch, limit_s, cache=cache, latency=latency
         )
         needed = codec.check_call(call, info)
         if needed > self._window_bytes:
@@ -290,16 +300,16 @@ class ScoreClient:
         self._send(pending)
 
     def _send(self, pending: _Pending) -> None:
-        heapq.heappush(self._backlog, (pending.number, pending.call.request_id))
+        heapq.heappush(self._backlog, (not pending.call.interactive, pending.number, pending.call.request_id))
         self._pump()
 
     def _pump(self) -> None:
-        """Sends as many of the waiting requests as the pace allows, the oldest first."""
+        """Sends as many of the waiting requests as the pace allows, interactive ones first, and of each the oldest first."""
         if self._pump_timer is not None:
             self._pump_timer.cancel()
             self._pump_timer = None
         while self._backlog:
-            request_id = self._backlog[0][1]
+            request_id = self._backlog[0][2]
             pending = self._pending.get(request_id)
             wait_s = self._pace.wait_s(time.monotonic()) if pending is not None else 0.0
             if wait_s > 0:

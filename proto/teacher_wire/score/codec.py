@@ -6,7 +6,8 @@ wrong and raises a RequestError (towards a server) or a LabelError (towards a st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from teacher_wire import PROTOCOL
 from teacher_wire.core import tensor_codec
 from teacher_wire.core.axes import Axis, Entries, axis_of
 from teacher_wire.core.batch import TokenBatch
-from teacher_wire.core.calls import ScoreCall
+from teacher_wire.core.calls import Cache, Latency, ScoreCall
 from teacher_wire.core.errors import CapabilityError, LabelError, LimitError, MismatchError, RequestError, TensorError
 from teacher_wire.core.info import ArtifactInfo, Limits, TeacherInfo
 from teacher_wire.core.parsing import check_names, check_request_id
@@ -24,10 +25,14 @@ from teacher_wire.score.assembly import Assembly
 from teacher_wire.score.signals.wire import decode_spec, encode_spec
 from teacher_wire.v2 import teacher_pb2 as pb
 
+Choice = TypeVar("Choice", bound=str)
+
 CHUNK_BYTES = 1 << 20
 PART_BYTES = 1 << 20  # of a request that is sent in parts
 
 _AXIS_CODE = {axis: pb.Axis.Value(axis.name) for axis in Axis}
+_CACHE_CODE: dict[Cache, pb.Cache] = {"shared": pb.CACHE_SHARED, "none": pb.CACHE_NONE}
+_LATENCY_CODE: dict[Latency, pb.Latency] = {"bulk": pb.LATENCY_BULK, "interactive": pb.LATENCY_INTERACTIVE}
 
 
 # ------------------------------------------------------------------ describe
@@ -100,6 +105,8 @@ def encode_call(call: ScoreCall) -> pb.ScoreRequest:
         wanted=tensor_codec.encode(Tensor("uint8", batch.wanted_T.view(np.uint8))),
         timeout_ms=round(call.timeout_s * 1000),
         extra_ids=None if batch.extra_ids_NM is None else tensor_codec.encode(Tensor("int32", batch.extra_ids_NM)),
+        cache=_CACHE_CODE[call.cache],
+        latency=_LATENCY_CODE[call.latency],
     )
 
 
@@ -129,7 +136,16 @@ def decode_call(request: pb.ScoreRequest, tenant: str) -> ScoreCall:
         batch=batch,
         timeout_s=request.timeout_ms / 1000,
         tenant=tenant,
+        cache=_decode_choice(request.cache, "cache", _CACHE_CODE),
+        latency=_decode_choice(request.latency, "latency", _LATENCY_CODE),
     )
+
+
+def _decode_choice(code: int, field: str, codes: Mapping[Choice, int]) -> Choice:
+    for name, known in codes.items():
+        if code == known:
+            return name
+    raise RequestError("a value that this server does not know", field=field, value=code, limit="|".join(codes))
 
 
 def _decode_as(message: pb.Tensor, field: str, dtype: str) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.errors import (
@@ -24,8 +23,9 @@ from teacher_wire.core.errors import (
 from teacher_wire.core.parsing import check_request_id
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
-from teacher_wire.score.asked import Asked, Parts, understand, understand_parts, walked_bytes
+from teacher_wire.score.asked import Asked, Parts, content_key, understand, understand_parts, walked_bytes
 from teacher_wire.score.kept_replies import ReplyEncoder
+from teacher_wire.score.outbox import Item, Outbox
 from teacher_wire.score.service import SharedState
 from teacher_wire.score.window import Window, open_window
 from teacher_wire.transport import status_table
@@ -39,20 +39,6 @@ _CHUNKS_AT_ONCE = 4  # are encoded before they are sent
 _REQUEST_BYTES = 2 << 10  # what an open request takes beside its own bytes: task, arrays' headers
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A message that waits to be sent.
-
-    Attributes:
-        reply_bytes: of payload; the tenant holds them until they are taken.
-        refusal: nobody's window counts it.
-    """
-
-    data: bytes
-    reply_bytes: int = 0
-    refusal: bool = False
-
-
 class ScoreStream:
     """One stream of one tenant, from its first message to its end."""
 
@@ -61,7 +47,7 @@ class ScoreStream:
         self._account = account
         self._caller = caller
         self._limits = shared.limits
-        self._out: asyncio.Queue[_Item | None] = asyncio.Queue()
+        self._out = Outbox()
         self._unread_refusals = 0
         self._refusals_read = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -79,7 +65,7 @@ class ScoreStream:
         """
         self._reader = asyncio.create_task(self._read())
         self._shared.open_streams += 1
-        item: _Item | None = None
+        item: Item | None = None
         try:
             while (item := await self._out.get()) is not None:
                 await self._caller.send(item.data)
@@ -98,21 +84,20 @@ class ScoreStream:
 
     def _end_if_drained(self) -> None:
         if self._draining and not self._tasks and not self._parts:
-            self._out.put_nowait(None)
+            self._out.end()
 
-    def _close(self, unsent: _Item | None) -> None:
+    def _close(self, unsent: Item | None) -> None:
         """Stops all work of this stream and counts out what it holds."""
         for task in (self._reader, *self._tasks.values()):
             if task is not None:
                 task.cancel()
         for request_id in list(self._parts):
             self._drop_parts(request_id)
-        while unsent is not None or not self._out.empty():
-            if unsent is not None and unsent.reply_bytes:
-                self._shared.accounts.drop_reply(self._account, unsent.reply_bytes)
-            unsent = self._out.get_nowait() if not self._out.empty() else None
+        for item in (*([unsent] if unsent is not None else []), *self._out.unsent()):
+            if item.reply_bytes:
+                self._shared.accounts.drop_reply(self._account, item.reply_bytes)
 
-    def _sent(self, item: _Item) -> None:
+    def _sent(self, item: Item) -> None:
         if item.reply_bytes:
             self._shared.accounts.reply_taken(self._account, item.reply_bytes)
         if item.refusal:
@@ -141,7 +126,7 @@ class ScoreStream:
             if self._tasks:
                 await asyncio.wait(list(self._tasks.values()))
         finally:
-            self._out.put_nowait(None)
+            self._out.end()
 
     async def _take(self, data: bytes) -> None:
         up, asked = await self._shared.offload.run(
@@ -275,25 +260,24 @@ class ScoreStream:
         del self._tasks[request_id]
         self._end_if_drained()
 
-    def _fail(self, request_id: str, error: TeacherWireError) -> None:
+    def _fail(self, request_id: str, error: TeacherWireError, *, first: bool = False) -> None:
         try:
             check_request_id(request_id)
         except RequestError:
             request_id = ""  # an id that is none is not sent back
         failed = pb.ScoreFailed(request_id=request_id, error=status_table.to_detail(bare(error)))
         self._unread_refusals += 1
-        self._out.put_nowait(_Item(pb.ScoreDown(failed=failed).SerializeToString(), refusal=True))
+        self._out.put(Item(pb.ScoreDown(failed=failed).SerializeToString(), refusal=True), first=first)
 
     async def _answer(self, asked: Asked) -> None:
         assert asked.call is not None
+        first = asked.call.interactive
         try:
-            reply = self._shared.kept.find(asked.key)
+            reply = self._shared.kept.find(asked.key) if asked.key else None
             if reply is None:
-                signals = await self._compute(asked.call)
-                self._remember(asked.request_id, asked.key)
-                await self._send(asked, asked.call, signals)
+                await self._send(asked, asked.call, await self._compute(asked.call))
                 return
-            await self._hold(reply.payload_bytes)
+            await self._hold(reply.payload_bytes, first=first)
             self._remember(asked.request_id, asked.key)
             skipped = asked.next_chunk if asked.reply_id == reply.reply_id else 0
             assert self._window is not None
@@ -301,14 +285,14 @@ class ScoreStream:
                 self._window.give_back(size)
                 self._shared.accounts.drop_reply(self._account, size)
             for data, size in reply.chunks[skipped:]:
-                self._out.put_nowait(_Item(data, size))
-            self._out.put_nowait(_Item(reply.done))
+                self._out.put(Item(data, size), first=first)
+            self._out.put(Item(reply.done), first=first)
         except asyncio.CancelledError as error:
             if cancelled_from_outside():
                 raise
-            self._fail(asked.request_id, known(error))  # the student must not wait for ever
+            self._fail(asked.request_id, known(error), first=first)  # the student must not wait for ever
         except Exception as error:
-            self._fail(asked.request_id, known(error))
+            self._fail(asked.request_id, known(error), first=first)
 
     async def _send(self, asked: Asked, call: ScoreCall, signals: TeacherSignals) -> None:
         """Sends what is held already as it is encoded."""
@@ -320,16 +304,18 @@ class ScoreStream:
                 chunks = await self._shared.offload.run(tenant, walked, encoder.encode, _CHUNKS_AT_ONCE)
                 assert chunks, "the chunks of an answer hold all of its bytes"
                 for data, size in chunks:
-                    self._out.put_nowait(_Item(data, size))
+                    self._out.put(Item(data, size), first=call.interactive)
                     left -= size
+            key = asked.key or await self._shared.offload.run(tenant, walked_bytes(call), content_key, call)
             reply = encoder.reply()
         except BaseException:
             assert self._window is not None
             self._window.give_back(left)
             self._shared.accounts.drop_reply(self._account, left)
             raise
-        self._shared.kept.keep(asked.key, reply)
-        self._out.put_nowait(_Item(reply.done))
+        self._remember(asked.request_id, key)
+        self._shared.kept.keep(key, reply)
+        self._out.put(Item(reply.done), first=call.interactive)
 
     def _remember(self, request_id: str, key: str) -> None:
         """Until the student acknowledges it; one that never does is forgotten with what is kept."""
@@ -337,12 +323,12 @@ class ScoreStream:
         while len(self._keys) > 2 * self._limits.max_open_requests:
             self._keys.popitem(last=False)
 
-    async def _hold(self, size: int) -> None:
-        """Takes `size` reply bytes from the student's window and from what the tenant may hold."""
+    async def _hold(self, size: int, *, first: bool) -> None:
+        """Takes `size` reply bytes from the student's window and from what the tenant may hold; `first` before others that wait for either."""
         assert self._window is not None
-        await self._window.take(size)
+        await self._window.take(size, first=first)
         try:
-            await self._shared.accounts.hold_reply(self._account, size)
+            await self._shared.accounts.hold_reply(self._account, size, first=first)
         except BaseException:
             self._window.give_back(size)
             raise
@@ -354,7 +340,7 @@ class ScoreStream:
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(call.timeout_s or None):
-                await self._hold(needed)
+                await self._hold(needed, first=call.interactive)
                 try:
                     signals = await self._shared.service.score(call)
                     self._settle(needed, signals.payload_bytes)

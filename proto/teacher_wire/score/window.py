@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
 from teacher_wire import PROTOCOL
 from teacher_wire.core.errors import CapabilityError, LimitError, RequestError
+from teacher_wire.transport.turns import Turns
 from teacher_wire.v2 import teacher_pb2 as pb
 
 
 class Window:
-    """Payload bytes the student is ready to hold; handed out first come, first served."""
+    """Payload bytes the student is ready to hold; handed out in the order of `Turns`."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.free = size
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting = Turns()
 
-    async def take(self, size: int) -> None:
-        """Waits until `size` bytes are free, and takes them.
+    async def take(self, size: int, *, first: bool = False) -> None:
+        """Waits until `size` bytes are free, and takes them; `first` before those who wait without.
 
         Raises:
             LimitError: they can never be.
@@ -28,26 +28,20 @@ class Window:
             raise LimitError(
                 "the reply is larger than the student's window", field="window_bytes", value=self.size, limit=size
             )
-        if not self._waiting and size <= self.free:
-            self.free -= size
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
+        turn = self._waiting.join(size, first=first)
+        self.give_back(0)
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give_back(size)
+            self.give_back(size if turn.done() and not turn.cancelled() else 0)
             raise
 
     def give_back(self, size: int) -> None:
         """Makes `size` bytes free again and wakes whoever now fits."""
         self.free = min(self.size, self.free + size)
-        while self._waiting and (self._waiting[0][0] <= self.free or self._waiting[0][1].done()):
-            wanted, turn = self._waiting.popleft()
-            if not turn.done():
-                self.free -= wanted
-                turn.set_result(None)
+        while (wanted := self._waiting.next_size) is not None and wanted <= self.free:
+            self.free -= wanted
+            self._waiting.let_in()
 
 
 def open_window(up: pb.ScoreUp, kind: str | None, max_bytes: int) -> Window:

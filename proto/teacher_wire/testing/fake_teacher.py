@@ -24,7 +24,7 @@ from teacher_wire.core.info import Limits, TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
 from teacher_wire.generate.messages import GenerateCall, Sample
-from teacher_wire.score.signals import Full, Hidden, TopK
+from teacher_wire.score.signals import Full, Given, Hidden, TopK
 from teacher_wire.testing.fake_features import FAKE_FEATURES, FakeBlocks, pack_state
 from teacher_wire.testing.fake_generation import FakeWriter
 
@@ -221,11 +221,16 @@ def _full(signal: Full, rows: FakeRows) -> dict[str, Tensor]:
     return {"logits_NV": float32(rows.logits_NV)}
 
 
+def _given(signal: Given, rows: FakeRows) -> dict[str, Tensor]:
+    return {}
+
+
 # How the fake makes each kind of signal.
 FAKE_SIGNALS: dict[str, Callable[[Any, FakeRows], dict[str, Tensor]]] = {
     TopK.kind: _top_k,
     Hidden.kind: _hidden,
     Full.kind: _full,
+    Given.kind: _given,
 }
 
 

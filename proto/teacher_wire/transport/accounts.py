@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from teacher_wire.core.errors import OverloadedError
 from teacher_wire.transport.stream_limits import StreamLimits
+from teacher_wire.transport.turns import Turns
 
 _TAKEN_MEMORY_S = 2.0  # time constant of what a tenant took lately
 _RETRY_S = 1.0
@@ -41,7 +41,7 @@ class Account:
     reply_bytes: int = 0
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_RECEIVING))
-    waiting: deque[tuple[int, asyncio.Future[None]]] = field(default_factory=deque)
+    waiting: Turns = field(default_factory=Turns)
     _taken: float = 0.0
     _taken_s: float = 0.0
 
@@ -142,13 +142,10 @@ class Accounts:
             counts.request_bytes -= size
         self._forget(account)
 
-    async def hold_reply(self, account: Account, size: int) -> None:
-        """Waits until the tenant and the edge may hold `size` more reply bytes, and counts them."""
-        if not account.waiting and self._fits(account, size):
-            self._hold(account, size)
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        account.waiting.append((size, turn))
+    async def hold_reply(self, account: Account, size: int, *, first: bool = False) -> None:
+        """Waits until the tenant and the edge may hold `size` more reply bytes, and counts them; `first` before what else of the tenant waits."""
+        turn = account.waiting.join(size, first=first)
+        self._let_in(account)
         try:
             await turn
         except asyncio.CancelledError:
@@ -188,13 +185,16 @@ class Accounts:
         while woken:
             woken = False
             for account in list(self._tenants.values()):
-                while account.waiting and account.waiting[0][1].done():  # taken back
-                    account.waiting.popleft()
-                if account.waiting and self._fits(account, account.waiting[0][0]):
-                    size, turn = account.waiting.popleft()
-                    self._hold(account, size)
-                    turn.set_result(None)
-                    woken = True
+                woken = self._let_in(account) or woken
+
+    def _let_in(self, account: Account) -> bool:
+        """Lets the first that waits in if it fits; whether it did."""
+        size = account.waiting.next_size
+        if size is None or not self._fits(account, size):
+            return False
+        self._hold(account, size)
+        account.waiting.let_in()
+        return True
 
 
 def _refuse_above(what: str, field: str, value: int, limit: int) -> None:

@@ -23,6 +23,16 @@ class Check(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ALL: _ClassVar[Check]
     SAMPLED: _ClassVar[Check]
 
+class Cache(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CACHE_SHARED: _ClassVar[Cache]
+    CACHE_NONE: _ClassVar[Cache]
+
+class Latency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LATENCY_BULK: _ClassVar[Latency]
+    LATENCY_INTERACTIVE: _ClassVar[Latency]
+
 class Axis(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     AXIS_UNSPECIFIED: _ClassVar[Axis]
@@ -49,6 +59,10 @@ BFLOAT16: DType
 FLOAT32: DType
 ALL: Check
 SAMPLED: Check
+CACHE_SHARED: Cache
+CACHE_NONE: Cache
+LATENCY_BULK: Latency
+LATENCY_INTERACTIVE: Latency
 AXIS_UNSPECIFIED: Axis
 ROW: Axis
 CHECKED: Axis
@@ -215,7 +229,7 @@ class Open(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., window_bytes: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "teacher", "fingerprint", "spec", "token_ids", "cu_lengths", "wanted", "timeout_ms", "resume", "extra_ids")
+    __slots__ = ("request_id", "teacher", "fingerprint", "spec", "token_ids", "cu_lengths", "wanted", "timeout_ms", "resume", "extra_ids", "cache", "latency")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +240,8 @@ class ScoreRequest(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     EXTRA_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     teacher: str
     fingerprint: str
@@ -236,7 +252,9 @@ class ScoreRequest(_message.Message):
     timeout_ms: int
     resume: Resume
     extra_ids: Tensor
-    def __init__(self, request_id: _Optional[str] = ..., teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., spec: _Optional[_Union[SignalSpec, _Mapping]] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., cu_lengths: _Optional[_Union[Tensor, _Mapping]] = ..., wanted: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., extra_ids: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    cache: Cache
+    latency: Latency
+    def __init__(self, request_id: _Optional[str] = ..., teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., spec: _Optional[_Union[SignalSpec, _Mapping]] = ..., token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., cu_lengths: _Optional[_Union[Tensor, _Mapping]] = ..., wanted: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., extra_ids: _Optional[_Union[Tensor, _Mapping]] = ..., cache: _Optional[_Union[Cache, str]] = ..., latency: _Optional[_Union[Latency, str]] = ...) -> None: ...
 
 class RequestPart(_message.Message):
     __slots__ = ("request_id", "total_bytes", "offset", "data")
@@ -518,7 +536,7 @@ class StatusReply(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., up_s: _Optional[float] = ..., teachers: _Optional[_Iterable[_Union[TeacherStatus, _Mapping]]] = ..., tenants: _Optional[_Iterable[_Union[TenantStatus, _Mapping]]] = ..., store: _Optional[_Union[StoreStatus, _Mapping]] = ..., edges: _Optional[_Iterable[_Union[EdgeStatus, _Mapping]]] = ...) -> None: ...
 
 class TeacherStatus(_message.Message):
-    __slots__ = ("name", "state", "message", "replicas", "replicas_wanted", "fingerprints", "queued_tokens", "queued_requests", "tokens_per_s", "batch_fill", "forwards", "forward_tokens", "answered", "failed", "expired", "cancelled", "refused", "retries", "healthy", "failed_forwards", "given_up", "generate_calls", "generate_running", "generate_waiting", "generated_samples", "generated_tokens", "latencies")
+    __slots__ = ("name", "state", "message", "replicas", "replicas_wanted", "fingerprints", "queued_tokens", "queued_requests", "tokens_per_s", "batch_fill", "forwards", "forward_tokens", "answered", "failed", "expired", "cancelled", "refused", "retries", "healthy", "failed_forwards", "given_up", "generate_calls", "generate_running", "generate_waiting", "generated_samples", "generated_tokens", "latencies", "interactive_queued_tokens", "interactive_queued_requests", "interactive_forwards", "interactive_tokens", "interactive_answered")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -546,6 +564,11 @@ class TeacherStatus(_message.Message):
     GENERATED_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LATENCIES_FIELD_NUMBER: _ClassVar[int]
+    INTERACTIVE_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INTERACTIVE_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    INTERACTIVE_FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    INTERACTIVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INTERACTIVE_ANSWERED_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     message: str
@@ -573,7 +596,12 @@ class TeacherStatus(_message.Message):
     generated_samples: int
     generated_tokens: int
     latencies: _containers.RepeatedCompositeFieldContainer[LatencyStatus]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., replicas: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., fingerprints: _Optional[_Iterable[str]] = ..., queued_tokens: _Optional[int] = ..., queued_requests: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., batch_fill: _Optional[float] = ..., forwards: _Optional[int] = ..., forward_tokens: _Optional[int] = ..., answered: _Optional[int] = ..., failed: _Optional[int] = ..., expired: _Optional[int] = ..., cancelled: _Optional[int] = ..., refused: _Optional[int] = ..., retries: _Optional[int] = ..., healthy: _Optional[int] = ..., failed_forwards: _Optional[int] = ..., given_up: _Optional[int] = ..., generate_calls: _Optional[int] = ..., generate_running: _Optional[int] = ..., generate_waiting: _Optional[int] = ..., generated_samples: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyStatus, _Mapping]]] = ...) -> None: ...
+    interactive_queued_tokens: int
+    interactive_queued_requests: int
+    interactive_forwards: int
+    interactive_tokens: int
+    interactive_answered: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., replicas: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., fingerprints: _Optional[_Iterable[str]] = ..., queued_tokens: _Optional[int] = ..., queued_requests: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., batch_fill: _Optional[float] = ..., forwards: _Optional[int] = ..., forward_tokens: _Optional[int] = ..., answered: _Optional[int] = ..., failed: _Optional[int] = ..., expired: _Optional[int] = ..., cancelled: _Optional[int] = ..., refused: _Optional[int] = ..., retries: _Optional[int] = ..., healthy: _Optional[int] = ..., failed_forwards: _Optional[int] = ..., given_up: _Optional[int] = ..., generate_calls: _Optional[int] = ..., generate_running: _Optional[int] = ..., generate_waiting: _Optional[int] = ..., generated_samples: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyStatus, _Mapping]]] = ..., interactive_queued_tokens: _Optional[int] = ..., interactive_queued_requests: _Optional[int] = ..., interactive_forwards: _Optional[int] = ..., interactive_tokens: _Optional[int] = ..., interactive_answered: _Optional[int] = ...) -> None: ...
 
 class LatencyStatus(_message.Message):
     __slots__ = ("stage", "count", "p50_s", "p90_s", "p99_s")
@@ -612,7 +640,7 @@ class TenantStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., share: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., served_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., inflight_tokens: _Optional[int] = ..., refused: _Optional[int] = ..., sent_bytes: _Optional[int] = ...) -> None: ...
 
 class StoreStatus(_message.Message):
-    __slots__ = ("memory_hits", "disk_hits", "joined", "computed", "memory_bytes", "disk_bytes", "trouble")
+    __slots__ = ("memory_hits", "disk_hits", "joined", "computed", "memory_bytes", "disk_bytes", "trouble", "unshared")
     MEMORY_HITS_FIELD_NUMBER: _ClassVar[int]
     DISK_HITS_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
@@ -620,6 +648,7 @@ class StoreStatus(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    UNSHARED_FIELD_NUMBER: _ClassVar[int]
     memory_hits: int
     disk_hits: int
     joined: int
@@ -627,7 +656,8 @@ class StoreStatus(_message.Message):
     memory_bytes: int
     disk_bytes: int
     trouble: str
-    def __init__(self, memory_hits: _Optional[int] = ..., disk_hits: _Optional[int] = ..., joined: _Optional[int] = ..., computed: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., trouble: _Optional[str] = ...) -> None: ...
+    unshared: int
+    def __init__(self, memory_hits: _Optional[int] = ..., disk_hits: _Optional[int] = ..., joined: _Optional[int] = ..., computed: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., trouble: _Optional[str] = ..., unshared: _Optional[int] = ...) -> None: ...
 
 class EdgeStatus(_message.Message):
     __slots__ = ("node", "open_streams", "open_requests")

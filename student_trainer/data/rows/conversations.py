@@ -23,12 +23,14 @@ class Row:
         file: the source as the config names it, or the file of a folder.
         line: line from 1 (JSON Lines, CSV), or position from 1 (JSON list, Parquet, `datasets`).
         renamed: a format's field -> the row's own name for it, where `columns` maps it; errors name the row's own.
+        beside: fields that somebody other than the format reads.
     """
 
     fields: Mapping[str, Any]
     file: str
     line: int
     renamed: Mapping[str, str] = field(default_factory=dict)
+    beside: frozenset[str] = frozenset()
 
     @property
     def key(self) -> str:

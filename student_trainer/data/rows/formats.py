@@ -269,7 +269,7 @@ def _parse(row: Row, name: str, since: int, system_prompt: str, *, chosen: bool)
     if is_preference(row.fields):
         raise row.error(not_learned_here(row.fields), value=sorted(row.fields))
     for field, value in row.fields.items():
-        if field in form.uses or is_empty(value) or not isinstance(field, str):
+        if field in form.uses or field in row.beside or is_empty(value) or not isinstance(field, str):
             continue
         if why := why_refused(field, value):
             own = row.renamed.get(field, field)
@@ -286,7 +286,7 @@ def _fitting(row: Row) -> list[str]:
 def _unused(row: Row, form: Format) -> Iterable[str]:
     """Fields of the row and of its messages that are neither used nor refused."""
     for name, value in row.fields.items():
-        if name not in form.uses and not is_empty(value):
+        if name not in form.uses and name not in row.beside and not is_empty(value):
             yield str(name)
     for name in form.lists:
         value = row.fields.get(name)

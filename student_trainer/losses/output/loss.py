@@ -23,7 +23,7 @@ from student_trainer.losses.matmul import wide
 from student_trainer.losses.output.chunks import RowFigures, chunk_terms, fused_terms, has_kernel, is_short
 from student_trainer.losses.output.gradients import Attach, Gradients
 from student_trainer.losses.output.spec import OutputLossSpec
-from student_trainer.losses.rows import HiddenRows, Seen, TeacherRows, TopKRows, check_vocabulary
+from student_trainer.losses.rows import GivenRows, HiddenRows, Seen, TeacherRows, TopKRows, check_vocabulary
 from student_trainer.losses.truncated import check_temperature
 
 
@@ -32,11 +32,14 @@ class LossParts:
     """Sums over the rows of weight above 0, detached, on the device.
 
     Attributes:
-        kd_sum: sum of w_n s(tau) D_n in nats, without kd_weight; 0 without a teacher.
-        ce_sum: sum of w_n (-log q(label)) in nats at temperature 1, without sft_weight.
+        kd_sum: sum of w_n s(tau) D_n in nats, without kd_weight; 0 without a teacher. Of a policy gradient the surrogate, which is 0 in
+            rows that were not sampled.
+        ce_sum: sum of w_n (-log q(label)) in nats at temperature 1, without sft_weight; of the data's own tokens.
         acc1_hits, acc3_hits: rows whose label is the student's first, or among its first three.
         rows: how many there are.
         weights: sum of their weights.
+        kd_weights, ce_weights: of those that are in kd_sum, and of those in ce_sum.
+        clipped: of those that a policy gradient has clipped.
     """
 
     kd_sum: Tensor
@@ -45,6 +48,9 @@ class LossParts:
     acc3_hits: Tensor
     rows: Tensor
     weights: Tensor
+    kd_weights: Tensor
+    ce_weights: Tensor
+    clipped: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,7 @@ def output_loss(
     weights_N: Tensor,
     normalizer: float | Tensor,
     spec: OutputLossSpec,
+    sampled_logp_N: Tensor | None = None,
 ) -> OutputLoss:
     """Distillation and cross-entropy of N rows.
 
@@ -76,6 +83,8 @@ def output_loss(
         weights_N: >= 0, where the labels are; rows of weight 0 are never projected.
         normalizer: Z of the whole accumulation window over all ranks, not of this call (algorithms.md 1.5).
         spec: what to compute.
+        sampled_logp_N: where the labels are: log-probabilities that tokens of the student's own had when they were sampled, NaN for those
+            of the data. None: all are the data's. A token of the student's own has no cross-entropy, a policy gradient no other rows.
     Returns:
         A loss whose gradients are computed here, in the forward pass, and scaled by grad_out in the backward pass.
         With no row left it is 0 and every gradient is 0.
@@ -83,12 +92,17 @@ def output_loss(
         ConfigError: labels that do not determine the loss asked for.
         DataError: lengths, a vocabulary, a label or a weight that does not fit.
     """
-    _check_call(student_hidden_ND, head, rows, label_ids_N, weights_N, spec)
+    _check_call(student_hidden_ND, head, rows, label_ids_N, weights_N, spec, sampled_logp_N)
     kept_M = weights_N.detach().nonzero()[:, 0]  # if they are on the device, the one wait for it: shapes depend on it
     labels_M, weights_M, count = label_ids_N[kept_M], weights_N[kept_M], kept_M.numel()
     _check_values(labels_M, weights_M, normalizer, head.vocab_rows)
+    sampled_M = None if sampled_logp_N is None else sampled_logp_N[kept_M]
+    if sampled_M is not None:
+        _check_sampled(sampled_M)
     kept_M, labels_M, weights_M = (_beside(student_hidden_ND, t) for t in (kept_M, labels_M, weights_M))
     dtype = wide(student_hidden_ND, head.weight_VD)
+    if sampled_M is not None:
+        sampled_M = _beside(student_hidden_ND, sampled_M).to(dtype)
     grad_dtype = torch.bfloat16 if _narrow(student_hidden_ND, head) else dtype
     is_fused = dtype == torch.float32 and fused.usable(student_hidden_ND) and has_kernel(rows, spec)
     bytes_each = 16 if not is_fused else 4 + grad_dtype.itemsize + (0 if is_short(rows) else 4)
@@ -102,29 +116,46 @@ def output_loss(
             part = slice(start, min(start + chunk_rows, count))
             index_C = part if count == weights_N.numel() else kept_M[part]  # a slice of all is no copy and no launch
             h_CD, chunk = student_hidden_ND[index_C], rows and rows.take(index_C)
-            z_CV = head.logits(h_CD)
+            z_CV, sampled_C = head.logits(h_CD), None if sampled_M is None else sampled_M[part]
             if is_fused:
-                row, grad_CV = fused_terms(z_CV, chunk, labels_M[part], coefficient_M[part], spec, grad_dtype)
+                row, grad_CV = fused_terms(
+                    z_CV, chunk, labels_M[part], coefficient_M[part], spec, grad_dtype, sampled_C
+                )
             else:
-                row, grad_CV = chunk_terms(z_CV, chunk, labels_M[part], coefficient_M[part], spec)
+                row, grad_CV = chunk_terms(z_CV, chunk, labels_M[part], coefficient_M[part], spec, sampled_C)
             figures.append(row)
             if any(t is not None for t in trained):
                 gradients.add(head.pull_back_(grad_CV, z_CV), h_CD, index_C, head)
             del z_CV, grad_CV  # not held while the next chunk's are made
-        kd_sum, ce_sum, acc1_hits, acc3_hits = _sums(figures, weights_M)
+        own_M = weights_M if sampled_M is None else weights_M.masked_fill(~sampled_M.isnan(), 0)  # the data's
+        kd_sum, ce_sum, acc1_hits, acc3_hits = _sums(figures, weights_M, own_M)
         total = (spec.kd_weight * kd_sum + spec.sft_weight * ce_sum) / (normalizer if count else 1)
     total = Attach.apply(total.to(dtype), *gradients.all(), *trained)
-    parts = LossParts(kd_sum, ce_sum, acc1_hits, acc3_hits, torch.full_like(kd_sum, count), weights_M.double().sum())
-    return OutputLoss(total, parts, None if rows is None else _evidence(rows, kept_M, labels_M, figures))
+    weights = weights_M.double().sum()
+    ce_weights = weights if sampled_M is None else own_M.double().sum()
+    kd_weights, clipped = weights, torch.zeros_like(weights)
+    if spec.policy_gradient is not None:
+        kd_weights = clipped if sampled_M is None else weights - ce_weights
+        if flags := [row.clipped_C for row in figures if row.clipped_C is not None]:
+            clipped = weights_M.double() @ torch.cat(flags).double()
+    count_of = torch.full_like(kd_sum, count)
+    parts = LossParts(kd_sum, ce_sum, acc1_hits, acc3_hits, count_of, weights, kd_weights, ce_weights, clipped)
+    evident = rows is not None and not isinstance(rows, GivenRows)
+    return OutputLoss(total, parts, _evidence(rows, kept_M, labels_M, figures) if evident else None)
 
 
-def _sums(figures: list[RowFigures], weights_M: Tensor) -> tuple[Tensor, ...]:
-    """The four sums of `LossParts`, in float64."""
+def _sums(figures: list[RowFigures], weights_M: Tensor, own_M: Tensor) -> tuple[Tensor, ...]:
+    """The four sums of `LossParts`, in float64; `own_M` are the weights of the cross-entropy."""
     if not figures:
         return weights_M.new_zeros(4, dtype=torch.float64).unbind()
     kd_M, ce_M, ahead_M = (torch.cat(column) for column in list(zip(*figures, strict=True))[:3])
     w_M = weights_M.double()
-    return w_M @ kd_M.double(), w_M @ ce_M.double(), (ahead_M < 1).sum().double(), (ahead_M < 3).sum().double()
+    return (
+        w_M @ kd_M.double(),
+        own_M.double() @ ce_M.double(),
+        (ahead_M < 1).sum().double(),
+        (ahead_M < 3).sum().double(),
+    )
 
 
 def _narrow(hidden_ND: Tensor, head: Head) -> bool:
@@ -158,9 +189,11 @@ def _check_call(
     label_ids_N: Tensor,
     weights_N: Tensor,
     spec: OutputLossSpec,
+    sampled_logp_N: Tensor | None,
 ) -> None:
     """What can be told from shapes and settings, without waiting for the device."""
     lengths = {"labels": label_ids_N.numel(), "weights": weights_N.numel(), "rows": rows and rows.lse_N.numel()}
+    lengths |= {} if sampled_logp_N is None else {"sampled_logp": sampled_logp_N.numel()}
     for name, length in lengths.items():
         if length is not None and length != hidden_ND.shape[0]:
             raise DataError(f"{length} {name} for {hidden_ND.shape[0]} student states")
@@ -168,9 +201,22 @@ def _check_call(
         if spec.kd_weight or not spec.sft_weight:
             raise ConfigError("without teacher rows set kd_weight to 0 and sft_weight above 0")
         return
+    if isinstance(rows, GivenRows) and spec.policy_gradient is None:
+        raise ConfigError(
+            "given labels hold no distribution and serve divergence pg_rkl alone: choose another labels.transport"
+        )
     transport = "top_k" if isinstance(rows, TopKRows) else "hidden or full"
     check_temperature(transport, spec.temperature, spec.tempered_head)
     check_vocabulary(rows, head)
+
+
+def _check_sampled(sampled_logp_M: Tensor) -> None:
+    """Refuses figures that are neither NaN nor log-probabilities; read where they are, on the host in a run."""
+    wrong = sampled_logp_M[(sampled_logp_M > 1e-3) | sampled_logp_M.isneginf()]
+    if wrong.numel():
+        raise DataError(
+            f"sampled_logp must be log-probabilities, or NaN for tokens of the data, found {float(wrong[0]):g}"
+        )
 
 
 def _beside(there: Tensor, tensor: Tensor) -> Tensor:

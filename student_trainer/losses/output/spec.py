@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from student_trainer.errors import ConfigError
 from student_trainer.losses.divergence import Divergence
+from student_trainer.losses.output.policy_gradient import PolicyGradient
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,10 @@ class OutputLossSpec:
         tau_squared: multiply the divergence, and so its gradient, by temperature squared (algorithms.md 1.4).
         kd_weight, sft_weight: of the two terms; a weight of 0 leaves the sum in the parts.
         tempered_head: the objective of `truncated.tempered_head_and_grad`, for top-k rows only.
+        policy_gradient: in place of the divergence, on the student's own samples; None for the divergence.
         chunk_bytes: logits held at a time, roughly; sets the rows of a chunk.
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: a number out of range, or a policy gradient at a temperature other than 1.
     """
 
     divergence: Divergence = field(default_factory=Divergence)
@@ -29,6 +31,7 @@ class OutputLossSpec:
     kd_weight: float = 1.0
     sft_weight: float = 0.0
     tempered_head: bool = False
+    policy_gradient: PolicyGradient | None = None
     chunk_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
@@ -37,6 +40,12 @@ class OutputLossSpec:
             value = getattr(self, name)
             if not (value > 0 or (name in weights and value == 0)):
                 raise ConfigError(f"{name} must be {'at least' if name in weights else 'above'} 0, not {value}")
+
+        if self.policy_gradient is not None and (self.temperature != 1 or self.tempered_head):
+            raise ConfigError(
+                f"pg_rkl is about the probabilities that sampled the tokens: temperature must be 1, not {self.temperature:g}, and "
+                "tempered_head false"
+            )
 
     def chunk_rows(self, vocab_rows: int, bytes_each: int = 16) -> int:
         """C: [C, V] fills `chunk_bytes`; four float32 buffers unless said otherwise (algorithms.md 3.3).

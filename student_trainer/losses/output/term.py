@@ -50,11 +50,14 @@ class OutputTerm:
         normalizer: float | Tensor,
         step: int,
     ) -> TermResult:
-        """`kd_loss` and `sft_loss` in nats per weight, `acc1` and `acc3` as shares of rows.
+        """`kd_loss` and `sft_loss` in nats per weight, `acc1` and `acc3` as shares of rows; with a policy gradient `clipped`, a share too.
+
+        Rows that the student has sampled are in no `sft_loss`; `kd_loss` of a policy gradient is of these rows alone.
 
         Raises:
             ConfigError, DataError: as `output_loss`.
         """
+        spec = self._spec_at(step)
         loss = output_loss(
             rows.of(outputs.final_BLD),
             self._head(),
@@ -62,15 +65,18 @@ class OutputTerm:
             rows.labels_N,
             rows.weights_N,
             normalizer,
-            self._spec_at(step),
+            spec,
+            rows.sampled_logp_N,
         )
         parts = loss.parts
         figures = {
-            "kd_loss": Mean(parts.kd_sum, parts.weights),
-            "sft_loss": Mean(parts.ce_sum, parts.weights),
+            "kd_loss": Mean(parts.kd_sum, parts.kd_weights),
+            "sft_loss": Mean(parts.ce_sum, parts.ce_weights),
             "acc1": Mean(parts.acc1_hits, parts.rows),
             "acc3": Mean(parts.acc3_hits, parts.rows),
         }
+        if spec.policy_gradient is not None:
+            figures["clipped"] = Mean(parts.clipped, parts.kd_weights)
         return TermResult(loss.total, figures, loss.integrity)
 
     def likeliest_ids(self, outputs: StudentOutputs, rows: SupervisedRows, count: int, step: int) -> Tensor:

@@ -15,7 +15,7 @@ from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.findings import Finding
 from student_trainer.rollout.plan import RolloutPlan
-from student_trainer.rollout.prompts import hindrance, prompt_length
+from student_trainer.rollout.prompts import Room, prompt_length
 from student_trainer.teachers.limits import check_groups
 from student_trainer.teachers.session import TeacherSession
 
@@ -28,10 +28,9 @@ def plan_of(config: TrainConfig, order: RunOrder) -> RolloutPlan | None:
     return RolloutPlan(config.on_policy, seed=config.run.seed, steps=order.steps, window=window)
 
 
-def longest_sequence(positions: int | None, teacher: TeacherSession | None) -> int | None:
-    """Tokens of a sequence that a student with so many positions and its teacher can both read; None if neither knows a limit."""
-    limits = [positions, teacher.info.limits.max_sequence_tokens if teacher else None]
-    return min((limit for limit in limits if limit is not None), default=None)
+def room_of(settings: OnPolicyConfig, positions: int | None, teacher: TeacherSession | None) -> Room:
+    """How long sequences may become, of a student with so many positions."""
+    return Room(settings.max_new_tokens, positions, teacher.info.limits.max_sequence_tokens if teacher else None)
 
 
 def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
@@ -74,9 +73,8 @@ def check_rollouts(
         yield Finding.good("on_policy.share", what, f"{what}: it is learned off-policy alone")
         return
     teacher = sessions[0] if sessions else None
-    longest = longest_sequence(positions, teacher)
-    lengths = [prompt_length(row.example) for row in data]
-    why = [hindrance(tokens, longest, settings.max_new_tokens) for tokens in lengths]
+    room = room_of(settings, positions, teacher)
+    why = [room.hindrance(row.example) for row in data]
     bad = [number for number, told in enumerate(why) if told]
     if bad:
         yield _unanswerable(settings, data, bad, why[bad[0]])
@@ -86,8 +84,8 @@ def check_rollouts(
         return
     for session in sessions[:1]:
         grown = [
-            row.example if told else _at_most(row.example, tokens, settings.max_new_tokens)
-            for row, tokens, told in zip(data, lengths, why, strict=True)
+            row.example if told else _at_most(row.example, settings.max_new_tokens)
+            for row, told in zip(data, why, strict=True)
         ]
         groups = [order.batch(number) for number in range(order.batches)]
         if settings.samples_per_prompt > 1:  # of one prompt, whichever it is
@@ -99,15 +97,11 @@ def check_rollouts(
 
 
 def _unanswerable(settings: OnPolicyConfig, data: TokenizedDataset, bad: list[int], why: str) -> Finding:
-    setting = "on_policy" if "no prompt" in why else "on_policy.max_new_tokens"
+    setting = "on_policy.max_new_tokens"
     first = f"{data[bad[0]].example.key}: {why}"
     if len(bad) == len(data):
-        fix = (
-            "on-policy training needs rows with a prompt: instructions or conversations, not plain text"
-            if "no prompt" in why
-            else "lower on_policy.max_new_tokens, or shorten the prompts"
-        )
-        return Finding.bad(setting, f"on_policy: none of the {len(data):,} rows can be answered; {first}", fix)
+        what = f"on_policy: none of the {len(data):,} rows can be answered; {first}"
+        return Finding.bad(setting, what, "lower on_policy.max_new_tokens, or shorten the prompts")
     what = f"on_policy: {len(bad):,} of the {len(data):,} rows cannot be answered; {first}"
     if settings.on_failure == "stop":
         return Finding.bad(
@@ -116,9 +110,9 @@ def _unanswerable(settings: OnPolicyConfig, data: TokenizedDataset, bad: list[in
     return Finding.good(setting, what, f"{what}; where they are drawn, the rows are learned from as they are")
 
 
-def _at_most(example: Example, prompt: int, max_new_tokens: int) -> Example:
-    """An example with as many tokens and targets as a row or the longest rollout in its place has."""
-    tokens = max(example.token_ids.size, prompt + max_new_tokens)
+def _at_most(example: Example, max_new_tokens: int) -> Example:
+    """An example with as many tokens and targets as the teacher is asked about in a row or in the longest rollout in its place."""
+    tokens = max(example.asked.token_ids.size, prompt_length(example.asked) + max_new_tokens)
     targets = max(int(example.loss_mask.sum()), max_new_tokens)
     mask = np.zeros(tokens, np.bool_)
     mask[-targets:] = True

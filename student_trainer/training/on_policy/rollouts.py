@@ -29,7 +29,7 @@ from student_trainer.rollout.prompts import Prompts, stop_ids
 from student_trainer.rollout.writer import RolloutWriter
 from student_trainer.teachers.session import TeacherSession
 from student_trainer.training.checkpoints import checkpoint
-from student_trainer.training.on_policy.checks import longest_sequence
+from student_trainer.training.on_policy.checks import room_of
 from student_trainer.training.on_policy.windows import RolloutWindows
 
 
@@ -62,18 +62,16 @@ class Rollouts(TrainerCallback):
     ) -> None:
         settings = config.on_policy
         assert settings is not None
-        longest = longest_sequence(student.outline.positions, teacher)
         self._student = student
         self._keeps = settings.max_staleness > 0
         self._figures = RolloutFigures(note)
         self._ledger = Ledger(config.run.output_dir)
-        self._prompts = Prompts(data, order, plan, longest, settings.max_new_tokens)
+        self._prompts = Prompts(data, order, plan, room_of(settings, student.outline.positions, teacher))
         sampler = build_sampler(
             config,
             settings,
             student,
             vocab_rows=vocab_rows,
-            longest=longest,
             stop_ids=stop_ids(student.tokenizer, student.causal_lm, data),
         )
         self._writer = RolloutWriter(plan, self._prompts, sampler)

@@ -121,7 +121,8 @@ class RolloutWindows:
                 if self._stops:
                     raise RunError(f"{_told(one)} (on_policy.on_failure=stop)")
                 continue
-            rows[place.slot] = IndexedExample(self._prompts.row(step, place.row).index, example_of(one))
+            row = self._prompts.row(step, place.row)
+            rows[place.slot] = IndexedExample(row.index, example_of(one, row.example))
         first = step * self.accumulation
         return Window(
             step,

@@ -10,7 +10,7 @@ Axes: N wanted rows, L tokens of a sequence, M named ids, V vocabulary, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from teacher_server.backends.model_folder import find, fingerprint, refusals_of
 from teacher_server.backends.stopwatch import Stopwatch
 from teacher_server.backends.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_server.backends.transformers import decoder_runners, quantized
+from teacher_server.backends.transformers import groups as grouping
 from teacher_server.backends.transformers.capture import calibration, hooks, probe
 from teacher_server.backends.transformers.capture.taps import captured_numbers
 from teacher_server.backends.transformers.decode_loop import ModelStepper
@@ -220,22 +221,35 @@ class TransformersModel:
     def score(self, jobs: list[Job]) -> list[TeacherSignals]:
         return self.begin(jobs)()
 
-    @torch.inference_mode()
     def begin(self, jobs: list[Job]) -> Callable[[], list[TeacherSignals]]:
         """Puts a batch to the device and returns at once there; what it returns waits for the answers.
 
         The next batch may begin before the last one is waited for, from the same thread; the wait may be in another.
         """
+        each = self._begin(jobs, apart=False)
+
+        def finish() -> list[TeacherSignals]:
+            found: dict[int, TeacherSignals] = {}
+            timing = Timing()
+            for index, signals in each():
+                found[index], timing = signals, signals.timing
+            return [replace(found[index], timing=timing) for index in range(len(jobs))]
+
+        return finish
+
+    def begin_each(self, jobs: list[Job]) -> Callable[[], Iterator[tuple[int, TeacherSignals]]]:
+        """See `backends.base.EachBackend`: one pass for all, but each job's rows are reduced and copied by themselves."""
+        return self._begin(jobs, apart=True)
+
+    @torch.inference_mode()
+    def _begin(self, jobs: list[Job], *, apart: bool) -> Callable[[], Iterator[tuple[int, TeacherSignals]]]:
         watch = Stopwatch(self._device)
-        groups: dict[SignalSpec, list[int]] = {}
-        for index, (_, spec) in enumerate(jobs):
-            groups.setdefault(spec, []).append(index)
         compute = self._apart if self._deterministic else self._together
-        copies = compute(jobs, groups, watch)
+        copies = compute(jobs, grouping.members_of(jobs, apart=apart), watch)
         return lambda: self._answers(jobs, copies, watch)
 
     def _together(
-        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: Stopwatch
+        self, jobs: list[Job], groups: grouping.Members, watch: Stopwatch
     ) -> list[tuple[list[int], HostRows]]:
         """The signals of each group of jobs, from as few passes as fit; what a cut captures is gone before the next."""
         together = groups_of(jobs, groups)
@@ -269,12 +283,10 @@ class TransformersModel:
                 into.end()
             start = stop
 
-    def _apart(
-        self, jobs: list[Job], groups: dict[SignalSpec, list[int]], watch: Stopwatch
-    ) -> list[tuple[list[int], HostRows]]:
+    def _apart(self, jobs: list[Job], groups: grouping.Members, watch: Stopwatch) -> list[tuple[list[int], HostRows]]:
         """The same, each sequence by itself; all its rows are reduced in chunks from its first, wanted or not."""
         found = []
-        for spec, members in groups.items():
+        for spec, members in groups:
             wish = wish_of(spec)
             rows_of = self._host_rows(spec, [jobs[index][0] for index in members])
             for batch in (jobs[index][0] for index in members):
@@ -322,21 +334,19 @@ class TransformersModel:
 
     def _answers(
         self, jobs: list[Job], copies: list[tuple[list[int], HostRows]], watch: Stopwatch
-    ) -> list[TeacherSignals]:
-        answers: dict[int, TeacherSignals] = {}
-        for members, copy in copies:
+    ) -> Iterator[tuple[int, TeacherSignals]]:
+        """Each job's answer once it is on the host; those of the last group have the times of the batch."""
+        timing = Timing(batch_tokens=sum(batch.tokens for batch, _ in jobs))
+        for number, (members, copy) in enumerate(copies, 1):
             spec = jobs[members[0]][1]
             types = {part.name: part.dtype for part in spec.fields(self._shape(spec))}
             tensors = {name: to_wire(host, types[name]) for name, host in copy.wait().items()}
             together = TeacherSignals(tensors, self._facts.fingerprint)
-            answers |= dict(zip(members, together.divide([jobs[index][0] for index in members]), strict=True))
-        spent = watch.us()
-        timing = Timing(
-            forward_us=spent.get("forward", 0),
-            reduce_us=spent.get("reduce", 0),
-            batch_tokens=sum(batch.tokens for batch, _ in jobs),
-        )
-        return [replace(answers[index], timing=timing) for index in range(len(jobs))]
+            if number == len(copies):
+                spent = watch.us()
+                timing = replace(timing, forward_us=spent.get("forward", 0), reduce_us=spent.get("reduce", 0))
+            for index, answer in zip(members, together.divide([jobs[index][0] for index in members]), strict=True):
+                yield index, replace(answer, timing=timing)
 
     def _quantize(self, tokenizer: Any) -> quantized.LabelError:
         """Turns the layers' products to float8 and measures what that does to the labels.

@@ -16,6 +16,7 @@ from teacher_wire.core.checked_rows import checked_rows
 from teacher_wire.core.signals import SignalSpec
 
 Job = tuple[TokenBatch, SignalSpec]
+Members = list[tuple[SignalSpec, list[int]]]  # of each group, places in the batch
 
 
 def sequences_of(batch: TokenBatch) -> list[np.ndarray]:
@@ -78,10 +79,20 @@ class Group:
         return slice(start - cut.start, stop - cut.start), rows
 
 
-def groups_of(jobs: list[Job], members: dict[SignalSpec, list[int]]) -> list[Group]:
+def members_of(jobs: list[Job], *, apart: bool) -> Members:
+    """Which jobs are reduced together: all of one spec, or with `apart` each by itself, so that the first is done before the last."""
+    if apart:
+        return [(spec, [index]) for index, (_, spec) in enumerate(jobs)]
+    found: dict[SignalSpec, list[int]] = {}
+    for index, (_, spec) in enumerate(jobs):
+        found.setdefault(spec, []).append(index)
+    return list(found.items())
+
+
+def groups_of(jobs: list[Job], members: Members) -> list[Group]:
     """The groups, one behind the other."""
     made, first = [], 0
-    for spec, indices in members.items():
+    for spec, indices in members:
         batches = [jobs[index][0] for index in indices]
         rows_B = [int(wanted.sum()) for batch in batches for wanted in wanted_of(batch)]
         extra = [batch.extra_ids_NM for batch in batches if batch.extra_ids_NM is not None]

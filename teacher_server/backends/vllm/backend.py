@@ -227,26 +227,42 @@ class VllmModel:
 
         So vLLM computes the next batch while the last one travels and is reduced.
         """
+        each = self.begin_each(jobs)
+
+        def finish() -> list[TeacherSignals]:
+            found: dict[int, TeacherSignals] = {}
+            timing = Timing()
+            for index, signals in each():
+                found[index], timing = signals, signals.timing
+            return [replace(found[index], timing=timing) for index in range(len(jobs))]
+
+        return finish
+
+    def begin_each(
+        self, jobs: list[tuple[TokenBatch, SignalSpec]]
+    ) -> Callable[[], Iterator[tuple[int, TeacherSignals]]]:
+        """See `backends.base.EachBackend`."""
         for batch, spec in jobs:
             self._refuse(batch, spec)
         under_way = StatesUnderWay(self._engines["score"], [batch for batch, _ in jobs])
         return lambda: self._answers(jobs, under_way)
 
-    @torch.inference_mode()
-    def _answers(self, jobs: list[tuple[TokenBatch, SignalSpec]], under_way: StatesUnderWay) -> list[TeacherSignals]:
-        answers: list[TeacherSignals | None] = [None] * len(jobs)
-        reduced_s = 0.0
+    def _answers(
+        self, jobs: list[tuple[TokenBatch, SignalSpec]], under_way: StatesUnderWay
+    ) -> Iterator[tuple[int, TeacherSignals]]:
+        """Each job's answer as its states come; the last one has the times of the batch."""
+        tokens, reduced_s, left = sum(batch.tokens for batch, _ in jobs), 0.0, len(jobs)
         for job, hidden_ND in under_way.states(self._head.weight_VD):
             begun = time.perf_counter()
-            answers[job] = reduce(self._head, hidden_ND, *jobs[job], self._reduce_bytes)
+            with torch.inference_mode():
+                answer = reduce(self._head, hidden_ND, *jobs[job], self._reduce_bytes)
             reduced_s += time.perf_counter() - begun
-        timing = Timing(
-            forward_us=round(under_way.took_s * 1e6),
-            reduce_us=round(reduced_s * 1e6),
-            batch_tokens=sum(batch.tokens for batch, _ in jobs),
-        )
-        fingerprint_ = self._facts.fingerprint
-        return [replace(answer, timing=timing, fingerprint=fingerprint_) for answer in answers if answer is not None]
+            left -= 1
+            timing = Timing(batch_tokens=tokens)
+            if not left:
+                spent_us = (round(under_way.took_s * 1e6), round(reduced_s * 1e6))
+                timing = replace(timing, forward_us=spent_us[0], reduce_us=spent_us[1])
+            yield job, replace(answer, timing=timing, fingerprint=self._facts.fingerprint)
 
     def _refuse(self, batch: TokenBatch, spec: SignalSpec) -> None:
         """What vLLM must never see: it is refused here, whoever let it through.

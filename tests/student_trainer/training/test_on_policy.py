@@ -18,7 +18,7 @@ from student_trainer.rollout.sample import RolloutFailure
 from student_trainer.training.run import train
 from student_trainer.training.trainer import DistillationTrainer
 from teacher_wire.testing.loopback import serve
-from tests.student_trainer.conftest import fake_for, run_config
+from tests.student_trainer.conftest import run_config
 from tests.student_trainer.training.test_train import QUIET, adapter_hash, losses
 
 ALL = {"share": 1.0, "max_new_tokens": 6, "max_staleness": 0}
@@ -112,7 +112,7 @@ def test_what_is_learned_from_is_what_the_student_would_write(go, model_factory)
 
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_weights_are_as_old_as_the_plan_says(go, staleness):
-    folder, seen = go("old", on_policy=ALL | {"max_staleness": staleness})
+    folder, _ = go("old", on_policy=ALL | {"max_staleness": staleness})
     assert [e["version"] for e in ledger(folder)[::4]] == [max(0, step - staleness) for step in range(6)]
     log = [e for e in losses(folder) if "loss" in e]
     assert [e["staleness"] for e in log] == [min(step, staleness) for step in range(6)]
@@ -214,7 +214,7 @@ def test_a_prompt_without_a_completion_is_named_skipped_and_counted(go, monkeypa
     assert [e.get("rollout_failures") for e in log] == [None, 1, None, None, None, None]
     assert log[1]["on_policy_share"] == 0.75
     assert f"{skipped['key']} (step 1, place 2) got no completion: the weather is bad" in shown.file.getvalue()
-    with pytest.raises(RunError, match="got no completion: the weather is bad .on_policy.on_failure=stop"):
+    with pytest.raises(RunError, match=r"got no completion: the weather is bad .on_policy.on_failure=stop"):
         go("stopped", on_policy=ALL | {"on_failure": "stop"})
 
 
@@ -289,7 +289,7 @@ def test_garbage_is_warned_of_once(go):
         ({"teacher": None, "loss": {"output": None, "sft_weight": 1.0}}, "on_policy: .* set the section teacher"),
         (
             {"on_policy": {"share": 1.0, "max_new_tokens": 200}},
-            "on_policy.max_new_tokens=200 are more than the 128 tokens that",
+            "on_policy.max_new_tokens=200 are more than the 128 tokens that the student",
         ),
         (
             {"on_policy": {"share": 1.0, "engine": "vllm", "temperature": 0.5, "top_p": 0.9}},
@@ -307,17 +307,24 @@ def test_what_cannot_be_is_refused_by_name(go, sections, wanted, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
-def test_plain_text_rows_have_no_prompt(tmp_path, model_factory, fake):
-    rows = tmp_path / "text.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"the cat sat on a mat {i}"}) + "\n" for i in range(8)))
-    with serve(fake) as server:
-        tree = run_config(
-            tmp_path,
-            model_factory("qwen2"),
-            rows,
-            server.address,
-            on_policy=ALL,
-            data={"eval": [], "template": "plain"},
-        )
-        with pytest.raises(ConfigError, match=r"none of the 8 rows can be answered.*needs rows with a prompt"):
-            train(parse_config(tree, "test"), console=QUIET)
+def test_rows_too_long_to_be_answered_are_learned_from_as_they_are_or_refused(go, model_factory):
+    """Positions for 48 tokens, prompts of 15 to 20: a completion of 30 fits behind some of them alone."""
+    model = {"path": str(model_factory("qwen2", max_position_embeddings=48)), "compiled": False}
+    shown = Console(file=io.StringIO(), width=400)
+    most = ALL | {"max_new_tokens": 30}
+    folder, seen = go("some", on_policy=most, console=shown, model=model, train={"max_steps": 4, "save_steps": 0})
+    told = " ".join(shown.file.getvalue().split())
+    assert "of the 48 rows cannot be answered" in told and "the rows are learned from as they are" in told
+    skipped = [e for e in ledger(folder) if "skipped" in e]
+    assert 0 < len(skipped) < 16 and all(
+        "max_new_tokens=30 are more than the 48 tokens" in e["skipped"] for e in skipped
+    )
+    assert [name for name in names(seen) if "[rollout" not in name] == [e["key"] for e in skipped]
+    with pytest.raises(ConfigError, match=r"of the 48 rows cannot be answered.*set on_policy.on_failure=skip"):
+        go("stopped", on_policy=most | {"on_failure": "stop"}, model=model)
+
+
+def test_requests_of_rollouts_are_held_against_the_teachers_limits(go, fake):
+    fake.max_reply_bytes = 6_000  # rows of 24 numbers: what the data's answers take, not what 60 tokens do
+    with pytest.raises(ConfigError, match=r"on_policy.max_new_tokens makes a request of .* reply bytes"):
+        go("large", on_policy=ALL | {"max_new_tokens": 60}, train={"batch_size": 4, "accumulation": 1})

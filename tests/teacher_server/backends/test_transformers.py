@@ -268,7 +268,7 @@ def test_the_fingerprint_is_of_weights_configuration_and_dtype(model_factory, tm
 
 def test_a_teacher_may_keep_its_head(model_factory):
     teacher = backend(model_factory("qwen2"), serve_head=False)
-    assert teacher.facts.transports == ("top_k", "full", "layers", "attention", "relation", "ffn")
+    assert teacher.facts.transports == ("top_k", "full", "layers", "attention", "relation", "ffn", "given")
     assert teacher.facts.artifacts == ()
 
 

@@ -127,7 +127,12 @@ def scoring(folder, dtype, prefix_caching):
 def assert_labels_equal(model, folder, times):
     """In float32: every row's likeliest token, and all numbers within rounding, each time they are asked for."""
     batch = TokenBatch.pack(sequences())
-    jobs = [(batch, HIDDEN), (batch, spec_of("top_k", VOCAB, k=9)), (batch, spec_of("full", VOCAB))]
+    jobs = [
+        (batch, HIDDEN),
+        (batch, spec_of("top_k", VOCAB, k=9)),
+        (batch, spec_of("full", VOCAB)),
+        (batch, spec_of("given", VOCAB)),
+    ]
     theirs = reference(folder, "float32").score(jobs)
     for _ in range(times):
         ours = model.score(jobs)

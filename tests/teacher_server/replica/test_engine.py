@@ -79,6 +79,11 @@ async def test_what_waits_together_runs_together():
         assert {name: value for name, value in counters.items() if not name.startswith("generate")} == {
             "queued_tokens": 0,
             "queued_jobs": 0,
+            "interactive_queued_tokens": 0,
+            "interactive_queued_requests": 0,
+            "interactive_forwards": 0,
+            "interactive_tokens": 0,
+            "interactive_answered": 0,
             "waiting": 0,
             "forwards": len(model.batches),
             "forward_tokens": 24,

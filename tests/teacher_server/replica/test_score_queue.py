@@ -197,5 +197,5 @@ def test_deadlines_of_jobs_that_have_ended_are_forgotten():
             batcher.next_batch(0.0)
             batcher.add(Job(0, "other", 1, 1e9))
     assert len(batcher._deadlines) < 200
-    assert sum(len(tenant.queue) for tenant in batcher._tenants.values()) < 200
+    assert sum(len(tenant.bulk.queue) for tenant in batcher._tenants.values()) < 200
     assert [job.job_id for job in batcher.next_batch(2e9)[1]] == [0]

@@ -8,6 +8,7 @@ from teacher_wire.core.signals import Check, Signal, SignalSpec
 from teacher_wire.score.signals.attention import Attention
 from teacher_wire.score.signals.ffn import Ffn
 from teacher_wire.score.signals.full import Full
+from teacher_wire.score.signals.given import Given
 from teacher_wire.score.signals.hidden import Hidden
 from teacher_wire.score.signals.layer_states import LayerStates
 from teacher_wire.score.signals.relation import Relation
@@ -21,6 +22,7 @@ SIGNALS: dict[str, type[Signal]] = {
     "attention": Attention,
     "relation": Relation,
     "ffn": Ffn,
+    "given": Given,
 }
 
 
@@ -36,4 +38,4 @@ def spec_of(kind: str, vocab_rows: int, check: Check = "all", **settings: Any) -
     return SignalSpec(vocab_rows, (SIGNALS[kind](**settings),), check)
 
 
-__all__ = ["SIGNALS", "Attention", "Ffn", "Full", "Hidden", "LayerStates", "Relation", "TopK", "spec_of"]
+__all__ = ["SIGNALS", "Attention", "Ffn", "Full", "Given", "Hidden", "LayerStates", "Relation", "TopK", "spec_of"]
