@@ -52,7 +52,7 @@ def _vllm(writing: Writing) -> Sampler:
         writing.student,
         writing.sampling,
         writing.vocab_rows,
-        longest=longest if writing.longest is None else min(longest, writing.longest),
+        longest=longest if writing.positions is None else min(longest, writing.positions),
         threads=config.model.threads,
     )
 
