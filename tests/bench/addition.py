@@ -93,6 +93,17 @@ class Addition:
         model.train(was_training)
         return float((ids_BL[:, asked:].numpy() == right_BL[:, self.question :]).all(1).mean())
 
+    @torch.no_grad()
+    def right_probability(self, model: Any, *, hinted: bool = False) -> float:
+        """Share of fresh problems whose answer, sampled at temperature 1, is right in every token: its expectation, in closed form."""
+        right_BL = self.problems(EVALUATED, 0.0, EVALUATION)
+        ids_BL = torch.from_numpy(np.concatenate([self.hints(right_BL), right_BL], 1) if hinted else right_BL)
+        was_training = model.training
+        model.eval()
+        logp_BCV = model(input_ids=ids_BL).logits[:, -self.answer - 1 : -1].float().log_softmax(-1)
+        model.train(was_training)
+        return float(logp_BCV.gather(-1, ids_BL[:, -self.answer :, None]).sum((1, 2)).exp().mean())
+
     def fresh(self, count: int, *stream: int) -> tuple[Tensor, Tensor]:
         """A batch of clean problems with their loss mask."""
         ids_BL = torch.from_numpy(self.problems(count, 0.0, *stream))

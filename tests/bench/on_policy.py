@@ -1,8 +1,8 @@
 """On-policy distillation on tasks whose truth is known: addition with five digits, and self-distillation with a hint; five seeds, paired intervals.
 
 `addition`: a teacher that adds, students on noisy rows. At equal steps: off-policy alone against an off-policy warm-up after which the share of the
-student's own samples grows in a straight line (`on_policy.share`). `hint`: a base that reads a hint well and adds badly teaches itself: served frozen it sees the right
-sum before the problem, the student sees the problem alone; beside it SFT on the right sums at equal steps.
+student's own samples grows in a straight line (`on_policy.share`). `hint`: a base that reads a hint well and has learned to add from noisy sums teaches itself: served frozen it
+sees the right sum before the problem, the student sees the problem alone; beside it SFT on the right sums at equal steps.
 Samples are the product's (`rollout.hf_sampler`, `rollout.plan`), labels come over gRPC from the product's engine, and are learned from by the
 product's own terms in a plain loop. CPU, `--workers` processes of one thread; a run that is cut off leaves what it has in $OUT/on_policy-TASK.json.
 
@@ -66,7 +66,7 @@ from tests.e2e.classroom import (
 
 FIXED, NOISE = 1500, 0.2  # as in task 2
 ROWS = 2000  # problems of the hinted task, whose sums are right
-BASE_PROBLEMS = 200  # that its base has seen without a hint
+BASE_NOISE = 0.3  # of the sums that its base has seen without a hint: it is unsure, and seldom samples an answer without a mistake
 _START = {"tied": False, "init_std": 0.06}  # tests/soak/task2.py says why
 TEACHER_SHAPE = Shape(VOCAB, 128, 3, 4, 2, 384, **_START)
 STUDENT_SHAPE = Shape(VOCAB, 64, 2, 2, 1, 160, **_START)
@@ -92,6 +92,7 @@ NONE, ALL = ShareConfig(start=0.0, end=0.0), ShareConfig(start=1.0, end=1.0)
 FORWARD = DISTIL | {"output": {"divergence": "forward_kl"}}
 JSD = DISTIL | {"output": {"divergence": "jsd", "beta": 0.5}}
 REVERSE = DISTIL | {"output": {"divergence": "reverse_kl"}}
+METRICS = {"exact": "greedy", "sampled": "sampled"}
 OFF_POLICY, START = "off-policy alone", "the base, before"
 WAYS: dict[str, dict[str, Way]] = {
     "addition": {
@@ -195,19 +196,19 @@ def adder_folder(task: Addition, steps: int) -> Path:
 
 
 def base_folder(task: Addition, steps: int, seed: int) -> Path:
-    """A model that reads hints on fresh problems, and has seen few problems without one."""
+    """A model that reads hints, and has seen noisy sums without one; all problems are fresh."""
     recipe = TeacherRecipe(
-        f"hinted{task.digits}-{BASE_PROBLEMS}-v1", TEACHER_SHAPE, steps=steps, batch_size=128, seed=seed
+        f"hinted{task.digits}-{BASE_NOISE:g}-v2", TEACHER_SHAPE, steps=steps, batch_size=128, seed=seed
     )
-    few_BL = task.problems(BASE_PROBLEMS, 0.0, BASE, seed)
 
     def fresh(step: int) -> tuple[Tensor, Tensor]:
         """Half of each; those without a hint are padded behind."""
         half = recipe.batch_size // 2
-        hinted_BL = task.problems(half, 0.0, BASE, seed, step)
+        hinted_BL = task.problems(half, 0.0, BASE, seed, step, 0)
         hinted_BL = np.concatenate([task.hints(hinted_BL), hinted_BL], 1)
-        chosen_B = np.random.default_rng((seed, step)).integers(BASE_PROBLEMS, size=half)
-        plain_BL = np.concatenate([few_BL[chosen_B], np.zeros((half, task.hint), np.int64)], 1)
+        plain_BL = np.concatenate(
+            [task.problems(half, BASE_NOISE, BASE, seed, step, 1), np.zeros((half, task.hint), np.int64)], 1
+        )
         place_L = np.arange(hinted_BL.shape[1])
         answers = place_L >= task.hint + task.question, (place_L >= task.question) & (place_L < task.length)
         mask_BL = np.stack([answers[0]] * half + [answers[1]] * half)
@@ -226,7 +227,7 @@ def of_addition(options: argparse.Namespace, seed: int, name: str) -> dict[str, 
     rows = task.examples(task.problems(FIXED, NOISE, STUDENT, seed), f"seed {seed}")
     with classroom(adder_folder(task, options.teacher_steps)) as room:
         model = train(recipe.shape.build(1000 + seed), task, rows, None, WAYS["addition"][name], recipe, seed, room)
-    return {"exact": task.exact_match(model)}
+    return {"exact": task.exact_match(model), "sampled": task.right_probability(model)}
 
 
 def of_hint(options: argparse.Namespace, seed: int, name: str) -> dict[str, float]:
@@ -237,10 +238,12 @@ def of_hint(options: argparse.Namespace, seed: int, name: str) -> dict[str, floa
     problems_BL = task.problems(ROWS, 0.0, STUDENT, seed)
     rows = task.examples(problems_BL, f"seed {seed}")
     model = Qwen2ForCausalLM.from_pretrained(folder)
-    before, hinted = task.exact_match(model), task.exact_match(model, hinted=True)
+    before = {
+        "exact before": task.exact_match(model), "sampled before": task.right_probability(model), "sampled with the hint": task.right_probability(model, hinted=True),
+    }  # fmt: skip
     with classroom(folder) as room:
         model = train(model, task, rows, list(task.hints(problems_BL)), WAYS["hint"][name], recipe, seed, room)
-    return {"exact": task.exact_match(model), "before": before, "with the hint, before": hinted}
+    return {"exact": task.exact_match(model), "sampled": task.right_probability(model), **before}
 
 
 TASKS: dict[str, Callable[[argparse.Namespace, int, str], dict[str, float]]] = {
@@ -335,23 +338,26 @@ def table(
 ) -> None:
     """A row per arm, beside off-policy alone with the same loss, or the base before."""
     by_seed = {(run["arm"], run["seed"]): run for run in runs}
-    values = {name: [by_seed[name, seed]["exact"] for seed in seeds] for name in names}
+    values = {name: {key: [by_seed[name, seed][key] for seed in seeds] for key in METRICS} for name in names}
     if options.task == "hint":
-        values = {START: [by_seed[names[0], seed]["before"] for seed in seeds]} | values
+        first = [by_seed[names[0], seed] for seed in seeds]
+        values = {START: {key: [run[f"{key} before"] for run in first] for key in METRICS}} | values
     rows: list[dict[str, object]] = []
     for name, found in values.items():
         base = START if options.task == "hint" else name.replace("ramp to 0.7", OFF_POLICY)
-        rows.append({
-            "arm": name, "mean": f"{statistics.fmean(found):.4f}", "sd": f"{statistics.stdev(found):.4f}" if len(found) > 1 else "",
-            "beside": "" if base == name or base not in values else base,
-            "difference": "" if base == name or base not in values else told_of(paired(found, values[base])),
-            "s": round(statistics.fmean([by_seed[name, seed]["seconds"] for seed in seeds])) if name != START else 0,
-            "seeds": " ".join(f"{value:.3f}" for value in found),
-        })  # fmt: skip
+        row: dict[str, object] = {"arm": name}
+        for key, title in METRICS.items():
+            row[title] = f"{statistics.fmean(found[key]):.4f}"
+            row[f"{title} - {'before' if base == START else 'off-policy'}"] = (
+                told_of(paired(found[key], values[base][key])) if base != name and base in values else ""
+            )
+            row[f"{title}, seeds"] = " ".join(f"{value:.3f}" for value in found[key])
+        row["s"] = round(statistics.fmean([by_seed[name, seed]["seconds"] for seed in seeds])) if name != START else 0
+        rows.append(row)
     told = f"{options.digits} digits, {options.steps} steps of {options.batch}"
     if options.task == "hint":
-        told += f"; with the hint the base has {statistics.fmean(run['with the hint, before'] for run in runs):.3f}"
-    show(f"on-policy, {options.task}: share of exact answers; {told}", rows, as_json=options.json)
+        told += f"; with the hint the base samples right answers in {statistics.fmean(run['sampled with the hint'] for run in runs):.3f}"
+    show(f"on-policy, {options.task}: share of answers without a mistake; {told}", rows, as_json=options.json)
 
 
 if __name__ == "__main__":
