@@ -29,8 +29,8 @@ def draw(z_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> t
     p_BV = logp_BV.double().exp()  # a float32 sum over 150,000 ids is off by more than many of them have
     if top_p < 1:
         p_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
-        p_BV[p_BV.cumsum(-1) - p_BV >= top_p] = 0.0
-    cdf_BV = p_BV.cumsum(-1)
+        p_BV[_running_sum(p_BV) - p_BV >= top_p] = 0.0
+    cdf_BV = _running_sum(p_BV)
     total_B = cdf_BV[:, -1]
     # Below the total, however it is rounded: the id found then has a probability above 0.
     target_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
@@ -38,3 +38,10 @@ def draw(z_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> t
     if top_p < 1:
         ids_B1 = order_BV.gather(-1, ids_B1)
     return ids_B1[:, 0], logp_BV.gather(-1, ids_B1)[:, 0]
+
+
+def _running_sum(p_BV: Tensor) -> Tensor:
+    """Of each row. A GPU sums a single row by blocks that meet in any order, so that rounding would differ from call to call; of two it does not."""
+    if p_BV.is_cuda and len(p_BV) == 1:
+        return p_BV.expand(2, -1).cumsum(-1)[:1]
+    return p_BV.cumsum(-1)

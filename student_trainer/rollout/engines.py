@@ -28,20 +28,20 @@ class Writing:
         student: who writes.
         sampling: how tokens are drawn.
         vocab_rows: V, ids that may be drawn.
-        positions: longest sequence that the student can write; None if it knows no limit.
+        longest: tokens of a sequence that the student can write; None if it knows no limit.
     """
 
     config: TrainConfig
     student: Student
     sampling: Sampling
     vocab_rows: int
-    positions: int | None
+    longest: int | None
 
 
 def _hf(writing: Writing) -> Sampler:
     narrowed = torch.bfloat16 if writing.config.train.bf16 else None
     return HfSampler(
-        writing.student, writing.sampling, writing.vocab_rows, positions=writing.positions, narrowed=narrowed
+        writing.student, writing.sampling, writing.vocab_rows, positions=writing.longest, narrowed=narrowed
     )
 
 

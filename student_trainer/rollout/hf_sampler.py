@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,6 +98,8 @@ class HfSampler:
         self._device = self._student.outline.device
         self._takes_positions = "position_ids" in inspect.signature(self._student.body.forward).parameters
         self._stops = torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=self._device)
+        if self._device.type == "cuda":  # said of every sum on a GPU; those of `draw` are in a fixed order
+            warnings.filterwarnings("ignore", message="cumsum_cuda_kernel does not have a deterministic implementation")
         # A stream of its own, so that the device writes between the kernels of a step, not behind them.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with self._ready():

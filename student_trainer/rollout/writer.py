@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from student_trainer.errors import RolloutError
 from student_trainer.rollout.plan import RolloutPlan
 from student_trainer.rollout.prompts import Prompts
 from student_trainer.rollout.sample import Rollout, RolloutFailure, Sampler
@@ -149,6 +150,10 @@ class RolloutWriter:
                 version = self._plan.version(self._next)
                 if version in self._weights:
                     return self._next, version, self._weights[version]
+                if version <= self._version:
+                    raise RolloutError(
+                        f"rollouts of step {self._next} need the weights of step {version}, and these are gone"
+                    )
                 self._changed.wait()
             return None
 

@@ -110,6 +110,9 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
             f"labels.extra_ids={config.labels.extra_ids}: these labels depend on the student as it trains and cannot be "
             "asked for ahead",
         )
+    if config.on_policy is not None:
+        told = "on_policy: rollouts do not exist yet; the labels of the data's rows alone are filled in"
+        yield Finding.good("on_policy", told, told)
     if config.labels.transport == "auto" and not settled:
         yield Finding.bad(
             "labels.transport",

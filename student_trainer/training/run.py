@@ -44,6 +44,7 @@ from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.objective import Objective
 from student_trainer.training.on_policy.checks import check_rollouts, plan_of
+from student_trainer.training.on_policy.named import NamedAhead
 from student_trainer.training.on_policy.rollouts import Rollouts
 from student_trainer.training.reporting.console import ConsoleProgress
 from student_trainer.training.reporting.layers import LayerReport
@@ -185,8 +186,10 @@ def _run(
         keep_bad_rows(folder, data, held_out, console)
         if rollouts:
             rollouts.begin(start)
-        provided = ProvidedRequests() if learned and config.labels.extra_ids else None
-        feed = partial(open_training_feed, config, learned, windows, provided) if learned else None
+        named = NamedAhead(rollouts.windows) if rollouts and config.labels.extra_ids else None
+        provided = ProvidedRequests() if learned and config.labels.extra_ids and not named else None
+        feed = partial(open_training_feed, config, learned, named or windows, provided) if learned else None
+        handed_to = named or provided
         trainer = DistillationTrainer(
             config,
             student,
@@ -194,7 +197,7 @@ def _run(
             terms,
             arguments=arguments,
             open_feed=feed,
-            ask=provided.put if provided else None,
+            ask=handed_to.put if handed_to else None,
             teacher_head=learned.head if learned else None,
             measure=_measure(config, student, held_out, sessions, objective) if held_out else None,
             callbacks=[*([rollouts] if rollouts else []), progress, *trackers],

@@ -175,7 +175,7 @@ def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda
         torch.from_numpy(np.concatenate([item.example.target_weights for item in batch.examples])),
         batch.request,
         sampled_logp_N=_sampled_logp(batch.examples),
-        likeliest_NM=_likeliest(batch.examples),
+        likeliest_NM=likeliest_ids(batch.examples),
     )
 
 
@@ -193,7 +193,7 @@ def _sampled_logp(items: Sequence[IndexedExample]) -> Tensor | None:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _likeliest(items: Sequence[IndexedExample]) -> np.ndarray | None:
+def likeliest_ids(items: Sequence[IndexedExample]) -> np.ndarray | None:
     """int32 [N, M] of a micro-batch's targets, -1 in those of the data; None if none is known."""
     known = [item.example.likeliest_NM if isinstance(item.example, RolloutExample) else None for item in items]
     count = next((ids_NM.shape[1] for ids_NM in known if ids_NM is not None), 0)

@@ -89,8 +89,12 @@ class RolloutWindows:
 
     def request(self, number: int) -> LabelRequest:
         """See `WindowSource`."""
+        return self.micro_batch(number).request
+
+    def micro_batch(self, number: int) -> MicroBatch:
+        """Micro-batch `number`, for the feed; waits until it is written. Raises as `window`."""
         step, place = divmod(number, self.accumulation)
-        return self._window(step).batches[place].request
+        return self._window(step).batches[place]
 
     def epoch_at(self, step: int) -> float:
         """See `WindowSource`."""

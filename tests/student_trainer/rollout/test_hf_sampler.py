@@ -7,6 +7,7 @@ import torch
 from student_trainer.config.model import ModelConfig
 from student_trainer.errors import RolloutError
 from student_trainer.model.load import load_student
+from student_trainer.model.speed import compiled
 from student_trainer.rollout.draw import draw
 from student_trainer.rollout.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
@@ -113,6 +114,22 @@ def test_frozen_weights_are_shared_and_the_student_is_as_it_was(model_factory):
         p.data_ptr() for p in student.model.parameters()
     }
     assert len(own) == len(names)
+
+
+def test_a_student_of_compiled_layers_writes_by_plain_ones(model_factory):
+    student = student_of(model_factory("qwen2"))
+    compiled.install(student.model, backend="eager")
+    sampler, (prompt,) = HfSampler(student, Sampling(1, 5), V), prompts_of(6)
+    (rollout,) = sampler.sample([prompt])
+    assert rollout.token_ids.tolist() == by_hand(student, prompt, Sampling(1, 5))[0]
+
+
+def test_a_sampler_that_is_closed_stops_before_the_next_token(model_factory):
+    sampler = HfSampler(student_of(model_factory("qwen2")), Sampling(1, 5), V)
+    sampler.close()
+    sampler.close()
+    with pytest.raises(RolloutError, match="closed"):
+        sampler.sample(prompts_of(6))
 
 
 def test_company_order_and_step_of_others_change_nothing(model_factory):

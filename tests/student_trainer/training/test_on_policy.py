@@ -15,6 +15,7 @@ from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, RolloutError, RunError
 from student_trainer.rollout.hf_sampler import HfSampler
 from student_trainer.rollout.sample import RolloutFailure
+from student_trainer.training.on_policy.named import NamedAhead
 from student_trainer.training.run import train
 from student_trainer.training.trainer import DistillationTrainer
 from teacher_wire.testing.loopback import serve
@@ -121,8 +122,8 @@ def test_weights_are_as_old_as_the_plan_says(go, staleness):
 @pytest.mark.parametrize(("staleness", "kept"), [(0, 2), (1, 4), (2, 2)])
 def test_a_resumed_run_is_the_uninterrupted_one(go, staleness, kept):
     settings = {"on_policy": HALF | {"max_staleness": staleness}, "train": {"keep_checkpoints": 9}}
-    (straight, seen), (broken, _) = go("straight", **settings), go("broken", **settings)
-    assert ledger(straight) == ledger(broken) and losses(straight) == losses(broken)
+    straight, seen = go("straight", **settings)
+    broken = shutil.copytree(straight, straight.parent / "broken")
     take_back(broken, *(step for step in (2, 4, 6) if step > kept))
     _, again = go("broken", resume=True, **settings)
     assert names(again) == names(seen)[4 * kept :]
@@ -133,9 +134,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(go, staleness, kept):
 
 def test_how_a_window_is_cut_changes_no_coin(go):
     found = {}
-    for size, accumulation in ((1, 8), (2, 4), (4, 2), (8, 1)):
-        cut = {"batch_size": size, "accumulation": accumulation, "max_steps": 3, "save_steps": 0}
-        folder, seen = go(f"cut-{size}", train=cut, on_policy=HALF | {"max_staleness": 0})
+    for size, accumulation in ((1, 8), (2, 4), (4, 2)):
+        cut = {"batch_size": size, "accumulation": accumulation, "max_steps": 2, "save_steps": 0}
+        folder, seen = go(f"cut-{size}", train=cut, on_policy=ALL | {"share": 0.5})
         found[size] = [(e["step"], e["slot"], e["key"]) for e in ledger(folder)], names(seen)
     assert len({str(value) for value in found.values()}) == 1 and found[1][0]
 
@@ -170,22 +171,44 @@ def test_labels_of_rollouts_are_not_kept_and_those_of_rows_are(go, tmp_path):
 
 @pytest.mark.parametrize("transport", ["top_k", "full"])
 def test_other_labels_tell_of_health_too(go, transport):
-    folder, _ = go(transport, on_policy=ALL, labels={"transport": transport, "k": 20})
+    short = {"max_steps": 2, "save_steps": 0}
+    folder, _ = go(transport, on_policy=ALL, labels={"transport": transport, "k": 20}, train=short)
     log = [e for e in losses(folder) if "loss" in e]
     assert all(0 <= e["topk_overlap"] <= 1 and 0 < e["teacher_entropy"] < np.log(300) + 1e-6 for e in log)
+
+
+def test_a_teacher_that_is_told_more_reads_another_prompt_before_the_same_completion(go, rows_file, tmp_path):
+    rows = [
+        json.loads(line) | {"hint": f"the old dog {n}"} for n, line in enumerate(rows_file.read_text().splitlines())
+    ]
+    file = tmp_path / "hinted.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = {"address": go.server.address, "context": {"field": "hint"}}
+    data = {"train": [str(file)], "eval": []}
+    folder, seen = go("told", on_policy=HALF, teacher=teacher, data=data)
+    assert ledger(folder)
+    for batch in seen:
+        asked = batch.request.batch
+        assert asked.tokens > int((batch.input_ids_BL != 0).sum())  # right-padded with id 0
+        assert asked.labels_N().tolist() == batch.labels_N.tolist()
+    plain, other = go("plain", on_policy=HALF, data=data)
+    assert [e["kd_loss"] for e in losses(plain) if "loss" in e] != [e["kd_loss"] for e in losses(folder) if "loss" in e]
+    assert [b.input_ids_BL.tolist() for b in other][:4] == [b.input_ids_BL.tolist() for b in seen][:4]
 
 
 def test_the_students_own_ids_are_those_of_sampling(go, monkeypatch):
     from student_trainer.training.learner import Learner
 
-    passes = []
+    passes, asked = [], NamedAhead.request
     plain = Learner._likeliest_ids
     monkeypatch.setattr(
         Learner, "_likeliest_ids", lambda self, ids, *a: passes.append(len(ids)) or plain(self, ids, *a)
     )
     labels = {"transport": "top_k", "k": 8, "extra_ids": 4}
-    go("named", on_policy=ALL, labels=labels)
-    assert not passes
+    ahead = []
+    monkeypatch.setattr(NamedAhead, "request", lambda self, number: ahead.append(number) or asked(self, number))
+    go("named", on_policy=ALL, labels=labels, train={"max_steps": 2, "save_steps": 0})
+    assert not passes and ahead == [0, 1, 2, 3]
     folder, seen = go("mixed", on_policy=HALF, labels=labels)
     assert sum(passes) == 24 - len(ledger(folder))
     for batch in seen:
@@ -214,6 +237,7 @@ def test_a_prompt_without_a_completion_is_named_skipped_and_counted(go, monkeypa
     assert [e.get("rollout_failures") for e in log] == [None, 1, None, None, None, None]
     assert log[1]["on_policy_share"] == 0.75
     assert f"{skipped['key']} (step 1, place 2) got no completion: the weather is bad" in shown.file.getvalue()
+    shutil.rmtree(folder)
     with pytest.raises(RunError, match=r"got no completion: the weather is bad .on_policy.on_failure=stop"):
         go("stopped", on_policy=ALL | {"on_failure": "stop"})
 
@@ -228,10 +252,10 @@ def test_a_failure_is_pending_like_any_rollout(go, monkeypatch):
         ]
 
     monkeypatch.setattr(HfSampler, "sample", failing)
-    settings = {"on_policy": ALL | {"max_staleness": 1}, "train": {"keep_checkpoints": 9}}
+    settings = {"on_policy": ALL | {"max_staleness": 1}, "train": {"keep_checkpoints": 9, "max_steps": 4}}
     folder, _ = go("pending", **settings)
     before = ledger(folder), losses(folder)
-    take_back(folder, 4, 6)
+    take_back(folder, 4)
     go("pending", resume=True, **settings)
     assert (ledger(folder), losses(folder)) == before
 
@@ -244,6 +268,19 @@ def test_an_engine_that_is_gone_ends_the_run_with_its_word(go, monkeypatch, tmp_
     with pytest.raises(RolloutError, match="on fire"):
         go("gone", on_policy=ALL)
     assert not (tmp_path / "gone").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name == "rollouts"]
+
+
+def test_a_run_that_fails_leaves_no_thread_behind(go, monkeypatch):
+    """With a feed that waits for rollouts of steps that will not come."""
+    plain = DistillationTrainer._get_grad_norm
+
+    def failing(self, *args, **kwargs):
+        return 1 / 0 if self.state.global_step == 1 else plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "_get_grad_norm", failing)
+    with pytest.raises(ZeroDivisionError):
+        go("failed", on_policy=ALL)
     assert not [thread for thread in threading.enumerate() if thread.name == "rollouts"]
 
 
@@ -266,20 +303,22 @@ def test_a_teacher_that_dies_during_rollouts_is_waited_for_and_nothing_is_lost(g
 
 
 def test_a_damaged_checkpoint_of_rollouts_is_named(go):
-    settings = {"on_policy": ALL | {"max_staleness": 1}}
+    settings = {"on_policy": ALL | {"max_staleness": 1}, "train": {"max_steps": 4}}
     folder, _ = go("damaged", **settings)
-    take_back(folder, 6)
-    file = folder / "checkpoint-4" / "rollouts.safetensors"
+    take_back(folder, 4)
+    file = folder / "checkpoint-2" / "rollouts.safetensors"
     content = file.read_bytes()
     file.write_bytes(content.replace(b'\\"tokens\\": ', b'\\"tokenz\\": '))
-    with pytest.raises(RunError, match=r"checkpoint-4/rollouts.safetensors cannot be read"):
+    with pytest.raises(RunError, match=r"checkpoint-2/rollouts.safetensors cannot be read"):
         go("damaged", resume=True, **settings)
-    assert (folder / "checkpoint-4").is_dir()
+    assert (folder / "checkpoint-2").is_dir()
 
 
 def test_garbage_is_warned_of_once(go):
     shown = Console(file=io.StringIO(), width=400)
-    go("garbage", on_policy=ALL, console=shown)  # a random student and a random teacher
+    go(
+        "garbage", on_policy=ALL, console=shown, train={"max_steps": 3, "save_steps": 0}
+    )  # a random student and a random teacher
     assert shown.file.getvalue().count("the teacher is asked about sequences that are far from its own") == 1
 
 
