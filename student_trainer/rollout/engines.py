@@ -52,7 +52,8 @@ def _vllm(writing: Writing) -> Sampler:
         writing.student,
         writing.sampling,
         writing.vocab_rows,
-        longest=longest if writing.positions is None else min(longest, writing.positions),
+        longest=longest if writing.longest is None else min(longest, writing.longest),
+        narrowed=torch.bfloat16 if config.train.bf16 else None,
         threads=config.model.threads,
     )
 

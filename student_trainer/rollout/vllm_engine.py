@@ -48,6 +48,7 @@ class VllmSampler:
         sampling: how tokens are drawn; `batch` sequences are written at a time.
         vocab_rows: V, ids that may be drawn: those that student, teacher and tokenizer share.
         longest: tokens of the longest prompt and its completion that memory is kept for.
+        narrowed: dtype that the learner's passes are computed in by autocast, and vLLM's weights and passes; None for the student's own.
         threads: of torch, on a CPU.
         arguments: further ones of vLLM's `LLM`, for benches.
 
@@ -62,6 +63,7 @@ class VllmSampler:
         vocab_rows: int,
         *,
         longest: int,
+        narrowed: torch.dtype | None = None,
         threads: int = 1,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
@@ -75,7 +77,7 @@ class VllmSampler:
         self._sampling = sampling
         self._vocab_rows = vocab_rows
         self._longest = longest
-        self._dtype = student.narrowed or next(student.causal_lm.parameters()).dtype
+        self._dtype = narrowed or student.narrowed or next(student.causal_lm.parameters()).dtype
         self._arguments = self._usual_arguments() | dict(arguments or {})
         self._threads = threads
         self._process: subprocess.Popen[str] | None = None
