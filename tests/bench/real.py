@@ -139,7 +139,14 @@ def settings_of(options: argparse.Namespace, job: Job, address: str, gpus: int) 
 
 
 def run(
-    options: argparse.Namespace, job: Job, address: str, gpu: int | None, gpus: int, limit_s: float | None = None, *, keeps_final: bool = False
+    options: argparse.Namespace,
+    job: Job,
+    address: str,
+    gpu: int | None,
+    gpus: int,
+    limit_s: float | None = None,
+    *,
+    keeps_final: bool = False,
 ) -> Evaluations:
     """One training; its evaluations, as far as it came in `limit_s`. Its weights are removed unless `keeps_final`.
 
