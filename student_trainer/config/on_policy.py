@@ -83,3 +83,12 @@ class OnPolicyConfig(Settings):
                 f"sync_steps={self.sync_steps} makes rollouts older than max_staleness={self.max_staleness}: lower the one or raise the other"
             )
         return self
+
+    @model_validator(mode="after")
+    def _told_by_the_engine(self) -> OnPolicyConfig:
+        if self.engine == "vllm" and self.temperature != 1 and self.top_p != 1:
+            raise ValueError(
+                f"temperature={self.temperature:g} and top_p={self.top_p:g} with engine=vllm: vLLM tells log-probabilities either before the "
+                "temperature or after top_p; leave one of them at 1, or set engine to hf"
+            )
+        return self

@@ -16,6 +16,7 @@ from student_trainer.errors import ConfigError
 from student_trainer.model.load import Student
 from student_trainer.rollout.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.sample import Sampler
+from student_trainer.rollout.vllm_engine import VllmSampler
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,21 @@ def _hf(writing: Writing) -> Sampler:
     )
 
 
+def _vllm(writing: Writing) -> Sampler:
+    config = writing.config
+    longest = config.data.max_tokens + writing.sampling.max_new_tokens  # no prompt is longer than a row
+    return VllmSampler(
+        writing.student,
+        writing.sampling,
+        writing.vocab_rows,
+        longest=longest if writing.longest is None else min(longest, writing.longest),
+        narrowed=torch.bfloat16 if config.train.bf16 else None,
+        threads=config.model.threads,
+    )
+
+
 # name of `on_policy.engine` -> what makes it. A new engine is one line here.
-ENGINES: dict[str, Callable[[Writing], Sampler]] = {"hf": _hf}
+ENGINES: dict[str, Callable[[Writing], Sampler]] = {"hf": _hf, "vllm": _vllm}
 
 
 def build_sampler(

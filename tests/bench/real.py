@@ -139,9 +139,16 @@ def settings_of(options: argparse.Namespace, job: Job, address: str, gpus: int) 
 
 
 def run(
-    options: argparse.Namespace, job: Job, address: str, gpu: int | None, gpus: int, limit_s: float | None = None
+    options: argparse.Namespace,
+    job: Job,
+    address: str,
+    gpu: int | None,
+    gpus: int,
+    limit_s: float | None = None,
+    *,
+    keeps_final: bool = False,
 ) -> Evaluations:
-    """One training; its evaluations, as far as it came in `limit_s`.
+    """One training; its evaluations, as far as it came in `limit_s`. Its weights are removed unless `keeps_final`.
 
     Raises:
         SystemExit: it failed; the end of what it said.
@@ -170,7 +177,8 @@ def run(
         best = min(found, key=lambda entry: entry["nll_per_byte"])
         told = f": best {best['nll_per_byte']:.4f} at {best['step']}{told}"
     print(f"{job.arm}, seed {job.seed}{told}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    shutil.rmtree(folder / "final", ignore_errors=True)
+    if not keeps_final:
+        shutil.rmtree(folder / "final", ignore_errors=True)
     return found
 
 

@@ -330,7 +330,10 @@ def test_garbage_is_warned_of_once(go):
             {"on_policy": {"share": 1.0, "max_new_tokens": 200}},
             "on_policy.max_new_tokens=200 are more than the 128 tokens that the student",
         ),
-        ({"on_policy": ALL | {"engine": "vllm"}}, "on_policy.engine=vllm: is not there; there are hf"),
+        (
+            {"on_policy": {"share": 1.0, "engine": "vllm", "temperature": 0.5, "top_p": 0.9}},
+            "temperature=0.5 and top_p=0.9 with engine=vllm: vLLM tells",
+        ),
         ({"on_policy": {"share": 1.5}}, "on_policy.share"),
         ({"on_policy": {"share": {"warmup": 0.8, "ramp": 0.3}}}, "warmup=0.8 and ramp=0.3 are more than the run"),
         ({"on_policy": {"max_new_tokens": 1}}, "on_policy.max_new_tokens"),

@@ -1,0 +1,163 @@
+"""Real vLLM as the student's writer: it writes with the weights it was given, tells their log-probabilities, and survives a death."""
+
+import importlib.util
+import os
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from student_trainer.config.model import ModelConfig
+from student_trainer.errors import RolloutError
+from student_trainer.model.load import load_student
+from student_trainer.rollout import vllm_engine
+from student_trainer.rollout.hf_sampler import Sampling
+from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
+from student_trainer.rollout.vllm_engine import VllmSampler
+
+V = 290  # of the student's 300: the others must neither be drawn nor count
+
+
+def student_of(folder, **settings):
+    return load_student(ModelConfig(path=str(folder), dtype="float32", **settings), seed=0)
+
+
+def shaken(student, seed):
+    """Trained weights as after some steps, and they are the student's."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return trained
+
+
+def prompts_of(*lengths):
+    rng = np.random.default_rng(1)
+    return [
+        RolloutPrompt(2, slot, rng.integers(3, V, n).astype(np.int32), f"row {slot}") for slot, n in enumerate(lengths)
+    ]
+
+
+@torch.no_grad()
+def own_logp(student, rollout, temperature):
+    student.model.eval()
+    start = rollout.prompt.token_ids.size
+    ids = np.concatenate([rollout.prompt.token_ids, rollout.token_ids])
+    z_nV = student.model(input_ids=torch.tensor(ids[None].astype(np.int64))).logits[0, start - 1 : -1, :V].float()
+    logp_nV = torch.log_softmax(z_nV / temperature, -1)
+    return logp_nV.gather(-1, torch.from_numpy(rollout.token_ids).long()[:, None])[:, 0].numpy(), z_nV
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None and "LYCEUM_VLLM" not in os.environ, reason="no vLLM: make setup-vllm"
+)
+def test_it_writes_with_the_weights_it_was_given(model_factory):
+    student = student_of(model_factory("qwen2", hidden=128), lora={"rank": 4})
+    sampling = Sampling(7, 12, temperature=0.8, stop_ids=frozenset(range(40, 60)), likeliest=3, batch=4)
+    sampler = VllmSampler(student, sampling, V, longest=64)
+    process = psutil.Process(sampler._process.pid)
+    try:
+        weights = shaken(student, 1)
+        sampler.load(weights, 5)
+        prompts = prompts_of(5, 17, 2, 40, 5, 60, 0)
+        prompts.append(RolloutPrompt(2, 9, np.array([3, 295], np.int32), "row 9"))
+        *written, long, empty, foreign = sampler.sample(prompts)
+        for prompt, rollout in zip(prompts, written, strict=False):
+            assert isinstance(rollout, Rollout) and rollout.prompt is prompt and rollout.version == 5
+            assert rollout.token_ids.max() < V and rollout.token_ids.size <= 12
+            stops = np.isin(rollout.token_ids, sorted(sampling.stop_ids))
+            assert not stops[:-1].any() and stops[-1] == rollout.finished and (rollout.finished or len(stops) == 12)
+            logp_n, z_nV = own_logp(student, rollout, 0.8)
+            np.testing.assert_allclose(rollout.logp_n, logp_n, atol=1e-3)
+            top_nM = z_nV.topk(3).values.numpy()
+            told_nM = z_nV.gather(-1, torch.from_numpy(rollout.likeliest_nM).long()).numpy()
+            np.testing.assert_allclose(told_nM, top_nM, atol=1e-3)
+        assert {rollout.finished for rollout in written} == {True, False}
+        for failure, word in ((long, "64"), (empty, "empty"), (foreign, "295")):
+            assert isinstance(failure, RolloutFailure) and word in failure.why
+        again = sampler.sample(prompts[1:3])  # in other company
+        assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in written[1:3]]
+    finally:
+        sampler.close()
+        sampler.close()
+    assert not process.is_running() and not sampler._folder.exists()
+
+
+def stub(tmp_path, monkeypatch, body):
+    """In the place of the worker: answers as `body` says."""
+    package = tmp_path / "stub_worker.py"
+    package.write_text(f"import json, os, sys\nstart = json.loads(sys.stdin.readline())\n{body}\n")
+    monkeypatch.setattr(vllm_engine, "_COMMAND", ("-m", "stub_worker"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_process_that_does_not_start_is_told_of_with_its_log(model_factory, tmp_path, monkeypatch):
+    stub(tmp_path, monkeypatch, "print('no room on this device', file=sys.stderr); sys.exit(3)")
+    with pytest.raises(RolloutError, match=r"does not start: exit code 3.*no room on this device"):
+        VllmSampler(student_of(model_factory("qwen2")), Sampling(0, 4), V, longest=32)
+
+
+def test_an_error_of_the_engine_keeps_its_sentence_and_leaves_nothing(model_factory, tmp_path, monkeypatch):
+    stub(tmp_path, monkeypatch, "print(json.dumps({'error': 'ValueError: no such model'}), flush=True)")
+    before = set(psutil.Process().children())
+    with pytest.raises(RolloutError, match="ValueError: no such model"):
+        VllmSampler(student_of(model_factory("qwen2")), Sampling(0, 4), V, longest=32)
+    assert set(psutil.Process().children()) <= before
+
+
+def test_a_process_that_dies_twice_ends_the_run(model_factory, tmp_path, monkeypatch):
+    stub(tmp_path, monkeypatch, "print(json.dumps({'ready': True}), flush=True); sys.stdin.readline(); os._exit(9)")
+    with pytest.raises(RolloutError, match="died twice: exit code 9"):
+        VllmSampler(student_of(model_factory("qwen2")), Sampling(0, 4), V, longest=32)
+
+
+def test_a_process_that_dies_once_is_started_again_with_the_weights_it_had(model_factory, tmp_path, monkeypatch):
+    """The stub tells one token, whose id is the seed's and whose log-probability is a sum over the weights in its folder."""
+    body = """
+from pathlib import Path
+from safetensors.torch import load_file
+print(json.dumps({'ready': True}), flush=True)
+folder = Path(start['model'])
+for line in sys.stdin:
+    request = json.loads(line)
+    if request['do'] == 'load':
+        (folder / 'die').touch()
+    elif (folder / 'die').is_file():
+        (folder / 'die').unlink()
+        os._exit(9)
+    total = -1e-3 * sum(float(w.double().abs().sum()) for w in load_file(folder / 'model.safetensors').values())
+    samples = [{'ids': [seed % 100], 'logp': [total], 'finish': 'stop'} for seed in request.get('seeds', [])]
+    print(json.dumps({'samples': samples}), flush=True)
+"""
+    stub(tmp_path, monkeypatch, body)
+    monkeypatch.setattr(VllmSampler, "_probe", lambda self: None)
+    student = student_of(model_factory("qwen2"))
+    sampler = VllmSampler(student, Sampling(0, 4), V, longest=32)
+    try:
+        (first,) = sampler.sample(prompts_of(4))
+        sampler.load(shaken(student, 2), 3)
+        (second,) = sampler.sample(prompts_of(4))
+        (third,) = sampler.sample(prompts_of(4))
+    finally:
+        sampler.close()
+    assert first.token_ids == second.token_ids == third.token_ids
+    assert first.logp_n > second.logp_n == third.logp_n and (first.version, second.version) == (0, 3)
+
+
+def test_the_worker_ends_with_its_input(tmp_path):
+    """Also amid a request, here amid its start: whoever kills the trainer leaves no process that holds a GPU."""
+    import subprocess
+    import sys
+
+    code = "import student_trainer.rollout.vllm_worker as w, time; w.Worker = lambda *_: time.sleep(600); w.main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write('{"model": "", "arguments": {}}\n')
+    process.stdin.flush()
+    time.sleep(0.5)
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
