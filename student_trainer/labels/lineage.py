@@ -20,7 +20,7 @@ from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
 
-LEDGER_NAME = "revisions.jsonl"
+REVISIONS_NAME = "revisions.jsonl"
 _LOOK_S = 0.05
 
 

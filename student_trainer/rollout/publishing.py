@@ -19,7 +19,7 @@ from student_trainer.config.on_policy import PublishConfig
 from student_trainer.config.run import TrainConfig
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.labels import event_loop
-from student_trainer.labels.lineage import LEDGER_NAME, Lineage, origin_of
+from student_trainer.labels.lineage import REVISIONS_NAME, Lineage, origin_of
 from student_trainer.model.load import Student
 from student_trainer.model.saving import saved_bytes
 from student_trainer.model.whole import check_whole, trains_head
@@ -56,7 +56,7 @@ class Publishing:
 
     def origin(self, folder: Path, session: TeacherSession) -> str:
         """What a session's teacher is to the identity of a run: the fingerprint it was begun with, while the run itself moves it."""
-        return origin_of(folder / LEDGER_NAME, session.info) if self.moves(session) else session.info.fingerprint
+        return origin_of(folder / REVISIONS_NAME, session.info) if self.moves(session) else session.info.fingerprint
 
     def begin(
         self, folder: Path, session: TeacherSession | None, first_batch: int, tell: Callable[[str], None]
@@ -64,7 +64,7 @@ class Publishing:
         """The publisher, and the session with labels that move along, once there is a run folder."""
         lineage = Lineage(
             session.info if session is not None and self.moves(session) else self.info,
-            folder / LEDGER_NAME,
+            folder / REVISIONS_NAME,
             first_batch,
             self.origin(folder, session) if session is not None else "",
         )

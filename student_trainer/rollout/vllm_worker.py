@@ -2,7 +2,7 @@
 
 In: JSON lines on standard input, the first one how to start; out: a JSON line per request on what was standard output. All that vLLM
 prints goes to standard error. It ends when its input does, even amid a request, so that nothing outlives a trainer that was killed.
-Works with the interfaces of vLLM 0.25.1 and 0.32.
+Tried with vLLM 0.32; 0.25.1 has the same interfaces by its source.
 
     {"model": FOLDER, "arguments": {...}}                            -> {"ready": true, "max_model_len": ...}
     {"do": "load", "file": FILE}                                     -> {}

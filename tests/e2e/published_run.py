@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from student_trainer.config.run import parse_config
-from student_trainer.labels.lineage import LEDGER_NAME, read_ledger
+from student_trainer.labels.lineage import REVISIONS_NAME, read_ledger
 from student_trainer.rollout.publisher import Publisher
 from student_trainer.training.run import train
 from teacher_server.backends.model_folder import fingerprint
@@ -178,7 +178,7 @@ async def published_run(
     models[fingerprint(model, "float32")] = model
     check_answers(asked, models)
 
-    ledger = read_ledger(run / LEDGER_NAME)
+    ledger = read_ledger(run / REVISIONS_NAME)
     live = [entry for entry in ledger if "revision" in entry and "fingerprint" in entry]
     used = {entry["batch"]: entry["fingerprint"] for entry in ledger if "batch" in entry}
     assert ledger[0] == {"origin": fingerprint(model, "float32")}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, ModelError, RunError
-from student_trainer.labels.lineage import LEDGER_NAME, read_ledger
+from student_trainer.labels.lineage import REVISIONS_NAME, read_ledger
 from student_trainer.model.load import load_student
 from student_trainer.model.whole import check_whole, save_whole, whole_weights
 from student_trainer.rollout.publisher import Publisher
@@ -64,7 +64,7 @@ def run(config, **options):
 
 
 def ledger_of(folder):
-    entries = read_ledger(folder / "run" / LEDGER_NAME)
+    entries = read_ledger(folder / "run" / REVISIONS_NAME)
     live = {entry["fingerprint"]: entry for entry in entries if "revision" in entry and "fingerprint" in entry}
     return entries, live, {entry["batch"]: entry["fingerprint"] for entry in entries if "batch" in entry}
 
@@ -123,7 +123,7 @@ def test_labels_are_of_the_revision_they_name(base, rows_file, tmp_path, one_aft
     """Old weights are gone at once here: a request that named them is made again, and never mixed."""
     with published_beside(tmp_path, base) as server:
         result, said = run(config_of(tmp_path, base, rows_file, server, **sections))
-        first = read_ledger(tmp_path / "run" / LEDGER_NAME)[0]["origin"]
+        first = read_ledger(tmp_path / "run" / REVISIONS_NAME)[0]["origin"]
         assert result.steps == 6 and server.deployed and said.count("is live as revision") == 3, said
         _, live, used = ledger_of(tmp_path)
         assert [entry["step"] for entry in live.values()] == [2, 4, 6]
