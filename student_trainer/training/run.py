@@ -37,7 +37,7 @@ from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import Student, load_student
 from student_trainer.model.saving import saved_bytes, state_bytes
 from student_trainer.model.speed import compiled
-from student_trainer.rollout.publishing import PublishAfterSteps, open_publishing
+from student_trainer.rollout.publication.publishing import PublishAfterSteps, open_publishing
 from student_trainer.teachers.connect import Connection, connections
 from student_trainer.teachers.feeds import open_any_feed, open_training_feed
 from student_trainer.teachers.session import TeacherSession, open_sessions

@@ -41,8 +41,8 @@ from student_trainer.evaluation.report import paired
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.packing import pack
 from student_trainer.model.load import Student
+from student_trainer.rollout.engines.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.examples import example_of
-from student_trainer.rollout.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.plan import RolloutPlan
 from student_trainer.rollout.sample import Rollout, RolloutPrompt
 from student_trainer.training.learner import Learner

@@ -33,8 +33,8 @@ from student_trainer.labels.rows_on_device import head_on, rows_on
 from student_trainer.losses.head import Head
 from student_trainer.losses.rows import HiddenRows
 from student_trainer.model.load import Student, load_student
+from student_trainer.rollout.engines.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.examples import example_of
-from student_trainer.rollout.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.prompts import prompt_length, stop_ids
 from student_trainer.rollout.sample import Rollout, RolloutPrompt
 from student_trainer.teachers.artifact_cache import fetch_head

@@ -126,9 +126,9 @@ def engines(options: argparse.Namespace, folder: Path) -> Rows:
     """A row per engine and batch."""
     from student_trainer.config.model import ModelConfig
     from student_trainer.model.load import load_student
-    from student_trainer.rollout.hf_sampler import HfSampler, Sampling
+    from student_trainer.rollout.engines.hf_sampler import HfSampler, Sampling
+    from student_trainer.rollout.engines.vllm_engine import VllmSampler
     from student_trainer.rollout.sample import Rollout, RolloutPrompt
-    from student_trainer.rollout.vllm_engine import VllmSampler
 
     found = Found("engines")
     student = load_student(

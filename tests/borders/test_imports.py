@@ -34,7 +34,7 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
         ("import teacher_server.backends.vllm.backend", {"student_trainer", "ray", "vllm"}),
         ("import student_trainer.training.run, student_trainer.evaluation.report", {"teacher_server", "ray"}),
         (
-            "import student_trainer.rollout.vllm_engine, student_trainer.rollout.vllm_worker",
+            "import student_trainer.rollout.engines.vllm_engine, student_trainer.rollout.engines.vllm_worker",
             {"teacher_server", "ray", "vllm"},
         ),
         ("import student_trainer.losses.output.loss", {"teacher_server", "ray", "transformers", "peft", "grpc"}),

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from student_trainer.config.run import parse_config
 from student_trainer.labels.lineage import REVISIONS_NAME, read_ledger
-from student_trainer.rollout.publisher import Publisher
+from student_trainer.rollout.publication.publisher import Publisher
 from student_trainer.training.run import train
 from teacher_server.backends.model_folder import fingerprint
 from teacher_wire.core.batch import TokenBatch

@@ -11,7 +11,7 @@ from rich.console import Console
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.run import parse_config
 from student_trainer.model.load import load_student
-from student_trainer.rollout.hf_sampler import HfSampler, Sampling
+from student_trainer.rollout.engines.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.sample import RolloutPrompt
 from student_trainer.training.run import train
 from teacher_wire.testing.loopback import serve

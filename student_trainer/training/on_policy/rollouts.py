@@ -19,7 +19,7 @@ from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.losses.term import LossTerm
 from student_trainer.model.load import Student
-from student_trainer.rollout.engines import build_sampler
+from student_trainer.rollout.engines.registry import build_sampler
 from student_trainer.rollout.figures import RolloutFigures
 from student_trainer.rollout.health import HealthTerm
 from student_trainer.rollout.ledger import Ledger

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import load_student
-from student_trainer.model.merging import merged_state, save_merged
+from student_trainer.model.merged.merging import merged_state, save_merged
 
 IDS = torch.arange(3, 30)[None]
 

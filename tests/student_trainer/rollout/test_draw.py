@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer.rollout.draw import draw
+from student_trainer.rollout.engines.draw import draw
 
 
 def by_hand(z_V, u, temperature, top_p):

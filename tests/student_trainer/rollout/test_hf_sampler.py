@@ -8,8 +8,8 @@ from student_trainer.config.model import ModelConfig
 from student_trainer.errors import RolloutError
 from student_trainer.model.load import load_student
 from student_trainer.model.speed import compiled
-from student_trainer.rollout.draw import draw
-from student_trainer.rollout.hf_sampler import HfSampler, Sampling
+from student_trainer.rollout.engines.draw import draw
+from student_trainer.rollout.engines.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 from student_trainer.schedules import uniforms
 

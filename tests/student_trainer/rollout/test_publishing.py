@@ -15,8 +15,8 @@ from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.labels.lineage import REVISIONS_NAME, read_ledger
 from student_trainer.model.load import load_student
-from student_trainer.model.whole import check_whole, save_whole, whole_weights
-from student_trainer.rollout.publisher import Publisher
+from student_trainer.model.merged.whole import check_whole, save_whole, whole_weights
+from student_trainer.rollout.publication.publisher import Publisher
 from student_trainer.training.run import train
 from teacher_wire.core.errors import CapabilityError, ForbiddenError, MismatchError
 from tests.published import published_beside
@@ -238,7 +238,7 @@ def test_a_run_goes_on_with_its_own_revisions_and_with_no_others(
             self._publisher._thread.join()
             raise Killed
 
-    from student_trainer.rollout.publishing import PublishAfterSteps
+    from student_trainer.rollout.publication.publishing import PublishAfterSteps
 
     whole = {"model": {"lora": None}, "labels": TOP_K, "train": {"save_steps": 2}}
     with published_beside(tmp_path, base) as server:

@@ -12,10 +12,10 @@ import torch
 from student_trainer.config.model import ModelConfig
 from student_trainer.errors import RolloutError
 from student_trainer.model.load import load_student
-from student_trainer.rollout import vllm_engine
-from student_trainer.rollout.hf_sampler import Sampling
+from student_trainer.rollout.engines import vllm_engine
+from student_trainer.rollout.engines.hf_sampler import Sampling
+from student_trainer.rollout.engines.vllm_engine import VllmSampler
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
-from student_trainer.rollout.vllm_engine import VllmSampler
 
 V = 290  # of the student's 300: the others must neither be drawn nor count
 
@@ -154,7 +154,9 @@ def test_the_worker_ends_with_its_input(tmp_path):
     import subprocess
     import sys
 
-    code = "import student_trainer.rollout.vllm_worker as w, time; w.Worker = lambda *_: time.sleep(600); w.main()"
+    code = (
+        "import student_trainer.rollout.engines.vllm_worker as w, time; w.Worker = lambda *_: time.sleep(600); w.main()"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdin.write('{"model": "", "arguments": {}}\n')
     process.stdin.flush()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, RolloutError, RunError
-from student_trainer.rollout.hf_sampler import HfSampler
+from student_trainer.rollout.engines.hf_sampler import HfSampler
 from student_trainer.rollout.sample import RolloutFailure
 from student_trainer.training.on_policy.named import NamedAhead
 from student_trainer.training.run import train

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from student_trainer.errors import RolloutError
 from student_trainer.losses.head import Head
 from student_trainer.model.load import Student
-from student_trainer.rollout.draw import draw
+from student_trainer.rollout.engines.draw import draw
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 from student_trainer.schedules import uniforms
 

@@ -26,14 +26,14 @@ from torch import Tensor
 
 from student_trainer.errors import ModelError, RolloutError
 from student_trainer.model.load import Student
-from student_trainer.model.merging import save_merged
-from student_trainer.rollout.hf_sampler import SLOT_TOKENS, Sampling
+from student_trainer.model.merged.merging import save_merged
+from student_trainer.rollout.engines.hf_sampler import SLOT_TOKENS, Sampling
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 from student_trainer.schedules import uniforms
 
 _BLOCK = {"cuda": 16, "cpu": 128}  # tokens of vLLM's pages
 _WEIGHTS = "model.safetensors"
-_COMMAND = ("-m", "student_trainer.rollout.vllm_worker")
+_COMMAND = ("-m", "student_trainer.rollout.engines.vllm_worker")
 _SAID = 600  # characters of its log in an error
 _PROBE_TOKENS = 8
 # Nats between the log-probabilities it tells and the student's own.

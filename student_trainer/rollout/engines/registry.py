@@ -14,9 +14,9 @@ from student_trainer.config.on_policy import OnPolicyConfig
 from student_trainer.config.run import TrainConfig
 from student_trainer.errors import ConfigError
 from student_trainer.model.load import Student
-from student_trainer.rollout.hf_sampler import HfSampler, Sampling
+from student_trainer.rollout.engines.hf_sampler import HfSampler, Sampling
+from student_trainer.rollout.engines.vllm_engine import VllmSampler
 from student_trainer.rollout.sample import Sampler
-from student_trainer.rollout.vllm_engine import VllmSampler
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from student_trainer.errors import ConfigError, RunError
 from student_trainer.labels import event_loop
 from student_trainer.labels.lineage import REVISIONS_NAME, Lineage, origin_of
 from student_trainer.model.load import Student
+from student_trainer.model.merged.whole import check_whole, trains_head
 from student_trainer.model.saving import saved_bytes
-from student_trainer.model.whole import check_whole, trains_head
-from student_trainer.rollout.publisher import Publisher, Target
+from student_trainer.rollout.publication.publisher import Publisher, Target
 from student_trainer.teachers.connect import Connection
 from student_trainer.teachers.session import TeacherSession
 from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD

@@ -21,7 +21,7 @@ from student_trainer.errors import RunError, StudentError
 from student_trainer.labels import event_loop
 from student_trainer.labels.lineage import Lineage
 from student_trainer.model.load import Student
-from student_trainer.model.whole import save_whole, whole_weights
+from student_trainer.model.merged.whole import save_whole, whole_weights
 from teacher_wire.core.errors import MismatchError, TeacherWireError
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient

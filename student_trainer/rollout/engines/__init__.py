@@ -1,0 +1,1 @@
+"""What writes rollouts: one module per engine, and the table of them."""
