@@ -16,7 +16,7 @@ import gc
 import json
 import os
 import runpy
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -24,8 +24,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).parent.parent
+
+
+def _ready(files: list[Any], limit_s: float | None) -> list[Any]:
+    """Those that can be read within the time; descriptors may be above 1,023, which select refuses."""
+    with selectors.PollSelector() as selector:
+        for file in files:
+            selector.register(file, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(limit_s)]
 
 
 class StudentProcess:
@@ -49,7 +58,7 @@ class StudentProcess:
         deadline = None if limit_s is None else time.monotonic() + limit_s
         while not self._word.endswith(b"\n"):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._connection], [], [], left)[0]:
+            if not _ready([self._connection], left):
                 return False
             said = self._connection.recv(64)
             if not said:
@@ -89,7 +98,7 @@ class StudentProcess:
         open_pipes = set(found)
         while open_pipes:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = select.select(list(open_pipes), [], [], left)[0]
+            ready = _ready(list(open_pipes), left)
             if not ready:
                 raise subprocess.TimeoutExpired("student-trainer", timeout or 0)
             for pipe in ready:
@@ -188,7 +197,7 @@ def _serve(address: str) -> list[str]:
     listener.listen(16)
     os.rename(f"{address}.new", address)
     while True:
-        ready = select.select([listener, 0], [], [])[0]
+        ready = _ready([listener, 0], None)
         if 0 in ready:  # the pipe that our parent holds
             os._exit(0)
         connection, _ = listener.accept()

@@ -42,7 +42,7 @@ def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
             "on_policy", "on_policy: rollouts are learned from by a teacher's labels", "set the section teacher"
         )
         return
-    if config.loss.output is None:
+    if config.loss.output is None and config.on_policy.share != 0:  # a share of 0 may be there to publish alone
         yield Finding.bad(
             "on_policy", "on_policy: needs loss.output, by which rollouts are learned from, and it is null"
         )

@@ -262,7 +262,10 @@ def test_what_cannot_be_is_refused_by_name_before_there_is_a_folder(run, tmp_pat
         ({"hidden": {"weight": 1, "layers": "uniform"}}, r"loss\.hidden\.layers: 'uniform' is neither uniform\(n\)"),
         ({"hidden": {"weight": 1, "layers": [[1, 2, 3]]}}, r"loss\.hidden\.layers"),
         ({"hidden": {"weight": -1}}, r"loss\.hidden\.weight"),
-        ({"hidden": {"layers": [1]}}, r"loss\.hidden\.weight"),
+        (
+            {"hidden": {"layers": [1], "objective": "cka"}},
+            r"weight=auto is known for objective proj_cos alone, not cka",
+        ),
         ({"hidden": {"weight": 1, "objective": "mse"}}, r"loss\.hidden\.objective"),
         ({"hidden": {"weight": 1, "reduction": "none", "rank": 4}}, r"rank belongs to reduction pca, not none"),
         ({"hidden": {"weight": 1, "anneal": {"share": 1.5}}}, r"loss\.hidden\.anneal\.share"),

@@ -202,7 +202,7 @@ def test_the_teacher_says_what_it_is(wide, narrow, folder):
     facts = wide.facts
     assert facts.artifacts == same.artifacts and facts.tokenizer_sha256 == same.tokenizer_sha256
     assert facts.fingerprint != same.fingerprint, "labels of two backends differ by rounding"
-    assert (facts.transports, facts.generates) == (("top_k", "hidden", "full"), ("tokens", "json_schema"))
+    assert (facts.transports, facts.generates) == (("top_k", "hidden", "full", "given"), ("tokens", "json_schema"))
     assert narrow.facts.generates == () and facts.max_sequence_tokens == 128
     np.testing.assert_array_equal(head_of(wide).weight_VD.array, head_of(reference(folder, "float32")).weight_VD.array)
 
