@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,12 @@ from tests.tiny import WORDS, make_model
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Event loops that met grpc are never closed (teacher_wire/testing/loopback.py): a thousand tests hold a thousand files, the usual limit.
+_SOFT, _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
+if _SOFT != resource.RLIM_INFINITY:
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(_SOFT, 8192 if _HARD == resource.RLIM_INFINITY else min(8192, _HARD)), _HARD)
+    )
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 hypothesis.settings.load_profile("any machine")
 
