@@ -107,14 +107,6 @@ class GenerateConfig(_Strict):
     prompts_per_call: Positive = 16
     calls: Positive = 2
 
-    @field_validator("output_dir")
-    @classmethod
-    def _at_home(cls, value: Path) -> Path:
-        try:
-            return value.expanduser()
-        except RuntimeError as error:  # no HOME, and a user that has none
-            raise ValueError(f"{error}: name the folder without ~") from error
-
     @model_validator(mode="after")
     def _differing(self) -> GenerateConfig:
         if self.samples > 1 and self.temperature == 0:
@@ -142,14 +134,6 @@ class TracesConfig(_Strict):
     accept: AcceptConfig = AcceptConfig()
     prompts_per_call: Positive = 16
     calls: Positive = 2
-
-    @field_validator("output_dir")
-    @classmethod
-    def _at_home(cls, value: Path) -> Path:
-        try:
-            return value.expanduser()
-        except RuntimeError as error:  # no HOME, and a user that has none
-            raise ValueError(f"{error}: name the folder without ~") from error
 
 
 def load_traces_config(path: Path, overrides: list[str] | None = None) -> TracesConfig:

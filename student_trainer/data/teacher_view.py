@@ -50,9 +50,11 @@ class TeacherContext:
         """
         text = row.fields.get(self.field)
         if text is None:
-            raise row.error("is missing, and teacher.context tells the teacher of it", self.field)
+            raise row.error("the row lacks the field that teacher.context shows to the teacher", self.field)
         if not isinstance(text, str) or not text.strip():
-            raise row.error("must be a text that is not empty (teacher.context)", self.field, text)
+            raise row.error(
+                "what teacher.context shows to the teacher must be text that is not empty", self.field, text
+            )
         place = self._place(row, conversation, turns)
         said = conversation.turns
         if place is None:

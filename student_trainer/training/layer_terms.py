@@ -105,14 +105,11 @@ def told_weight(objective: Objective, student: Student) -> str:
     """A line on what `auto` stands for in this run; empty where it is not asked for."""
     if objective.loss.hidden is None or objective.loss.hidden.weight != "auto":
         return ""
-    weight = auto_weight(objective, _width(student))
+    ours, plan = _width(student), objective.features
+    weight = auto_weight(objective, ours)
+    assert plan is not None
     how = f"annealed over {weight.steps:,} steps" if weight.steps else "constant"
-    same = (
-        "the student's width is the teacher's"
-        if weight.start == 12.0
-        else "the student's width is another than the teacher's"
-    )
-    return f"loss.hidden.weight=auto is {weight.start:g}, {how}: {same}"
+    return f"loss.hidden.weight=auto is {weight.start:g}, {how}: the student is {ours:,} wide, the teacher {plan.teacher_width:,}"
 
 
 def _width(student: Student) -> int:

@@ -163,11 +163,6 @@ def _run(
     findings.add(check_requests(config, sessions, data, held_out))
     publishing = open_publishing(config, student, learned, reached, partial(_note, console))
     findings.add(check_rollouts(config, student.outline.positions, data, order, sessions))
-    rollouts, plan = None, plan_of(config, order)
-    if learned and plan and plan.has_any:
-        rollouts = Rollouts(config, student, data, order, plan, learned, vocab_rows, partial(_note, console))
-        terms = [*terms, rollouts.term]
-    windows = rollouts.windows if rollouts else SOURCES["data"](data, order)
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
@@ -187,9 +182,19 @@ def _run(
     }
     if learned and features and features.needs_basis:
         learned_from["basis"] = learned.info.artifact(LAYER_BASIS).sha256
-    with disk_trouble_named(f"run.output_dir {folder}"):
-        lock.acquire()
-    findings.add(check_folder(config, resume))  # another run may have been here since
+    rollouts, plan = None, plan_of(config, order)
+    if learned and plan and plan.has_any:
+        rollouts = Rollouts(config, student, data, order, plan, learned, vocab_rows, partial(_note, console))
+        terms = [*terms, rollouts.term]
+    windows = rollouts.windows if rollouts else SOURCES["data"](data, order)
+    try:
+        with disk_trouble_named(f"run.output_dir {folder}"):
+            lock.acquire()
+        findings.add(check_folder(config, resume))  # another run may have been here since
+    except BaseException:
+        if rollouts:
+            rollouts.close()  # its engine may be a process
+        raise
     is_new = not (folder / IDENTITY_NAME).is_file()
     trainer = publisher = None
     progress = ConsoleProgress(console, folder.name)

@@ -111,7 +111,11 @@ class Publishing:
         self.check_open()
         settings = plan.publish
         if settings is None:
-            raise CapabilityError("no revisions of this teacher are taken", field="publish", value=name)
+            raise CapabilityError(
+                "this teacher takes no revisions: its section of server.yaml has no publish",
+                field="publish",
+                value=name,
+            )
         if publication.tenant not in settings.tenants:
             raise ForbiddenError(
                 "this tenant may not publish revisions of this teacher", field="publish.tenants",

@@ -39,12 +39,14 @@ def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
         return
     if not config.teachers:
         yield Finding.bad(
-            "on_policy", "on_policy: rollouts are learned from by a teacher's labels", "set the section teacher"
+            "on_policy", "on_policy: needs a teacher, whose labels rollouts are learned from", "set the section teacher"
         )
         return
     if config.loss.output is None and config.on_policy.share != 0:  # a share of 0 may be there to publish alone
         yield Finding.bad(
-            "on_policy", "on_policy: needs loss.output, by which rollouts are learned from, and it is null"
+            "on_policy",
+            "on_policy: needs loss.output, by which rollouts are learned from, and it is null",
+            "set loss.output, or leave on_policy out",
         )
         return
     yield Finding.good("on_policy", "rollouts have a teacher and a loss")

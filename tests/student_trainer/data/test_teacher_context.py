@@ -146,11 +146,11 @@ def test_a_field_that_the_teacher_is_told_is_not_said_to_be_unused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"hint": None}, r"rows\.jsonl:2: is missing, and teacher\.context tells .* \(field=hint\)"),
-        ({"hint": ""}, r"rows\.jsonl:2: must be a text that is not empty .*field=hint, value=''"),
-        ({"hint": ["a"]}, r"rows\.jsonl:2: must be a text .*field=hint, value=\['a'\]"),
-        ({"hint": 3}, r"rows\.jsonl:2: must be a text .*field=hint, value=3"),
-        ({"hint": " \n"}, r"rows\.jsonl:2: must be a text .*field=hint"),
+        ({"hint": None}, r"rows\.jsonl:2: the row lacks the field that teacher\.context shows .* \(field=hint\)"),
+        ({"hint": ""}, r"rows\.jsonl:2: what teacher\.context shows to the teacher must be text that is not empty .*field=hint, value=''"),
+        ({"hint": ["a"]}, r"rows\.jsonl:2: what teacher\.context shows to the teacher must be text .*field=hint, value=\['a'\]"),
+        ({"hint": 3}, r"rows\.jsonl:2: what teacher\.context shows to the teacher must be text .*field=hint, value=3"),
+        ({"hint": " \n"}, r"rows\.jsonl:2: what teacher\.context shows to the teacher must be text .*field=hint"),
     ],
 )  # fmt: skip
 def test_a_row_without_it_is_a_bad_row(tmp_path, change, said):

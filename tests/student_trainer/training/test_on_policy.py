@@ -284,6 +284,25 @@ def test_a_run_that_fails_leaves_no_thread_behind(go, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name == "rollouts"]
 
 
+def test_a_run_that_is_refused_after_its_engine_is_there_ends_the_engine(go, monkeypatch):
+    """The engine may be a process, and another run may have taken the folder while it started."""
+    from student_trainer.training import run as door
+
+    closed, asked = [], []
+    monkeypatch.setattr(HfSampler, "close", lambda self: closed.append(self))
+
+    def taken_meanwhile(config, resume):
+        asked.append(config)
+        if len(asked) == 2:
+            raise RunError("taken meanwhile")
+        return iter(())
+
+    monkeypatch.setattr(door, "check_folder", taken_meanwhile)
+    with pytest.raises(RunError, match="taken meanwhile"):
+        go("refused", on_policy=ALL)
+    assert closed
+
+
 def test_a_teacher_that_dies_during_rollouts_is_waited_for_and_nothing_is_lost(go, monkeypatch):
     settings = {"on_policy": HALF, "teacher": {"address": go.server.address, "wait_s": 60}}
     straight, _ = go("straight", **settings)

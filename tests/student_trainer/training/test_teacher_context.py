@@ -131,7 +131,7 @@ def test_bad_rows_go_by_policy(told_of, hinted, tmp_path):
     del rows[4]["hint"]
     other = tmp_path / "some.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"some\.jsonl:5: is missing, and teacher\.context"):
+    with pytest.raises(DataError, match=r"some\.jsonl:5: the row lacks the field that teacher\.context"):
         train(told_of(rows=other), console=QUIET)
     result = train(
         told_of(rows=other, data={"train": [str(other)], "eval": [], "max_tokens": 100, "bad_rows": "skip"}),
