@@ -26,7 +26,7 @@ from torch import Tensor
 
 from student_trainer.errors import ModelError, RolloutError
 from student_trainer.model.load import Student
-from student_trainer.model.merged.merging import save_merged
+from student_trainer.model.merged import merged_state, save_merged
 from student_trainer.rollout.engines.hf_sampler import SLOT_TOKENS, Sampling
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 from student_trainer.schedules import uniforms
@@ -300,7 +300,8 @@ class VllmSampler:
         """Puts the whole student into the folder, from where it is loaded and a new process starts."""
         fresh = self._folder / "fresh"
         try:
-            save_merged(self._student, trained, fresh, self._dtype, vocab_rows=self._vocab_rows)
+            state = merged_state(self._student, trained, self._dtype)
+            save_merged(self._student, state, fresh, self._dtype, vocab_rows=self._vocab_rows)
             for file in fresh.iterdir():
                 file.replace(self._folder / file.name)
         except ModelError as error:

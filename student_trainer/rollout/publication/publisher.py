@@ -21,7 +21,7 @@ from student_trainer.errors import RunError, StudentError
 from student_trainer.labels import event_loop
 from student_trainer.labels.lineage import Lineage
 from student_trainer.model.load import Student
-from student_trainer.model.merged.whole import save_whole, whole_weights
+from student_trainer.model.merged import check_finite, merged_state, save_merged
 from teacher_wire.core.errors import MismatchError, TeacherWireError
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient
@@ -110,7 +110,7 @@ class Publisher:
                 f"step {step} is not published: the revision before is still on its way; set on_policy.publish.every higher"
             )
             return
-        weights = whole_weights(self._student)
+        weights = merged_state(self._student, dtype=self._student.exported)
         self._lineage.coming(1)
         self._thread = threading.Thread(target=self._work, args=(step, weights), name="publisher", daemon=True)
         self._thread.start()
@@ -134,7 +134,8 @@ class Publisher:
     def _work(self, step: int, weights: dict[str, Tensor]) -> None:
         began_s = time.monotonic()
         try:
-            save_whole(self._student, weights, self._folder)
+            check_finite(weights)
+            save_merged(self._student, weights, self._folder, self._student.exported)
             weights.clear()
             revision, size = self._push(step)
             self.counts.live += 1

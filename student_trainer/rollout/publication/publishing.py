@@ -21,7 +21,7 @@ from student_trainer.errors import ConfigError, RunError
 from student_trainer.labels import event_loop
 from student_trainer.labels.lineage import REVISIONS_NAME, Lineage, origin_of
 from student_trainer.model.load import Student
-from student_trainer.model.merged.whole import check_whole, trains_head
+from student_trainer.model.merged import check_mergeable, trains_head
 from student_trainer.model.saving import saved_bytes
 from student_trainer.rollout.publication.publisher import Publisher, Target
 from student_trainer.teachers.connect import Connection
@@ -95,7 +95,7 @@ def open_publishing(
         return None
     if not connections:
         raise ConfigError("on_policy.publish needs a server: set the section teacher")
-    check_whole(student)
+    check_mergeable(student)
     connect = partial(_client, replace(connections[0], name=settings.teacher), tell)
     info = event_loop.run(_ask(connect, student, settings, tell))
     target = Target(settings.teacher, _tokenizer(student), connect)

@@ -15,7 +15,7 @@ from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.labels.lineage import REVISIONS_NAME, read_ledger
 from student_trainer.model.load import load_student
-from student_trainer.model.merged.whole import check_whole, save_whole, whole_weights
+from student_trainer.model.merged import check_finite, check_mergeable, merged_state, save_merged
 from student_trainer.rollout.publication.publisher import Publisher
 from student_trainer.training.run import train
 from teacher_wire.core.errors import CapabilityError, ForbiddenError, MismatchError
@@ -81,10 +81,10 @@ def test_what_is_published_is_what_the_student_computes(model_factory, tmp_path,
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
     before = {name: parameter.detach().clone() for name, parameter in student.model.named_parameters()}
-    weights = whole_weights(student)
+    weights = merged_state(student, dtype=student.exported)
     for parameter in student.model.parameters():
         parameter.data += 0.0 if not parameter.requires_grad else 1.0  # training goes on; the copy does not
-    save_whole(student, weights, tmp_path / "out")
+    save_merged(student, weights, tmp_path / "out", student.exported)
     for name, parameter in student.model.named_parameters():
         parameter.data.copy_(before[name])
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -95,20 +95,20 @@ def test_what_is_published_is_what_the_student_computes(model_factory, tmp_path,
 
 def test_weights_trained_in_float32_travel_in_the_dtype_of_the_model(model_factory, tmp_path):
     student = load_student(ModelConfig(path=str(model_factory("qwen2")), dtype="bfloat16", lora=None), 0)
-    save_whole(student, whole_weights(student), tmp_path)
+    save_merged(student, merged_state(student, dtype=student.exported), tmp_path, student.exported)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_what_cannot_be_merged_is_refused(model_factory, tmp_path):
+def test_what_cannot_be_merged_is_refused(model_factory):
     tied = ModelConfig(path=str(model_factory("qwen2")), dtype="float32", lora={"target_modules": ["lm_head"]})
     with pytest.raises(ModelError, match="tie_word_embeddings"):
-        check_whole(load_student(tied, 0))
+        check_mergeable(load_student(tied, 0))
     student = load_student(ModelConfig(path=str(model_factory("qwen2")), dtype="float32", lora=None), 0)
-    weights = whole_weights(student)
+    weights = merged_state(student, dtype=student.exported)
     weights["model.norm.weight"][0] = float("nan")
     with pytest.raises(ModelError, match=r"model\.norm\.weight"):
-        save_whole(student, weights, tmp_path)
+        check_finite(weights)
 
 
 # --------------------------------------------------------------------- runs

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import load_student
-from student_trainer.model.merged.merging import merged_state, save_merged
+from student_trainer.model.merged import merged_state, save_merged
 
 IDS = torch.arange(3, 30)[None]
 
@@ -38,7 +39,7 @@ def test_the_folder_computes_what_the_student_does(model_factory, tmp_path, fami
         for parameter in student.model.parameters():
             if parameter.requires_grad:
                 parameter.zero_()  # it has gone on training: the values given are what counts
-    save_merged(student, weights, tmp_path / "merged", torch.float32)
+    save_merged(student, merged_state(student, weights, torch.float32), tmp_path / "merged", torch.float32)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     with torch.no_grad():
         torch.testing.assert_close(found(input_ids=IDS).logits, own, atol=2e-4, rtol=1e-4)
@@ -50,7 +51,9 @@ def test_the_folder_computes_what_the_student_does(model_factory, tmp_path, fami
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_ids_beyond_the_vocabulary_are_cut_off(model_factory, tmp_path, family):
     student = student_of(model_factory(family), lora=None)
-    save_merged(student, trained(student), tmp_path / "cut", torch.float32, vocab_rows=290)
+    save_merged(
+        student, merged_state(student, trained(student), torch.float32), tmp_path / "cut", torch.float32, vocab_rows=290
+    )
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     assert found.config.vocab_size == 290 and found.get_input_embeddings().weight.shape[0] == 290
     with torch.no_grad():
@@ -64,7 +67,28 @@ def test_embeddings_with_adapters_are_merged_where_they_are_not_tied(model_facto
     student = student_of(model_factory("llama"), lora=targets)
     with torch.no_grad():
         own = student.model(input_ids=IDS).logits
-    save_merged(student, trained(student), tmp_path / "merged", torch.float32)
+    save_merged(student, merged_state(student, trained(student), torch.float32), tmp_path / "merged", torch.float32)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=IDS).logits
+    torch.testing.assert_close(found, own, atol=2e-4, rtol=1e-4)
+
+
+def test_layers_that_are_trained_whole_beside_adapters_are_in_their_places(model_factory, tmp_path):
+    """peft's modules_to_save, of an adapter that a user brings."""
+    base = model_factory("llama")
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    student = student_of(tmp_path / "adapter", lora={"rank": 2})
+    assert any("modules_to_save" in name for name in trained(student))
+    with torch.no_grad():
+        own = student.model(input_ids=IDS).logits
+    state = merged_state(student, trained(student))
+    assert state.keys() == AutoModelForCausalLM.from_pretrained(base).state_dict().keys()
+    save_merged(student, state, tmp_path / "merged", None)
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=IDS).logits
     torch.testing.assert_close(found, own, atol=2e-4, rtol=1e-4)
@@ -72,7 +96,7 @@ def test_embeddings_with_adapters_are_merged_where_they_are_not_tied(model_facto
 
 def test_what_cannot_be_merged_is_named(model_factory):
     student = student_of(model_factory("qwen2"), lora={"rank": 4, "target_modules": ["lm_head", "q_proj"]})
-    with pytest.raises(ModelError, match=r"lm_head.*tie_word_embeddings"):
+    with pytest.raises(ModelError, match=r"tie_word_embeddings"):
         merged_state(student, trained(student), torch.float32)
     weights = trained(student)
     weights["strange"] = weights.popitem()[1]
@@ -82,5 +106,5 @@ def test_what_cannot_be_merged_is_named(model_factory):
 
 def test_the_dtype_is_in_the_config_too(model_factory, tmp_path):
     student = student_of(model_factory("qwen2"), lora={"rank": 4})
-    save_merged(student, trained(student), tmp_path / "half", torch.bfloat16)
+    save_merged(student, merged_state(student, trained(student), torch.bfloat16), tmp_path / "half", torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
