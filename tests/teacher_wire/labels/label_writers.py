@@ -6,13 +6,14 @@ fill FOLDER WRITERS MAX_BYTES COUNT   each writer keeps COUNT sequences of its o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,12 @@ def kill(folder: Path, kills: int, writers: int) -> None:
         os.waitpid(victim, 0)
 
 
+def _sizes(folder: Path) -> Iterator[tuple[Path, int]]:
+    for path in folder.rglob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):
+            yield path, path.stat().st_size
+
+
 def fill(folder: Path, writers: int, max_bytes: int, count: int) -> None:
     """See module."""
 
@@ -92,17 +99,14 @@ def fill(folder: Path, writers: int, max_bytes: int, count: int) -> None:
             store.keep(key_of(entry), entry.fingerprint, entry.spec, entry.sequence, entry.signals)
 
     alive = {_start(lambda writer=number: work(writer)) for number in range(1, writers + 1)}
-    peak = 0
+    peak, before = 0, set[Path]()
     while alive:
         done, _ = os.waitpid(-1, os.WNOHANG)
         alive.discard(done)
-        sizes = []
-        for path in folder.rglob("*.safetensors"):
-            try:
-                sizes.append(path.stat().st_size)
-            except FileNotFoundError:
-                continue
-        peak = max(peak, sum(sizes))
+        # Listing takes time in which files come and go. What two listings in a row have both seen was there between them.
+        sizes = dict(_sizes(folder))
+        peak = max(peak, sum(size for path, size in sizes.items() if path in before))
+        before = set(sizes)
     print(peak)
 
 
