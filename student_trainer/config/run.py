@@ -18,7 +18,16 @@ from student_trainer.config.files import Settings, parse_as, read_tree
 from student_trainer.config.losses import LossConfig
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.on_policy import OnPolicyConfig
-from student_trainer.config.teachers import CacheConfig, ContextConfig, FeedConfig, LabelConfig, TeacherConfig
+from student_trainer.config.teachers import (
+    CacheConfig,
+    Combine,
+    ContextConfig,
+    FeedConfig,
+    LabelConfig,
+    OneOfTeachersConfig,
+    TeacherConfig,
+    WhenMissing,
+)
 from student_trainer.config.traces import GenerateConfig
 from student_trainer.config.training import OptimizationConfig
 from student_trainer.errors import ConfigError
@@ -45,6 +54,9 @@ class TrainConfig(Settings):
     model: ModelConfig
     data: DataConfig
     teacher: TeacherConfig | None = None
+    teachers: tuple[OneOfTeachersConfig, ...] = ()
+    combine: Combine = "loss_sum"
+    when_missing: WhenMissing = "wait"
     labels: LabelConfig = LabelConfig()
     loss: LossConfig = LossConfig()
     on_policy: OnPolicyConfig | None = None
@@ -55,8 +67,17 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _teacher_for_distillation(self) -> TrainConfig:
-        if self.loss.output is not None and self.teacher is None:
-            raise ValueError("loss.output needs a teacher: set the section teacher, or loss.output to null")
+        if self.loss.output is not None and not self.every_teacher:
+            raise ValueError("loss.output needs a teacher: set the section teacher or teachers, or loss.output to null")
+        if self.teacher is not None and self.teachers:
+            raise ValueError("teacher and teachers: set one of them; a single teacher is a list of one too")
+        called = [teacher.called for teacher in self.teachers]
+        if len(set(called)) < len(called) or (len(called) > 1 and "" in called):
+            raise ValueError(
+                f"teachers are called {', '.join(map(repr, called))}: give each another name, or another alias"
+            )
+        if not self.teachers and (self.combine != "loss_sum" or self.when_missing != "wait"):
+            raise ValueError("combine and when_missing belong to the section teachers, which is empty")
         if self.train.eval_steps and not self.data.eval:
             raise ValueError("train.eval_steps needs data.eval")
         if self.train.save_steps % self.train.log_steps:
@@ -67,9 +88,9 @@ class TrainConfig(Settings):
         return self
 
     @property
-    def teachers(self) -> tuple[TeacherConfig, ...]:
-        """Every teacher that the run learns from: none, or the one of the section `teacher`."""
-        return () if self.teacher is None else (self.teacher,)
+    def every_teacher(self) -> tuple[TeacherConfig, ...]:
+        """Every teacher that the run learns from: none, the one of the section `teacher`, or those of `teachers`."""
+        return self.teachers if self.teacher is None else (self.teacher,)
 
     @property
     def context(self) -> ContextConfig | None:

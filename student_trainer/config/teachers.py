@@ -4,13 +4,16 @@ kept of them on disk (`cache`).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from student_trainer.config.fields import HomePath, Positive
 from student_trainer.config.files import Settings
 from teacher_wire.transport.proxy import AUTO, NONE, proxy_url
+
+Combine = Literal["loss_sum", "prob_mix", "route", "confidence"]
+WhenMissing = Literal["reweight", "wait", "fail"]
 
 
 class ContextConfig(Settings):
@@ -116,6 +119,37 @@ class LabelConfig(Settings):
                 f"compression belongs to transport hidden, not {self.transport} (auto decides it by itself)"
             )
         return self
+
+
+class OneOfTeachersConfig(TeacherConfig):
+    """One of several teachers of a run.
+
+    Attributes:
+        alias: what the run calls it, in its log, its errors and `loss.*.teacher`; its `name` if left out. Every teacher of a run has another.
+        weight: its share of the loss, beside the weights of the others that are asked about the same sample.
+        labels: how its labels travel; a transport's name stands for a section. The section `labels` of the run if left out.
+        tags: asked only about rows that have one of them (`data.tag_field`, `data.train[].tags`); empty: about rows of which no other
+            teacher has a tag under `combine: route`, else about every row.
+        when_missing: of this teacher; the run's if null.
+        cache: keep its labels on disk and use them; the run's `cache.labels` if null.
+    """
+
+    alias: str = ""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    labels: LabelConfig | None = None
+    tags: tuple[str, ...] = ()
+    when_missing: WhenMissing | None = None
+    cache: bool | None = None
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"transport": value} if isinstance(value, str) else value
+
+    @property
+    def called(self) -> str:
+        """Its name in the run."""
+        return self.alias or self.name
 
 
 class FeedConfig(Settings):

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from student_trainer.losses.cross_tokenizer.bridge import Bridge
 from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.rows import TeacherRows
 from teacher_wire.core.signals import Signal
@@ -70,6 +71,34 @@ class TeacherLabels:
 
     output: TeacherRows | None
     named: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherShare:
+    """The answer of one of several teachers about a micro-batch, and what of it counts.
+
+    Attributes:
+        labels: the answer; of the sequences that it was asked about alone.
+        share_N: float32, on the host: its share of the loss of each of the N supervised rows; 0 where it was not asked or did not answer.
+            The shares of a row sum to 1, or to 0 where no teacher has answered.
+        sequences: which of the B sequences the answer is about, rising; None for all.
+        row_M: int64, on the host: which of the N rows each of its M rows describes; None if they are all N in order, and for
+            another tokenizer.
+        bridge: to a teacher with another tokenizer, whose M rows are its own; None for the same tokenizer.
+    """
+
+    labels: TeacherLabels
+    share_N: Tensor
+    sequences: tuple[int, ...] | None = None
+    row_M: np.ndarray | None = None
+    bridge: Bridge | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedLabels:
+    """What several teachers have answered about a micro-batch; `by_name` has those that have, by their names in the config."""
+
+    by_name: Mapping[str, TeacherShare]
 
 
 @dataclass(frozen=True, eq=False)

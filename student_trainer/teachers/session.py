@@ -105,7 +105,7 @@ def open_sessions(
     facts = StudentFacts.of(student.tokenizer, student.vocab_rows, uses_chat, data, held_out)
     chosen: list[LabelConfig | None] = [*settled] if settled else [None] * len(connections)
     sessions = []
-    for settings, connection, labels in zip(config.teachers, connections, chosen, strict=True):
+    for settings, connection, labels in zip(config.every_teacher, connections, chosen, strict=True):
         connect = partial(connection.client, _Trouble(console), config.feed.window_mb << 20)
         opening = _Opening(
             config, settings, connection, student, facts, data, held_out, console, findings,

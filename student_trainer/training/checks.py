@@ -79,7 +79,7 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
     with contextlib.ExitStack() as stack:
         reached = findings.attempt(
             "teacher",
-            lambda: stack.enter_context(connections(config.teachers, console)),
+            lambda: stack.enter_context(connections(config.every_teacher, console)),
             "what connecting to the teachers needs is there",
         )
         if reached:

@@ -78,7 +78,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
     settled = settled_labels(config)
     findings = Findings(on_advice=lambda told: console.print(f"[yellow]note:[/] {escape(told)}"))
     findings.add(check_labelling(config, settled is not None))
-    with connections(config.teachers, console) as reached:
+    with connections(config.every_teacher, console) as reached:
         student = load_outline(config.model)
         data, held_out = load_data(
             config.data, student.tokenizer, console, pinned_date(config), config.run.cache_dir, config.context
@@ -100,7 +100,7 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
         config: the run.
         settled: whether `labels.transport: auto` was decided by a run before.
     """
-    if not config.teachers:
+    if not config.every_teacher:
         yield Finding.bad("teacher", "label needs a teacher", "set the section teacher", joint=": ")
     if not config.cache.labels:
         yield Finding.bad("cache.labels", "cache.labels=false: there is nothing to fill")

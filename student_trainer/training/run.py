@@ -97,7 +97,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         findings.add(check_folder(config, resume))
         if folder.is_dir():
             lock.acquire()
-        with connections(config.teachers, console) as reached:
+        with connections(config.every_teacher, console) as reached:
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)

@@ -87,14 +87,14 @@ def generate_rows(config: TrainConfig, console: Console) -> Generated:
     settings = config.generate
     if settings is None:
         raise ConfigError("label --generate: set the section generate, whose output_dir takes the rows")
-    if not config.teachers:
+    if not config.every_teacher:
         raise ConfigError("teacher: label --generate needs a teacher that writes: set the section teacher")
-    check_way(config.teachers[0])
+    check_way(config.every_teacher[0])
     tokenizer = _tokenizer(config.model.path)
     reader = RowReader(config, tokenizer, settings)
     asked, intake = reader.read()
     console.print(f"{len(asked):,} rows to answer, {sum(len(one.prompt_ids) for one in asked):,} tokens of prompts")
-    with connections(config.teachers[:1], console) as (connection,):
+    with connections(config.every_teacher[:1], console) as (connection,):
         return event_loop.run(_run(config, settings, connection, reader, asked, intake, console))
 
 
@@ -188,7 +188,7 @@ def check_teacher(info: TeacherInfo, reader: RowReader, config: TrainConfig) -> 
             field="tokenizer_sha256", value=info.tokenizer_sha256[:16] or "none", limit=ours[:16],
         ))  # fmt: skip
     template = reader.template.source_sha256
-    allowed = config.teachers[0].allow_template_mismatch
+    allowed = config.every_teacher[0].allow_template_mismatch
     if template and info.chat_template_sha256 != template and not allowed:
         yield Finding.of("teacher.allow_template_mismatch", MismatchError(
             f"teacher {info.name!r} has another chat template; set teacher.allow_template_mismatch=true if you want ours",

@@ -37,7 +37,7 @@ def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
     """What can be told from the config alone."""
     if config.on_policy is None:
         return
-    if not config.teachers:
+    if not config.every_teacher:
         yield Finding.bad(
             "on_policy", "on_policy: needs a teacher, whose labels rollouts are learned from", "set the section teacher"
         )

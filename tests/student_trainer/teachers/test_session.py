@@ -48,7 +48,7 @@ def opened(config, findings, console=None, **options):
     console = console or Console(file=io.StringIO(), width=300)
     student = load_outline(config.model)
     data, held_out = load_data(config.data, student.tokenizer, console)
-    with connections(config.teachers, console) as reached:
+    with connections(config.every_teacher, console) as reached:
         return open_sessions(config, reached, student, data, held_out, console, findings, **options), data, held_out
 
 

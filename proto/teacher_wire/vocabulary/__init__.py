@@ -1,0 +1,1 @@
+"""Which bytes the ids of a tokenizer stand for."""

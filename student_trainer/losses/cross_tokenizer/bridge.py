@@ -1,0 +1,56 @@
+"""What joins the rows of a teacher with another tokenizer to the student's: classes of ids, and groups of rows (algorithms.md 8.4).
+
+Axes: Vs ids of the student, Vt of the teacher, K classes; N supervised rows of the student in a micro-batch, M of the teacher; G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyClasses:
+    """A partition of both vocabularies in which every class has ids of both sides; constant over a run, on the student's device.
+
+    Attributes:
+        student_Vs: int64, class of each id of the student.
+        teacher_Vt: int64, likewise of the teacher.
+        classes: K.
+    """
+
+    student_Vs: Tensor
+    teacher_Vt: Tensor
+    classes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The groups of a micro-batch, on the host; `data.cross_tokenizer.alignment` makes those of a sequence.
+
+    Attributes:
+        student_G2: int64, half-open ranges among the N rows, rising, without overlap.
+        teacher_G2: int64, among the M rows, likewise.
+    """
+
+    student_G2: np.ndarray
+    teacher_G2: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Bridge:
+    """See module.
+
+    Attributes:
+        classes: of the two vocabularies.
+        groups: of this micro-batch.
+        alm_weight: of the groups that are not 1-1, a token.
+        alm_temperature: tau_b of their binary cross-entropy.
+    """
+
+    classes: VocabularyClasses
+    groups: Groups
+    alm_weight: float = 0.5
+    alm_temperature: float = 100.0
