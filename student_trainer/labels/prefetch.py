@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from student_trainer.labels import event_loop
@@ -30,9 +30,15 @@ Asked = TypeVar("Asked")
 
 @dataclass
 class FeedStats:
-    """How long `take` has waited since the feed was made, in seconds."""
+    """How long `take` has waited since the feed was made, in seconds.
+
+    Attributes:
+        wait_s: in all.
+        alone_s: of several teachers for each alone, after all others had answered.
+    """
 
     wait_s: float = 0.0
+    alone_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

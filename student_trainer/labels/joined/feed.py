@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.joined.answer import Answer, AskedAll, AskedOne, JoinedAnswer, is_enough
@@ -40,9 +40,6 @@ class JoinedFeed(AheadFeed[AskedAll]):
         prepare: makes of an answer what a step reads, in a thread of the feed.
         tell: called with a sentence when a teacher is away, and when it is back.
         on_answer: called with the number of each micro-batch that is taken, and the answer, by whoever takes it.
-
-    Attributes:
-        waited_for_s: of each teacher, seconds that `take` has waited for it alone, after all others had answered.
     """
 
     def __init__(
@@ -67,7 +64,7 @@ class JoinedFeed(AheadFeed[AskedAll]):
         self._weights = {teacher.name: teacher.weight for teacher in teachers}
         self._prepare = prepare
         self._on_answer = on_answer
-        self.waited_for_s = dict.fromkeys(self._lanes, 0.0)
+        self.stats.alone_s = dict.fromkeys(self._lanes, 0.0)
         self._begin()
 
     @contextlib.asynccontextmanager
@@ -86,7 +83,7 @@ class JoinedFeed(AheadFeed[AskedAll]):
         if taken.came_s:
             *earlier, last = sorted(taken.came_s, key=lambda name: taken.came_s[name])
             alone_s = taken.came_s[last] - max([began_s, *(taken.came_s[name] for name in earlier)])
-            self.waited_for_s[last] += max(0.0, alone_s)
+            self.stats.alone_s[last] += max(0.0, alone_s)
         self._on_answer(number, taken.ready)
 
     async def _fetched(self, asked: AskedAll) -> JoinedTaken:

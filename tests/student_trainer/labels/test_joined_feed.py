@@ -252,8 +252,8 @@ def test_who_is_waited_for_alone_is_named():
         for number in range(3):
             feed.take(number)
         feed.close()
-    assert 0.3 < feed.waited_for_s["slow"] <= feed.stats.wait_s
-    assert feed.waited_for_s["quick"] < 0.1 * feed.waited_for_s["slow"]
+    assert 0.3 < feed.stats.alone_s["slow"] <= feed.stats.wait_s
+    assert feed.stats.alone_s["quick"] < 0.1 * feed.stats.alone_s["slow"]
 
 
 def test_ten_teachers_hold_no_thread_while_they_wait():

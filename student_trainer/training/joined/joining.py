@@ -1,0 +1,108 @@
+"""The answers of several teachers about a micro-batch as the loss reads them: whose rows are which, and how much each counts.
+
+In: a padded micro-batch with its joined answer; out: `JoinedLabels`, and the coverage of each teacher. What is known on the host stays there.
+
+Axes: B sequences of the micro-batch, N supervised rows of the student, M of one teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from student_trainer.labels.joined.answer import Answer, JoinedAnswer, shares
+from student_trainer.labels.rows_on_device import rows_on
+from student_trainer.labels.source import LabelRequest
+from student_trainer.losses.head import Head
+from student_trainer.losses.term import JoinedLabels, Mean, TeacherLabels, TeacherShare
+from student_trainer.training.windows import PaddedBatch
+
+
+@dataclass(frozen=True)
+class JoinedTeacher:
+    """One of several teachers, as the learner knows it.
+
+    Attributes:
+        name: in the run.
+        weight: its share beside the others.
+        head: its output head on the student's device, for `hidden` labels.
+    """
+
+    name: str
+    weight: float
+    head: Head | None = None
+
+
+class Joining:
+    """See module.
+
+    Args:
+        teachers: of the run, in the order of the config.
+        is_alone: there is one teacher, which is asked about every row: its labels are those of a run with one.
+    """
+
+    def __init__(self, teachers: Sequence[JoinedTeacher], *, is_alone: bool = False) -> None:
+        self._teachers = tuple(teachers)
+        self._weights = {teacher.name: teacher.weight for teacher in teachers}
+        self._is_alone = is_alone
+
+    def labels(self, batch: PaddedBatch, device: torch.device) -> JoinedLabels | TeacherLabels:
+        """The labels of a micro-batch on the student's device."""
+        answer = batch.labels
+        assert isinstance(answer, JoinedAnswer)
+        if self._is_alone:
+            (teacher,) = self._teachers
+            return _labels_of(teacher, answer.by_name[teacher.name], device)
+        sequence_N = batch.index_N.numpy() // batch.input_ids_BL.shape[1]
+        share_of = self._shares(answer)
+        by_name = {}
+        for teacher in self._teachers:
+            if teacher.name not in answer.by_name:
+                continue
+            one = answer.by_name[teacher.name]
+            share_N = torch.from_numpy(np.asarray(share_of[teacher.name], np.float32)[sequence_N])
+            has_all = len(one.sequences) == len(answer.names)
+            row_M = None if has_all else np.flatnonzero(np.isin(sequence_N, np.asarray(one.sequences, np.int64)))
+            assert row_M is None or len(row_M) == one.request.batch.rows, "a teacher has other targets than the student"
+            by_name[teacher.name] = TeacherShare(
+                _labels_of(teacher, one, device), share_N, None if has_all else one.sequences, row_M
+            )
+        return JoinedLabels(by_name)
+
+    def coverage(self, batch: PaddedBatch, device: torch.device) -> dict[str, Mean]:
+        """`coverage.NAME` of each teacher: the share of the supervised weight that has its labels."""
+        answer = batch.labels
+        assert isinstance(answer, JoinedAnswer)
+        if self._is_alone:
+            return {}
+        sequence_N = batch.index_N.numpy() // batch.input_ids_BL.shape[1]
+        weight_B = np.bincount(sequence_N, batch.weights_N.double().numpy(), len(answer.names))
+        found = {}
+        for name in self._weights:
+            has = list(answer.by_name[name].sequences) if name in answer.by_name else []
+            found[f"coverage.{name}"] = Mean(_on(weight_B[has].sum(), device), _on(weight_B.sum(), device))
+        return found
+
+    def _shares(self, answer: JoinedAnswer) -> dict[str, list[float]]:
+        sequences = {name: one.sequences for name, one in answer.by_name.items()}
+        return shares(self._weights, sequences, len(answer.names))
+
+
+def request_of(batch: PaddedBatch, teacher: str) -> LabelRequest:
+    """What a teacher was asked, whose rows are looked at; the empty name means the only one."""
+    if teacher and isinstance(batch.labels, JoinedAnswer):
+        return batch.labels.by_name[teacher].request
+    return batch.request
+
+
+def _labels_of(teacher: JoinedTeacher, answer: Answer, device: torch.device) -> TeacherLabels:
+    there = answer.labels.to(device)
+    return TeacherLabels(rows_on(there, teacher.head, device), there.named)
+
+
+def _on(value: float, device: torch.device) -> torch.Tensor:
+    """[], float64 on `device`; the host waits for nothing."""
+    return torch.full((), float(value), dtype=torch.float64, device=device)
