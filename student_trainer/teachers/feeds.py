@@ -130,13 +130,12 @@ def asked_of_all(sessions: Sequence[TeacherSession], batch: MicroBatch) -> Asked
     examples = [item.example for item in batch.examples]
     by_name = {}
     for session in sessions:
-        sequences = tuple(b for b, example in enumerate(examples) if session.responsible(example))
-        request = session.request(examples)
-        if request is None:
+        asked = session.asked(examples)
+        if asked is None:
             continue
-        assert request.names == tuple(examples[b].key for b in sequences), "asked about others than it is responsible for"
-        fresh = frozenset(place for place, b in enumerate(sequences) if b in batch.request.fresh)
-        by_name[session.name] = AskedOne(sequences, replace(request, fresh=fresh))
+        fresh = frozenset(place for place, b in enumerate(asked.sequences) if b in batch.request.fresh)
+        request = replace(asked.request, fresh=fresh)
+        by_name[session.name] = AskedOne(asked.sequences, request, asked.row_M, asked.groups)
     return AskedAll(batch.request.names, by_name)
 
 

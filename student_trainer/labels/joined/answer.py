@@ -1,6 +1,6 @@
 """What several teachers are asked about a micro-batch, and what they have answered; who counts how much.
 
-Axes: B sequences of the micro-batch.
+Axes: B sequences of the micro-batch, N supervised rows of the student in it, M rows of one teacher's answer.
 """
 
 from __future__ import annotations
@@ -8,24 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.source import LabelRequest
+from student_trainer.losses.cross_tokenizer.bridge import Groups
 
 LEAST_SHARE = 0.3  # of a sample's whole weight, that those who have answered must have (algorithms.md 9)
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AskedOne:
     """What one teacher is asked.
 
     Attributes:
         sequences: which of the B, rising.
         request: about them alone, in this order, as this teacher reads them.
+        row_M: int64, which of the N rows each of its rows describes; None if they are all N in order, and for another tokenizer.
+        groups: of rows of both sides, for a teacher with another tokenizer; None for the student's.
     """
 
     sequences: tuple[int, ...]
     request: LabelRequest
+    row_M: np.ndarray | None = None
+    groups: Groups | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,15 @@ class AskedAll:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one teacher has answered: about `sequences` of the B, as it was asked by `request`."""
+    """What one teacher was asked, and its answer to that."""
 
-    sequences: tuple[int, ...]
-    request: LabelRequest
+    asked: AskedOne
     labels: LabelTensors
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Which of the B it is about, rising."""
+        return self.asked.sequences
 
 
 @dataclass(frozen=True)

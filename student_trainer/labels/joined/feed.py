@@ -122,7 +122,7 @@ class JoinedFeed(AheadFeed[AskedAll]):
         for taken in there.values():
             usage.add(taken.usage)
         answers = {
-            name: Answer(one.sequences, one.request, there[name].ready)
+            name: Answer(one, there[name].ready)
             for name, one in asked.by_name.items()
             if name in there
         }

@@ -7,7 +7,7 @@ Axes: B sequences of the micro-batch, N supervised rows of the student, M of one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from student_trainer.labels.joined.answer import Answer, JoinedAnswer, shares
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.labels.source import LabelRequest
+from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups
 from student_trainer.losses.head import Head
 from student_trainer.losses.term import JoinedLabels, Mean, TeacherLabels, TeacherShare
 from student_trainer.training.windows import PaddedBatch
@@ -29,11 +30,13 @@ class JoinedTeacher:
         name: in the run.
         weight: its share beside the others.
         head: its output head on the student's device, for `hidden` labels.
+        bridge: groups of rows, and int64 [M] the teacher's tokens -> how they are joined to the student's; None for its tokenizer.
     """
 
     name: str
     weight: float
     head: Head | None = None
+    bridge: Callable[[Groups, np.ndarray], Bridge] | None = None
 
 
 class Joining:
@@ -64,11 +67,13 @@ class Joining:
                 continue
             one = answer.by_name[teacher.name]
             share_N = torch.from_numpy(np.asarray(share_of[teacher.name], np.float32)[sequence_N])
-            has_all = len(one.sequences) == len(answer.names)
-            row_M = None if has_all else np.flatnonzero(np.isin(sequence_N, np.asarray(one.sequences, np.int64)))
-            assert row_M is None or len(row_M) == one.request.batch.rows, "a teacher has other targets than the student"
+            bridge = None
+            if teacher.bridge is not None:
+                assert one.asked.groups is not None, "a teacher with another tokenizer is asked with its groups"
+                bridge = teacher.bridge(one.asked.groups, one.asked.request.batch.labels_N())
+            sequences = None if len(one.sequences) == len(answer.names) else one.sequences
             by_name[teacher.name] = TeacherShare(
-                _labels_of(teacher, one, device), share_N, None if has_all else one.sequences, row_M
+                _labels_of(teacher, one, device), share_N, sequences, one.asked.row_M, bridge
             )
         return JoinedLabels(by_name)
 
@@ -94,7 +99,7 @@ class Joining:
 def request_of(batch: PaddedBatch, teacher: str) -> LabelRequest:
     """What a teacher was asked, whose rows are looked at; the empty name means the only one."""
     if teacher and isinstance(batch.labels, JoinedAnswer):
-        return batch.labels.by_name[teacher].request
+        return batch.labels.by_name[teacher].asked.request
     return batch.request
 
 

@@ -99,7 +99,12 @@ class JoinedTeachers:
 
     def joining(self) -> Joining:
         """What makes labels of their answers."""
-        teachers = [JoinedTeacher(session.name, session.weight, session.head) for session in self.sessions]
+        teachers = [
+            JoinedTeacher(
+                session.name, session.weight, session.head, session.bridge.bridge if session.bridge is not None else None
+            )
+            for session in self.sessions
+        ]
         return Joining(teachers, is_alone=self.is_alone)
 
     def open_feed(self, windows: MicroBatches, first: int) -> JoinedFeed:
