@@ -28,7 +28,7 @@ from student_trainer.losses.term import JoinedLabels, LossTerm, StudentOutputs, 
 from student_trainer.losses.total import Total, taps_of, total
 from student_trainer.model.forward import StudentForward
 from student_trainer.model.load import Student
-from student_trainer.training.joined.joining import Joining
+from student_trainer.training.joined.joiner import Joiner
 from student_trainer.training.windows import PaddedBatch
 from teacher_wire.core.batch import TokenBatch
 
@@ -47,7 +47,7 @@ class Learner(nn.Module):
         narrowed: dtype that the student's passes are computed in by autocast; None for its own. The losses never are.
         teacher_head: the teacher's output head, for `hidden` labels.
         likeliest: k, if labels hold ids that the student has named beside the k likeliest; else 0.
-        joining: makes labels of the answers of several teachers; None in a run with one.
+        joiner: makes labels of the answers of several teachers; None in a run with one.
 
     Attributes:
         passes: how the student's passes are computed; recorded ones may be put here.
@@ -62,7 +62,7 @@ class Learner(nn.Module):
         narrowed: torch.dtype | None = None,
         teacher_head: Head | None = None,
         likeliest: int = 0,
-        joining: Joining | None = None,
+        joiner: Joiner | None = None,
     ) -> None:
         super().__init__()
         self.student = student.model
@@ -75,7 +75,7 @@ class Learner(nn.Module):
         self._narrowed = narrowed
         self._teacher_head = teacher_head
         self._likeliest = likeliest
-        self._joining = joining
+        self._joiner = joiner
 
     @property
     def config(self) -> Any:
@@ -110,13 +110,13 @@ class Learner(nn.Module):
         )
         outputs = self.passes(moved["input_ids_BL"], self._taps)
         found = total(self._terms, outputs, labels, rows, normalizer, step)
-        if self._joining is None:
+        if self._joiner is None:
             return found
-        return replace(found, parts=found.parts | self._joining.coverage(batch, device))
+        return replace(found, parts=found.parts | self._joiner.coverage(batch, device))
 
     def _labels(self, batch: PaddedBatch) -> TeacherLabels | JoinedLabels:
-        if self._joining is not None:
-            return self._joining.labels(batch, self.device)
+        if self._joiner is not None:
+            return self._joiner.labels(batch, self.device)
         assert isinstance(batch.labels, LabelTensors)
         there = batch.labels.to(self.device)
         return TeacherLabels(rows_on(there, self._teacher_head, self.device, self._likeliest), there.named)

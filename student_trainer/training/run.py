@@ -229,7 +229,7 @@ def _run(
             open_feed=feed,
             ask=handed_to.put if handed_to else None,
             teacher_head=learned.head if learned else None,
-            joining=joined.joining() if joined else None,
+            joiner=joined.joiner() if joined else None,
             measure=_measure(config, student, held_out, sessions, objective) if held_out else None,
             callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
             on_trouble=partial(_note, console),
@@ -328,7 +328,7 @@ def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, session
     if mismatch is None:
         return
     for session in sessions:
-        if told := session.service.forget(session.info):
+        if mismatch.teacher in ("", session.name) and (told := session.service.forget(session.info)):
             mismatch.add_note(told)
     if mismatch is not error:
         raise mismatch from error

@@ -34,7 +34,7 @@ from student_trainer.model.speed import cuda_graphs
 from student_trainer.model.speed.cuda_recorder import CudaRecorder
 from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrainer
 from student_trainer.training.deferred_checks import DeferredChecks
-from student_trainer.training.joined.joining import Joining, request_of
+from student_trainer.training.joined.joiner import Joiner, request_of
 from student_trainer.training.learner import Learner
 from student_trainer.training.metrics import Meter
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
@@ -57,7 +57,7 @@ class DistillationTrainer(KeepingTrainer):
         open_feed: makes a feed that starts at a micro-batch; None if no loss needs a teacher.
         ask: hands the feed a request it cannot make itself; None if it can make them all.
         teacher_head: the teacher's output head, for `hidden` labels.
-        joining: makes labels of the answers of several teachers; None in a run with one.
+        joiner: makes labels of the answers of several teachers; None in a run with one.
         measure: figures of the held-out data; None if there are none.
         callbacks: transformers callbacks.
         on_trouble: called with a sentence that says what makes the run slower than it might be, or its figures less than they should be.
@@ -77,7 +77,7 @@ class DistillationTrainer(KeepingTrainer):
         open_feed: Callable[[int], AheadFeed[Any]] | None = None,
         ask: Callable[[int, LabelRequest], None] | None = None,
         teacher_head: Head | None = None,
-        joining: Joining | None = None,
+        joiner: Joiner | None = None,
         measure: Callable[[], dict[str, float]] | None = None,
         callbacks: list[Any] | None = None,
         on_trouble: Callable[[str], None] = print,
@@ -101,7 +101,7 @@ class DistillationTrainer(KeepingTrainer):
             narrowed=torch.bfloat16 if config.train.bf16 else None,
             teacher_head=teacher_head,
             likeliest=config.labels.k if config.labels.extra_ids else 0,
-            joining=joining,
+            joiner=joiner,
         )
         self._verdicts = DeferredChecks(
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),

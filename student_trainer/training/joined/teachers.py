@@ -22,7 +22,7 @@ from student_trainer.model.load import Student
 from student_trainer.teachers.feeds import MicroBatches, open_joined_feed
 from student_trainer.teachers.session import TeacherSession
 from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrainer
-from student_trainer.training.joined.joining import JoinedTeacher, Joining
+from student_trainer.training.joined.joiner import JoinedTeacher, Joiner
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
 
@@ -97,7 +97,7 @@ class JoinedTeachers:
             if (plan := session.features) is not None
         ]
 
-    def joining(self) -> Joining:
+    def joiner(self) -> Joiner:
         """What makes labels of their answers."""
         teachers = [
             JoinedTeacher(
@@ -105,7 +105,7 @@ class JoinedTeachers:
             )
             for session in self.sessions
         ]
-        return Joining(teachers, is_alone=self.is_alone)
+        return Joiner(teachers, is_alone=self.is_alone)
 
     def open_feed(self, windows: MicroBatches, first: int) -> JoinedFeed:
         """Their feed, from micro-batch `first` on."""

@@ -39,7 +39,7 @@ class JoinedTeacher:
     bridge: Callable[[Groups, np.ndarray], Bridge] | None = None
 
 
-class Joining:
+class Joiner:
     """See module.
 
     Args:
