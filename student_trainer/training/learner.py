@@ -109,10 +109,7 @@ class Learner(nn.Module):
             moved["index_N"], batch.labels_N, batch.weights_N, position_N, sequence_N, batch.sampled_logp_N
         )
         outputs = self.passes(moved["input_ids_BL"], self._taps)
-        found = total(self._terms, outputs, labels, rows, normalizer, step)
-        if self._joiner is None:
-            return found
-        return replace(found, parts=found.parts | self._joiner.coverage(batch, device))
+        return total(self._terms, outputs, labels, rows, normalizer, step)
 
     def _labels(self, batch: PaddedBatch) -> TeacherLabels | JoinedLabels:
         if self._joiner is not None:

@@ -1,6 +1,6 @@
 """The answers of several teachers about a micro-batch as the loss reads them: whose rows are which, and how much each counts.
 
-In: a padded micro-batch with its joined answer; out: `JoinedLabels`, and the coverage of each teacher. What is known on the host stays there.
+In: a padded micro-batch with its joined answer; out: `JoinedLabels`. What is known on the host stays there.
 
 Axes: B sequences of the micro-batch, N supervised rows of the student, M of one teacher.
 """
@@ -18,7 +18,7 @@ from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups
 from student_trainer.losses.head import Head
-from student_trainer.losses.term import JoinedLabels, Mean, TeacherLabels, TeacherShare
+from student_trainer.losses.term import JoinedLabels, TeacherLabels, TeacherShare
 from student_trainer.training.windows import PaddedBatch
 
 
@@ -77,20 +77,6 @@ class Joiner:
             )
         return JoinedLabels(by_name)
 
-    def coverage(self, batch: PaddedBatch, device: torch.device) -> dict[str, Mean]:
-        """`coverage.NAME` of each teacher: the share of the supervised weight that has its labels."""
-        answer = batch.labels
-        assert isinstance(answer, JoinedAnswer)
-        if self._is_alone:
-            return {}
-        sequence_N = batch.index_N.numpy() // batch.input_ids_BL.shape[1]
-        weight_B = np.bincount(sequence_N, batch.weights_N.double().numpy(), len(answer.names))
-        found = {}
-        for name in self._weights:
-            has = list(answer.by_name[name].sequences) if name in answer.by_name else []
-            found[f"coverage.{name}"] = Mean(_on(weight_B[has].sum(), device), _on(weight_B.sum(), device))
-        return found
-
     def _shares(self, answer: JoinedAnswer) -> dict[str, list[float]]:
         sequences = {name: one.sequences for name, one in answer.by_name.items()}
         return shares(self._weights, sequences, len(answer.names))
@@ -106,8 +92,3 @@ def request_of(batch: PaddedBatch, teacher: str) -> LabelRequest:
 def _labels_of(teacher: JoinedTeacher, answer: Answer, device: torch.device) -> TeacherLabels:
     there = answer.labels.to(device)
     return TeacherLabels(rows_on(there, teacher.head, device), there.named)
-
-
-def _on(value: float, device: torch.device) -> torch.Tensor:
-    """[], float64 on `device`; the host waits for nothing."""
-    return torch.full((), float(value), dtype=torch.float64, device=device)
