@@ -229,6 +229,8 @@ def check_teachers(
         if section.teacher is not None and section.teacher not in called:
             known = ", ".join(map(repr, called)) or "none"
             raise ValueError(f"loss.{name}.teacher: no teacher is called {section.teacher!r}; there are: {known}")
+    if called == [""] and teachers[0].tags:
+        raise ValueError("teachers[0].tags: a teacher that is asked about some rows alone needs a name, or an alias")
     if len(teachers) < 2:
         return
     if loss.output is not None and loss.output.divergence == "pg_rkl":

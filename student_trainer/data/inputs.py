@@ -224,4 +224,6 @@ def source_of(config: SourceConfig) -> DataSource:
     if config.sample is not None and source.sample is not None:
         raise ConfigError(f"data: {config.path} and sample={config.sample}: give the number of rows once")
     sample = source.sample or config.sample
-    return replace(source, sample=sample, split=config.split, columns=config.columns, subset=config.subset, tags=config.tags)
+    return replace(
+        source, sample=sample, split=config.split, columns=config.columns, subset=config.subset, tags=config.tags
+    )

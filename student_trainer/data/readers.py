@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.data.rows.formats import Conversation
 from student_trainer.data.routing import Routing, tags_of_row
+from student_trainer.data.rows.formats import Conversation
 from student_trainer.data.teacher_view import TeacherContext, TeacherView, Told, check_targets
 from student_trainer.data.text.answer import Answer, Template
 from student_trainer.data.text.encoding import Encoder, TokenSequence

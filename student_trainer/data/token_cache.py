@@ -321,7 +321,9 @@ def _views_by_name(examples: Sequence[Example]) -> dict[str, np.ndarray]:
         found[f"view_{m}_ids_T"] = np.concatenate([view.token_ids for view in views])
         found[f"view_{m}_mask_T"] = np.concatenate([view.loss_mask for view in views])
     if all(example.told is not None for example in examples):
-        found["told"] = np.frombuffer(b"".join(example.told.conversation for example in examples if example.told), np.uint8)
+        found["told"] = np.frombuffer(
+            b"".join(example.told.conversation for example in examples if example.told), np.uint8
+        )
     return found
 
 
@@ -338,7 +340,8 @@ def _with_readers(
         by_name.append([(name, TeacherView(*pair)) for pair in zip(ids, masks, strict=True)])
     if by_name:
         examples = [
-            replace(example, views=dict(views)) for example, views in zip(examples, zip(*by_name, strict=True), strict=True)
+            replace(example, views=dict(views))
+            for example, views in zip(examples, zip(*by_name, strict=True), strict=True)
         ]
     if "told" in tensors:
         stops = np.cumsum(facts["told_bytes"]).tolist()

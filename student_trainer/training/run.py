@@ -21,7 +21,7 @@ from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import LabelConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import keep_bad_rows, load_data, order_of
+from student_trainer.data.inputs import keep_bad_rows, load_run_data, order_of
 from student_trainer.errors import RunError, TeacherAwayError
 from student_trainer.evaluation import heldout
 from student_trainer.files import FolderLock, disk_trouble_named
@@ -104,14 +104,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
-            data, held_out = load_data(
-                config.data,
-                student.tokenizer,
-                console,
-                pinned_date(config) if resume else None,
-                config.run.cache_dir,
-                config.context,
-            )
+            data, held_out = load_run_data(config, student.tokenizer, console, pinned_date(config) if resume else None)
             findings.add(check_rows(config, student.outline, data, held_out))
             settled = settled_labels(config) if resume else None
             sessions = open_sessions(config, reached, student.outline, data, held_out, console, findings, settled)
@@ -287,7 +280,9 @@ def _asking(session: TeacherSession, terms: list[LossTerm], data: TokenizedDatas
 
     async def tried() -> None:
         async with session.service.connect() as client:
-            await try_labels(partial(session.service.source, session.info, connect=lambda: client), spec, data)
+            await try_labels(
+                partial(session.service.source, session.info, connect=lambda: client), spec, data, session.reading
+            )
 
     event_loop.run(tried())
     return replace(session, spec=spec)

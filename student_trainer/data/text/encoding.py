@@ -217,7 +217,12 @@ class Encoder:
             else:
                 target_bytes += sum(len(answer.target[place.start : place.end].encode()) for place in answer.places)
         return TokenSequence(
-            np.array(ids, np.int32), mask, target_bytes, weights, tuple(answer.turn for answer, _ in parts), tuple(starts)
+            np.array(ids, np.int32),
+            mask,
+            target_bytes,
+            weights,
+            tuple(answer.turn for answer, _ in parts),
+            tuple(starts),
         )
 
     def _tokenised(self, answers: Iterable[tuple[Answer, bool]]) -> dict[Any, Any]:
