@@ -47,7 +47,9 @@ def _of_sequences(
     sequences: tuple[int, ...], outputs: StudentOutputs, rows: SupervisedRows
 ) -> tuple[StudentOutputs, SupervisedRows]:
     """Some sequences of a micro-batch, and their rows, numbered anew."""
-    assert rows.sequence_N is not None and rows.position_N is not None, "rows of a run with several teachers know their places"
+    assert rows.sequence_N is not None and rows.position_N is not None, (
+        "rows of a run with several teachers know their places"
+    )
     sequence_b = np.asarray(sequences, np.int64)
     kept_n = np.flatnonzero(np.isin(rows.sequence_N, sequence_b))
     place_n = np.searchsorted(sequence_b, rows.sequence_N[kept_n])
