@@ -48,9 +48,11 @@ class TeacherHeadMismatch(LabelError):  # noqa: N818
 
     Attributes:
         row: number of the worst row in its call, for whoever knows which sample that is.
+        teacher: whose rows they are, as of `Integrity`.
     """
 
     row: int = 0
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Integrity:
             limit=f"|d lse| <= {allowed.lse_abs:g} + {allowed.lse_rel:.2g} |lse|, "
             f"|d logp| <= {allowed.logp_abs:g} + {allowed.logp_rel:.2g} |lse|",
         )
-        mismatch.row = int(row)
+        mismatch.row, mismatch.teacher = int(row), self.teacher
         raise mismatch
 
     @cached_property
