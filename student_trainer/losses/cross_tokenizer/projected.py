@@ -78,7 +78,7 @@ def class_bucket_and_grad(
     Returns:
         loss_C in nats; grad_CK with respect to class logits.
     """
-    class_Ck, order_Ck = class_Ck.sort(-1, stable=True)
+    class_Ck, order_Ck = class_Ck.sort(dim=-1, stable=True)
     log_p_Ck = _sums_of_equal(class_Ck, topk_logp_Ck.gather(-1, order_Ck))
     is_last_Ck = torch.ones_like(class_Ck, dtype=torch.bool)
     is_last_Ck[:, :-1] = class_Ck[:, 1:] != class_Ck[:, :-1]

@@ -49,10 +49,12 @@ class Index:
 
     host_P: np.ndarray
     device_P: Tensor
+    is_rising: bool
 
     @classmethod
     def of(cls, host_P: np.ndarray, device: torch.device) -> Index:
-        return cls(host_P, on_device(torch.from_numpy(host_P), device))
+        is_rising = bool((np.diff(host_P) > 0).all())
+        return cls(host_P, on_device(torch.from_numpy(host_P), device), is_rising)
 
     def __len__(self) -> int:
         return len(self.host_P)
@@ -60,7 +62,7 @@ class Index:
     def part(self, start: int, stop: int, origin: int = 0) -> slice | Tensor:
         """Some of them, counted from `origin`; neighbours as a slice, which is no copy and no launch."""
         first, last = int(self.host_P[start]), int(self.host_P[stop - 1])
-        if last - first == stop - start - 1:
+        if self.is_rising and last - first == stop - start - 1:
             return slice(first - origin, last + 1 - origin)
         return self.device_P[start:stop] - origin if origin else self.device_P[start:stop]
 
