@@ -57,6 +57,7 @@ from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.loopback import serve
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 
 CACHE = Path(__file__).parents[2] / ".cache" / "classroom"
 ASKED_AT_ONCE = 64  # sequences of one request
@@ -206,6 +207,9 @@ class EngineService:
     async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
         return await self._engine.artifact_bytes(call, offset, size)
 
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        return await self._engine.reader.tokenize(call)
+
 
 @dataclass(frozen=True)
 class Classroom:
@@ -334,7 +338,7 @@ def train_by_terms(
     """As `train_student`, by the product's own terms of a config's section `loss`, those on layers among them, from `hidden` labels."""
     loss = LossConfig.model_validate(section)
     spec = spec_of("hidden", recipe.shape.vocab)
-    plan = plan_features(loss, room.info, recipe.shape.vocab, recipe.shape.layers) if loss.features else None
+    plan = plan_features(loss.features, room.info, recipe.shape.vocab, recipe.shape.layers) if loss.features else None
     objective = Objective(loss, recipe.shape.vocab, spec.signals, plan, recipe.steps)
     if plan is not None:
         spec = replace(spec, signals=(*spec.signals, *plan.signals.values()))

@@ -12,7 +12,7 @@ import numpy as np
 from teacher_wire.core import tensor_codec
 from teacher_wire.core.errors import LabelError, LimitError, TensorError
 from teacher_wire.core.info import TeacherInfo
-from teacher_wire.core.parsing import check_names
+from teacher_wire.core.parsing import check_names, parse
 from teacher_wire.core.tensor import Tensor
 from teacher_wire.tokenizing.messages import TextRow, TokenizeCall, TokenizedRow
 from teacher_wire.v2 import teacher_pb2 as pb
@@ -22,14 +22,21 @@ MAX_MARKS = 4096  # of one row
 
 def encode_request(call: TokenizeCall) -> pb.TokenizeRequest:
     """A call on its way up."""
-    request = pb.TokenizeRequest(
-        teacher=call.teacher, fingerprint=call.fingerprint, timeout_ms=round(call.timeout_s * 1000)
+    return pb.TokenizeRequest(
+        teacher=call.teacher,
+        fingerprint=call.fingerprint,
+        timeout_ms=round(call.timeout_s * 1000),
+        rows=map(_encode_text, call.rows),
     )
-    for row in call.rows:
-        message = request.rows.add(conversation=row.conversation, text=row.text)
-        for place, role in row.marks:
-            message.marks.add(at=place, role=role)
-    return request
+
+
+def _encode_text(row: TextRow) -> pb.TokenizeRow:
+    marks = [pb.TokenizeMark(at=place, role=role) for place, role in row.marks]
+    return pb.TokenizeRow(conversation=row.conversation, text=row.text, marks=marks)
+
+
+def _decode_text(row: pb.TokenizeRow) -> TextRow:
+    return TextRow(row.text, row.conversation, tuple((mark.at, mark.role) for mark in row.marks))
 
 
 def decode_request(request: pb.TokenizeRequest, tenant: str, max_rows: int) -> TokenizeCall:
@@ -44,22 +51,22 @@ def decode_request(request: pb.TokenizeRequest, tenant: str, max_rows: int) -> T
     for number, row in enumerate(request.rows):
         if len(row.marks) > MAX_MARKS:
             raise LimitError("too many", field=f"rows[{number}].marks", value=len(row.marks), limit=MAX_MARKS)
-    rows = tuple(
-        TextRow(row.text, row.conversation, tuple((mark.at, mark.role) for mark in row.marks)) for row in request.rows
-    )
+    rows = tuple(map(_decode_text, request.rows))
     return TokenizeCall(request.teacher, request.fingerprint, rows, request.timeout_ms / 1000, tenant)
 
 
 def encode_reply(rows: Sequence[TokenizedRow], fingerprint: str) -> pb.TokenizeReply:
     """All rows of a call on their way down."""
-    reply = pb.TokenizeReply(fingerprint=fingerprint)
-    for row in rows:
-        message = reply.rows.add(refused=row.refused)
-        if not row.refused:
-            tensor_codec.fill(message.token_ids, Tensor("int32", row.token_ids_T))
-            tensor_codec.fill(message.byte_ends, Tensor("int32", row.byte_ends_C))
-            message.prompt_tokens, message.ended, message.digest = row.prompt_tokens, row.ended, row.digest
-    return reply
+    return pb.TokenizeReply(fingerprint=fingerprint, rows=map(_encode_row, rows))
+
+
+def _encode_row(row: TokenizedRow) -> pb.TokenizedRow:
+    message = pb.TokenizedRow(refused=row.refused)
+    if not row.refused:
+        tensor_codec.fill(message.token_ids, Tensor("int32", row.token_ids_T))
+        tensor_codec.fill(message.byte_ends, Tensor("int32", row.byte_ends_C))
+        message.prompt_tokens, message.ended, message.digest = row.prompt_tokens, row.ended, row.digest
+    return message
 
 
 def decode_reply(reply: pb.TokenizeReply, call: TokenizeCall, info: TeacherInfo) -> list[TokenizedRow]:
@@ -106,6 +113,30 @@ def _decode_row(message: pb.TokenizedRow, asked: TextRow, where: str, info: Teac
             value=row.digest, limit=message.digest[:64],
         )  # fmt: skip
     return row
+
+
+def texts_to_bytes(rows: Sequence[TextRow]) -> bytes:
+    """Rows alone, for a process of one's own."""
+    return pb.TokenizeRequest(rows=map(_encode_text, rows)).SerializeToString()
+
+
+def texts_of_bytes(data: bytes) -> list[TextRow]:
+    """The rows that `texts_to_bytes` wrote."""
+    return list(map(_decode_text, parse(pb.TokenizeRequest, data).rows))
+
+
+def row_to_bytes(row: TokenizedRow) -> bytes:
+    """One answer, from a process of one's own."""
+    return _encode_row(row).SerializeToString()
+
+
+def row_of_bytes(data: bytes) -> TokenizedRow:
+    """The answer that `row_to_bytes` wrote."""
+    message = parse(pb.TokenizedRow, data)
+    if message.refused:
+        return TokenizedRow.refusal(message.refused)
+    ids_T, ends_C = _int32(message.token_ids, "token_ids"), _int32(message.byte_ends, "byte_ends")
+    return TokenizedRow(ids_T, message.prompt_tokens, ends_C, message.ended)
 
 
 def _int32(message: pb.Tensor, field: str) -> np.ndarray:

@@ -11,11 +11,12 @@ from student_trainer.teachers.artifact_cache import fetch_artifact
 from student_trainer.teachers.artifact_files import artifact_folders
 from teacher_wire.artifacts import codec, kinds
 from teacher_wire.artifacts.kinds.base import ArtifactKind
+from teacher_wire.artifacts.kinds.byte_table import ByteTableKind
 from teacher_wire.artifacts.kinds.layer_basis import LayerBasisKind
 from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, OutputHeadKind, TeacherHead
 from teacher_wire.core.errors import CapabilityError, LabelError
 from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import LAYER_BASIS, ArtifactInfo
+from teacher_wire.core.info import BYTE_TABLE, LAYER_BASIS, ArtifactInfo
 from teacher_wire.core.tensor import Tensor, float32
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
@@ -26,8 +27,8 @@ RNG = np.random.default_rng(0)
 WEIGHT_VD = float32(RNG.standard_normal((64, 16)))
 
 
-class ByteTable(ArtifactKind):
-    """The bytes of each token of a tokenizer, as a kind of its own: all that a new kind needs."""
+class SoundTable(ArtifactKind):
+    """The sound of each token of a tokenizer, as a kind of its own: all that a new kind needs."""
 
     name = "sound_table"
 
@@ -49,12 +50,12 @@ class Teacher(FakeTeacher):
             "ends_V": Tensor("int32", np.cumsum([len(word) for word in words], dtype=np.int32)),
             "part_R": Tensor("bfloat16", np.arange(5, dtype=np.uint16)),
         }
-        return (*super().artifacts(), ByteTable().make(tensors, {"version": 1.5, "about": -0.0}))
+        return (*super().artifacts(), SoundTable().make(tensors, {"version": 1.5, "about": -0.0}))
 
 
 @pytest.fixture
 def sound_table(monkeypatch):
-    monkeypatch.setitem(kinds.KINDS, ByteTable.name, ByteTable())
+    monkeypatch.setitem(kinds.KINDS, SoundTable.name, SoundTable())
 
 
 async def test_a_new_kind_goes_over_the_wire_and_to_disk(sound_table, tmp_path, monkeypatch):
@@ -105,10 +106,10 @@ def test_the_general_digest_is_what_the_protocol_says():
     a, b = Tensor("int32", np.arange(3, dtype=np.int32)), Tensor("uint8", np.zeros((2, 1), np.uint8))
     text = b"sound_table\nb uint8[2, 1]\n" + b.array.tobytes() + b"a int32[3]\n" + a.array.tobytes()
     text += b"x\n" + struct.pack("<d", 2.0) + b"y\n" + struct.pack("<d", 1.0)
-    made = ByteTable().make({"b": b, "a": a}, {"y": 1.0, "x": 2.0})
+    made = SoundTable().make({"b": b, "a": a}, {"y": 1.0, "x": 2.0})
     assert made.header.sha256 == hashlib.sha256(text).hexdigest()
     others = [({"a": a, "b": b}, {"y": 1.0, "x": 2.0}), ({"b": b, "a": a}, {"y": 2.0, "x": 1.0}), ({"b": b}, {})]
-    assert len({made.header.sha256, *(ByteTable().make(*other).header.sha256 for other in others)}) == 4
+    assert len({made.header.sha256, *(SoundTable().make(*other).header.sha256 for other in others)}) == 4
 
 
 def test_a_slice_is_of_the_tensors_one_after_another():
@@ -191,5 +192,6 @@ def test_the_kinds_are_a_visible_dict():
     assert {name: type(kind) for name, kind in kinds.KINDS.items()} == {
         OUTPUT_HEAD: OutputHeadKind,
         LAYER_BASIS: LayerBasisKind,
+        BYTE_TABLE: ByteTableKind,
     }
     assert all(name == kind.name for name, kind in kinds.KINDS.items())
