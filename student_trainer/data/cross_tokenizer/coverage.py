@@ -23,17 +23,17 @@ class Coverage:
     """Sums over rows; the figures are properties of them.
 
     Attributes:
-        rows: completions, those that could not be had among them.
-        refused: rows that the teacher could not tokenise or render.
-        below: rows of which less than `min_coverage` is 1-1, so that the teacher does not label them.
-        student_tokens, teacher_tokens: supervised ones, of rows that were aligned.
+        rows: completions, those that the teacher does not label among them.
+        refused: rows that the teacher cannot tokenise or render.
+        below: rows of which too little is 1-1 (`cross_tokenizer.min_coverage`), so that the teacher does not label them.
+        student_tokens: supervised ones, of all rows.
+        teacher_tokens: supervised ones, of rows that it labels.
         student_grouped, teacher_grouped: of these, in any group.
         one_to_one: groups of one token on both sides.
         in_giants: of the 1-1 groups, those whose token is of a class of more than `GIANT` ids; 0 where no classes are given.
         kinds: groups by tokens of the student and of the teacher.
     """
 
-    min_coverage: float = 0.0
     rows: int = 0
     refused: int = 0
     below: int = 0
@@ -64,7 +64,6 @@ class Coverage:
         """
         sizes_G2 = alignment.sizes_G2
         self.rows += 1
-        self.below += alignment.one_to_one_share(student_rows) < self.min_coverage
         self.student_tokens += student_rows
         self.teacher_tokens += teacher_rows
         self.student_grouped += int(sizes_G2[:, 0].sum())
@@ -77,10 +76,12 @@ class Coverage:
         for (student, teacher), count in zip(kinds_K2.tolist(), counts_K.tolist(), strict=True):
             self.kinds[student, teacher] += count
 
-    def add_refused(self) -> None:
-        """Counts a completion that the teacher could not tokenise or render."""
+    def add_masked(self, student_rows: int, *, refused: bool = False) -> None:
+        """Counts a completion that the teacher does not label: it cannot read it, or too little of it is 1-1."""
         self.rows += 1
-        self.refused += 1
+        self.refused += refused
+        self.below += not refused
+        self.student_tokens += student_rows
 
     @property
     def groups(self) -> int:
