@@ -80,17 +80,21 @@ def plan(config: TrainConfig, console: Console, *, resume: bool = False) -> Plan
         held_out: TokenizedDataset | None,
         sessions: Sequence[TeacherSession],
     ) -> None:
-        bridged = {session.name: session for session in sessions if session.bridge is not None}
-        for settings in config.every_teacher:
-            if settings.called in bridged:
-                looked = _Looking(config, settings, student, data, held_out, bridged[settings.called], console)
+        for session in sessions:
+            if session.bridge is not None:
+                looked = _Looking(config, _settings(config, session), student, data, held_out, session, console)
                 found = findings.attempt(
-                    "cross_tokenizer", looked.coverage, f"what teacher {settings.called!r} can teach is known"
+                    "cross_tokenizer", looked.coverage, f"what teacher {session.name!r} can teach is known"
                 )
                 coverage.extend([] if found is None else [found])
 
     findings = all_findings(config, console, resume=resume, look=look)
     return Plan(dump_config(config), tuple(findings), tuple(coverage))
+
+
+def _settings(config: TrainConfig, session: TeacherSession) -> TeacherConfig:
+    """The section of a session's teacher; the only one may be called as its server calls it."""
+    return next((one for one in config.every_teacher if one.called == session.name), config.every_teacher[0])
 
 
 @dataclass(frozen=True)

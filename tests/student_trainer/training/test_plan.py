@@ -1,6 +1,7 @@
 """`student-trainer plan`: config, findings and coverage of a run that is not made; nothing on disk but the cache changes."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
@@ -57,7 +58,7 @@ def test_every_bad_finding_is_in_the_plan(config_of):
 
 
 def test_a_teacher_with_another_tokenizer_has_its_coverage(bridged, tmp_path, rows_file):
-    config = bridged(cross_tokenizer={}) if "cross_tokenizer" in type(bridged()).model_fields else bridged()
+    config = bridged()
     made = plan(config, quiet())
     assert made.can_start, [found for found in made.findings if not found.ok]
     (taught,) = made.coverage
@@ -74,10 +75,22 @@ def test_a_teacher_with_another_tokenizer_has_its_coverage(bridged, tmp_path, ro
     assert again.coverage[0].figures() == figures
 
 
-def test_rows_of_which_too_little_is_one_to_one_are_counted(bridged):
-    config = bridged(teacher={"cross_tokenizer": {"min_coverage": 0.999}}, loss={"sft_weight": 0.5})
+def test_rows_of_which_too_little_is_one_to_one_are_counted(bridged, tmp_path):
+    rows = tmp_path / "mixed.jsonl"
+    alike, apart = "z q z q", "the the the the"  # bytes are tokens of both; " the" is a token of the student alone
+    rows.write_text(
+        "".join(json.dumps({"instruction": "say", "output": text}) + "\n" for text in (alike, apart, alike))
+    )
+    config = bridged(
+        data={"train": [str(rows)], "eval": []},
+        teacher={"cross_tokenizer": {"min_coverage": 0.8}},
+        loss={"sft_weight": 0.5},
+    )
     made = plan(config, quiet())
-    assert made.coverage == () or made.coverage[0].rows.below > 0
+    assert made.can_start and any("1 of 3 rows have no teacher" in found.what for found in made.findings)
+    (taught,) = made.coverage
+    assert (taught.rows.rows, taught.rows.below, taught.rows.refused) == (3, 1, 0)
+    assert taught.rows.student_masked > 0 and taught.rows.teacher_masked == 0
 
 
 def test_the_command_shows_the_coverage_and_says_by_its_exit_code_whether_the_run_can_start(bridged, tmp_path):
