@@ -1,7 +1,7 @@
-"""`student-trainer`: train, label, cache. Loads neither torch nor ray before a command needs them.
+"""`student-trainer`: train, label, plan, traces, cache. Loads neither torch nor ray before a command needs them.
 
 Exit codes: 0 done; 1 numbers of a run that are not finite (one line), or a fault of ours (a traceback); 2 something the user can mend
-(one line says what and where); 130 interrupted.
+(one line says what and where); 3 one of several teachers is away, and the run can be resumed when it is back; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from student_trainer.cli.labels import app as cache_app
+from student_trainer.cli.plan import plan
 from student_trainer.config.run import load_config
 from student_trainer.errors import ConfigError, StudentError
 from teacher_wire.core.errors import TeacherWireError
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(plan)
 
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")]
@@ -40,16 +42,22 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto: go on from the newest complete checkpoint")] = "no",
+    allow_other_teachers: Annotated[
+        bool,
+        typer.Option("--allow-other-teachers", help="with --resume: go on with other teachers; recorded in run.json"),
+    ] = False,
 ) -> None:
     """Train a student."""
     if resume not in ("auto", "no"):
         raise ConfigError(f"--resume {resume}: choose auto or no")
+    if allow_other_teachers and resume != "auto":
+        raise ConfigError("--allow-other-teachers: is for a run that is taken up: add --resume auto")
     loaded = load_config(config, overrides)
     console = _console()
     from student_trainer.training.run import train as run
 
     with _going_on(console, "train", config, overrides, "--resume auto"):
-        result = run(loaded, resume=resume == "auto", console=console)
+        result = run(loaded, resume=resume == "auto", console=console, allow_other_teachers=allow_other_teachers)
     figures = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     console.print(f"[bold green]done[/] {result.steps} steps  {figures}")
     if result.usage is not None and result.usage.tokens:

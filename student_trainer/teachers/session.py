@@ -6,28 +6,43 @@ the setting: the handshake, the choice of signals, the output head, and one smal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
 
+from student_trainer.config.features import FeatureConfig
 from student_trainer.config.run import TrainConfig, labels_folder
-from student_trainer.config.teachers import LabelConfig, TeacherConfig
-from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.config.teachers import LabelConfig, OneOfTeachersConfig, TeacherConfig, WhenMissing
+from student_trainer.data.dataset import Example, TokenizedDataset
+from student_trainer.data.inputs import routing_of
+from student_trainer.data.teacher_view import TeacherView
 from student_trainer.findings import Finding, Findings
 from student_trainer.labels import event_loop
 from student_trainer.labels.rows_on_device import head_on
 from student_trainer.labels.service import LabelService
+from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.head import Head
 from student_trainer.model.load import Outline
 from student_trainer.teachers.artifact_cache import fetch_artifact, fetch_head
 from student_trainer.teachers.choose import measured_by
 from student_trainer.teachers.connect import Connection
 from student_trainer.teachers.features import FeaturePlan, plan_features
-from student_trainer.teachers.handshake import StudentFacts, agree, shared_rows
+from student_trainer.teachers.handshake import StudentFacts, agree, is_bridged, shared_rows
 from student_trainer.teachers.loss_checks import check_loss
+from student_trainer.teachers.meeting.bridges import check_bridged
+from student_trainer.teachers.meeting.described import (
+    Described,
+    Trouble,
+    describe_all,
+    facts_of,
+    layers_of,
+    student_rows,
+)
+from student_trainer.teachers.rows.bridging import Bridging, teacher_rows, tell_coverage
+from student_trainer.teachers.rows.reading import AskedRows, BridgePlan, Reading
 from student_trainer.teachers.trial import choose_labels, try_labels
 from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
 from teacher_wire.core.errors import TeacherWireError
@@ -51,6 +66,9 @@ class TeacherSession:
         head: its output head on the student's device, if one of the signals needs it.
         service: where its labels are asked for and kept.
         features: what is learned from its layers, whose signals `spec` asks for too; None if nothing is.
+        reading: how it reads the rows, and which of them; by it `name`, `bridge`, `responsible`, `request` and `asked`.
+        weight: its share, beside those of the others that are asked about the same row.
+        when_missing: what is done while it does not answer.
     """
 
     connection: Connection
@@ -62,6 +80,41 @@ class TeacherSession:
     head: Head | None
     service: LabelService
     features: FeaturePlan | None = None
+    reading: Reading = field(default_factory=lambda: Reading(""))
+    weight: float = 1.0
+    when_missing: WhenMissing = "wait"
+
+    @property
+    def name(self) -> str:
+        """What the run calls it."""
+        return self.reading.name
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Of the rows that it is asked about; empty for all, or for those that nobody else claims."""
+        routing = self.reading.routing
+        return dict(routing.tags_of)[self.name] if routing is not None else ()
+
+    @property
+    def bridge(self) -> BridgePlan | None:
+        """To a teacher with another tokenizer; None for the student's."""
+        return self.reading.bridge
+
+    def responsible(self, example: Example) -> bool:
+        """Whether it is asked about a row."""
+        return self.reading.responsible(example)
+
+    def request(self, examples: Sequence[Example]) -> LabelRequest | None:
+        """What it is asked about the examples of a micro-batch; None if about none of them."""
+        return self.reading.request(examples)
+
+    def views(self, data: TokenizedDataset) -> Iterator[TeacherView]:
+        """The rows that it is asked about, as it reads them."""
+        return (self.reading.view(row.example) for row in data if self.responsible(row.example))
+
+    def asked(self, examples: Sequence[Example]) -> AskedRows | None:
+        """`request`, with what of the micro-batch the answer is about."""
+        return self.reading.asked(examples)
 
 
 def open_sessions(
@@ -75,6 +128,7 @@ def open_sessions(
     settled: Sequence[LabelConfig] | None = None,
     *,
     only_stores: bool = False,
+    described: Sequence[Described] | None = None,
 ) -> list[TeacherSession]:
     """Opens a session with each teacher that the run asks anything.
 
@@ -87,6 +141,7 @@ def open_sessions(
         findings: of the checks made here.
         settled: what `labels.transport: auto` chose for each teacher before.
         only_stores: nothing will be computed with the labels, so that no output head is needed.
+        described: what each teacher said of itself, if it was asked already (`describe_all`).
 
     Returns:
         The sessions in the order of the config. A teacher that neither a loss nor an evaluation asks has none, nor has one whose
@@ -99,22 +154,28 @@ def open_sessions(
         return []
     on_disk_trouble = _Once(console)
     store = _store(config, on_disk_trouble)
-    uses_chat = config.data.template == "chat" or (
-        config.data.template == "auto" and bool(student.tokenizer.chat_template)
-    )
-    facts = StudentFacts.of(student.tokenizer, student.vocab_rows, uses_chat, data, held_out)
+    routing = routing_of(config)
     chosen: list[LabelConfig | None] = [*settled] if settled else [None] * len(connections)
     sessions = []
-    for settings, connection, labels in zip(config.every_teacher, connections, chosen, strict=True):
-        connect = partial(connection.client, _Trouble(console), config.feed.window_mb << 20)
+    every = described or describe_all(config, connections, console)
+    facts = facts_of(config, student, data, held_out)
+    scaffold = layers_of(config, every, facts)
+    own_rows = student_rows(every, facts)
+    for settings, connection, labels, found in zip(config.every_teacher, connections, chosen, every, strict=True):
+        several = settings.called if len(connections) > 1 else ""
+        connect = partial(connection.client, Trouble(console, several), config.feed.window_mb << 20)
+        name = settings.called or (found.name if isinstance(found, TeacherInfo) else "")
         opening = _Opening(
             config, settings, connection, student, facts, data, held_out, console, findings,
-            LabelService(connect, store), on_disk_trouble, only_stores,
+            LabelService(connect, store if config.keeps_labels(settings) else None), on_disk_trouble, only_stores,
+            found, Reading(name, routing), scaffold.get(settings.called, {}), own_rows,
         )  # fmt: skip
-        found = findings.attempt(
-            "teacher", partial(_run, opening, labels), f"the server at {connection.address} answers"
+        opened = findings.attempt(
+            "teachers" if several else "teacher",
+            partial(_run, opening, labels),
+            f"the server at {connection.address} answers",
         )
-        sessions += [found] if found is not None else []
+        sessions += [opened] if opened is not None else []
     return sessions
 
 
@@ -138,46 +199,83 @@ class _Opening:
     service: LabelService
     on_disk_trouble: Callable[[str], None]
     only_stores: bool
+    described: Described
+    reading: Reading
+    layers: Mapping[str, FeatureConfig]
+    own_rows: int
 
     async def run(self, settled: LabelConfig | None) -> TeacherSession | None:
         """The session; None if nothing asks this teacher, or a finding says why it cannot be."""
+        if isinstance(self.described, TeacherWireError):
+            raise self.described
+        info = self.described
         async with self.service.connect() as client:
-            info = await self.connection.describe(client)
-            output, labels = self.config.loss.output, settled or self.config.labels
+            output, labels = self.config.loss.output, settled or self.config.labels_of(self.settings)
             if output is None and not self.held_out:
                 return None
-            if labels.transport == "auto":
-                labels, why = await choose_labels(
-                    client, self.service, info, self.facts, self.config, self.data, self.student.device
-                )
-                self.console.print(f"labels by {labels.transport}: {why}")
-            measuring = spec = None
-            if self.held_out:
-                measuring = spec = self._measuring(info, labels, self.held_out)
-                if measuring is None:
-                    return None
-            if output is not None:
-                if self.config.labels.transport == "auto" and not self.findings.add(
-                    check_loss(self.config.loss, labels)
-                ):
-                    return None
-                spec = self._agree(info, labels, f"loss.output ({output.divergence})")
-            if spec is None:
-                return None
-            features = None
-            if self.config.loss.features:
-                features = await self._features(client, info, spec.vocab_rows)
-                if features is None:
-                    return None
-                spec = replace(spec, signals=(*spec.signals, *features.signals.values()))
-            head = None
-            if not self.only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
-                head = await self._head(client, info, spec)
-            await try_labels(partial(self.service.source, info, connect=lambda: client), spec, self.data)
-            self._tell(info, spec)
-            return TeacherSession(
-                self.connection, info, spec.vocab_rows, labels, spec, measuring, head, self.service, features
+            if self.is_bridged:
+                opening = await self._bridged(client, info, labels)
+                return None if opening is None else await opening._agreed(client, info, labels)
+            return await self._agreed(client, info, labels)
+
+    @property
+    def is_bridged(self) -> bool:
+        """Whether the teacher has another tokenizer than the student, and can be learned from all the same."""
+        return is_bridged(self.described, self.facts)
+
+    async def _bridged(self, client: TeacherClient, info: TeacherInfo, labels: LabelConfig) -> _Opening | None:
+        """The same opening with a bridge to the teacher; None if a finding says why it cannot be."""
+        name = self.reading.name
+        if not self.findings.add(check_bridged(self.config, self.settings, name, labels, self.layers)):
+            return None
+        every = [row.example for rows in (self.data, self.held_out) if rows is not None for row in rows]
+        claimed = [example for example in every if self.reading.is_claimed(example)]
+        bridging = Bridging(
+            self.config, self.settings.cross_tokenizer, self.student, self.own_rows, claimed, self.console,
+            self.on_disk_trouble,
+        )  # fmt: skip
+        plan = await bridging.build(client, info, only_rows=self.only_stores)
+        tell_coverage(name, plan, claimed, self.settings.cross_tokenizer.min_coverage, self.console)
+        return replace(self, reading=replace(self.reading, bridge=plan))
+
+    async def _agreed(self, client: TeacherClient, info: TeacherInfo, labels: LabelConfig) -> TeacherSession | None:
+        output, asked_for = self.config.loss.output, labels.transport
+        if labels.transport == "auto":
+            labels, why = await choose_labels(
+                client, self.service, info, self._rows(info), self.config, self.data, self.student.device, self.reading
             )
+            of = f" of {self.reading.name}" if len(self.config.every_teacher) > 1 else ""
+            self.console.print(f"labels{of} by {labels.transport}: {why}")
+        measuring = spec = None
+        if self.held_out and self._are_any(self.held_out, "data.eval"):
+            measuring = spec = self._measuring(info, labels, self.held_out)
+            if measuring is None:
+                return None
+        if output is not None:
+            if asked_for == "auto" and not self.findings.add(check_loss(self.config.loss, labels)):
+                return None
+            if not self._are_any(self.data, "data.train"):
+                return None
+            spec = self._agree(info, labels, f"loss.output ({output.divergence})")
+        if spec is None:
+            return None
+        features = None
+        if self.layers:
+            features = await self._features(client, info, spec.vocab_rows)
+            if features is None:
+                return None
+            spec = replace(spec, signals=(*spec.signals, *features.signals.values()))
+        head = None
+        if not self.only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
+            head = await self._head(client, info, spec)
+        tried_on = self.data if output is not None or self.held_out is None else self.held_out
+        await try_labels(partial(self.service.source, info, connect=lambda: client), spec, tried_on, self.reading)
+        self._tell(info, spec)
+        weight = self.settings.weight if isinstance(self.settings, OneOfTeachersConfig) else 1.0
+        return TeacherSession(
+            self.connection, info, self.own_rows if self.is_bridged else spec.vocab_rows, labels, spec, measuring, head, self.service, features,
+            self.reading, weight, self.config.when_away(self.settings),
+        )  # fmt: skip
 
     def _agree(self, info: TeacherInfo, labels: LabelConfig, asked_by: str) -> SignalSpec | None:
         return agree(
@@ -186,12 +284,33 @@ class _Opening:
             labels,
             self.findings,
             asked_by=asked_by,
-            longest=_longest(self.data, self.held_out),
+            longest=_longest(self.reading, self.data, self.held_out),
             allow_template_mismatch=self.settings.allow_template_mismatch,
+            bridged_rows=teacher_rows(info) if self.is_bridged else None,
         )
 
+    def _rows(self, info: TeacherInfo) -> int:
+        """V of the teacher's labels."""
+        return teacher_rows(info) if self.is_bridged else shared_rows(info, self.facts)
+
+    def _are_any(self, rows: TokenizedDataset, setting: str) -> bool:
+        """Whether the teacher is asked about any of these rows."""
+        count = sum(self.reading.responsible(row.example) for row in rows)
+        if self.reading.routing is None and self.reading.bridge is None:
+            return True
+        told = f"teacher {self.reading.name!r} is asked about {count:,} of {len(rows):,} rows of {setting}"
+        if count:
+            return self.findings.add([Finding.good(setting, told)])
+        if setting == "data.eval":
+            self.findings.add([Finding.good(setting, told, f"{told}: nothing is measured with it")])
+        else:
+            tags = ", ".join(dict(self.reading.routing.tags_of)[self.reading.name]) if self.reading.routing else ""
+            fix = f"its tags are {tags}: leave it out, or give rows one of them" if tags else "leave it out"
+            self.findings.add([Finding.bad("teachers", told, fix)])
+        return False
+
     def _measuring(self, info: TeacherInfo, labels: LabelConfig, held_out: TokenizedDataset) -> SignalSpec | None:
-        exact = measured_by(self.config, info, labels, shared_rows(info, self.facts), held_out)
+        exact = measured_by(self.config, info, labels, self._rows(info), held_out, self.reading)
         spec = self._agree(info, exact, "evaluation")
         if exact.transport in ("top_k", "given"):
             advice = (
@@ -203,11 +322,10 @@ class _Opening:
 
     async def _features(self, client: TeacherClient, info: TeacherInfo, vocab_rows: int) -> FeaturePlan | None:
         """What is asked of the teacher's layers, and the basis that their states travel in; None if a finding says why it cannot be."""
-        loss = self.config.loss
         plan = self.findings.attempt(
             "loss",
-            lambda: plan_features(loss, info, vocab_rows, self.student.blocks),
-            f"teacher {info.name!r} gives what {', '.join(f'loss.{name}' for name in loss.features)} ask for",
+            lambda: plan_features(self.layers, info, vocab_rows, self.student.blocks),
+            f"teacher {info.name!r} gives what {', '.join(f'loss.{name}' for name in self.layers)} ask for",
         )
         if plan is None or self.only_stores or not plan.needs_basis:
             return plan
@@ -234,25 +352,12 @@ class _Opening:
         return head_on(fetched, spec.vocab_rows, self.student.device)
 
     def _tell(self, info: TeacherInfo, spec: SignalSpec) -> None:
-        if self.facts.tokens and info.tokenizer_sha256 != self.facts.tokenizer_sha256:
+        if self.facts.tokens and info.tokenizer_sha256 != self.facts.tokenizer_sha256 and not self.is_bridged:
             self.console.print(f"[yellow]note:[/] teacher {info.name}: {escape(self.facts.tokens.same_as(info))}")
         self.console.print(
-            f"teacher [bold]{info.name}[/] at {self.connection.address}: {info.architecture} {info.dtype}, "
+            f"teacher [bold]{self.reading.name}[/] at {self.connection.address}: {info.architecture} {info.dtype}, "
             f"labels by {spec.name}"
         )
-
-
-class _Trouble:
-    """Shows each different trouble with the teacher once, not every retry."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._last = ""
-
-    def __call__(self, error: TeacherWireError) -> None:
-        if error.message != self._last:
-            self._last = error.message
-            self._console.print(f"[yellow]teacher:[/] {escape(str(error))}; trying again", highlight=False)
 
 
 class _Once:
@@ -269,14 +374,16 @@ class _Once:
 
 
 def _store(config: TrainConfig, on_trouble: Callable[[str], None]) -> LabelStore | None:
-    """The labels on this machine's disk, if the run uses them."""
-    if not config.cache.labels:
+    """The labels on this machine's disk, if any teacher's are kept."""
+    if not any(map(config.keeps_labels, config.every_teacher)):
         return None
     return LabelStore(labels_folder(config.run.cache_dir), round(config.cache.max_gb * 2**30), on_trouble)
 
 
-def _longest(data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:
-    """Name and tokens of the longest sequence, as the teacher is asked it."""
+def _longest(reading: Reading, data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:
+    """Name and tokens of the longest sequence that the teacher is asked about, as it is asked it."""
     every = [row.example for rows in (data, held_out) if rows is not None for row in rows]
-    longest = max(every, key=lambda example: example.asked.token_ids.size)
-    return longest.key, int(longest.asked.token_ids.size)
+    sizes = [
+        (example.key, int(reading.view(example).token_ids.size)) for example in every if reading.responsible(example)
+    ]
+    return max(sizes, key=lambda size: size[1])

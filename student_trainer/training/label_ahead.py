@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,10 +17,10 @@ from rich.markup import escape
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import bytes_on_disk, load_data, order_of
+from student_trainer.data.inputs import bytes_on_disk, load_run_data, order_of
+from student_trainer.data.teacher_view import TeacherView
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.findings import Finding, Findings
-from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from student_trainer.model.load import load_outline
 from student_trainer.progress import ProgressBar
@@ -27,6 +28,7 @@ from student_trainer.teachers.connect import connections
 from student_trainer.teachers.feeds import open_any_feed
 from student_trainer.teachers.limits import check_sizes
 from student_trainer.teachers.loss_checks import check_loss
+from student_trainer.teachers.meeting.described import meet
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checks import check_cache, check_rows
 from student_trainer.training.run_folder import pinned_date, settled_labels
@@ -60,11 +62,14 @@ class _Job:
     groups: list[list[int]]
 
     def request(self, number: int) -> LabelRequest:
-        return pack([self.data[index].example for index in self.groups[number]])
+        asked = self.session.request([self.data[index].example for index in self.groups[number]])
+        assert asked is not None, "a teacher is asked about all rows of its groups"
+        return asked
 
     @property
-    def indices(self) -> list[int]:
-        return [index for group in self.groups for index in group]
+    def views(self) -> list[TeacherView]:
+        """What the teacher is asked about, as it reads it."""
+        return [self.session.reading.view(self.data[index].example) for group in self.groups for index in group]
 
 
 def label(config: TrainConfig, console: Console) -> Filled:
@@ -80,13 +85,18 @@ def label(config: TrainConfig, console: Console) -> Filled:
     findings.add(check_labelling(config, settled is not None))
     with connections(config.every_teacher, console) as reached:
         student = load_outline(config.model)
-        data, held_out = load_data(
-            config.data, student.tokenizer, console, pinned_date(config), config.run.cache_dir, config.context
+        load = partial(load_run_data, config, student.tokenizer, console, pinned_date(config))
+        read = load()
+        findings.add(check_rows(config, student, *read))
+        (data, held_out), described = meet(config, reached, student, read, partial(load, tells=True), console)
+        if data is not read[0]:
+            findings.add(check_rows(config, student, data, held_out))
+        sessions = open_sessions(
+            config, reached, student, data, held_out, console, findings, settled, only_stores=True, described=described
         )
-        findings.add(check_rows(config, student, data, held_out))
-        sessions = open_sessions(config, reached, student, data, held_out, console, findings, settled, only_stores=True)
         if not sessions:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")
+        sessions = [session for session in sessions if session.service.store is not None]  # others keep nothing
         findings.add(check_sizes(config, sessions, data, held_out, order_of(config, data)))
         jobs = _jobs(config, sessions, data, held_out)
         findings.add([_check_budget(config, jobs)])
@@ -102,31 +112,34 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
     """
     if not config.every_teacher:
         yield Finding.bad("teacher", "label needs a teacher", "set the section teacher", joint=": ")
-    if not config.cache.labels:
+    if not any(map(config.keeps_labels, config.every_teacher)) and not (config.cache.labels and not config.teachers):
         yield Finding.bad("cache.labels", "cache.labels=false: there is nothing to fill")
-    if config.labels.extra_ids:
+    every = [config.labels_of(teacher) for teacher in config.every_teacher] or [config.labels]
+    extra_ids = max(labels.extra_ids for labels in every)
+    if extra_ids:
         yield Finding.bad(
             "labels.extra_ids",
-            f"labels.extra_ids={config.labels.extra_ids}: these labels depend on the student as it trains and cannot be "
+            f"labels.extra_ids={extra_ids}: these labels depend on the student as it trains and cannot be "
             "asked for ahead",
         )
     if config.on_policy is not None:
         told = "on_policy: rollouts do not exist yet; the labels of the data's rows alone are filled in"
         yield Finding.good("on_policy", told, told)
-    if config.labels.transport == "auto" and not settled:
+    if any(labels.transport == "auto" for labels in every) and not settled:
         yield Finding.bad(
             "labels.transport",
             "labels.transport=auto: what it will choose depends on the memory that training leaves free",
             "name a transport",
         )
-    if config.labels.transport != "auto":
-        yield from check_loss(config.loss, config.labels)
+    for labels in dict.fromkeys(every):
+        if labels.transport != "auto":
+            yield from check_loss(config.loss, labels)
     yield from check_cache(config)
 
 
 def _check_budget(config: TrainConfig, jobs: list[_Job]) -> Finding:
     """Whether the labels of the run fit into the label store all together."""
-    needed = sum(bytes_on_disk(job.session.info, job.spec, job.data, job.indices) for job in jobs)
+    needed = sum(bytes_on_disk(job.session.info, job.spec, job.views) for job in jobs)
     what = f"cache.max_gb={config.cache.max_gb:g}: the labels of this run take about {needed / 2**30:,.2f}"
     if needed > config.cache.max_gb * 2**30 * 0.9:
         return Finding.bad("cache.max_gb", f"{what}; the first would be deleted while the last are written")
@@ -163,7 +176,11 @@ def _distinct(
         fresh = []
         for index in group:
             if index not in key_of:
-                key_of[index] = label_keys(session.info.fingerprint, every_row, pack([data[index].example]).batch)[0]
+                asked = session.request([data[index].example])
+                if asked is None:  # somebody else's row
+                    key_of[index] = ""
+                    continue
+                key_of[index] = label_keys(session.info.fingerprint, every_row, asked.batch)[0]
                 if key_of[index] not in seen:
                     fresh.append(index)
                     seen.add(key_of[index])
@@ -176,7 +193,7 @@ def _fill(config: TrainConfig, jobs: list[_Job], console: Console) -> Filled:
     store, usage = jobs[0].session.service.store, LabelUsage()  # one store of all sessions
     assert store is not None
     before = store.stats.read_bytes + store.stats.written_bytes
-    shown = _Shown(console, sum(job.data[index].example.asked.token_ids.size for job in jobs for index in job.indices))
+    shown = _Shown(console, sum(view.token_ids.size for job in jobs for view in job.views))
     try:
         for job in jobs:
             feed = open_any_feed(config, job.session, job.spec, job.request, 0, len(job.groups), prepare=lambda _: None)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,19 +18,16 @@ from rich.markup import escape
 from transformers import TrainerCallback
 
 from student_trainer.config.run import TrainConfig
-from student_trainer.config.teachers import LabelConfig
-from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import keep_bad_rows, load_data, order_of
-from student_trainer.errors import RunError
-from student_trainer.evaluation import heldout
+from student_trainer.data.inputs import keep_bad_rows, load_run_data, order_of
+from student_trainer.errors import RunError, TeacherAwayError
+from student_trainer.evaluation.measuring import measuring
 from student_trainer.files import FolderLock, disk_trouble_named
 from student_trainer.findings import Findings
 from student_trainer.labels import event_loop
-from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.late_requests import ProvidedRequests
-from student_trainer.labels.packing import pack
-from student_trainer.labels.source import LabelRequest, LabelUsage
+from student_trainer.labels.prefetch import AheadFeed
+from student_trainer.labels.source import LabelUsage
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.losses.term import FfnTap, LossTerm
 from student_trainer.losses.total import check_needs, signals_of, taps_of
@@ -39,11 +37,14 @@ from student_trainer.model.saving import saved_bytes, state_bytes
 from student_trainer.model.speed import compiled
 from student_trainer.rollout.publication.publishing import PublishAfterSteps, open_publishing
 from student_trainer.teachers.connect import Connection, connections
-from student_trainer.teachers.feeds import open_any_feed, open_training_feed
+from student_trainer.teachers.feeds import open_training_feed
+from student_trainer.teachers.meeting.described import meet
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
+from student_trainer.training.identity import learned_from
+from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
 from student_trainer.training.on_policy.checks import check_rollouts, plan_of
@@ -67,18 +68,24 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
-from teacher_wire.core.info import LAYER_BASIS
 
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    allow_other_teachers: bool = False,
+) -> RunResult:
     """Trains a student as `config` says.
 
     Args:
         config: the run.
         resume: go on from the newest complete checkpoint in `run.output_dir`, if there is one.
         console: where progress is shown.
+        allow_other_teachers: go on although the teachers, or what they are, have changed since the run was started.
 
     Raises:
         StudentError, TeacherWireError: something a user can mend; nothing is left half-written.
@@ -101,21 +108,22 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
-            data, held_out = load_data(
-                config.data,
-                student.tokenizer,
-                console,
-                pinned_date(config) if resume else None,
-                config.run.cache_dir,
-                config.context,
-            )
-            findings.add(check_rows(config, student.outline, data, held_out))
+            outline, pinned = student.outline, pinned_date(config) if resume else None
+            load = partial(load_run_data, config, student.tokenizer, console, pinned)
+            read = load()
+            findings.add(check_rows(config, outline, *read))
+            (data, held_out), described = meet(config, reached, outline, read, partial(load, tells=True), console)
+            if data is not read[0]:
+                findings.add(check_rows(config, outline, data, held_out))
             settled = settled_labels(config) if resume else None
-            sessions = open_sessions(config, reached, student.outline, data, held_out, console, findings, settled)
+            sessions = open_sessions(
+                config, reached, outline, data, held_out, console, findings, settled, described=described
+            )
             try:
                 return _run(
-                    config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings
-                )
+                    config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings,
+                    allow_other_teachers,
+                )  # fmt: skip
             except AlreadyFinished:
                 console.print("the run is finished: nothing to resume")
                 return result_of(folder)
@@ -137,27 +145,28 @@ def _run(
     lock: FolderLock,
     trackers: list[TrainerCallback],
     findings: Findings,
+    allow_other_teachers: bool,
 ) -> RunResult:
     order = order_of(config, data)
-    vocab_rows = min((session.vocab_rows for session in sessions), default=_own_rows(student))
-    # The trainer learns from one feed, that of the first session.
+    vocab_rows = shared_vocabulary(sessions, _own_rows(student))
+    joined = JoinedTeachers.of(config, sessions, config.run.output_dir, partial(_note, console))
+    # A run with one teacher learns from the feed of its session, one with several from a feed of all sessions.
     learned = sessions[0] if sessions and config.loss.output is not None else None
-    features = learned.features if learned else None
+    features = learned.features if learned and not joined else None
     of_layers = features.signals.values() if features else ()
-    output_signals = tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned else ()
+    output_signals = (
+        tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned and not joined else ()
+    )
     objective = Objective(config.loss, vocab_rows, output_signals, features, order.steps)
-    terms = objective.terms(student)
-    if told := told_weight(objective, student):
+    terms = joined.terms(objective, student) if joined else objective.terms(student)
+    if told := joined.told_weight(objective, student) if joined else told_weight(objective, student):
         _note(console, told)
     if any(isinstance(tap, FfnTap) for tap in taps_of(terms)) and compiled.is_installed(student.model):
         _note(console, "the blocks whose FFN loss.ffn reads run as they are, not compiled")
-    check_needs(
-        terms,
-        learned.info.name if learned else None,
-        learned.info.transports if learned else (),
-        len(blocks_of(student.body)) if taps_of(terms) else 0,
-    )
-    if learned:
+    if not joined:
+        blocks = len(blocks_of(student.body)) if taps_of(terms) else 0
+        check_needs(terms, learned.info.name if learned else None, learned.info.transports if learned else (), blocks)
+    if learned and not joined:
         learned = _asking(learned, terms, data)
         sessions = [learned, *sessions[1:]]
     findings.add(check_requests(config, sessions, data, held_out))
@@ -167,21 +176,8 @@ def _run(
     folder, settings = config.run.output_dir, config.train
     checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
     findings.add(check_room(folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints))
-    learned_from = {
-        "teacher": "\n".join(
-            publishing.origin(config.run.output_dir, session) if publishing else session.info.fingerprint
-            for session in sessions
-        ),
-        "data": data.sha256,
-        "held_out": held_out.sha256 if held_out else "",
-        "student": student.sha256,
-        "labels": "\n".join(labels.model_dump_json() for labels in _labels_of(config, sessions)),
-        "computed": student.computed_by,
-        "date": data.rendering.day if data.rendering else "",
-        "rendering": data.rendering.sha256 if data.rendering else "",
-    }
-    if learned and features and features.needs_basis:
-        learned_from["basis"] = learned.info.artifact(LAYER_BASIS).sha256
+    moved = partial(publishing.origin, config.run.output_dir) if publishing else _fingerprint
+    identity = learned_from(config, student, data, held_out, sessions, moved)
     rollouts, plan = None, plan_of(config, order)
     if learned and plan and plan.has_any:
         rollouts = Rollouts(config, student, data, order, plan, learned, vocab_rows, partial(_note, console))
@@ -199,7 +195,7 @@ def _run(
     trainer = publisher = None
     progress = ConsoleProgress(console, folder.name)
     try:
-        start = open_folder(config, learned_from, resume, console, order.steps)
+        start = open_folder(config, identity, resume, console, order.steps, allow_other_teachers=allow_other_teachers)
         keep_bad_rows(folder, data, held_out, console)
         if publishing:
             begun = checkpoint.step_of(start) * order.accumulation if start else 0
@@ -207,9 +203,15 @@ def _run(
             sessions = [learned, *sessions[1:]] if learned else sessions
         if rollouts:
             rollouts.begin(start)
+        if joined:
+            joined.ledger.cut(checkpoint.step_of(start) if start else 0)
         named = NamedAhead(rollouts.windows) if rollouts and config.labels.extra_ids else None
         provided = ProvidedRequests() if learned and config.labels.extra_ids and not named else None
-        feed = partial(open_training_feed, config, learned, named or windows, provided) if learned else None
+        feed: Callable[[int], AheadFeed[Any]] | None = None
+        if joined:
+            feed = partial(joined.open_feed, windows)
+        elif learned:
+            feed = partial(open_training_feed, config, learned, named or windows, provided)
         handed_to = named or provided
         trainer = DistillationTrainer(
             config,
@@ -220,7 +222,8 @@ def _run(
             open_feed=feed,
             ask=handed_to.put if handed_to else None,
             teacher_head=learned.head if learned else None,
-            measure=_measure(config, student, held_out, sessions, objective) if held_out else None,
+            joiner=joined.joiner() if joined else None,
+            measure=measuring(config, student, held_out, sessions, vocab_rows) if held_out else None,
             callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
             on_trouble=partial(_note, console),
         )
@@ -229,6 +232,9 @@ def _run(
         if publisher and config.on_policy and config.on_policy.publish:
             trainer.add_callback(PublishAfterSteps(publisher, config.on_policy.publish.every, trainer.settle))
         layers = None
+        if joined:
+            learned = joined.of_features
+            features = learned.features if learned else None
         if learned and features:
             of_features = [term for term in terms if term.name in features.pairs]
             layers = LayerReport(student, learned, of_features, held_out or data, folder)
@@ -241,9 +247,13 @@ def _run(
         metrics = trainer.last_metrics() if held_out else {}
         if layers:
             layers.end()
+        if joined:
+            joined.end()
     except BaseException as error:
         if trainer is not None:
             _name_bad_labels(error, trainer, sessions)
+            if isinstance(error, TeacherAwayError):
+                keep_last_step(error, trainer)
         if is_out_of_memory(error):
             raise RunError(_told_of_memory(config, error, trainer)) from error
         raise
@@ -270,14 +280,12 @@ def _asking(session: TeacherSession, terms: list[LossTerm], data: TokenizedDatas
 
     async def tried() -> None:
         async with session.service.connect() as client:
-            await try_labels(partial(session.service.source, session.info, connect=lambda: client), spec, data)
+            await try_labels(
+                partial(session.service.source, session.info, connect=lambda: client), spec, data, session.reading
+            )
 
     event_loop.run(tried())
     return replace(session, spec=spec)
-
-
-def _labels_of(config: TrainConfig, sessions: list[TeacherSession]) -> list[LabelConfig]:
-    return [session.labels for session in sessions] or [config.labels]
 
 
 def _usage_of(sessions: list[TeacherSession]) -> LabelUsage:
@@ -311,57 +319,14 @@ def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, session
     if mismatch is None:
         return
     for session in sessions:
-        if told := session.service.forget(session.info):
+        if mismatch.teacher in ("", session.name) and (told := session.service.forget(session.info)):
             mismatch.add_note(told)
     if mismatch is not error:
         raise mismatch from error
 
 
-def _measure(
-    config: TrainConfig,
-    student: Student,
-    held_out: TokenizedDataset,
-    sessions: list[TeacherSession],
-    objective: Objective,
-) -> Callable[[], dict[str, float]]:
-    """A function that measures the held-out data; the labels of the first teacher that gives any are kept if they fit feed.max_mb."""
-    size = config.train.eval_batch_size
-    groups = by_length(held_out, size)
-    kept: dict[int, LabelTensors] = {}
-    session = next((session for session in sessions if session.measuring is not None), None)
-    measured = partial(
-        heldout.measure, student, held_out, size, objective.vocab_rows, chunk_bytes=config.loss.chunk_mb << 20
-    )
-
-    def request(number: int) -> LabelRequest:
-        return pack([held_out[index].example for index in groups[number]])
-
-    lineage = session.service.lineage if session is not None else None
-    measured_with: list[str] = []
-
-    def run() -> dict[str, float]:
-        if session is None or session.measuring is None:
-            return measured()
-        if lineage is not None and measured_with != [lineage.info.fingerprint]:
-            measured_with[:] = [lineage.info.fingerprint]
-            kept.clear()  # of another revision
-        if len(kept) == len(groups):
-            return measured(labels=kept.__getitem__, teacher_head=session.head)
-        kept.clear()
-        feed = open_any_feed(config, session, session.measuring, request, 0, len(groups), prepare=LabelTensors.of)
-
-        def take(number: int) -> LabelTensors:
-            labels: LabelTensors = feed.take(number).ready
-            if sum(other.nbytes for other in kept.values()) + labels.nbytes <= config.feed.max_mb << 20:
-                kept[number] = labels
-            return labels
-
-        try:
-            return measured(labels=take, teacher_head=session.head)
-        finally:
-            feed.close()
-
-    return run
+def _fingerprint(session: TeacherSession) -> str:
+    return session.info.fingerprint
 
 
 def _own_rows(student: Student) -> int:
