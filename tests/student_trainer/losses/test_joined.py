@@ -382,7 +382,7 @@ def test_confidence_gives_a_row_to_the_surer_teacher(forms: tuple[str, str]) -> 
 
 def test_ways_of_joining_that_cannot_be_are_refused() -> None:
     pg = spec(policy_gradient=PolicyGradient())
-    with pytest.raises(ConfigError, match="combine=prob_mix mixes whole distributions .* teacher 'b' does not give"):
+    with pytest.raises(ConfigError, match=r"combine=prob_mix mixes whole distributions .* teacher 'b' does not give"):
         run(spec(), combine="prob_mix", a=share(W.full_rows(), 0.5), b=share(B.topk_rows(4), 0.5))
     for combine in ("prob_mix", "confidence"):
         with pytest.raises(ConfigError, match=f"combine={combine} needs distributions"):
