@@ -146,8 +146,8 @@ def measure(
         figures["teacher_acc1"] = sums["teacher_acc1_hits"] / rows_seen
         figures["teacher_acc3"] = sums["teacher_acc3_hits"] / rows_seen
     for one in several:
-        if rows := sums.get(f"rows of {one.name}"):
-            figures[f"kl_to_{one.name}"] = sums[f"kl of {one.name}"] / rows
+        if count := sums.get(f"rows of {one.name}"):
+            figures[f"kl_to_{one.name}"] = sums[f"kl of {one.name}"] / count
     return figures
 
 
