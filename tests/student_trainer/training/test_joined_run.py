@@ -4,13 +4,16 @@ import asyncio
 import contextlib
 import io
 import json
+import subprocess
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from student_trainer.config.run import parse_config
+from student_trainer.config.run import dump_config, parse_config
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import build_dataset
 from student_trainer.data.rows.sources import parse_source
@@ -28,7 +31,9 @@ from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import LoopbackServer, serve
 from tests.student_trainer.conftest import fake_for, run_config
+from tests.student_trainer.fake_process import start_fake
 from tests.student_trainer.training.test_train import adapter_hash
+from tests.students import run_student, start_student
 
 QUIET = Console(file=io.StringIO())
 
@@ -365,3 +370,52 @@ def test_ten_teachers_finish(tmp_path, model_factory, rows_file):
         result = train(config, console=QUIET)
     for entry in check_ledger(config, result.output_dir):
         assert [group["by"] for group in entry["labelled"]] == [list(fakes)]
+
+
+@pytest.mark.parametrize("combine", ["prob_mix", "confidence"])
+def test_other_ways_to_combine_learn(tmp_path, model_factory, rows_file, fakes, combine):
+    with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
+        addresses = {"a": a.address, "b": b.address}
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows_file, addresses, "run", combine=combine, train={"max_steps": 12, "learning_rate": 5e-3}
+        )
+        result = train(config, console=QUIET)
+    log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
+    assert log[-1]["kd_loss"] < log[0]["kd_loss"]
+
+
+def test_a_killed_process_ends_the_command_with_code_3_and_the_run_goes_on(tmp_path, model_factory, rows_file, fakes, undisturbed):
+    """The real commands against a teacher in a process that is killed without a word."""
+    process, port = start_fake(replace_delay(fakes["b"], 0.15))
+    with serve(fakes["a"]) as a:
+        addresses = {"a": a.address, "b": f"127.0.0.1:{port}"}
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows_file, addresses, when_missing="fail", feed={"max_batches": 1}
+        )
+        file = tmp_path / "config.yaml"
+        file.write_text(dump_config(config))
+        command = start_student("train", file, stderr=subprocess.PIPE)
+        log = config.run.output_dir / "train_log.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        _, said = command.communicate(timeout=120)
+        assert command.wait() == 3
+        (line,) = [line for line in said.splitlines() if line.startswith("student-trainer: ")]
+        assert "teacher 'b' has not answered (when_missing=fail)" in line and "--resume auto (from checkpoint-" in line
+        again, _ = start_fake(fakes["b"], port)
+        done = run_student("train", file, "--resume", "auto")
+        again.kill()
+        again.wait()
+        assert done.returncode == 0, done.stderr
+    assert adapter_hash(config.run.output_dir) == undisturbed
+    check_ledger(config, config.run.output_dir)
+
+
+def replace_delay(fake, delay_s):
+    fake = replace(fake)
+    fake.delay_s = delay_s
+    return fake
