@@ -22,7 +22,7 @@ from student_trainer.config.teachers import LabelConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.data.inputs import keep_bad_rows, load_run_data, order_of
-from student_trainer.errors import RunError, TeacherAwayError
+from student_trainer.errors import RunError
 from student_trainer.evaluation import heldout
 from student_trainer.files import FolderLock, disk_trouble_named
 from student_trainer.findings import Findings
@@ -46,7 +46,7 @@ from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
-from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary
+from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary, who_is_away
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
 from student_trainer.training.on_policy.checks import check_rollouts, plan_of
@@ -141,7 +141,9 @@ def _run(
     learned = sessions[0] if sessions and config.loss.output is not None else None
     features = learned.features if learned and not joined else None
     of_layers = features.signals.values() if features else ()
-    output_signals = tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned and not joined else ()
+    output_signals = (
+        tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned and not joined else ()
+    )
     objective = Objective(config.loss, vocab_rows, output_signals, features, order.steps)
     terms = joined.terms(objective, student) if joined else objective.terms(student)
     if told := joined.told_weight(objective, student) if joined else told_weight(objective, student):
@@ -150,9 +152,7 @@ def _run(
         _note(console, "the blocks whose FFN loss.ffn reads run as they are, not compiled")
     if not joined:
         blocks = len(blocks_of(student.body)) if taps_of(terms) else 0
-        check_needs(
-            terms, learned.info.name if learned else None, learned.info.transports if learned else (), blocks
-        )
+        check_needs(terms, learned.info.name if learned else None, learned.info.transports if learned else (), blocks)
     if learned and not joined:
         learned = _asking(learned, terms, data)
         sessions = [learned, *sessions[1:]]
@@ -180,7 +180,7 @@ def _run(
         learned_from["basis"] = learned.info.artifact(LAYER_BASIS).sha256
     rollouts, plan = None, plan_of(config, order)
     if learned and plan and plan.has_any:
-        rollouts = Rollouts(config, student, data, order, plan, learned, vocab_rows, partial(_note, console))
+        rollouts = Rollouts(config, student, data, order, plan, sessions, vocab_rows, partial(_note, console))
         terms = [*terms, rollouts.term]
     windows = rollouts.windows if rollouts else SOURCES["data"](data, order)
     try:
@@ -252,8 +252,10 @@ def _run(
     except BaseException as error:
         if trainer is not None:
             _name_bad_labels(error, trainer, sessions)
-            if isinstance(error, TeacherAwayError):
-                keep_last_step(error, trainer)
+            if joined and (away := who_is_away(error)) is not None:
+                keep_last_step(away, trainer)
+                if away is not error:
+                    raise away from error
         if is_out_of_memory(error):
             raise RunError(_told_of_memory(config, error, trainer)) from error
         raise

@@ -144,7 +144,10 @@ def test_it_is_waited_for_where_the_others_weigh_too_little():
     with serve(light) as first:
         other = LoopbackServer(heavy).start()
         other.stop()
-        teachers = [teacher("light", first.address, light, weight=0.2), teacher("heavy", other.address, heavy, weight=0.8)]
+        teachers = [
+            teacher("light", first.address, light, weight=0.2),
+            teacher("heavy", other.address, heavy, weight=0.8),
+        ]
         told, taken = [], []
         feed = open_feed(teachers, {"light": (0, 1), "heavy": (0,)}, count=1, told=told)
         thread = threading.Thread(target=lambda: taken.append(feed.take(0)))
