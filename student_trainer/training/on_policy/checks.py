@@ -75,7 +75,6 @@ def check_rollouts(
         what = "on_policy.share: no sequence of the run is a rollout"
         yield Finding.good("on_policy.share", what, f"{what}: it is learned off-policy alone")
         return
-    teacher = sessions[0] if sessions else None
     room = room_of(settings, positions, sessions)
     why = [room.hindrance(row.example) for row in data]
     bad = [number for number, told in enumerate(why) if told]
@@ -85,7 +84,7 @@ def check_rollouts(
         yield Finding.good("on_policy.max_new_tokens", f"a completion fits behind each of the {len(data):,} prompts")
     if len(bad) == len(data):
         return
-    for session in sessions[:1]:
+    for session in sessions:
         grown = [
             row.example if told else _at_most(row.example, settings.max_new_tokens)
             for row, told in zip(data, why, strict=True)

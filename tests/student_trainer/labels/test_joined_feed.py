@@ -238,10 +238,14 @@ def test_who_comes_back_as_another_ends_the_run():
         numbers = iter(range(1, 100_000))
         next(number for number in numbers if feed.take(number).ready.missing)
         stranger = LoopbackServer(FakeTeacher(seed=3), port=other.port).start()
-        with pytest.raises(MismatchError):
+
+        def until_refused():
             for number in numbers:
                 feed.take(number)
                 time.sleep(0.01)
+
+        with pytest.raises(MismatchError):
+            until_refused()
         assert len(told) == 1, "it is not said to be back"
         feed.close()
         stranger.stop()
