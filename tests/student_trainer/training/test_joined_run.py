@@ -233,13 +233,12 @@ def test_each_row_has_one_teacher_when_they_are_routed(tmp_path, model_factory, 
     assert all(entry["coverage.a"] + entry["coverage.b"] == pytest.approx(1.0) for entry in log)
 
 
-@pytest.fixture
-def undisturbed(tmp_path, model_factory, rows_file, fakes):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, model_factory, rows_file):
     """The adapter of the run whose teachers both stay."""
-    with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
-        config = config_for(
-            tmp_path, model_factory("qwen2"), rows_file, {"a": a.address, "b": b.address}, "undisturbed"
-        )
+    model, folder = model_factory("qwen2"), tmp_path_factory.mktemp("undisturbed")
+    with serve(fake_for(model, seed=1)) as a, serve(fake_for(model, seed=2)) as b:
+        config = config_for(folder, model, rows_file, {"a": a.address, "b": b.address})
         result = train(config, console=QUIET)
     assert all(
         len(group["by"]) == 2 for entry in check_ledger(config, result.output_dir) for group in entry["labelled"]
@@ -304,7 +303,7 @@ def test_who_is_back_is_used_again_without_a_restart(tmp_path, model_factory, ro
 
 
 def test_wait_goes_on_when_it_is_back_as_if_nothing_had_been(tmp_path, model_factory, rows_file, fakes, undisturbed):
-    mortal, servers = Mortal(fakes["b"], fakes["b"].calls + 8), []
+    mortal, servers = Mortal(fakes["b"], 8), []
     thread = threading.Thread(target=lambda: servers.append(mortal.back()), daemon=True)
     thread.start()
     with serve(fakes["a"]) as a:
@@ -318,14 +317,13 @@ def test_wait_goes_on_when_it_is_back_as_if_nothing_had_been(tmp_path, model_fac
     )
 
 
-@pytest.mark.parametrize("save_steps", [0, 2])
-@pytest.mark.parametrize(("policy", "retry_s"), [("fail", 300.0), ("wait", 0.5)])
+@pytest.mark.parametrize(
+    ("policy", "retry_s", "save_steps"), [("fail", 300.0, 0), ("fail", 300.0, 2), ("wait", 0.5, 0)]
+)
 def test_who_cannot_be_waited_for_ends_the_run_which_goes_on_later(
     tmp_path, model_factory, rows_file, fakes, undisturbed, policy, retry_s, save_steps
 ):
-    if (policy, save_steps) == ("wait", 2):
-        pytest.skip("as the others")
-    mortal = Mortal(fakes["b"], fakes["b"].calls + 10)
+    mortal = Mortal(fakes["b"], 10)
     with serve(fakes["a"]) as a:
         addresses = {"a": a.address, "b": mortal.address}
         settings = {"own": {"b": {"retry_s": retry_s, "when_missing": policy}}, "train": {"save_steps": save_steps}}
@@ -484,7 +482,7 @@ def test_layers_are_those_of_the_teacher_that_is_named(tmp_path, model_factory, 
         hidden = {"weight": 1.0, "layers": [1, 2], "reduction": "none", "teacher": "b"}
         config = config_for(
             tmp_path, model_factory("qwen2"), rows, {"a": a.address, "b": b.address}, own=own, data={"tag_field": "kind"},
-            loss={"hidden": hidden}, train={"max_steps": 10},
+            loss={"hidden": hidden},
         )  # fmt: skip
         result = train(config, console=QUIET)
     log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
