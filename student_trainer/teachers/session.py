@@ -374,8 +374,8 @@ class _Once:
 
 
 def _store(config: TrainConfig, on_trouble: Callable[[str], None]) -> LabelStore | None:
-    """The labels on this machine's disk, if the run uses them."""
-    if not config.cache.labels:
+    """The labels on this machine's disk, if any teacher's are kept."""
+    if not any(map(config.keeps_labels, config.every_teacher)):
         return None
     return LabelStore(labels_folder(config.run.cache_dir), round(config.cache.max_gb * 2**30), on_trouble)
 
