@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import subprocess
 import threading
 import time
@@ -50,16 +51,18 @@ def fakes(model_factory):
 
 
 class Mortal:
-    """A teacher whose server goes down when it is asked for the answer after the first `answers`, which it never gives."""
+    """A teacher whose server goes down when it is asked for the answer after the first `answers`, or for one about a sequence of
+    `too_long` tokens, which it never gives.
+    """
 
-    def __init__(self, fake: FakeTeacher, answers: int) -> None:
+    def __init__(self, fake: FakeTeacher, answers: float = math.inf, too_long: float = math.inf) -> None:
         self.fake = fake
         self.server = LoopbackServer(fake).start()
         self.dying = threading.Event()
         score = fake.score
 
         async def mortal(call):
-            if fake.calls >= answers:
+            if fake.calls >= answers or call.batch.lengths_B.max() >= too_long:
                 self.dying.set()
                 await asyncio.sleep(3600)
             return await score(call)
@@ -488,3 +491,31 @@ def test_layers_are_those_of_the_teacher_that_is_named(tmp_path, model_factory, 
     log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
     assert log[-1]["hidden_loss"] < log[0]["hidden_loss"]
     assert (result.output_dir / "layers.json").is_file()
+
+
+@pytest.mark.parametrize("policy", ["reweight", "fail"])
+def test_who_is_away_when_held_out_rows_are_measured(tmp_path, model_factory, rows_file, fakes, policy):
+    """Under `reweight` its figure alone is missing; else the run ends with a checkpoint of the step that it was measured after."""
+    rows = tmp_path / "long.jsonl"
+    long = {"instruction": "Go on.", "input": "the cat sat on a mat " * 4, "output": "and saw an old dog"}
+    rows.write_text((json.dumps(long) + "\n") * 3)
+    mortal, shown = Mortal(fakes["b"], too_long=50), shown_console()
+    with serve(fakes["a"]) as a:
+        addresses = {"a": a.address, "b": mortal.address}
+        settings = {"eval_steps": 4, "save_steps": 0}
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows_file, addresses, when_missing=policy,
+            data={"eval": [str(rows)]}, train=settings,
+        )  # fmt: skip
+        if policy == "fail":
+            with pytest.raises(TeacherAwayError) as caught:
+                train(config, console=shown)
+            assert any("from checkpoint-4" in note for note in caught.value.__notes__)
+            again = mortal.back()
+            result = train(config, resume=True, console=QUIET)
+            again.stop()
+            assert result.metrics["kl_to_a"] > 0 and result.metrics["kl_to_b"] > 0
+            return
+        result = train(config, console=shown)
+    assert result.metrics["kl_to_a"] > 0 and "kl_to_b" not in result.metrics
+    assert "kl_to_b is not measured this time" in shown.file.getvalue()
