@@ -30,6 +30,7 @@ from student_trainer.training.run import train
 from teacher_wire.core.errors import LabelError
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import LoopbackServer, serve
 from tests.student_trainer.conftest import fake_for, run_config
 from tests.student_trainer.fake_process import start_fake
@@ -519,3 +520,19 @@ def test_who_is_away_when_held_out_rows_are_measured(tmp_path, model_factory, ro
         result = train(config, console=shown)
     assert result.metrics["kl_to_a"] > 0 and "kl_to_b" not in result.metrics
     assert "kl_to_b is not measured this time" in shown.file.getvalue()
+
+
+def test_a_teacher_of_another_tokenizer_goes_away_like_any_other(tmp_path, model_factory, rows_file, fakes):
+    reader = FakeTokenizer((b"the ", b" the", b"an", b"er", b"is", b"12", b"."))
+    mortal, shown = Mortal(FakeTeacher(vocab_rows=len(reader), hidden_size=16, reader=reader), 8), shown_console()
+    with serve(fakes["a"]) as a:
+        addresses = {"a": a.address, "b": mortal.address}
+        own = {"b": {"cross_tokenizer": {"min_coverage": 0.4}, "labels": "top_k", "weight": 2.0}}
+        config = config_for(tmp_path, model_factory("qwen2"), rows_file, addresses, own=own, when_missing="reweight")
+        result = train(config, console=shown)
+    groups = [group for entry in check_ledger(config, result.output_dir) for group in entry["labelled"]]
+    kinds = {(tuple(group["by"]), tuple(group.get("missing", ()))) for group in groups}
+    assert kinds == {(("a", "b"), ()), (("a",), ()), (("a",), ("b",))}, "some rows are too unlike for it"
+    log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
+    assert log[0]["coverage.b"] > 0 and log[-1]["coverage.b"] == 0.0 and log[0]["alm_loss.b"] >= 0
+    assert "fewer teachers" in shown.file.getvalue()
