@@ -21,7 +21,7 @@ from student_trainer.labels.packing import pack_own
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses.align import row_index
 from student_trainer.losses.cross_tokenizer.bridge import Bridge
-from student_trainer.losses.cross_tokenizer.measured import measure_bridged
+from student_trainer.losses.cross_tokenizer.measure import measure_bridged
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Tally, TeacherHeadMismatch
 from student_trainer.losses.measure import measure as measure_rows
@@ -181,7 +181,7 @@ def _of_teacher(
     chunk_rows = max(16, chunk_bytes // (16 * head.vocab_rows))
     if answered.bridge is not None:
         bridged = measure_bridged(state_ND, head, teacher, answered.bridge, chunk_rows=chunk_rows)
-        integrity, kl_sum, rows = bridged.integrity, bridged.kl_sum, bridged.rows
+        integrity, kl_sum, rows = bridged.integrity, bridged.kl_sum, bridged.compared
     else:
         if answered.row_M is not None:
             row_M = torch.from_numpy(answered.row_M).to(device)

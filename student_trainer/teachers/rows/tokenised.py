@@ -80,7 +80,7 @@ def _key(tokenizer: tuple[str, ...], rows: Sequence[TextRow]) -> str:
 
 
 def _save(path: Path, key: str, rows: Sequence[TokenizedRow]) -> None:
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "ids_T": np.concatenate([row.token_ids_T for row in rows]).astype(np.int32),
         "tokens_R": np.array([row.token_ids_T.size for row in rows], np.int64),
         "prompt_tokens_R": np.array([row.prompt_tokens for row in rows], np.int64),
