@@ -160,8 +160,8 @@ def measure(
     for one in several:
         if one.name in silent:  # what it has said of some of its rows is no figure of all
             continue
-        if count := sums.get(f"rows of {one.name}"):
-            figures[f"kl_to_{one.name}"] = sums[f"kl of {one.name}"] / count
+        if compared := sums.get(f"rows of {one.name}"):
+            figures[f"kl_to_{one.name}"] = sums[f"kl of {one.name}"] / compared
     return figures
 
 

@@ -524,7 +524,7 @@ def test_who_is_away_when_held_out_rows_are_measured(tmp_path, model_factory, ro
 
 def test_a_teacher_of_another_tokenizer_goes_away_like_any_other(tmp_path, model_factory, rows_file, fakes):
     reader = FakeTokenizer((b"the ", b" the", b"an", b"er", b"is", b"12", b"."))
-    mortal, shown = Mortal(FakeTeacher(vocab_rows=len(reader), hidden_size=16, reader=reader), 8), shown_console()
+    mortal, shown = Mortal(FakeTeacher(vocab_rows=len(reader), hidden_size=16, reader=reader), 4), shown_console()
     with serve(fakes["a"]) as a:
         addresses = {"a": a.address, "b": mortal.address}
         own = {"b": {"cross_tokenizer": {"min_coverage": 0.4}, "labels": "top_k", "weight": 2.0}}
