@@ -534,5 +534,6 @@ def test_a_teacher_of_another_tokenizer_goes_away_like_any_other(tmp_path, model
     kinds = {(tuple(group["by"]), tuple(group.get("missing", ()))) for group in groups}
     assert kinds == {(("a", "b"), ()), (("a",), ()), (("a",), ("b",))}, "some rows are too unlike for it"
     log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
-    assert log[0]["coverage.b"] > 0 and log[-1]["coverage.b"] == 0.0 and log[0]["alm_loss.b"] >= 0
+    assert max(entry["coverage.b"] for entry in log) > 0 and log[-1]["coverage.b"] == 0.0
+    assert all(entry["alm_loss.b"] >= 0 for entry in log)
     assert "fewer teachers" in shown.file.getvalue()
