@@ -18,7 +18,7 @@ from student_trainer.config.run import dump_config, parse_config
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import build_dataset
 from student_trainer.data.rows.sources import parse_source
-from student_trainer.errors import TeacherAwayError
+from student_trainer.errors import ConfigError, TeacherAwayError
 from student_trainer.labels.joined import lane
 from student_trainer.labels.joined.ledger import TEACHERS_NAME
 from student_trainer.labels.packing import pack
@@ -520,6 +520,26 @@ def test_who_is_away_when_held_out_rows_are_measured(tmp_path, model_factory, ro
         result = train(config, console=shown)
     assert result.metrics["kl_to_a"] > 0 and "kl_to_b" not in result.metrics
     assert "kl_to_b is not measured this time" in shown.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"labels": {"transport": "top_k", "k": 8, "extra_ids": 4}}, "labels.extra_ids=4 of teacher 'a'"),
+        ({"on_policy": {"share": 0.0, "publish": {"every": 2}}}, "on_policy.publish"),
+    ],
+)
+def test_what_is_for_the_section_teacher_is_refused_of_a_list_of_one_too(
+    tmp_path, model_factory, rows_file, fakes, sections, said
+):
+    """A list of one with another policy has the feed of several."""
+    with serve(fakes["a"]) as a:
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows_file, {"a": a.address}, when_missing="fail", **sections
+        )
+        with pytest.raises(ConfigError, match=said):
+            train(config, console=QUIET)
+    assert not config.run.output_dir.exists()
 
 
 def test_a_teacher_of_another_tokenizer_goes_away_like_any_other(tmp_path, model_factory, rows_file, fakes):
