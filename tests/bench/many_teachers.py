@@ -150,7 +150,7 @@ def of_arm(name: str, seed: int, steps: int, work: Path) -> dict[str, Any]:
             raise
     log = [json.loads(line) for line in (result.output_dir / "train_log.jsonl").read_text().splitlines()]
     found = kl_to_truth(Qwen2ForCausalLM.from_pretrained(result.output_dir / "final"))
-    entry = {"arm": name, "seed": seed, "steps": steps, **found, "log": log[-1], "seconds": time.perf_counter() - began_s}
+    entry = {"arm": name, "seed": seed, "steps": steps, **found, "log": log, "seconds": time.perf_counter() - began_s}
     shutil.rmtree(own)
     kept.write_text(json.dumps(entry))
     print(f"{name}, seed {seed}: {found['union']:.4f} ({found['first']:.4f}, {found['second']:.4f}), {entry['seconds']:.0f} s", flush=True)
