@@ -46,7 +46,11 @@ from tests.e2e.task1_text import (
 
 WORK = Path("/tmp/lyceum-many-teachers")
 # Name in a run's config -> what it has read, and in which tokens.
-TEACHERS: dict[str, tuple[str, Alphabet]] = {"A": ("first", LETTERS), "B": ("second", LETTERS), "Bm": ("second", MERGED)}
+TEACHERS: dict[str, tuple[str, Alphabet]] = {
+    "A": ("first", LETTERS),
+    "B": ("second", LETTERS),
+    "Bm": ("second", MERGED),
+}
 BOUND = 0.1  # nats a symbol, of a student of a teacher with another tokenizer, where that teacher is the one who knows
 
 
@@ -92,7 +96,9 @@ def served(names: tuple[str, ...]) -> Iterator[dict[str, str]]:
     with ExitStack() as stack:
         found = {}
         for name in names:
-            backend = TransformersBackend.model_validate({"model": str(half_teacher(*TEACHERS[name])), "dtype": "float32", "device": "cpu"})
+            backend = TransformersBackend.model_validate(
+                {"model": str(half_teacher(*TEACHERS[name])), "dtype": "float32", "device": "cpu"}
+            )
             service = EngineService(TeacherEngine(TeacherConfig(name=name, backend=backend)))
             found[name] = stack.enter_context(serve(service)).address
             stack.callback(service.stop)
@@ -153,7 +159,10 @@ def of_arm(name: str, seed: int, steps: int, work: Path) -> dict[str, Any]:
     entry = {"arm": name, "seed": seed, "steps": steps, **found, "log": log, "seconds": time.perf_counter() - began_s}
     shutil.rmtree(own)
     kept.write_text(json.dumps(entry))
-    print(f"{name}, seed {seed}: {found['union']:.4f} ({found['first']:.4f}, {found['second']:.4f}), {entry['seconds']:.0f} s", flush=True)
+    print(
+        f"{name}, seed {seed}: {found['union']:.4f} ({found['first']:.4f}, {found['second']:.4f}), {entry['seconds']:.0f} s",
+        flush=True,
+    )
     return entry
 
 
@@ -171,7 +180,10 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, object]]:
         }  # fmt: skip
         for single in SINGLE:
             both = [seed for seed in of if seed in by_arm.get(single, {})]
-            pairs = [of[seed]["union"] for seed in both], [by_arm[single][seed]["union"] for seed in both] if both else []
+            pairs = (
+                [of[seed]["union"] for seed in both],
+                [by_arm[single][seed]["union"] for seed in both] if both else [],
+            )
             row[f"minus {single}"] = told_of(paired(*pairs)) if both and arm != single else ""
         for half in HALVES:
             row[half] = f"{statistics.fmean(run[half] for run in of.values()):.4f}"
@@ -190,18 +202,24 @@ def verdicts(runs: list[dict[str, Any]]) -> list[str]:
             if len(both) > 1:
                 found = paired([by[arm, seed]["union"] for seed in both], [by[single, seed]["union"] for seed in both])
                 passed = found["high"] is not None and found["high"] < 0
-                told.append(f"{'ok' if passed else 'FELL SHORT'}: {arm} - {single} over {len(both)} seeds: {told_of(found)}")
+                told.append(
+                    f"{'ok' if passed else 'FELL SHORT'}: {arm} - {single} over {len(both)} seeds: {told_of(found)}"
+                )
     for arm in ("B merged alone", "A and B merged by route"):
         values = [by[arm, seed]["second"] for seed in seeds if (arm, seed) in by]
         if values:
             passed = statistics.fmean(values) <= BOUND
-            told.append(f"{'ok' if passed else 'FELL SHORT'}: {arm}, second half: {statistics.fmean(values):.4f} (at most {BOUND})")
+            told.append(
+                f"{'ok' if passed else 'FELL SHORT'}: {arm}, second half: {statistics.fmean(values):.4f} (at most {BOUND})"
+            )
     return told
 
 
 def main() -> None:
     """The bench; see module."""
-    parser = argparse.ArgumentParser(description="Two teachers of half of a language each, and students of one and of both.")
+    parser = argparse.ArgumentParser(
+        description="Two teachers of half of a language each, and students of one and of both."
+    )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=250)
@@ -226,7 +244,11 @@ def main() -> None:
             for name, (half, alphabet) in TEACHERS.items() if not alphabet.merges
         )
     )  # fmt: skip
-    show(f"task 1, KL(truth | student), nats a symbol, {options.steps} steps; the teachers themselves: {teachers}", table(runs), as_json=options.json)
+    show(
+        f"task 1, KL(truth | student), nats a symbol, {options.steps} steps; the teachers themselves: {teachers}",
+        table(runs),
+        as_json=options.json,
+    )
     print("\n".join(verdicts(runs)))
 
 

@@ -79,7 +79,9 @@ def served(model: Path, threads: int) -> Iterator[str]:
     from teacher_wire.testing.loopback import serve
     from tests.e2e.classroom import EngineService
 
-    backend = TransformersBackend.model_validate({"model": str(model), "dtype": "float32", "device": "cpu", "threads": threads})
+    backend = TransformersBackend.model_validate(
+        {"model": str(model), "dtype": "float32", "device": "cpu", "threads": threads}
+    )
     service = EngineService(TeacherEngine(TeacherConfig(name="smollm2", backend=backend)))
     with serve(service) as server:
         try:
@@ -119,11 +121,19 @@ def of_arm(options: argparse.Namespace, arm: str, seed: int, address: str) -> di
     shutil.rmtree(options.work / "run", ignore_errors=True)
     told, began_s = io.StringIO(), time.perf_counter()
     try:
-        result = train(parse_config(settings_of(options, arm, seed, address), arm), console=Console(file=told, width=200))
+        result = train(
+            parse_config(settings_of(options, arm, seed, address), arm), console=Console(file=told, width=200)
+        )
     except BaseException:
         print(told.getvalue()[-3000:], file=sys.stderr)
         raise
-    entry = {"arm": arm, "seed": seed, "log": log_of(result.output_dir), "seconds": time.perf_counter() - began_s, "told": told.getvalue()}
+    entry = {
+        "arm": arm,
+        "seed": seed,
+        "log": log_of(result.output_dir),
+        "seconds": time.perf_counter() - began_s,
+        "told": told.getvalue(),
+    }
     shutil.rmtree(result.output_dir)
     kept.write_text(json.dumps(entry))
     print(f"{arm}, seed {seed}: {evaluations(entry)}, {entry['seconds']:.0f} s", file=sys.stderr, flush=True)

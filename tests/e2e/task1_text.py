@@ -33,7 +33,9 @@ HALVES = {"first": range(TOPICS // 2), "second": range(TOPICS // 2, TOPICS)}
 _CORPUS, _ORDER, _HALF = 10, 11, 12
 # With 257 ids and the usual 0.02 hard labels alone do not leave the plateau in 250 steps (KL 1.17); with this they come to the 0.31 of 40 ids.
 INIT_STD = 0.05
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
