@@ -109,7 +109,7 @@ def fresh_texts(alphabet: Alphabet, topics: range, batch_size: int) -> Callable[
 
     def fresh(step: int) -> tuple[Tensor, Tensor]:
         written = texts(of_half(topics, batch_size, _HALF, topics.start, step))
-        rows = [alphabet.tokenizer(text).input_ids + [alphabet.tokenizer.eos_token_id] for text in written]
+        rows = [[*alphabet.tokenizer(text).input_ids, alphabet.tokenizer.eos_token_id] for text in written]
         longest = max(map(len, rows))
         ids_BT = torch.tensor([row + [alphabet.tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
         mask_BT = torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
