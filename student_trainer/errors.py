@@ -6,7 +6,8 @@
     ├── ModelError    a model or tokenizer cannot be loaded or used
     └── RunError      a run cannot start, continue or be resumed
         ├── NonFiniteError  the numbers of a run are no numbers any more; exit code 1
-        └── RolloutError    the student's own samples cannot be written
+        ├── RolloutError    the student's own samples cannot be written
+        └── TeacherAwayError  one of several teachers does not answer; exit code 3, and the run can be resumed
 
 The text of each is one clear line naming what and where; the CLI prints it and exits with its `exit_code`.
 """
@@ -71,6 +72,12 @@ class NonFiniteError(RunError):
 
 class RolloutError(RunError):
     """The engine that writes the student's own samples is gone, has no memory, or does not fit the student."""
+
+
+class TeacherAwayError(RunError):
+    """A teacher of the list `teachers` does not answer, and its labels cannot be done without: the run goes on later, by --resume auto."""
+
+    exit_code = 3
 
 
 def _shown(value: object, limit: int = 80) -> str:

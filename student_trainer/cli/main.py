@@ -1,7 +1,7 @@
 """`student-trainer`: train, label, cache. Loads neither torch nor ray before a command needs them.
 
 Exit codes: 0 done; 1 numbers of a run that are not finite (one line), or a fault of ours (a traceback); 2 something the user can mend
-(one line says what and where); 130 interrupted.
+(one line says what and where); 3 one of several teachers is away, and the run can be resumed when it is back; 130 interrupted.
 """
 
 from __future__ import annotations

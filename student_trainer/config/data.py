@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from student_trainer.config.fields import HomeText, Positive
+from student_trainer.config.fields import HomeText, Positive, checked_tags
 from student_trainer.config.files import Settings
 
 Weight = Annotated[float, Field(ge=0, le=100)]
@@ -21,6 +21,7 @@ class SourceConfig(Settings):
         format: a key of `data.formats.FORMATS`, or `auto` to recognise it by the fields.
         split, subset: of a folder or hub id.
         columns: name of a field in the rows -> the name it is read by; null leaves the field out on purpose.
+        tags: of all of its rows, beside those of `tag_field`: which of several teachers are asked about them.
     """
 
     path: HomeText
@@ -29,6 +30,12 @@ class SourceConfig(Settings):
     split: str = "train"
     subset: str | None = None
     columns: dict[str, str | None] = Field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+
+    @field_validator("tags")
+    @classmethod
+    def _texts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return checked_tags(value)
 
 
 def listed_sources(value: Any) -> list[Any]:
@@ -76,6 +83,8 @@ class DataConfig(Settings):
         bad_rows: what to do with a row that cannot be learned from; `skip` counts such rows and writes them to `bad_rows.jsonl` in the
             run folder.
         traces: what rows of format `trace` become.
+        tag_field: of the rows, whose text, or list of texts, are a row's tags: which of several teachers are asked about it
+            (`teachers[].tags`). A row without it has the tags of its source alone. null: no field has tags.
     """
 
     train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
@@ -89,6 +98,7 @@ class DataConfig(Settings):
     overlong: Literal["refuse", "drop"] = "refuse"
     bad_rows: Literal["refuse", "skip"] = "refuse"
     traces: TraceTasksConfig = TraceTasksConfig()
+    tag_field: Annotated[str, Field(min_length=1)] | None = None
 
     @field_validator("train", "eval", mode="before")
     @classmethod

@@ -61,6 +61,7 @@ class HiddenLossConfig(Settings):
         reduction: how the teacher's states travel: principal components as int8, the whole state as int8, or as it is.
         rank: principal components; null: all of the teacher's basis.
         anneal: null: the weight stays.
+        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
     """
 
     weight: Weight | Literal["auto"] = "auto"
@@ -69,6 +70,7 @@ class HiddenLossConfig(Settings):
     reduction: Literal["pca", "int8", "none"] = "pca"
     rank: Positive | None = None
     anneal: AnnealConfig | None = None
+    teacher: str | None = None
 
     @model_validator(mode="after")
     def _rank_of_pca(self) -> HiddenLossConfig:
@@ -87,12 +89,14 @@ class AttentionLossConfig(Settings):
         layers: as of `hidden`, from 1.
         objective: `pooled_kl` of head-averaged maps in blocks of 64 keys; `relation` of keys and of values, more bytes and more detail.
         anneal: null: the weight stays.
+        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
     """
 
     weight: Weight
     layers: Layers = "uniform(1)"
     objective: Literal["pooled_kl", "relation"] = "pooled_kl"
     anneal: AnnealConfig | None = None
+    teacher: str | None = None
 
 
 class FfnLossConfig(Settings):
@@ -103,12 +107,14 @@ class FfnLossConfig(Settings):
         layers: as of `hidden`, from 1.
         objective: `energy`: correlation of the activation's size over each sequence; `quantiles`: its profile at each token.
         anneal: null: the weight stays.
+        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
     """
 
     weight: Weight
     layers: Layers = "uniform(1)"
     objective: Literal["energy", "quantiles"] = "energy"
     anneal: AnnealConfig | None = None
+    teacher: str | None = None
 
 
 FeatureConfig = HiddenLossConfig | AttentionLossConfig | FfnLossConfig

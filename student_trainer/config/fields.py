@@ -28,3 +28,16 @@ def _absolute(path: Path) -> Path:
 HomePath = Annotated[Path, AfterValidator(_at_home)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 HomeText = Annotated[str, AfterValidator(lambda text: str(_at_home(Path(text))) if text.startswith("~") else text)]
+
+
+def checked_tags(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Tags, each once and none empty.
+
+    Raises:
+        ValueError: naming the tag.
+    """
+    if "" in value:
+        raise ValueError("a tag is a text that is not empty")
+    if twice := [tag for place, tag in enumerate(value) if tag in value[:place]]:
+        raise ValueError(f"the tag {twice[0]!r} is there twice")
+    return value

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from student_trainer.config.fields import HomePath, Positive
+from student_trainer.config.fields import Fraction, HomePath, Positive, checked_tags
 from student_trainer.config.files import Settings
 from teacher_wire.transport.proxy import AUTO, NONE, proxy_url
 
@@ -39,6 +39,23 @@ class ContextConfig(Settings):
         return value
 
 
+class CrossTokenizerConfig(Settings):
+    """How a teacher with another tokenizer than the student's is learned from (docs/many_teachers.md); unused with the same one.
+
+    Attributes:
+        alm_weight: of a token in groups of tokens that are not one to one, whose likelihoods as a whole are compared, against a token that is.
+        alm_temperature: of that comparison.
+        debias: a group after which the teacher would go on within a word, where its probability of a new word is below this, is joined
+            with the next; 0 joins none.
+        min_coverage: a sample of which a smaller share of tokens is one to one is not labelled by this teacher.
+    """
+
+    alm_weight: Annotated[float, Field(ge=0)] = 0.5
+    alm_temperature: Annotated[float, Field(gt=0)] = 100.0
+    debias: Fraction = 0.1
+    min_coverage: Fraction = 0.5
+
+
 class TeacherConfig(Settings):
     """Whom to learn from: a server at `address`, or one started beside us from `embedded`.
 
@@ -56,6 +73,7 @@ class TeacherConfig(Settings):
         answer_s: how long a request that the server has taken may stay without any part of its answer before it is made again.
         allow_template_mismatch: learn although the teacher's chat template differs from ours.
         context: what of each row the teacher alone is told; null for nothing.
+        cross_tokenizer: how it is learned from if its tokenizer is another one.
     """
 
     address: str | None = None
@@ -72,6 +90,12 @@ class TeacherConfig(Settings):
     answer_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 600.0
     allow_template_mismatch: bool = False
     context: ContextConfig | None = None
+    cross_tokenizer: CrossTokenizerConfig = CrossTokenizerConfig()
+
+    @property
+    def called(self) -> str:
+        """Its name in the run; empty where the server's only teacher is meant and nobody else is asked."""
+        return self.name
 
     @field_validator("proxy")
     @classmethod
@@ -145,6 +169,11 @@ class OneOfTeachersConfig(TeacherConfig):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         return {"transport": value} if isinstance(value, str) else value
+
+    @field_validator("tags")
+    @classmethod
+    def _texts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return checked_tags(value)
 
     @property
     def called(self) -> str:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from student_trainer.data.readers import ForTeachers, Readers, Reading
 from student_trainer.data.rows.intake import BadRow, Intake
 from student_trainer.data.rows.sources import DataSource, read_source
-from student_trainer.data.teacher_view import TeacherContext, TeacherView, check_targets
-from student_trainer.data.text.answer import Answer, Template
+from student_trainer.data.teacher_view import TeacherContext, TeacherView, Told
+from student_trainer.data.text.answer import Template
 from student_trainer.data.text.clock import Clock
 from student_trainer.data.text.encoding import Encoder, TokenSequence
 from student_trainer.data.text.templates import choose, rendering_sha256
@@ -47,7 +48,10 @@ class Example:
             end-of-turn token count 0 bytes, though their loss is part of the sum: a model must also know when to stop.
         key: "file:line" of the row, with the task of a trace, and with the turn where a conversation is several examples.
         weights: float32 [L], weight of each target's loss; None: 1 everywhere.
-        teacher: the row as the teacher reads it; None where that is as the student does.
+        teacher: the row as the only teacher reads it; None where that is as the student does.
+        tags: of its row, by which teachers are asked about it (`data.routing`).
+        views: the row as one of several teachers reads it, by the teacher's name; who has none reads it as the student does.
+        told: what a teacher with another tokenizer must be told to render the same prompt itself; None in a run without one.
     """
 
     token_ids: np.ndarray
@@ -56,6 +60,13 @@ class Example:
     key: str
     weights: np.ndarray | None = None
     teacher: TeacherView | None = None
+    tags: tuple[str, ...] = ()
+    views: Mapping[str, TeacherView] = field(default_factory=dict)
+    told: Told | None = None
+
+    def asked_by(self, name: str) -> TeacherView:
+        """What the teacher called `name`, which has the student's tokenizer, is asked about this row."""
+        return self.views.get(name) or self.asked
 
     @property
     def asked(self) -> TeacherView:
@@ -164,6 +175,12 @@ class TokenizedDataset:
                 digest.update(example.weights.tobytes())
             if example.teacher is not None:
                 digest.update(b"teacher" + example.teacher.token_ids.tobytes() + example.teacher.loss_mask.tobytes())
+            for name, view in sorted(example.views.items()):
+                digest.update(f"view {name}\0".encode() + view.token_ids.tobytes() + view.loss_mask.tobytes())
+            if example.tags:
+                digest.update(b"tags" + "\0".join(example.tags).encode())
+            if example.told is not None:
+                digest.update(b"told" + example.told.conversation)
         return digest.hexdigest()
 
     @property
@@ -201,6 +218,7 @@ def build_dataset(
     clock: Clock | None = None,
     intake: Intake | None = None,
     context: TeacherContext | None = None,
+    readers: Readers | None = None,
 ) -> TokenizedDataset:
     """Read, parse and tokenise every source.
 
@@ -214,7 +232,8 @@ def build_dataset(
         template_kwargs: variables of the chat template; a row's own stand before them.
         clock: the day that the template prints; today's if None.
         intake: takes bad rows and is told what each source holds; None refuses bad rows.
-        context: what of a row the teacher alone is told; None for nothing.
+        context: what of a row the only teacher alone is told; None for nothing.
+        readers: who reads the rows beside the student; None for nobody who reads them otherwise.
 
     Raises:
         DataError: anything wrong with a source, a row or the template; an overlong row; or no row left.
@@ -228,17 +247,18 @@ def build_dataset(
     clock, intake = clock or Clock(), intake or Intake()
     chosen = choose(template, tokenizer, kwargs=template_kwargs, clock=clock)
     encoder = Encoder(tokenizer, chosen)
-    informing = (
-        None
-        if context is None
-        else _Informing(context, tokenizer, choose(template, tokenizer, kwargs=template_kwargs, clock=clock))
-    )
+    if context is not None:
+        readers = replace(readers or Readers(), context=context)
+    reading = None
+    if readers is not None:
+        another = partial(choose, template, tokenizer, kwargs=template_kwargs, clock=clock)
+        reading = Reading(readers, tokenizer, another, template_kwargs or {})
     examples: list[Example] = []
     dropped: list[Overlength] = []
     weightless: list[TaskRow] = []
     rows = 0
     for source in sources:
-        read = _examples(source, chosen, encoder, turns, system_prompt, traces or TraceTasks(), intake, informing)
+        read = _examples(source, chosen, encoder, turns, system_prompt, traces or TraceTasks(), intake, reading)
         for made, found in read:
             rows += 1
             if not found:
@@ -302,32 +322,34 @@ def _examples(
     system_prompt: str,
     traces: TraceTasks,
     intake: Intake,
-    informing: _Informing | None,
+    reading: Reading | None,
 ) -> Iterator[tuple[TaskRow, list[Example]]]:
     """The conversations of a source in order, each with its examples; none where nothing in it has a weight above 0."""
     read = read_source(source, intake)
-    if informing is not None:
-        read = [replace(row, beside=frozenset({informing.context.field})) for row in read]
+    if reading is not None:
+        read = [replace(row, beside=reading.fields) for row in read]
     rows = task_rows(read, source.format, system_prompt, traces, intake, source.path)
     for start in range(0, len(rows), ROWS_PER_CALL):
         some, answers, told = [], [], []
         for made in rows[start : start + ROWS_PER_CALL]:
             try:
                 found = template.answers(made.conversation, turns)
-                told.append([] if informing is None else informing.answers(made, turns))
+                told.append({} if reading is None else reading.answers(made, turns))
                 answers.append(found)
                 some.append(made)
             except DataError as error:  # templates know conversations, not rows: the place is added here
                 intake.leave_out(error if error.line else made.row.error(str(error)), made.row.fields)
         if not some:
             continue
-        views = [None] * len(some) if informing is None else informing.encode(told, turns)
+        views = [{} for _ in some] if reading is None else reading.encode(told, turns)
         for made, sequences, seen in zip(some, encoder.encode(answers, turns), views, strict=True):
             try:
                 if made.task and not sequences:
                     raise made.row.error("no target has a weight above 0")
                 examples = [_example(made, sequence, parted=len(sequences) > 1) for sequence in sequences]
-                examples = examples if seen is None else _seen_otherwise(made, examples, seen)
+                if reading is not None:
+                    held = reading.of(made, source.tags, sequences, seen)
+                    examples = [_with(example, more) for example, more in zip(examples, held, strict=True)]
             except DataError as error:
                 intake.leave_out(error, made.row.fields)
                 continue
@@ -343,40 +365,5 @@ def _example(made: TaskRow, sequence: TokenSequence, *, parted: bool) -> Example
     return Example(sequence.token_ids, sequence.loss_mask, sequence.target_bytes, key, sequence.weights)
 
 
-class _Informing:
-    """Makes the teacher's renderings of conversations, with a template and counters of its own.
-
-    Attributes:
-        context: what the teacher is told.
-    """
-
-    def __init__(self, context: TeacherContext, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-        self.context = context
-        self._template = template
-        self._encoder = Encoder(tokenizer, template)
-
-    def answers(self, made: TaskRow, turns: str) -> list[Answer]:
-        return self._template.answers(self.context.informed(made.row, made.conversation, turns), turns)
-
-    def encode(self, told: Sequence[Sequence[Answer]], turns: str) -> list[list[TeacherView] | None]:
-        found = self._encoder.encode(told, turns)
-        return [[TeacherView(sequence.token_ids, sequence.loss_mask) for sequence in sequences] for sequences in found]
-
-
-def _seen_otherwise(made: TaskRow, examples: list[Example], views: list[TeacherView]) -> list[Example]:
-    """The examples with what the teacher sees of each.
-
-    Raises:
-        DataError: the targets of the two differ.
-    """
-    if len(examples) != len(views):
-        raise made.row.error(
-            f"the teacher's rendering makes {len(views)} sequences of its answers, the student's {len(examples)} (teacher.context); "
-            "data.turns=each makes one of each answer"
-        )
-    for example, view in zip(examples, views, strict=True):
-        try:
-            check_targets(example.token_ids, example.loss_mask, view)
-        except DataError as error:
-            raise made.row.error(str(error)) from error
-    return [replace(example, teacher=view) for example, view in zip(examples, views, strict=True)]
+def _with(example: Example, held: ForTeachers) -> Example:
+    return replace(example, teacher=held.teacher, tags=held.tags, views=held.views or {}, told=held.told)

@@ -18,10 +18,12 @@ from student_trainer.config.data import DataConfig, SourceConfig
 from student_trainer.config.run import TOKENS, TrainConfig
 from student_trainer.config.teachers import ContextConfig
 from student_trainer.data.batch_plan import RunOrder
-from student_trainer.data.dataset import Example, TokenizedDataset, build_dataset
+from student_trainer.data.dataset import TokenizedDataset, build_dataset
+from student_trainer.data.readers import Readers
+from student_trainer.data.routing import Routing
 from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, write_bad_rows
 from student_trainer.data.rows.sources import DataSource, parse_source
-from student_trainer.data.teacher_view import TeacherContext
+from student_trainer.data.teacher_view import TeacherContext, TeacherView
 from student_trainer.data.text.clock import Clock
 from student_trainer.data.token_cache import TokenCache
 from student_trainer.data.trace_rows import TraceTasks
@@ -41,6 +43,7 @@ def load_data(
     pinned: datetime.date | None = None,
     cache_dir: Path | None = None,
     context: ContextConfig | None = None,
+    readers: Readers | None = None,
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """The rows to learn from and those to measure with; says what each source holds, and how many rows there are.
 
@@ -50,7 +53,8 @@ def load_data(
         console: told what was read.
         pinned: the day on which the run began, for templates that print one; None for a new run.
         cache_dir: of all runs of this machine; tokenised rows are kept in its folder `tokens`. None: they are not kept.
-        context: what of each row the teacher alone is told; None for nothing.
+        context: what of each row the only teacher alone is told; None for nothing.
+        readers: who reads the rows beside the student; None for nobody who reads them otherwise.
 
     Raises:
         DataError, ConfigError: naming file and line, or the setting.
@@ -60,7 +64,9 @@ def load_data(
     intakes = {"train": Intake(config.bad_rows), "eval": Intake(config.bad_rows)}
 
     notes: list[str] = []
+    tells = readers is not None and readers.tells
     beside: dict[str, Any] = {} if context is None else {"context": TeacherContext(**context.model_dump())}
+    beside |= {} if readers in (None, Readers()) else {"readers": readers}
     make = build_dataset if cache_dir is None else TokenCache(cache_dir / TOKENS, notes.append).dataset
 
     def build(sources: Any, intake: Intake) -> TokenizedDataset:
@@ -73,7 +79,7 @@ def load_data(
             overlong=config.overlong,
             traces=TraceTasks(**config.traces.model_dump()),
             intake=intake,
-            turns=config.turns,
+            turns="each" if tells and config.turns == "auto" else config.turns,
             template_kwargs=config.template_kwargs,
             clock=clock,
             **beside,
@@ -106,6 +112,38 @@ def load_data(
             f"prompts, and find its kept labels, with data.date={clock.day}"
         )
     return data, held_out
+
+
+def load_run_data(
+    config: TrainConfig,
+    tokenizer: Any,
+    console: Console,
+    pinned: datetime.date | None = None,
+    *,
+    tells: bool = False,
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """The rows of a run, with what its teachers need of them; as `load_data`.
+
+    Args:
+        tells: keep what teachers with another tokenizer must be told.
+    """
+    return load_data(
+        config.data, tokenizer, console, pinned, config.run.cache_dir, config.context, readers_of(config, tells=tells)
+    )
+
+
+def readers_of(config: TrainConfig, *, tells: bool = False) -> Readers:
+    """Who reads the rows of a run beside the student; of the only teacher's context see `TrainConfig.context`."""
+    contexts = tuple((name, TeacherContext(**context.model_dump())) for name, context in config.contexts.items())
+    return Readers(contexts=contexts, routing=routing_of(config), tag_field=config.data.tag_field, tells=tells)
+
+
+def routing_of(config: TrainConfig) -> Routing | None:
+    """Which of the teachers are asked about a row; None where the only one is asked about all of them."""
+    if len(config.teachers) < 2 and not any(teacher.tags for teacher in config.teachers):
+        return None
+    tags = tuple((teacher.called, teacher.tags) for teacher in config.teachers)
+    return Routing(tags, exclusive=config.combine == "route")
 
 
 def keep_bad_rows(folder: Path, data: TokenizedDataset, held_out: TokenizedDataset | None, console: Console) -> None:
@@ -155,22 +193,22 @@ def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
     )
 
 
-def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, data: TokenizedDataset, indices: Iterable[int]) -> int:
-    """About what the labels of these rows take in the cache."""
-    examples = [data[index].example for index in indices]
-    tokens = sum(example.asked.token_ids.size for example in examples)
-    answers = sum(answer_bytes(info, spec, example) for example in examples)
-    return answers + tokens * _TOKEN_BYTES + len(examples) * _FILE_BYTES
+def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, views: Iterable[TeacherView]) -> int:
+    """About what the labels of rows take in the cache, which the teacher reads so."""
+    read = list(views)
+    tokens = sum(view.token_ids.size for view in read)
+    answers = sum(answer_bytes(info, spec, view) for view in read)
+    return answers + tokens * _TOKEN_BYTES + len(read) * _FILE_BYTES
 
 
-def answer_bytes(info: TeacherInfo, spec: SignalSpec, example: Example) -> int:
-    """Payload bytes of a teacher's answer about one row, at most."""
-    rows = int(example.loss_mask.sum())
+def answer_bytes(info: TeacherInfo, spec: SignalSpec, view: TeacherView) -> int:
+    """Payload bytes of a teacher's answer about one row, which it reads so, at most."""
+    rows = int(view.loss_mask.sum())
     bytes_ = rows * spec.row_bytes(info.hidden_size, info.value_bytes)
     uneven = [part for part in spec.fields_of(info) if part.axis in (Axis.BLOCK, Axis.TOKEN)]
     if not uneven:
         return bytes_
-    tokens = example.asked.token_ids.size  # each row sees no more blocks than the last
+    tokens = view.token_ids.size  # each row sees no more blocks than the last
     most = {Axis.BLOCK: rows * (-(-tokens // BLOCK_POSITIONS)), Axis.TOKEN: tokens}
     return bytes_ + sum(most[part.axis] * part.entry_bytes for part in uneven)
 
@@ -186,4 +224,6 @@ def source_of(config: SourceConfig) -> DataSource:
     if config.sample is not None and source.sample is not None:
         raise ConfigError(f"data: {config.path} and sample={config.sample}: give the number of rows once")
     sample = source.sample or config.sample
-    return replace(source, sample=sample, split=config.split, columns=config.columns, subset=config.subset)
+    return replace(
+        source, sample=sample, split=config.split, columns=config.columns, subset=config.subset, tags=config.tags
+    )

@@ -106,6 +106,19 @@ class TeacherView:
         return TeacherView(np.concatenate([prompt_ids, completion_n]).astype(np.int32), loss_mask)
 
 
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a teacher with another tokenizer must be told of an example to render its prompt itself.
+
+    Attributes:
+        conversation: JSON of what stands before the answer: `messages`, `tools` and `template_kwargs`.
+        answer_start: tokens of the student's before the answer, of which the first ones may have the weight 0.
+    """
+
+    conversation: bytes
+    answer_start: int
+
+
 def answer_start(loss_mask: np.ndarray) -> int:
     """Tokens before the last answer of a sequence, all that an inference prompt of it holds; `loss_mask` is bool [L]."""
     targets = np.flatnonzero(loss_mask)

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from student_trainer.data.dataset import Example, Overlength, Rendering, TokenizedDataset, build_dataset
 from student_trainer.data.rows.intake import BadRow, Intake, SourceFacts
 from student_trainer.data.rows.sources import DataSource, describes_itself, local_path
-from student_trainer.data.teacher_view import TeacherView
+from student_trainer.data.teacher_view import TeacherView, Told
 from student_trainer.data.text.clock import Clock
 from student_trainer.data.text.templates import choose
 from student_trainer.errors import DataError
@@ -236,6 +236,14 @@ def _save(path: Path, key: str, entry: _Entry) -> None:
         "sources": [asdict(facts) | {"unused": list(facts.unused)} for facts in entry.sources],
         "asked": entry.asked,
     }
+    if any(example.tags for example in examples):
+        facts["tags"] = [list(example.tags) for example in examples]
+    if all(example.told is not None for example in examples):
+        told = [example.told for example in examples if example.told is not None]
+        facts["answer_starts"] = [one.answer_start for one in told]
+        facts["told_bytes"] = [len(one.conversation) for one in told]
+    if names := sorted({name for example in examples for name in example.views}):
+        facts["views"] = names
     try:
         written = json.dumps(facts)
     except (TypeError, ValueError, RecursionError) as error:
@@ -254,6 +262,7 @@ def _save(path: Path, key: str, entry: _Entry) -> None:
         if seen
         else {}
     )
+    views |= _views_by_name(examples)
     tensors = views | {
         "token_ids_T": np.concatenate([example.token_ids for example in examples]),
         "loss_mask_T": np.concatenate([example.loss_mask for example in examples]),
@@ -296,10 +305,53 @@ def _load(path: Path, key: str) -> _Entry:
         ids, masks = (np.split(tensors[name], parts) for name in ("teacher_ids_T", "teacher_mask_T"))
         for b, ids_L, mask_L in zip(tensors["seen_by_teacher_S"].tolist(), ids, masks, strict=True):
             examples[b] = replace(examples[b], teacher=TeacherView(ids_L, mask_L))
+    examples = _with_readers(examples, facts, tensors)
     dropped = [Overlength(*row) for row in facts["dropped"]]
     bad = [BadRow(**row) for row in facts["bad"]]
     sources = tuple(SourceFacts(**{**row, "unused": tuple(row["unused"])}) for row in facts["sources"])
     return _Entry(TokenizedDataset(examples, dropped, Rendering(**facts["rendering"]), bad), sources, facts["asked"])
+
+
+def _views_by_name(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """What the examples hold for several teachers, as tensors: the views of teacher m of the names in their order, and what is told."""
+    found = {}
+    for m, name in enumerate(sorted({name for example in examples for name in example.views})):
+        views = [example.views[name] for example in examples]  # who has a context is shown it in every row
+        found[f"view_{m}_tokens_B"] = np.array([view.token_ids.size for view in views], np.int64)
+        found[f"view_{m}_ids_T"] = np.concatenate([view.token_ids for view in views])
+        found[f"view_{m}_mask_T"] = np.concatenate([view.loss_mask for view in views])
+    if all(example.told is not None for example in examples):
+        found["told"] = np.frombuffer(
+            b"".join(example.told.conversation for example in examples if example.told), np.uint8
+        )
+    return found
+
+
+def _with_readers(
+    examples: list[Example], facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> list[Example]:
+    """The examples with what `_views_by_name` and the facts keep of several teachers."""
+    if "tags" in facts:
+        examples = [replace(example, tags=tuple(tags)) for example, tags in zip(examples, facts["tags"], strict=True)]
+    by_name = []
+    for m, name in enumerate(facts.get("views", ())):
+        parts = np.cumsum(tensors[f"view_{m}_tokens_B"])[:-1]
+        ids, masks = (np.split(tensors[f"view_{m}_{what}_T"], parts) for what in ("ids", "mask"))
+        by_name.append([(name, TeacherView(*pair)) for pair in zip(ids, masks, strict=True)])
+    if by_name:
+        examples = [
+            replace(example, views=dict(views))
+            for example, views in zip(examples, zip(*by_name, strict=True), strict=True)
+        ]
+    if "told" in tensors:
+        stops = np.cumsum(facts["told_bytes"]).tolist()
+        written = tensors["told"].tobytes()
+        told = [
+            Told(written[stop - size : stop], start)
+            for stop, size, start in zip(stops, facts["told_bytes"], facts["answer_starts"], strict=True)
+        ]
+        examples = [replace(example, told=one) for example, one in zip(examples, told, strict=True)]
+    return examples
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:

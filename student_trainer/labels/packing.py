@@ -21,6 +21,11 @@ def pack(examples: Sequence[Example]) -> LabelRequest:
     return LabelRequest(_packed([example.asked for example in examples]), tuple(example.key for example in examples))
 
 
+def pack_views(views: Sequence[TeacherView], names: Sequence[str]) -> LabelRequest:
+    """What to ask a teacher about sequences that it reads so."""
+    return LabelRequest(_packed(views), tuple(names))
+
+
 def pack_own(examples: Sequence[Example]) -> TokenBatch:
     """These examples as the student reads them; their wanted rows are those of `pack`, one for one."""
     return _packed(examples)

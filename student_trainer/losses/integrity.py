@@ -48,9 +48,11 @@ class TeacherHeadMismatch(LabelError):  # noqa: N818
 
     Attributes:
         row: number of the worst row in its call, for whoever knows which sample that is.
+        teacher: whose rows they are, as of `Integrity`.
     """
 
     row: int = 0
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Integrity:
     """Evidence of one call; all tensors [N] on the student's device, `row_N` numbers the rows of the call.
 
     `checked` is how many rows have served figures, if not all: those of the others are NaN, and nothing is said of these rows.
+    `teacher` is its name in a run with several, each of which is judged by its own rows; empty with one.
     """
 
     row_N: Tensor
@@ -99,6 +102,7 @@ class Integrity:
     seen_logp_N: Tensor
     tolerance: Tolerance = BFLOAT16
     checked: int | None = None
+    teacher: str = ""
 
     def begin(self) -> None:
         """Compares on the device and sends the result on its way, so that a later `check` waits for nothing else."""
@@ -142,15 +146,16 @@ class Integrity:
         if error <= GROSS and (not failing or tally.failing <= forgiven(tally.rows)):
             return
         earlier = f" (and {tally.failing - int(failing)} of {tally.rows - rows} before)" if tally.rows > rows else ""
+        of = f"{self.teacher!r} " if self.teacher else ""
         mismatch = TeacherHeadMismatch(
-            f"{int(failing)} of {rows} teacher rows{earlier} do not belong to these tokens or this output head",
+            f"{int(failing)} of {rows} {of}teacher rows{earlier} do not belong to these tokens or this output head",
             field=f"row {int(row)}",
             value=f"served lse {served_lse:.4g} and logp(label) {served_logp:.4g}, "
             f"recomputed {seen_lse:.4g} and {seen_logp:.4g}",
             limit=f"|d lse| <= {allowed.lse_abs:g} + {allowed.lse_rel:.2g} |lse|, "
             f"|d logp| <= {allowed.logp_abs:g} + {allowed.logp_rel:.2g} |lse|",
         )
-        mismatch.row = int(row)
+        mismatch.row, mismatch.teacher = int(row), self.teacher
         raise mismatch
 
     @cached_property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -159,12 +159,12 @@ class TermResult:
     Attributes:
         total: [], with a graph: its share of the loss, weighted and divided by the normalizer.
         parts: figures by their name in the log.
-        evidence: that the teacher's rows are of these tokens and its head; None if the term has looked at none.
+        evidence: that the teacher's rows are of these tokens and its head; of several teachers one each. None if the term has looked at none.
     """
 
     total: Tensor
     parts: Mapping[str, Mean]
-    evidence: Integrity | None = None
+    evidence: Integrity | tuple[Integrity, ...] | None = None
 
 
 class LossTerm(Protocol):
@@ -189,8 +189,23 @@ class LossTerm(Protocol):
 
         Args:
             outputs: of the student, with the taps that all terms need.
-            labels: the teacher's; None in a run without one.
+            labels: the teacher's; None in a run without one, or where this term's teacher, one of several, has not answered.
             rows: which of the flattened states are supervised.
             normalizer: Z of the whole accumulation window over all ranks (algorithms.md 1.5).
             step: of the optimizer, counted from 0; schedules are functions of it.
         """
+
+
+@runtime_checkable
+class JoiningTerm(Protocol):
+    """A term that learns from all teachers of a run at once; others are given the labels of the one that they name."""
+
+    def joined(
+        self,
+        outputs: StudentOutputs,
+        labels: JoinedLabels,
+        rows: SupervisedRows,
+        normalizer: float | Tensor,
+        step: int,
+    ) -> TermResult:
+        """As `LossTerm.term`."""

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from student_trainer.errors import ConfigError
 from student_trainer.losses.integrity import Integrity
+from student_trainer.losses.narrowing import narrowed
 from student_trainer.losses.term import (
     FfnTap,
+    JoinedLabels,
+    JoiningTerm,
     LossTerm,
     Mean,
     StudentOutputs,
     SupervisedRows,
     Tap,
     TeacherLabels,
+    TermResult,
     block_of,
 )
 from teacher_wire.core.signals import Signal
@@ -43,12 +47,12 @@ class Total:
 def total(
     terms: Sequence[LossTerm],
     outputs: StudentOutputs,
-    labels: TeacherLabels | None,
+    labels: TeacherLabels | JoinedLabels | None,
     rows: SupervisedRows,
     normalizer: float | Tensor,
     step: int,
 ) -> Total:
-    """The sum over at least one term; arguments as of `LossTerm.term`.
+    """The sum over at least one term; arguments as of `LossTerm.term`, `labels` of one teacher or of several.
 
     Raises:
         ConfigError: two terms give a figure of the same name.
@@ -57,15 +61,31 @@ def total(
     parts: dict[str, Mean] = {}
     evidence: list[Integrity] = []
     for term in terms:
-        result = term.term(outputs, labels, rows, normalizer, step)
+        result = _of(term, outputs, labels, rows, normalizer, step)
         loss = result.total if loss is None else loss + result.total
         if twice := parts.keys() & result.parts.keys():
             raise ConfigError(f"loss.{term.name}: another term logs {', '.join(sorted(twice))} too; rename one of them")
         parts |= result.parts
         if result.evidence is not None:
-            evidence.append(result.evidence)
+            evidence.extend(result.evidence if isinstance(result.evidence, tuple) else (result.evidence,))
     assert loss is not None, "a run has a term"
     return Total(loss, parts, tuple(evidence))
+
+
+def _of(
+    term: LossTerm,
+    outputs: StudentOutputs,
+    labels: TeacherLabels | JoinedLabels | None,
+    rows: SupervisedRows,
+    normalizer: float | Tensor,
+    step: int,
+) -> TermResult:
+    """One term: of the labels of all teachers if it joins them, else of those of the teacher that it names."""
+    if not isinstance(labels, JoinedLabels):
+        return term.term(outputs, labels, rows, normalizer, step)
+    if isinstance(term, JoiningTerm):
+        return term.joined(outputs, labels, rows, normalizer, step)
+    return term.term(*narrowed(getattr(term, "teacher", None), outputs, labels, rows), normalizer, step)
 
 
 def taps_of(terms: Sequence[LossTerm]) -> tuple[Tap, ...]:

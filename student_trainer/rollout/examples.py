@@ -45,7 +45,9 @@ def example_of(rollout: Rollout, row: Example | None = None) -> RolloutExample:
         weights[-1] = 0.0
     key = f"{prompt.key}[rollout {prompt.step}.{prompt.slot}]"
     seen = row.teacher.answered(rollout.token_ids) if row is not None and row.teacher is not None else None
+    tags = row.tags if row is not None else ()
+    views = {name: view.answered(rollout.token_ids) for name, view in row.views.items()} if row is not None else {}
     return RolloutExample(
-        token_ids, loss_mask, 0, key, weights, seen,
+        token_ids, loss_mask, 0, key, weights, seen, tags, views,
         sampled_logp_N=rollout.logp_n, version=rollout.version, likeliest_NM=rollout.likeliest_nM,
     )  # fmt: skip

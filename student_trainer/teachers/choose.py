@@ -12,6 +12,7 @@ from student_trainer.config.teachers import LabelConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.errors import ConfigError
+from student_trainer.teachers.rows.reading import Reading
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.score.signals import spec_of
 
@@ -95,7 +96,12 @@ def choose(
 
 
 def measured_by(
-    config: TrainConfig, info: TeacherInfo, labels: LabelConfig, vocab_rows: int, held_out: TokenizedDataset
+    config: TrainConfig,
+    info: TeacherInfo,
+    labels: LabelConfig,
+    vocab_rows: int,
+    held_out: TokenizedDataset,
+    reading: Reading,
 ) -> LabelConfig:
     """Labels to measure with: exact ones if `labels.transport` and the teacher allow any.
 
@@ -103,7 +109,8 @@ def measured_by(
     """
     if labels.transport == "hidden" and "hidden" in info.transports:
         return LabelConfig(transport="hidden", check="all")  # the teacher's own likelihood is measured too
-    rows = [int(row.example.loss_mask.sum()) for row in held_out]
+    asked = [row.example if reading.responsible(row.example) else None for row in held_out]
+    rows = [0 if example is None else int(reading.view(example).loss_mask.sum()) for example in asked]
     most = max(sum(rows[i] for i in group) for group in by_length(held_out, config.train.eval_batch_size))
     needed = most * spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     fits = needed <= min(info.limits.max_reply_bytes, config.feed.window_mb << 20)

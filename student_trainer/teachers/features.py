@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from student_trainer.config.features import AttentionLossConfig, FeatureConfig, HiddenLossConfig
-from student_trainer.config.losses import LossConfig
 from student_trainer.errors import ConfigError
 from student_trainer.losses.features.layers import LayerPair, pairs_of, teacher_layers
 from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
@@ -43,14 +42,16 @@ class FeaturePlan:
         return isinstance(asked, LayerStates) and asked.reduction == "pca"
 
 
-def plan_features(loss: LossConfig, info: TeacherInfo, vocab_rows: int, student_blocks: int) -> FeaturePlan:
-    """The plan of the sections that are on; at least one is.
+def plan_features(
+    sections: Mapping[str, FeatureConfig], info: TeacherInfo, vocab_rows: int, student_blocks: int
+) -> FeaturePlan:
+    """The plan of some sections by name; there is at least one.
 
     Raises:
         ConfigError: naming the section, what the teacher or the student lacks, and what there is.
     """
     pairs, signals = {}, {}
-    for name, section in loss.features.items():
+    for name, section in sections.items():
         first = 0 if isinstance(section, HiddenLossConfig) else 1
         pairs[name] = pairs_of(section.layers, student_blocks, info.layers, setting=f"loss.{name}.layers", first=first)
         signals[name] = _signal(name, section, teacher_layers(pairs[name]), info)

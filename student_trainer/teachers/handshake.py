@@ -27,6 +27,8 @@ from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.score.signals import spec_of
 
+BYTE_TABLE = "byte_table"  # kind of artifact
+
 
 @dataclass(frozen=True)
 class StudentFacts:
@@ -108,6 +110,14 @@ def shared_rows(info: TeacherInfo, student: StudentFacts) -> int:
     sizes of one family (algorithms.md 1.6).
     """
     return min(student.vocab_rows, info.vocab_rows, student.tokenizer_size)
+
+
+def is_bridged(found: object, student: StudentFacts) -> bool:
+    """Whether a teacher, as it describes itself, has another tokenizer than the student, whose tokens can be joined to the student's."""
+    if not isinstance(found, TeacherInfo) or found.tokenizer_sha256 == student.tokenizer_sha256:
+        return False
+    offered = any(artifact.kind == BYTE_TABLE for artifact in found.artifacts)
+    return offered and not (student.tokens and student.tokens.same_as(found))
 
 
 def agree(

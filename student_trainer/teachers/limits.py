@@ -42,8 +42,12 @@ def check_groups(
     setting: str,
 ) -> Iterator[Finding]:
     """Whether a teacher and our own window take requests that hold these groups of rows; `setting` is what makes them large."""
-    tokens = [row.example.asked.token_ids.size for row in data]
-    replies = [answer_bytes(session.info, spec, row.example) for row in data]
+    asked = {row.index: session.reading.view(row.example) for row in data if session.responsible(row.example)}
+    tokens = {index: view.token_ids.size for index, view in asked.items()}
+    replies = {index: answer_bytes(session.info, spec, view) for index, view in asked.items()}
+    groups = [some for group in groups if (some := [index for index in group if index in asked])]
+    if not groups:
+        return
     limits = session.info.limits
     reply = max(sum(replies[index] for index in group) for group in groups)
     most_tokens = max(sum(tokens[index] for index in group) for group in groups)

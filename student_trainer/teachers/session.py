@@ -6,28 +6,34 @@ the setting: the handshake, the choice of signals, the output head, and one smal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
 
+from student_trainer.config.features import FeatureConfig
 from student_trainer.config.run import TrainConfig, labels_folder
-from student_trainer.config.teachers import LabelConfig, TeacherConfig
-from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.config.teachers import LabelConfig, OneOfTeachersConfig, TeacherConfig, WhenMissing
+from student_trainer.data.dataset import Example, TokenizedDataset
+from student_trainer.data.inputs import routing_of
+from student_trainer.data.teacher_view import TeacherView
 from student_trainer.findings import Finding, Findings
 from student_trainer.labels import event_loop
 from student_trainer.labels.rows_on_device import head_on
 from student_trainer.labels.service import LabelService
+from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.head import Head
 from student_trainer.model.load import Outline
 from student_trainer.teachers.artifact_cache import fetch_artifact, fetch_head
 from student_trainer.teachers.choose import measured_by
 from student_trainer.teachers.connect import Connection
 from student_trainer.teachers.features import FeaturePlan, plan_features
-from student_trainer.teachers.handshake import StudentFacts, agree, shared_rows
+from student_trainer.teachers.handshake import StudentFacts, agree, is_bridged, shared_rows
 from student_trainer.teachers.loss_checks import check_loss
+from student_trainer.teachers.rows.reading import AskedRows, BridgePlan, Reading
 from student_trainer.teachers.trial import choose_labels, try_labels
 from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
 from teacher_wire.core.errors import TeacherWireError
@@ -51,6 +57,9 @@ class TeacherSession:
         head: its output head on the student's device, if one of the signals needs it.
         service: where its labels are asked for and kept.
         features: what is learned from its layers, whose signals `spec` asks for too; None if nothing is.
+        reading: how it reads the rows, and which of them; by it `name`, `bridge`, `responsible`, `request` and `asked`.
+        weight: its share, beside those of the others that are asked about the same row.
+        when_missing: what is done while it does not answer.
     """
 
     connection: Connection
@@ -62,6 +71,41 @@ class TeacherSession:
     head: Head | None
     service: LabelService
     features: FeaturePlan | None = None
+    reading: Reading = field(default_factory=lambda: Reading(""))
+    weight: float = 1.0
+    when_missing: WhenMissing = "wait"
+
+    @property
+    def name(self) -> str:
+        """What the run calls it."""
+        return self.reading.name
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Of the rows that it is asked about; empty for all, or for those that nobody else claims."""
+        routing = self.reading.routing
+        return dict(routing.tags_of)[self.name] if routing is not None else ()
+
+    @property
+    def bridge(self) -> BridgePlan | None:
+        """To a teacher with another tokenizer; None for the student's."""
+        return self.reading.bridge
+
+    def responsible(self, example: Example) -> bool:
+        """Whether it is asked about a row."""
+        return self.reading.responsible(example)
+
+    def request(self, examples: Sequence[Example]) -> LabelRequest | None:
+        """What it is asked about the examples of a micro-batch; None if about none of them."""
+        return self.reading.request(examples)
+
+    def views(self, data: TokenizedDataset) -> Iterator[TeacherView]:
+        """The rows that it is asked about, as it reads them."""
+        return (self.reading.view(row.example) for row in data if self.responsible(row.example))
+
+    def asked(self, examples: Sequence[Example]) -> AskedRows | None:
+        """`request`, with what of the micro-batch the answer is about."""
+        return self.reading.asked(examples)
 
 
 def open_sessions(
@@ -75,6 +119,7 @@ def open_sessions(
     settled: Sequence[LabelConfig] | None = None,
     *,
     only_stores: bool = False,
+    described: Sequence[Described] | None = None,
 ) -> list[TeacherSession]:
     """Opens a session with each teacher that the run asks anything.
 
@@ -87,6 +132,7 @@ def open_sessions(
         findings: of the checks made here.
         settled: what `labels.transport: auto` chose for each teacher before.
         only_stores: nothing will be computed with the labels, so that no output head is needed.
+        described: what each teacher said of itself, if it was asked already (`describe_all`).
 
     Returns:
         The sessions in the order of the config. A teacher that neither a loss nor an evaluation asks has none, nor has one whose
@@ -99,23 +145,64 @@ def open_sessions(
         return []
     on_disk_trouble = _Once(console)
     store = _store(config, on_disk_trouble)
+    routing = routing_of(config)
     uses_chat = config.data.template == "chat" or (
         config.data.template == "auto" and bool(student.tokenizer.chat_template)
     )
     facts = StudentFacts.of(student.tokenizer, student.vocab_rows, uses_chat, data, held_out)
     chosen: list[LabelConfig | None] = [*settled] if settled else [None] * len(connections)
     sessions = []
-    for settings, connection, labels in zip(config.every_teacher, connections, chosen, strict=True):
-        connect = partial(connection.client, _Trouble(console), config.feed.window_mb << 20)
+    every = described or describe_all(config, connections, console)
+    scaffold = _features_of(config, every, facts)
+    for settings, connection, labels, found in zip(config.every_teacher, connections, chosen, every, strict=True):
+        several = settings.called if len(connections) > 1 else ""
+        connect = partial(connection.client, _Trouble(console, several), config.feed.window_mb << 20)
+        name = settings.called or (found.name if isinstance(found, TeacherInfo) else "")
         opening = _Opening(
             config, settings, connection, student, facts, data, held_out, console, findings,
-            LabelService(connect, store), on_disk_trouble, only_stores,
+            LabelService(connect, store if config.keeps_labels(settings) else None), on_disk_trouble, only_stores,
+            found, Reading(name, routing), scaffold.get(settings.called, {}),
         )  # fmt: skip
-        found = findings.attempt(
-            "teacher", partial(_run, opening, labels), f"the server at {connection.address} answers"
+        opened = findings.attempt(
+            "teachers" if several else "teacher",
+            partial(_run, opening, labels),
+            f"the server at {connection.address} answers",
         )
-        sessions += [found] if found is not None else []
+        sessions += [opened] if opened is not None else []
     return sessions
+
+
+Described = TeacherInfo | TeacherWireError
+
+
+def describe_all(config: TrainConfig, connections: Sequence[Connection], console: Console) -> list[Described]:
+    """What each teacher says of itself, all asked at once; why not, of one that does not answer."""
+
+    async def describe(settings: TeacherConfig, connection: Connection) -> Described:
+        several = settings.called if len(connections) > 1 else ""
+        try:
+            async with connection.client(_Trouble(console, several), config.feed.window_mb << 20) as client:
+                return await connection.describe(client)
+        except TeacherWireError as error:
+            return error
+
+    async def every() -> list[Described]:
+        return await asyncio.gather(*map(describe, config.every_teacher, connections))
+
+    return event_loop.run(every())
+
+
+def _features_of(
+    config: TrainConfig, described: Sequence[Described], facts: StudentFacts
+) -> dict[str, dict[str, FeatureConfig]]:
+    """The sections on layers by what the teacher is called whose layers they learn from."""
+    called = [settings.called for settings in config.every_teacher]
+    same = [name for name, found in zip(called, described, strict=True) if not is_bridged(found, facts)]
+    first = (same or called)[0]
+    sections: dict[str, dict[str, FeatureConfig]] = {}
+    for name, section in config.loss.features.items():
+        sections.setdefault(first if section.teacher is None else section.teacher, {})[name] = section
+    return sections
 
 
 def _run(opening: _Opening, settled: LabelConfig | None) -> TeacherSession | None:
@@ -138,34 +225,41 @@ class _Opening:
     service: LabelService
     on_disk_trouble: Callable[[str], None]
     only_stores: bool
+    described: Described
+    reading: Reading
+    layers: Mapping[str, FeatureConfig]
 
     async def run(self, settled: LabelConfig | None) -> TeacherSession | None:
         """The session; None if nothing asks this teacher, or a finding says why it cannot be."""
+        if isinstance(self.described, TeacherWireError):
+            raise self.described
+        info = self.described
         async with self.service.connect() as client:
-            info = await self.connection.describe(client)
-            output, labels = self.config.loss.output, settled or self.config.labels
+            output, labels = self.config.loss.output, settled or self.config.labels_of(self.settings)
+            asked_for = labels.transport
             if output is None and not self.held_out:
                 return None
             if labels.transport == "auto":
                 labels, why = await choose_labels(
-                    client, self.service, info, self.facts, self.config, self.data, self.student.device
+                    client, self.service, info, self.facts, self.config, self.data, self.student.device, self.reading
                 )
-                self.console.print(f"labels by {labels.transport}: {why}")
+                of = f" of {self.reading.name}" if len(self.config.every_teacher) > 1 else ""
+                self.console.print(f"labels{of} by {labels.transport}: {why}")
             measuring = spec = None
-            if self.held_out:
+            if self.held_out and self._are_any(self.held_out, "data.eval"):
                 measuring = spec = self._measuring(info, labels, self.held_out)
                 if measuring is None:
                     return None
             if output is not None:
-                if self.config.labels.transport == "auto" and not self.findings.add(
-                    check_loss(self.config.loss, labels)
-                ):
+                if asked_for == "auto" and not self.findings.add(check_loss(self.config.loss, labels)):
+                    return None
+                if not self._are_any(self.data, "data.train"):
                     return None
                 spec = self._agree(info, labels, f"loss.output ({output.divergence})")
             if spec is None:
                 return None
             features = None
-            if self.config.loss.features:
+            if self.layers:
                 features = await self._features(client, info, spec.vocab_rows)
                 if features is None:
                     return None
@@ -173,11 +267,14 @@ class _Opening:
             head = None
             if not self.only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
                 head = await self._head(client, info, spec)
-            await try_labels(partial(self.service.source, info, connect=lambda: client), spec, self.data)
+            tried_on = self.data if output is not None or self.held_out is None else self.held_out
+            await try_labels(partial(self.service.source, info, connect=lambda: client), spec, tried_on, self.reading)
             self._tell(info, spec)
+            weight = self.settings.weight if isinstance(self.settings, OneOfTeachersConfig) else 1.0
             return TeacherSession(
-                self.connection, info, spec.vocab_rows, labels, spec, measuring, head, self.service, features
-            )
+                self.connection, info, spec.vocab_rows, labels, spec, measuring, head, self.service, features,
+                self.reading, weight, self.config.when_away(self.settings),
+            )  # fmt: skip
 
     def _agree(self, info: TeacherInfo, labels: LabelConfig, asked_by: str) -> SignalSpec | None:
         return agree(
@@ -186,12 +283,28 @@ class _Opening:
             labels,
             self.findings,
             asked_by=asked_by,
-            longest=_longest(self.data, self.held_out),
+            longest=_longest(self.reading, self.data, self.held_out),
             allow_template_mismatch=self.settings.allow_template_mismatch,
         )
 
+    def _are_any(self, rows: TokenizedDataset, setting: str) -> bool:
+        """Whether the teacher is asked about any of these rows."""
+        count = sum(self.reading.responsible(row.example) for row in rows)
+        if self.reading.routing is None and self.reading.bridge is None:
+            return True
+        told = f"teacher {self.reading.name!r} is asked about {count:,} of {len(rows):,} rows of {setting}"
+        if count:
+            return self.findings.add([Finding.good(setting, told)])
+        if setting == "data.eval":
+            self.findings.add([Finding.good(setting, told, f"{told}: nothing is measured with it")])
+        else:
+            tags = ", ".join(dict(self.reading.routing.tags_of)[self.reading.name]) if self.reading.routing else ""
+            fix = f"its tags are {tags}: leave it out, or give rows one of them" if tags else "leave it out"
+            self.findings.add([Finding.bad("teachers", told, fix)])
+        return False
+
     def _measuring(self, info: TeacherInfo, labels: LabelConfig, held_out: TokenizedDataset) -> SignalSpec | None:
-        exact = measured_by(self.config, info, labels, shared_rows(info, self.facts), held_out)
+        exact = measured_by(self.config, info, labels, shared_rows(info, self.facts), held_out, self.reading)
         spec = self._agree(info, exact, "evaluation")
         if exact.transport in ("top_k", "given"):
             advice = (
@@ -203,11 +316,10 @@ class _Opening:
 
     async def _features(self, client: TeacherClient, info: TeacherInfo, vocab_rows: int) -> FeaturePlan | None:
         """What is asked of the teacher's layers, and the basis that their states travel in; None if a finding says why it cannot be."""
-        loss = self.config.loss
         plan = self.findings.attempt(
             "loss",
-            lambda: plan_features(loss, info, vocab_rows, self.student.blocks),
-            f"teacher {info.name!r} gives what {', '.join(f'loss.{name}' for name in loss.features)} ask for",
+            lambda: plan_features(self.layers, info, vocab_rows, self.student.blocks),
+            f"teacher {info.name!r} gives what {', '.join(f'loss.{name}' for name in self.layers)} ask for",
         )
         if plan is None or self.only_stores or not plan.needs_basis:
             return plan
@@ -237,7 +349,7 @@ class _Opening:
         if self.facts.tokens and info.tokenizer_sha256 != self.facts.tokenizer_sha256:
             self.console.print(f"[yellow]note:[/] teacher {info.name}: {escape(self.facts.tokens.same_as(info))}")
         self.console.print(
-            f"teacher [bold]{info.name}[/] at {self.connection.address}: {info.architecture} {info.dtype}, "
+            f"teacher [bold]{self.reading.name}[/] at {self.connection.address}: {info.architecture} {info.dtype}, "
             f"labels by {spec.name}"
         )
 
@@ -245,14 +357,15 @@ class _Opening:
 class _Trouble:
     """Shows each different trouble with the teacher once, not every retry."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, teacher: str = "") -> None:
         self._console = console
+        self._whose = f"teacher {teacher}" if teacher else "teacher"
         self._last = ""
 
     def __call__(self, error: TeacherWireError) -> None:
         if error.message != self._last:
             self._last = error.message
-            self._console.print(f"[yellow]teacher:[/] {escape(str(error))}; trying again", highlight=False)
+            self._console.print(f"[yellow]{self._whose}:[/] {escape(str(error))}; trying again", highlight=False)
 
 
 class _Once:
@@ -275,8 +388,10 @@ def _store(config: TrainConfig, on_trouble: Callable[[str], None]) -> LabelStore
     return LabelStore(labels_folder(config.run.cache_dir), round(config.cache.max_gb * 2**30), on_trouble)
 
 
-def _longest(data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:
-    """Name and tokens of the longest sequence, as the teacher is asked it."""
+def _longest(reading: Reading, data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:
+    """Name and tokens of the longest sequence that the teacher is asked about, as it is asked it."""
     every = [row.example for rows in (data, held_out) if rows is not None for row in rows]
-    longest = max(every, key=lambda example: example.asked.token_ids.size)
-    return longest.key, int(longest.asked.token_ids.size)
+    sizes = [
+        (example.key, int(reading.view(example).token_ids.size)) for example in every if reading.responsible(example)
+    ]
+    return max(sizes, key=lambda size: size[1])

@@ -15,29 +15,32 @@ import torch
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import LabelConfig
-from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.labels.packing import pack
+from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.labels.service import LabelService
 from student_trainer.labels.source import LabelRequest, LabelSource
 from student_trainer.teachers.choose import Probe, choose
 from student_trainer.teachers.handshake import StudentFacts, shared_rows
 from student_trainer.teachers.loss_checks import is_softened
+from student_trainer.teachers.rows.reading import Reading
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.score.signals import spec_of
 
 
-async def try_labels(source_of: Callable[[SignalSpec], LabelSource], spec: SignalSpec, data: TokenizedDataset) -> None:
-    """Asks for the labels of the shortest row, so that what cannot work fails before there is a run folder.
+async def try_labels(
+    source_of: Callable[[SignalSpec], LabelSource], spec: SignalSpec, data: TokenizedDataset, reading: Reading
+) -> None:
+    """Asks for the labels of the shortest row that the teacher is asked about, so that what cannot work fails before there is a run folder.
 
     Every row of it is checked, also where later requests have a sample checked, unless its labels are on disk.
 
     Raises:
         LabelError, TeacherWireError: as `LabelSource.labels`.
     """
-    smallest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
-    asked = pack([data[smallest].example])
+    examples = [row.example for row in data if reading.responsible(row.example)]
+    asked = reading.request([min(examples, key=lambda example: example.token_ids.size)])
+    assert asked is not None
     if spec.extra_ids:
         named = np.tile(np.arange(spec.extra_ids, dtype=np.int32), (asked.batch.rows, 1))
         asked = replace(asked, batch=replace(asked.batch, extra_ids_NM=named))
@@ -55,6 +58,7 @@ async def choose_labels(
     config: TrainConfig,
     data: TokenizedDataset,
     device: torch.device,
+    reading: Reading,
 ) -> tuple[LabelConfig, str]:
     """The labels that `labels.transport: auto` stands for, and why: by the link, measured with one request, and the memory that is free.
 
@@ -64,7 +68,7 @@ async def choose_labels(
     """
     rows = shared_rows(info, facts)
     probe = None
-    asked = _probe(config, info, rows, data) if "hidden" in info.transports else None
+    asked = _probe(config, info, rows, data, reading) if "hidden" in info.transports else None
     if asked is not None:
         spec = spec_of("hidden", rows)
         began_s = time.perf_counter()
@@ -80,23 +84,26 @@ async def choose_labels(
     return choose(info, rows, free, probe, softened=is_softened(config.loss), on_samples=on_samples)
 
 
-def _probe(config: TrainConfig, info: TeacherInfo, rows: int, data: TokenizedDataset) -> LabelRequest | None:
+def _probe(
+    config: TrainConfig, info: TeacherInfo, rows: int, data: TokenizedDataset, reading: Reading
+) -> LabelRequest | None:
     """The first rows of a micro-batch's size that one request may hold, the shortest row if they are too long; None if that is too."""
     limits, row_bytes = info.limits, spec_of("hidden", rows).row_bytes(info.hidden_size, info.value_bytes)
     most_bytes = min(limits.max_reply_bytes, config.feed.window_mb << 20)
 
-    def fits(indices: list[int]) -> bool:
-        examples = [data[index].example for index in indices]
+    def fits(examples: list[Example]) -> bool:
+        views = [reading.view(example) for example in examples]
         return (
-            len(examples) <= limits.max_request_sequences
-            and max(example.asked.token_ids.size for example in examples) <= limits.max_sequence_tokens
-            and sum(example.asked.token_ids.size for example in examples) <= limits.max_request_tokens
-            and sum(int(example.loss_mask.sum()) for example in examples) * row_bytes <= most_bytes
+            len(views) <= limits.max_request_sequences
+            and max(view.token_ids.size for view in views) <= limits.max_sequence_tokens
+            and sum(view.token_ids.size for view in views) <= limits.max_request_tokens
+            and sum(int(view.loss_mask.sum()) for view in views) * row_bytes <= most_bytes
         )
 
-    first = list(range(min(len(data), config.train.batch_size)))
-    shortest = min(range(len(data)), key=lambda index: data[index].example.token_ids.size)
-    for indices in (*(first[:count] for count in range(len(first), 0, -1)), [shortest]):
-        if fits(indices):
-            return pack([data[index].example for index in indices])
+    asked = [row.example for row in data if reading.responsible(row.example)]
+    first = asked[: config.train.batch_size]
+    shortest = min(asked, key=lambda example: example.token_ids.size)
+    for examples in (*(first[:count] for count in range(len(first), 0, -1)), [shortest]):
+        if fits(examples):
+            return reading.request(examples)
     return None

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import bytes_on_disk, load_data, order_of
+from student_trainer.data.inputs import bytes_on_disk, load_run_data, order_of
 from student_trainer.errors import RunError
 from student_trainer.files import LOCK_NAME, free_bytes
 from student_trainer.findings import Finding, Findings, checked
@@ -62,14 +62,7 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
         return findings.all
     loaded = findings.attempt(
         "data",
-        lambda: load_data(
-            config.data,
-            outline.tokenizer,
-            console,
-            pinned_date(config) if resume else None,
-            config.run.cache_dir,
-            config.context,
-        ),
+        lambda: load_run_data(config, outline.tokenizer, console, pinned_date(config) if resume else None),
         "the rows can be learned from",
     )
     if loaded is None:
@@ -124,7 +117,7 @@ def check_requests(
     kept = [session for session in sessions if session.service.store is not None]
     if not kept or config.loss.output is None or config.labels.extra_ids:
         return
-    needed_gb = sum(bytes_on_disk(session.info, session.spec, data, range(len(data))) for session in kept) / 2**30
+    needed_gb = sum(bytes_on_disk(session.info, session.spec, session.views(data)) for session in kept) / 2**30
     advice = (
         f"the labels of one epoch take about {needed_gb:,.1f} GB, above cache.max_gb={config.cache.max_gb:g}: "
         "later epochs and runs will ask the teacher again"

@@ -78,9 +78,10 @@ class DeferredChecks:
         self._ahead = ON_THEIR_WAY if device.type == "cuda" else 0
         self._open: deque[tuple[Integrity, LabelRequest]] = deque()
         self._windows: deque[_Window] = deque()
-        self._tally = Tally()
-        self._rows = 0
-        self._failing = torch.zeros((), dtype=torch.float64, device=device)
+        # By teacher: rows of one that is wrong are not hidden among those of others.
+        self._tally: dict[str, Tally] = {}
+        self._rows: dict[str, int] = {}
+        self._failing: dict[str, Tensor] = {}
 
     def add(self, integrity: Integrity, request: LabelRequest) -> None:
         """Takes the evidence of the labels of `request`; raises what is known to be wrong by now.
@@ -89,9 +90,10 @@ class DeferredChecks:
             TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
         """
         failing, gross = integrity.figures_2.unbind()
-        self._rows += integrity.rows
-        self._failing += failing
-        is_bad = (self._failing > forgiven(self._rows)) | (gross > 0)
+        whose = integrity.teacher
+        self._rows[whose] = self._rows.get(whose, 0) + integrity.rows
+        self._failing[whose] = self._failing[whose] + failing if whose in self._failing else failing
+        is_bad = (self._failing[whose] > forgiven(self._rows[whose])) | (gross > 0)
         torch.maximum(self.refused, is_bad.float(), out=self.refused)
         self._open.append((integrity, request))
         while self._open and (len(self._open) > self._ahead or self._open[0][0].arrived):
@@ -143,7 +145,7 @@ class DeferredChecks:
 
     def _check(self, integrity: Integrity, request: LabelRequest) -> None:
         try:
-            integrity.check(self._tally)
+            integrity.check(self._tally.setdefault(integrity.teacher, Tally()))
         except TeacherHeadMismatch as error:
             error.add_note(f"sample {request.names[request.batch.sequence_of_row(error.row)]}")
             raise

@@ -16,10 +16,10 @@ from rich.markup import escape
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import bytes_on_disk, load_data, order_of
+from student_trainer.data.inputs import bytes_on_disk, load_run_data, order_of
+from student_trainer.data.teacher_view import TeacherView
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.findings import Finding, Findings
-from student_trainer.labels.packing import pack
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from student_trainer.model.load import load_outline
 from student_trainer.progress import ProgressBar
@@ -60,11 +60,14 @@ class _Job:
     groups: list[list[int]]
 
     def request(self, number: int) -> LabelRequest:
-        return pack([self.data[index].example for index in self.groups[number]])
+        asked = self.session.request([self.data[index].example for index in self.groups[number]])
+        assert asked is not None, "a teacher is asked about all rows of its groups"
+        return asked
 
     @property
-    def indices(self) -> list[int]:
-        return [index for group in self.groups for index in group]
+    def views(self) -> list[TeacherView]:
+        """What the teacher is asked about, as it reads it."""
+        return [self.session.reading.view(self.data[index].example) for group in self.groups for index in group]
 
 
 def label(config: TrainConfig, console: Console) -> Filled:
@@ -80,9 +83,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
     findings.add(check_labelling(config, settled is not None))
     with connections(config.every_teacher, console) as reached:
         student = load_outline(config.model)
-        data, held_out = load_data(
-            config.data, student.tokenizer, console, pinned_date(config), config.run.cache_dir, config.context
-        )
+        data, held_out = load_run_data(config, student.tokenizer, console, pinned_date(config))
         findings.add(check_rows(config, student, data, held_out))
         sessions = open_sessions(config, reached, student, data, held_out, console, findings, settled, only_stores=True)
         if not sessions:
@@ -126,7 +127,7 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
 
 def _check_budget(config: TrainConfig, jobs: list[_Job]) -> Finding:
     """Whether the labels of the run fit into the label store all together."""
-    needed = sum(bytes_on_disk(job.session.info, job.spec, job.data, job.indices) for job in jobs)
+    needed = sum(bytes_on_disk(job.session.info, job.spec, job.views) for job in jobs)
     what = f"cache.max_gb={config.cache.max_gb:g}: the labels of this run take about {needed / 2**30:,.2f}"
     if needed > config.cache.max_gb * 2**30 * 0.9:
         return Finding.bad("cache.max_gb", f"{what}; the first would be deleted while the last are written")
@@ -163,7 +164,11 @@ def _distinct(
         fresh = []
         for index in group:
             if index not in key_of:
-                key_of[index] = label_keys(session.info.fingerprint, every_row, pack([data[index].example]).batch)[0]
+                asked = session.request([data[index].example])
+                if asked is None:  # somebody else's row
+                    key_of[index] = ""
+                    continue
+                key_of[index] = label_keys(session.info.fingerprint, every_row, asked.batch)[0]
                 if key_of[index] not in seen:
                     fresh.append(index)
                     seen.add(key_of[index])
@@ -176,7 +181,7 @@ def _fill(config: TrainConfig, jobs: list[_Job], console: Console) -> Filled:
     store, usage = jobs[0].session.service.store, LabelUsage()  # one store of all sessions
     assert store is not None
     before = store.stats.read_bytes + store.stats.written_bytes
-    shown = _Shown(console, sum(job.data[index].example.asked.token_ids.size for job in jobs for index in job.indices))
+    shown = _Shown(console, sum(view.token_ids.size for job in jobs for view in job.views))
     try:
         for job in jobs:
             feed = open_any_feed(config, job.session, job.spec, job.request, 0, len(job.groups), prepare=lambda _: None)

@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from student_trainer.errors import RunError
-from student_trainer.labels.device_transfer import ahead
+from student_trainer.labels.device_transfer import LabelTensors, ahead
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses.head import Head
 from student_trainer.losses.output.term import OutputTerm
-from student_trainer.losses.term import LossTerm, StudentOutputs, SupervisedRows, Tap, TeacherLabels
+from student_trainer.losses.term import JoinedLabels, LossTerm, StudentOutputs, SupervisedRows, Tap, TeacherLabels
 from student_trainer.losses.total import Total, taps_of, total
 from student_trainer.model.forward import StudentForward
 from student_trainer.model.load import Student
+from student_trainer.training.joined.joiner import Joiner
 from student_trainer.training.windows import PaddedBatch
 from teacher_wire.core.batch import TokenBatch
 
@@ -46,6 +47,7 @@ class Learner(nn.Module):
         narrowed: dtype that the student's passes are computed in by autocast; None for its own. The losses never are.
         teacher_head: the teacher's output head, for `hidden` labels.
         likeliest: k, if labels hold ids that the student has named beside the k likeliest; else 0.
+        joiner: makes labels of the answers of several teachers; None in a run with one.
 
     Attributes:
         passes: how the student's passes are computed; recorded ones may be put here.
@@ -60,6 +62,7 @@ class Learner(nn.Module):
         narrowed: torch.dtype | None = None,
         teacher_head: Head | None = None,
         likeliest: int = 0,
+        joiner: Joiner | None = None,
     ) -> None:
         super().__init__()
         self.student = student.model
@@ -72,6 +75,7 @@ class Learner(nn.Module):
         self._narrowed = narrowed
         self._teacher_head = teacher_head
         self._likeliest = likeliest
+        self._joiner = joiner
 
     @property
     def config(self) -> Any:
@@ -107,8 +111,10 @@ class Learner(nn.Module):
         outputs = self.passes(moved["input_ids_BL"], self._taps)
         return total(self._terms, outputs, labels, rows, normalizer, step)
 
-    def _labels(self, batch: PaddedBatch) -> TeacherLabels:
-        assert batch.labels is not None
+    def _labels(self, batch: PaddedBatch) -> TeacherLabels | JoinedLabels:
+        if self._joiner is not None:
+            return self._joiner.labels(batch, self.device)
+        assert isinstance(batch.labels, LabelTensors)
         there = batch.labels.to(self.device)
         return TeacherLabels(rows_on(there, self._teacher_head, self.device, self._likeliest), there.named)
 

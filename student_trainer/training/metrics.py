@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,7 @@ class Meter:
     sums_S: Tensor | None = None
     tokens: int = 0
     waited_s: float = 0.0
+    waited_alone_s: dict[str, float] = field(default_factory=dict)
     labels: LabelUsage = field(default_factory=LabelUsage)
     started_s: float = field(default_factory=time.perf_counter)
 
@@ -51,15 +52,20 @@ class Meter:
     def end_window(self, left_out: Tensor) -> None:
         """The step is done; `left_out` is 1 [] if it was not learned from: then it counts in no mean."""
         values_S = torch.stack([*self.window.values(), torch.ones_like(self.window["loss"])])
-        self.names = (*self.window, "steps")
+        names = (*self.window, "steps")
         kept_S = torch.where(left_out > 0, torch.zeros_like(values_S), values_S)
+        if self.sums_S is not None and names != self.names:  # of several teachers one was away, or is back
+            names, (before_S, kept_S) = _aligned([(self.names, self.sums_S), (names, kept_S)])
+            self.sums_S = before_S
+        self.names = names
         self.sums_S = kept_S if self.sums_S is None else self.sums_S + kept_S
         self.window = {}
 
     def figures(self) -> dict[str, float]:
         """Means as the loss terms say (of the loss: over steps), rates over seconds; NaN if every step was left out.
 
-        `wait_share` is time in which the host waited for labels; a GPU may still have had work meanwhile.
+        `wait_share` is time in which the host waited for labels; a GPU may still have had work meanwhile. `wait_share.NAME` is the part of it
+        in which it waited for that one of several teachers alone.
         """
         seconds = max(time.perf_counter() - self.started_s, 1e-9)
         sums = {} if self.sums_S is None else dict(zip(self.names, self.sums_S.tolist(), strict=True))
@@ -70,4 +76,15 @@ class Meter:
             means = {"loss": sums["loss"] / sums["steps"] if sums["steps"] else math.nan} | means
             means = means if sums["steps"] else dict.fromkeys(means, math.nan)
         rates = {"tokens_per_s": self.tokens / seconds, "wait_share": self.waited_s / seconds}
+        rates |= {f"wait_share.{name}": waited_s / seconds for name, waited_s in self.waited_alone_s.items()}
         return means | rates | ({"cache_hits": self.labels.disk_share} if self.labels.sequences else {})
+
+
+def _aligned(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], list[Tensor]]:
+    """Sums by name over the names of all parts, 0 where a part has none."""
+    names = tuple(dict.fromkeys(name for part, _ in parts for name in part))
+    found = []
+    for part, sums_S in parts:
+        values = dict(zip(part, sums_S.unbind(), strict=True))
+        found.append(torch.stack([values.get(name, torch.zeros_like(sums_S[0])) for name in names]))
+    return names, found

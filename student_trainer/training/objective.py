@@ -11,6 +11,7 @@ from functools import partial
 
 from student_trainer.config.losses import LossConfig
 from student_trainer.losses.divergence import Divergence
+from student_trainer.losses.output.parts import Joining
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.output.term import OutputTerm
 from student_trainer.losses.term import LossTerm
@@ -31,6 +32,7 @@ class Objective:
         signals: by which the teacher's distributions come; none if no loss asks for them.
         features: what is learned from the teacher's layers; None if nothing is.
         run_steps: optimizer steps of the run, of which schedules may take a share.
+        joining: of several teachers; None with one or none.
     """
 
     loss: LossConfig
@@ -38,6 +40,7 @@ class Objective:
     signals: tuple[Signal, ...] = ()
     features: FeaturePlan | None = None
     run_steps: int = 1
+    joining: Joining | None = None
 
     def terms(self, student: Student) -> list[LossTerm]:
         """The terms of this loss, each made by its entry of `TERMS`."""
@@ -68,7 +71,7 @@ class Objective:
 
 def output_term(objective: Objective, student: Student) -> LossTerm:
     """Distillation and the data's own tokens; a config has a weight above 0 for one of them."""
-    return OutputTerm(objective.at, partial(student.head, objective.vocab_rows), objective.signals)
+    return OutputTerm(objective.at, partial(student.head, objective.vocab_rows), objective.signals, objective.joining)
 
 
 # section of `loss` -> its term, or None if this run has none. A new term is one line here.

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,8 +21,8 @@ from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import LabelConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import keep_bad_rows, load_data, order_of
-from student_trainer.errors import RunError
+from student_trainer.data.inputs import keep_bad_rows, load_run_data, order_of
+from student_trainer.errors import RunError, TeacherAwayError
 from student_trainer.evaluation import heldout
 from student_trainer.files import FolderLock, disk_trouble_named
 from student_trainer.findings import Findings
@@ -29,6 +30,7 @@ from student_trainer.labels import event_loop
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.packing import pack
+from student_trainer.labels.prefetch import AheadFeed
 from student_trainer.labels.source import LabelRequest, LabelUsage
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.losses.term import FfnTap, LossTerm
@@ -44,6 +46,7 @@ from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
+from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
 from student_trainer.training.on_policy.checks import check_rollouts, plan_of
@@ -101,14 +104,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
-            data, held_out = load_data(
-                config.data,
-                student.tokenizer,
-                console,
-                pinned_date(config) if resume else None,
-                config.run.cache_dir,
-                config.context,
-            )
+            data, held_out = load_run_data(config, student.tokenizer, console, pinned_date(config) if resume else None)
             findings.add(check_rows(config, student.outline, data, held_out))
             settled = settled_labels(config) if resume else None
             sessions = open_sessions(config, reached, student.outline, data, held_out, console, findings, settled)
@@ -139,25 +135,25 @@ def _run(
     findings: Findings,
 ) -> RunResult:
     order = order_of(config, data)
-    vocab_rows = min((session.vocab_rows for session in sessions), default=_own_rows(student))
-    # The trainer learns from one feed, that of the first session.
+    vocab_rows = shared_vocabulary(sessions, _own_rows(student))
+    joined = JoinedTeachers.of(config, sessions, config.run.output_dir, partial(_note, console))
+    # A run with one teacher learns from the feed of its session, one with several from a feed of all sessions.
     learned = sessions[0] if sessions and config.loss.output is not None else None
-    features = learned.features if learned else None
+    features = learned.features if learned and not joined else None
     of_layers = features.signals.values() if features else ()
-    output_signals = tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned else ()
+    output_signals = tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned and not joined else ()
     objective = Objective(config.loss, vocab_rows, output_signals, features, order.steps)
-    terms = objective.terms(student)
-    if told := told_weight(objective, student):
+    terms = joined.terms(objective, student) if joined else objective.terms(student)
+    if told := joined.told_weight(objective, student) if joined else told_weight(objective, student):
         _note(console, told)
     if any(isinstance(tap, FfnTap) for tap in taps_of(terms)) and compiled.is_installed(student.model):
         _note(console, "the blocks whose FFN loss.ffn reads run as they are, not compiled")
-    check_needs(
-        terms,
-        learned.info.name if learned else None,
-        learned.info.transports if learned else (),
-        len(blocks_of(student.body)) if taps_of(terms) else 0,
-    )
-    if learned:
+    if not joined:
+        blocks = len(blocks_of(student.body)) if taps_of(terms) else 0
+        check_needs(
+            terms, learned.info.name if learned else None, learned.info.transports if learned else (), blocks
+        )
+    if learned and not joined:
         learned = _asking(learned, terms, data)
         sessions = [learned, *sessions[1:]]
     findings.add(check_requests(config, sessions, data, held_out))
@@ -207,9 +203,15 @@ def _run(
             sessions = [learned, *sessions[1:]] if learned else sessions
         if rollouts:
             rollouts.begin(start)
+        if joined:
+            joined.ledger.cut(checkpoint.step_of(start) if start else 0)
         named = NamedAhead(rollouts.windows) if rollouts and config.labels.extra_ids else None
         provided = ProvidedRequests() if learned and config.labels.extra_ids and not named else None
-        feed = partial(open_training_feed, config, learned, named or windows, provided) if learned else None
+        feed: Callable[[int], AheadFeed[Any]] | None = None
+        if joined:
+            feed = partial(joined.open_feed, windows)
+        elif learned:
+            feed = partial(open_training_feed, config, learned, named or windows, provided)
         handed_to = named or provided
         trainer = DistillationTrainer(
             config,
@@ -220,6 +222,7 @@ def _run(
             open_feed=feed,
             ask=handed_to.put if handed_to else None,
             teacher_head=learned.head if learned else None,
+            joiner=joined.joiner() if joined else None,
             measure=_measure(config, student, held_out, sessions, objective) if held_out else None,
             callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
             on_trouble=partial(_note, console),
@@ -229,6 +232,9 @@ def _run(
         if publisher and config.on_policy and config.on_policy.publish:
             trainer.add_callback(PublishAfterSteps(publisher, config.on_policy.publish.every, trainer.settle))
         layers = None
+        if joined:
+            learned = joined.of_features
+            features = learned.features if learned else None
         if learned and features:
             of_features = [term for term in terms if term.name in features.pairs]
             layers = LayerReport(student, learned, of_features, held_out or data, folder)
@@ -241,9 +247,13 @@ def _run(
         metrics = trainer.last_metrics() if held_out else {}
         if layers:
             layers.end()
+        if joined:
+            joined.end()
     except BaseException as error:
         if trainer is not None:
             _name_bad_labels(error, trainer, sessions)
+            if isinstance(error, TeacherAwayError):
+                keep_last_step(error, trainer)
         if is_out_of_memory(error):
             raise RunError(_told_of_memory(config, error, trainer)) from error
         raise
@@ -270,7 +280,9 @@ def _asking(session: TeacherSession, terms: list[LossTerm], data: TokenizedDatas
 
     async def tried() -> None:
         async with session.service.connect() as client:
-            await try_labels(partial(session.service.source, session.info, connect=lambda: client), spec, data)
+            await try_labels(
+                partial(session.service.source, session.info, connect=lambda: client), spec, data, session.reading
+            )
 
     event_loop.run(tried())
     return replace(session, spec=spec)
@@ -311,7 +323,7 @@ def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, session
     if mismatch is None:
         return
     for session in sessions:
-        if told := session.service.forget(session.info):
+        if mismatch.teacher in ("", session.name) and (told := session.service.forget(session.info)):
             mismatch.add_note(told)
     if mismatch is not error:
         raise mismatch from error

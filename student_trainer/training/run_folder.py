@@ -25,6 +25,7 @@ from student_trainer.errors import RunError
 from student_trainer.evaluation import layer_similarity
 from student_trainer.files import LOCK_NAME, disk_trouble_named, read_object, write_whole
 from student_trainer.findings import Finding, Findings
+from student_trainer.labels.joined.ledger import TEACHERS_NAME
 from student_trainer.labels.lineage import REVISIONS_NAME
 from student_trainer.labels.source import LabelUsage
 from student_trainer.rollout.ledger import LEDGER_NAME
@@ -181,7 +182,7 @@ def open_folder(
 
 def leave_no_trace(folder: Path) -> None:
     """Takes away what `open_folder` has made, for a run that has come to nothing: the same folder may be tried again."""
-    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, LAYERS_NAME, LEDGER_NAME, REVISIONS_NAME):
+    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, LAYERS_NAME, LEDGER_NAME, REVISIONS_NAME, TEACHERS_NAME):
         (folder / name).unlink(missing_ok=True)
     checkpoint.discard_unfinished(folder)
     with contextlib.suppress(OSError):  # others' files stay, and with them the folder

@@ -23,8 +23,7 @@ from student_trainer.config.run import TrainConfig
 from student_trainer.config.training import OptimizationConfig
 from student_trainer.errors import ConfigError, NonFiniteError, RunError
 from student_trainer.files import disk_trouble_named
-from student_trainer.labels.device_transfer import LabelTensors
-from student_trainer.labels.prefetch import LabelFeed
+from student_trainer.labels.prefetch import AheadFeed
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Integrity
@@ -35,6 +34,7 @@ from student_trainer.model.speed import cuda_graphs
 from student_trainer.model.speed.cuda_recorder import CudaRecorder
 from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrainer
 from student_trainer.training.deferred_checks import DeferredChecks
+from student_trainer.training.joined.joiner import Joiner, request_of
 from student_trainer.training.learner import Learner
 from student_trainer.training.metrics import Meter
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
@@ -57,6 +57,7 @@ class DistillationTrainer(KeepingTrainer):
         open_feed: makes a feed that starts at a micro-batch; None if no loss needs a teacher.
         ask: hands the feed a request it cannot make itself; None if it can make them all.
         teacher_head: the teacher's output head, for `hidden` labels.
+        joiner: makes labels of the answers of several teachers; None in a run with one.
         measure: figures of the held-out data; None if there are none.
         callbacks: transformers callbacks.
         on_trouble: called with a sentence that says what makes the run slower than it might be, or its figures less than they should be.
@@ -73,9 +74,10 @@ class DistillationTrainer(KeepingTrainer):
         terms: Sequence[LossTerm],
         *,
         arguments: TrainingArguments | None = None,
-        open_feed: Callable[[int], LabelFeed] | None = None,
+        open_feed: Callable[[int], AheadFeed[Any]] | None = None,
         ask: Callable[[int, LabelRequest], None] | None = None,
         teacher_head: Head | None = None,
+        joiner: Joiner | None = None,
         measure: Callable[[], dict[str, float]] | None = None,
         callbacks: list[Any] | None = None,
         on_trouble: Callable[[str], None] = print,
@@ -85,7 +87,7 @@ class DistillationTrainer(KeepingTrainer):
         self._windows = windows
         self._open_feed = open_feed
         self._ask = ask
-        self._feed: LabelFeed | None = None
+        self._feed: AheadFeed[Any] | None = None
         self._measure = measure
         self._evidence: tuple[Integrity, ...] = ()
         self._meter = Meter()
@@ -99,6 +101,7 @@ class DistillationTrainer(KeepingTrainer):
             narrowed=torch.bfloat16 if config.train.bf16 else None,
             teacher_head=teacher_head,
             likeliest=config.labels.k if config.labels.extra_ids else 0,
+            joiner=joiner,
         )
         self._verdicts = DeferredChecks(
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
@@ -151,14 +154,18 @@ class DistillationTrainer(KeepingTrainer):
             ]
         return [{"batch": batch} for batch in batches], sum(batch.weight for batch in batches)
 
-    def _take(self, number: int) -> LabelTensors:
-        """The teacher's answer about micro-batch `number`, and how long it was waited for."""
+    def _take(self, number: int) -> Any:
+        """What the teacher has answered about micro-batch `number`, or several have; it counts how long it was waited for."""
         if self._feed is None:
             assert self._open_feed is not None
             self._feed = self._open_feed(number)
-        before_s = self._feed.stats.wait_s
+        stats = self._feed.stats
+        before_s, alone_before_s = stats.wait_s, dict(stats.alone_s)
         labels = self._feed.take(number)
-        self._meter.waited_s += self._feed.stats.wait_s - before_s
+        self._meter.waited_s += stats.wait_s - before_s
+        alone_s = self._meter.waited_alone_s
+        for name, waited_s in stats.alone_s.items():
+            alone_s[name] = alone_s.get(name, 0.0) + waited_s - alone_before_s[name]
         self._meter.labels.add(labels.usage)
         return labels.ready
 
@@ -190,13 +197,13 @@ class DistillationTrainer(KeepingTrainer):
         Raises:
             TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
         """
-        request = inputs["batch"].request
-        sequences, tokens = inputs["batch"].input_ids_BL.shape
+        batch = inputs["batch"]
+        sequences, tokens = batch.input_ids_BL.shape
         self.batch_shape = f"{sequences} sequences, padded to {tokens} tokens"
         loss = super().training_step(model, inputs, num_items_in_batch)
         for evidence in self._evidence:
-            self._verdicts.add(evidence, request)
-        self._window.append((loss, request.names))
+            self._verdicts.add(evidence, request_of(batch, evidence.teacher))
+        self._window.append((loss, batch.request.names))
         if self._config.train.nonfinite == "skip":  # transformers adds it to a sum that lasts for the whole run
             return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
         return loss

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import IndexedExample, TokenizedDataset, collate
 from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.labels.joined.answer import JoinedAnswer
 from student_trainer.labels.packing import pack, pack_own
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.align import row_index
@@ -84,6 +85,9 @@ class WindowSource(Protocol):
     def request(self, number: int) -> LabelRequest:
         """What a teacher is asked about micro-batch `number`; called ahead of `window`, by another thread, and may wait."""
 
+    def micro_batch(self, number: int) -> MicroBatch:
+        """Micro-batch `number`, of which several teachers are asked each what it is responsible for; called as `request`."""
+
     def epoch_at(self, step: int) -> float:
         """Passes over the data made after `step` steps."""
 
@@ -109,6 +113,9 @@ class FixedOrder:
     def request(self, number: int) -> LabelRequest:
         return self._batch(number).request
 
+    def micro_batch(self, number: int) -> MicroBatch:
+        return self._batch(number)
+
     def epoch_at(self, step: int) -> float:
         return self._order.epoch_at(step)
 
@@ -133,7 +140,7 @@ class PaddedBatch:
         labels_N: int64, the tokens they describe.
         weights_N: float32, of their losses.
         request: names and tokens as the teacher is asked about them, packed.
-        labels: what the teacher answered; None where it was not asked.
+        labels: what the teacher answered, or several have; None where none was asked.
         sampled_logp_N: float32, log-probability of each label under the weights and temperature that sampled it; NaN in rows of the
             data. None where no sequence is a rollout.
         likeliest_NM: int32, the student's own likeliest ids of each row when it was sampled; -1 in rows of the data. None where no
@@ -145,7 +152,7 @@ class PaddedBatch:
     labels_N: Tensor
     weights_N: Tensor
     request: LabelRequest
-    labels: LabelTensors | None = None
+    labels: LabelTensors | JoinedAnswer | None = None
     sampled_logp_N: Tensor | None = None
     likeliest_NM: np.ndarray | None = None
 

@@ -66,7 +66,7 @@ def _case(room: Room, remote: Remote, name: str, sections: dict[str, Any]) -> No
     config, spec = room.config(loss, "hidden", True), SPECS["hidden"]
     plan: FeaturePlan | None = None
     if config.loss.features:
-        plan = plan_features(config.loss, remote.info, V, int(str(STUDENT["num_hidden_layers"])))
+        plan = plan_features(config.loss.features, remote.info, V, int(str(STUDENT["num_hidden_layers"])))
         spec = replace(spec, signals=(*spec.signals, *plan.signals.values()))
         plan = replace(plan, basis=remote.basis) if plan.needs_basis else plan
     data, order = room.data(0), room.order()

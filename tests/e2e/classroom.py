@@ -339,7 +339,7 @@ def train_by_terms(
     """As `train_student`, by the product's own terms of a config's section `loss`, those on layers among them, from `hidden` labels."""
     loss = LossConfig.model_validate(section)
     spec = spec_of("hidden", recipe.shape.vocab)
-    plan = plan_features(loss, room.info, recipe.shape.vocab, recipe.shape.layers) if loss.features else None
+    plan = plan_features(loss.features, room.info, recipe.shape.vocab, recipe.shape.layers) if loss.features else None
     objective = Objective(loss, recipe.shape.vocab, spec.signals, plan, recipe.steps)
     if plan is not None:
         spec = replace(spec, signals=(*spec.signals, *plan.signals.values()))

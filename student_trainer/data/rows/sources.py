@@ -43,6 +43,7 @@ class DataSource:
         split: which split of a folder or hub id; files have none.
         columns: name in the rows -> name that formats know; None: the field is left out on purpose.
         subset: which configuration of a hub id, for those that have several.
+        tags: of all of its rows (`data.routing`).
     """
 
     path: str
@@ -51,6 +52,7 @@ class DataSource:
     split: str = "train"
     columns: Mapping[str, str | None] = field(default_factory=dict)
     subset: str | None = None
+    tags: tuple[str, ...] = ()
 
 
 def parse_source(text: str, format_name: str = "auto") -> DataSource:

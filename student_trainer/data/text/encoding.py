@@ -41,6 +41,7 @@ class TokenSequence:
         target_bytes: UTF-8 bytes of the row's own characters under the mask.
         weights: float32 [L]; None: 1 everywhere.
         turns: numbers of its answers' turns.
+        starts: where each of its answers starts, in tokens.
     """
 
     token_ids: np.ndarray
@@ -48,6 +49,7 @@ class TokenSequence:
     target_bytes: int
     weights: np.ndarray | None
     turns: tuple[int, ...]
+    starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,11 @@ class Encoder:
         ids = self._first + parts[-1][1].ids
         mask = np.zeros(len(ids), np.bool_)
         weights = np.ones(len(ids), np.float32) if any(answer.weights for answer, _ in parts) else None
-        target_bytes = 0
+        target_bytes, starts = 0, []
         for answer, behind in parts:
             self.border_merges += behind.merged
             start = len(self._first) + len(behind.prompt_ids)
+            starts.append(start)
             stop = start + len(behind.target_ids)
             mask[start:stop] = True
             if answer.weights and weights is not None:
@@ -214,7 +217,12 @@ class Encoder:
             else:
                 target_bytes += sum(len(answer.target[place.start : place.end].encode()) for place in answer.places)
         return TokenSequence(
-            np.array(ids, np.int32), mask, target_bytes, weights, tuple(answer.turn for answer, _ in parts)
+            np.array(ids, np.int32),
+            mask,
+            target_bytes,
+            weights,
+            tuple(answer.turn for answer, _ in parts),
+            tuple(starts),
         )
 
     def _tokenised(self, answers: Iterable[tuple[Answer, bool]]) -> dict[Any, Any]:

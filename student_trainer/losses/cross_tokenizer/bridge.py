@@ -46,11 +46,13 @@ class Bridge:
     Attributes:
         classes: of the two vocabularies.
         groups: of this micro-batch.
+        labels_M: int64, on the host: the teacher's tokens that its M rows describe, in its own ids.
         alm_weight: of the groups that are not 1-1, a token.
         alm_temperature: tau_b of their binary cross-entropy.
     """
 
     classes: VocabularyClasses
     groups: Groups
+    labels_M: Tensor
     alm_weight: float = 0.5
     alm_temperature: float = 100.0

@@ -77,6 +77,7 @@ class PairedTerm(ABC):
     """The half of a `LossTerm` that is the same for all objectives on pairs of blocks; the other half is `_pair`."""
 
     name: ClassVar[str]
+    teacher: str = ""  # whose layers these are, in a run with several teachers
     _pairs: tuple[LayerPair, ...]
     _weight: FeatureWeight
 
@@ -94,9 +95,10 @@ class PairedTerm(ABC):
     ) -> TermResult:
         """The term and its figures: `NAME_loss`, the mean over pairs, and `NAME_loss_S` of the student's block S; neither times the weight.
 
-        At weight 0 it is still measured, without a gradient.
+        At weight 0 it is still measured, without a gradient. Where its teacher, one of several, has not answered, everything is 0.
         """
-        assert labels is not None, "a run with features has a teacher"
+        if labels is None:
+            return self._unanswered(outputs)
         weight = self._weight.at(step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
             losses = [self._pair(pair, outputs, labels, rows) for pair in self._pairs]
@@ -107,3 +109,9 @@ class PairedTerm(ABC):
             sums = found.sum.detach().double(), found.weights.detach().double()
             figures[f"{self.name}_loss_{pair.student}"] = Mean(*sums)
         return TermResult(weight * total / normalizer, figures)
+
+    def _unanswered(self, outputs: StudentOutputs) -> TermResult:
+        """Nothing to learn, and figures of no rows: a log has the same in every micro-batch."""
+        nothing = torch.zeros((), dtype=torch.float64, device=outputs.final_BLD.device)
+        names = [f"{self.name}_loss", *(f"{self.name}_loss_{pair.student}" for pair in self._pairs)]
+        return TermResult(outputs.final_BLD.sum() * 0.0, {name: Mean(nothing, nothing) for name in names})

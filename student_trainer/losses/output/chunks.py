@@ -54,12 +54,12 @@ def chunk_terms(
     if chunk is None:
         kd_C, kd_grad_CV, seen = torch.zeros_like(ce_C), None, None
     elif spec.policy_gradient is not None:
-        found, seen = _on_samples(-ce_C, sampled_logp_C, chunk, label_ids_C, z_CV.dtype, spec.policy_gradient)
+        found, seen = on_samples(-ce_C, sampled_logp_C, chunk, label_ids_C, z_CV.dtype, spec.policy_gradient)
         kd_C, clipped_C = found.loss_C, found.clipped_C
         slope_C1 = (found.slope_C * spec.kd_weight * coefficient_C)[:, None]
         kd_grad_CV = log_q_CV.exp().mul_(-slope_C1).scatter_add_(-1, label_C1, slope_C1)  # slope (onehot - q)
     else:
-        kd_C, kd_grad_CV, seen = _kd(z_CV, log_q_CV, chunk, label_ids_C, spec)
+        kd_C, kd_grad_CV, seen = kd_terms(z_CV, log_q_CV, chunk, label_ids_C, spec)
         kd_grad_CV.mul_((spec.kd_weight * coefficient_C)[:, None])
     if spec.sft_weight or kd_grad_CV is None:
         sft_C1 = _sft_scale(spec, coefficient_C, sampled_logp_C)[:, None]
@@ -74,7 +74,7 @@ def _sft_scale(spec: OutputLossSpec, coefficient_C: Tensor, sampled_logp_C: Tens
     return scale_C if sampled_logp_C is None else scale_C.masked_fill(~sampled_logp_C.isnan(), 0)
 
 
-def _on_samples(
+def on_samples(
     log_q_C: Tensor,
     sampled_logp_C: Tensor | None,
     chunk: TeacherRows,
@@ -90,7 +90,7 @@ def _on_samples(
     return surrogate(log_q_C, sampled_logp_C, teacher_logp_C, how), seen
 
 
-def _kd(
+def kd_terms(
     z_CV: Tensor, log_q_CV: Tensor, chunk: TeacherRows, label_ids_C: Tensor, spec: OutputLossSpec
 ) -> tuple[Tensor, Tensor, Seen | None]:
     """s(tau) D a row, its gradient on the student's logits, and the evidence; leaves its arguments as they are."""
@@ -129,7 +129,7 @@ def fused_terms(
     if chunk is not None and spec.policy_gradient is not None:
         lse_C, ahead_C = fused.row_figures(z_CV, label_ids_C, label_z_C)
         log_q_C = label_z_C - lse_C
-        found, seen = _on_samples(log_q_C, sampled_logp_C, chunk, label_ids_C, z_CV.dtype, spec.policy_gradient)
+        found, seen = on_samples(log_q_C, sampled_logp_C, chunk, label_ids_C, z_CV.dtype, spec.policy_gradient)
         scale_C = sft_C - kd_C * found.slope_C
         grad_CV = fused.softmax_grad(z_CV, lse_C, scale_C, label_ids_C, scale_C, grad_dtype)
         return RowFigures(found.loss_C, -log_q_C, ahead_C, seen, found.clipped_C), grad_CV

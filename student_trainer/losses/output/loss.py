@@ -103,15 +103,15 @@ def output_loss(
     _check_call(student_hidden_ND, head, rows, label_ids_N, weights_N, spec, sampled_logp_N)
     kept_M = weights_N.detach().nonzero()[:, 0]  # if they are on the device, the one wait for it: shapes depend on it
     labels_M, weights_M, count = label_ids_N[kept_M], weights_N[kept_M], kept_M.numel()
-    _check_values(labels_M, weights_M, normalizer, head.vocab_rows)
+    check_values(labels_M, weights_M, normalizer, head.vocab_rows)
     sampled_M = None if sampled_logp_N is None else sampled_logp_N[kept_M]
     if sampled_M is not None:
-        _check_sampled(sampled_M)
-    kept_M, labels_M, weights_M = (_beside(student_hidden_ND, t) for t in (kept_M, labels_M, weights_M))
+        check_sampled(sampled_M)
+    kept_M, labels_M, weights_M = (beside(student_hidden_ND, t) for t in (kept_M, labels_M, weights_M))
     dtype = wide(student_hidden_ND, head.weight_VD)
     if sampled_M is not None:
-        sampled_M = _beside(student_hidden_ND, sampled_M).to(dtype)
-    grad_dtype = torch.bfloat16 if _narrow(student_hidden_ND, head) else dtype
+        sampled_M = beside(student_hidden_ND, sampled_M).to(dtype)
+    grad_dtype = torch.bfloat16 if narrow(student_hidden_ND, head) else dtype
     is_fused = dtype == torch.float32 and fused.usable(student_hidden_ND) and has_kernel(rows, spec)
     bytes_each = 16 if not is_fused else 4 + grad_dtype.itemsize + (0 if is_short(rows) else 4)
     chunk_rows = spec.chunk_rows(head.vocab_rows, bytes_each)
@@ -167,7 +167,7 @@ def _sums(figures: list[RowFigures], weights_M: Tensor, own_M: Tensor) -> tuple[
     )
 
 
-def _narrow(hidden_ND: Tensor, head: Head) -> bool:
+def narrow(hidden_ND: Tensor, head: Head) -> bool:
     """Whether every product that a gradient on the logits goes into would round it to bfloat16 (see `matmul`)."""
     plain = head.lora is None and head.bias_V is None and not head.final_softcap and head.logit_scale == 1.0
     return plain and hidden_ND.dtype == head.weight_VD.dtype == torch.bfloat16
@@ -219,7 +219,7 @@ def _check_call(
     check_vocabulary(rows, head)
 
 
-def _check_sampled(sampled_logp_M: Tensor) -> None:
+def check_sampled(sampled_logp_M: Tensor) -> None:
     """Refuses figures that are neither NaN nor log-probabilities; read where they are, on the host in a run."""
     wrong = sampled_logp_M[(sampled_logp_M > 1e-3) | sampled_logp_M.isneginf()]
     if wrong.numel():
@@ -228,14 +228,14 @@ def _check_sampled(sampled_logp_M: Tensor) -> None:
         )
 
 
-def _beside(there: Tensor, tensor: Tensor) -> Tensor:
+def beside(there: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` on the device of `there`; from the host it is on its way when this returns."""
     if tensor.device == there.device:
         return tensor
     return (tensor.pin_memory() if there.is_cuda else tensor).to(there.device, non_blocking=True)
 
 
-def _check_values(label_ids_N: Tensor, weights_N: Tensor, normalizer: float | Tensor, vocab_rows: int) -> None:
+def check_values(label_ids_N: Tensor, weights_N: Tensor, normalizer: float | Tensor, vocab_rows: int) -> None:
     """What must be read; if it is on the device, that has just been waited for, so this costs next to nothing."""
     if not label_ids_N.numel():
         return

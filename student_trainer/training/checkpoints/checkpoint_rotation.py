@@ -79,6 +79,19 @@ class KeepingTrainer(Trainer):
             self._writing = None
             checkpoint.rotate(run_folder, self._config.train.keep_checkpoints, step)
 
+    def keep_last_step(self) -> Path | None:
+        """A checkpoint of the last whole step, of a run that ends between two steps for a reason that is not its own; None before the first.
+
+        Raises:
+            RunError, NonFiniteError: as any checkpoint.
+        """
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        newest = checkpoint.newest_whole(folder.parent)
+        if step and newest != folder:
+            self._save_checkpoint(self.model, None)
+        return folder if step else None
+
     @contextlib.contextmanager
     def _written(self, what: str) -> Iterator[None]:
         """Names trouble with the disk, and frees what a torn attempt has taken of it."""

@@ -33,9 +33,18 @@ _SHOWN = {
 }
 
 
+_ALONE = "wait_share."  # and the name of one of several teachers
+_TOLD_SHARE = 0.02  # of the time waited for one teacher alone, from which on it is named
+
+
 def describe_logs(logs: dict[str, float]) -> str:
-    """The known figures of a log entry as one line."""
-    return "  ".join(text.format(logs[name]) for name, text in _SHOWN.items() if name in logs)
+    """The known figures of a log entry as one line; the one of several teachers that is waited for most is named."""
+    shown = [text.format(logs[name]) for name, text in _SHOWN.items() if name in logs]
+    alone = {name.removeprefix(_ALONE): share for name, share in logs.items() if name.startswith(_ALONE)}
+    slowest = max(alone, key=lambda name: alone[name], default="")
+    if slowest and alone[slowest] >= _TOLD_SHARE:
+        shown.append(f"for {slowest} alone {alone[slowest]:.0%}")
+    return "  ".join(shown)
 
 
 class ConsoleProgress(TrainerCallback):

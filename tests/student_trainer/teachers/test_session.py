@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from student_trainer.config.run import TrainConfig
 from student_trainer.data.inputs import load_data, order_of
 from student_trainer.errors import ConfigError
 from student_trainer.findings import Findings
@@ -34,14 +33,12 @@ def limited(plain: FakeTeacher, **changes) -> Limited:
 
 
 @pytest.fixture
-def two(config_of, fake, monkeypatch):
-    """A config of two teachers, which no file can name yet, and the second of them."""
+def two(config_of, fake, server):
+    """A config of two teachers, and the second of them."""
     other = limited(fake)
     with serve(other) as second:
-        config = config_of(train={"eval_batch_size": 2})
-        there = config.teacher.model_copy(update={"address": second.address})
-        monkeypatch.setattr(TrainConfig, "teachers", property(lambda self: (self.teacher, there)))
-        yield config, other
+        teachers = [{"alias": "near", "address": server.address}, {"alias": "far", "address": second.address}]
+        yield config_of(train={"eval_batch_size": 2}, teacher=None, teachers=teachers), other
 
 
 def opened(config, findings, console=None, **options):
@@ -88,7 +85,7 @@ def test_a_teacher_that_does_not_fit_leaves_the_others_their_sessions(two):
         opened(config, Findings())
     findings = Findings(stops=False)
     sessions, _, _ = opened(config, findings, only_stores=True)
-    assert [session.connection.address for session in sessions] == [config.teacher.address]
+    assert [session.connection.address for session in sessions] == [config.teachers[0].address]
     assert [found.setting for found in findings.all if not found.ok] == ["teacher"]
     assert sessions[0].head is None
 

@@ -1,0 +1,139 @@
+"""One chunk of rows with the parts of several teachers: figures per row, and the gradient on the student's logits.
+
+In: logits [C, V], what each teacher says of some of the rows, labels and weights. Out: as `chunks.py`, by teacher.
+Must never touch a head or a parameter: `joined.py` runs over chunks and pulls the gradients back.
+
+Axes: C rows of a chunk, P of them that a teacher has a distribution of, V ids of the student.
+Source: algorithms.md 3.2, 9.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from student_trainer.losses import fused
+from student_trainer.losses.output.chunks import fused_terms, kd_terms, on_samples
+from student_trainer.losses.output.spec import OutputLossSpec
+from student_trainer.losses.rows import TeacherRows
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A teacher's distributions in a chunk.
+
+    Attributes:
+        where: which of the C rows they are of.
+        rows: the teacher's, over the student's ids.
+        coefficient_P: weight times share over the normalizer.
+    """
+
+    where: slice | Tensor
+    rows: TeacherRows
+    coefficient_P: Tensor
+
+
+class PieceFigures(NamedTuple):
+    """Loss of each row without any factor, and rows that a policy gradient has clipped."""
+
+    kd_P: Tensor
+    clipped_P: Tensor | None
+
+
+class OwnFigures(NamedTuple):
+    """What the student says of the labels: log-probability, and ids before them."""
+
+    label_logp_C: Tensor
+    ahead_C: Tensor
+
+
+class Chunk:
+    """See module. Made once for each chunk; then every piece is added, and `finish` gives the gradient.
+
+    Args:
+        z_CV: logits of the student; left as they are.
+        label_ids_C: int64.
+        sampled_logp_C: as in `chunk_terms`.
+        spec: what is computed.
+        is_fused: with kernels in place of passes over [C, V].
+    """
+
+    def __init__(
+        self, z_CV: Tensor, label_ids_C: Tensor, sampled_logp_C: Tensor | None, spec: OutputLossSpec, is_fused: bool
+    ) -> None:
+        self._z_CV, self._labels_C, self._sampled_C = z_CV, label_ids_C, sampled_logp_C
+        self._spec, self._is_fused = replace(spec, sft_weight=0.0), is_fused
+        self._grad_CV: Tensor | None = None
+        label_C1 = label_ids_C[:, None]
+        label_z_C1 = z_CV.gather(-1, label_C1)
+        if is_fused:
+            self._lse_C, ahead_C = fused.row_figures(z_CV, label_ids_C, label_z_C1[:, 0])
+            self.own = OwnFigures(label_z_C1[:, 0] - self._lse_C, ahead_C)
+            return
+        self._log_q_CV = z_CV.log_softmax(-1)
+        ids_V = torch.arange(z_CV.shape[-1], device=z_CV.device)
+        ahead_C = ((z_CV > label_z_C1) | ((z_CV == label_z_C1) & (ids_V < label_C1))).sum(-1)
+        self.own = OwnFigures(self._log_q_CV.gather(-1, label_C1)[:, 0], ahead_C)
+
+    def add(self, piece: Piece) -> PieceFigures:
+        """A teacher of the student's tokenizer, by the divergence or the policy gradient."""
+        z_PV, labels_P, sampled_P = self._of(self._z_CV, piece), self._of(self._labels_C, piece), self._sampled_C
+        sampled_P = None if sampled_P is None else self._of(sampled_P, piece)
+        if self._spec.policy_gradient is not None:
+            found, _ = on_samples(
+                self._of(self.own.label_logp_C, piece), sampled_P, piece.rows, labels_P, z_PV.dtype,
+                self._spec.policy_gradient,
+            )  # fmt: skip
+            slope_P1 = (found.slope_C * self._spec.kd_weight * piece.coefficient_P)[:, None]
+            grad_PV = self._probabilities(piece).mul_(-slope_P1).scatter_add_(-1, labels_P[:, None], slope_P1)
+            self._add(grad_PV, piece)
+            return PieceFigures(found.loss_C, found.clipped_C)
+        if self._is_fused:
+            row, grad_PV = fused_terms(z_PV, piece.rows, labels_P, piece.coefficient_P, self._spec, z_PV.dtype)
+            self._add(grad_PV, piece)
+            return PieceFigures(row.kd_C, None)
+        kd_P, grad_PV, _ = kd_terms(z_PV, self._of(self._log_q_CV, piece), piece.rows, labels_P, self._spec)
+        self._add(grad_PV.mul_((self._spec.kd_weight * piece.coefficient_P)[:, None]), piece)
+        return PieceFigures(kd_P, None)
+
+    def finish(self, scale_C: Tensor | None) -> Tensor:
+        """The gradient on the logits with every factor; nothing else may be asked afterwards.
+
+        Args:
+            scale_C: slope of the loss in -log q(label), such as the weight of the cross-entropy; None: it is 0 in every row.
+        """
+        if scale_C is None and self._grad_CV is not None:
+            return self._grad_CV
+        if scale_C is None:
+            return torch.zeros_like(self._z_CV)
+        if self._is_fused:
+            grad_CV = fused.softmax_grad(self._z_CV, self._lse_C, scale_C, self._labels_C, scale_C, self._z_CV.dtype)
+        else:
+            scale_C1 = scale_C[:, None]
+            grad_CV = self._log_q_CV.exp_().mul_(scale_C1).scatter_add_(-1, self._labels_C[:, None], -scale_C1)
+        return grad_CV if self._grad_CV is None else self._grad_CV.add_(grad_CV)
+
+    def _probabilities(self, piece: Piece) -> Tensor:
+        """[P, V], of the student; a buffer of its own."""
+        if self._is_fused:
+            return (self._of(self._z_CV, piece) - self._of(self._lse_C, piece)[:, None]).exp_()
+        return self._of(self._log_q_CV, piece).exp()
+
+    @staticmethod
+    def _of(there_C: Tensor, piece: Piece) -> Tensor:
+        return there_C[piece.where]
+
+    def _add(self, grad_PV: Tensor, piece: Piece) -> None:
+        """A part of the gradient that is not needed elsewhere."""
+        if self._grad_CV is None:
+            if grad_PV.shape == self._z_CV.shape:
+                self._grad_CV = grad_PV
+                return
+            self._grad_CV = torch.zeros_like(self._z_CV)
+        if isinstance(piece.where, slice):
+            self._grad_CV[piece.where].add_(grad_PV)
+        else:
+            self._grad_CV.index_add_(0, piece.where, grad_PV)  # no row comes twice

@@ -1,0 +1,1 @@
+"""How teachers read the rows of a run: which of them, and in which tokens."""
