@@ -4,7 +4,7 @@ Fake teachers in processes of their own, each on a port of its own, answer one r
 slower one, from the faster one, and from both at once, by the product's own `train`; labels are not kept. The steps of the three runs after the first tenth are timed by the clock, in turns
 `--repeat` times over, since the machine may be busy with other things.
 
-    python -m tests.bench.two_teachers [--slow-ms 120] [--fast-ms 60] [--steps 60] [--repeat 3] [--json]
+    python -m tests.bench.two_teachers [--slow-ms 300] [--fast-ms 150] [--steps 40] [--repeat 3] [--json]
 
 Columns: milliseconds of a step, the median of the repeats; its ratio to the slower teacher alone; the share of the time in which the student waited for labels; with `--slow-ms 0 --fast-ms 0` the student itself is the slow one,
 and the ratio says what the second teacher's part of the loss costs. Gate (issue 17): a ratio of at most 1.05 where the teacher is the slow one.
@@ -159,9 +159,9 @@ def timed(tree: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
 def main() -> None:
     """The bench; see module."""
     parser = argparse.ArgumentParser(description="A student's step with two teachers, beside the slower of them alone.")
-    parser.add_argument("--slow-ms", type=float, default=120)
-    parser.add_argument("--fast-ms", type=float, default=60)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--slow-ms", type=float, default=300)
+    parser.add_argument("--fast-ms", type=float, default=150)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

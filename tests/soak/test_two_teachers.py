@@ -1,6 +1,7 @@
 """Must show 7 of issue 17: two teachers in two network namespaces, one of them behind TLS and a token, and a student of both in a third.
 
-The machines are those of tests/soak/hosts.py; each teacher is a `teacher-server up` with a Ray of its own. Without the token, or without the certificate of the authority, there is one line and no run.
+The machines are those of tests/soak/hosts.py; each teacher is a `teacher-server up` with a Ray of its own. No server listens to other machines in plain text: the other teacher
+knows the student by a certificate, and each machine has an authority of its own. With another token, or in plain text, there is one line and no run.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def start_server(host: Host, model: Path, **edge: object):
     return host.start(sys.executable, "-m", "teacher_server.cli", "up", host.folder / "server.yaml", log="up.log")
 
 
+def authority(host: Host) -> tuple[str, dict]:
+    """The certificate of an authority of that machine's own, and the settings of an edge with a certificate of it."""
+    ca, cert, key = make_certificates(host.folder, host.address)
+    return str(ca), {"tls": {"cert_file": str(cert), "key_file": str(key)}}
+
+
 async def train(host: Host, file: Path, log: str, **env: str) -> int:
     """Exit code of `student-trainer train` on that machine."""
     run = host.start(sys.executable, "-m", "student_trainer.cli", "train", file, log=log, COLUMNS="200", **env)
@@ -57,23 +64,19 @@ async def train(host: Host, file: Path, log: str, **env: str) -> int:
 async def test_a_student_of_two_machines(model_factory, tmp_path):
     first, second = model_factory("qwen2", seed=5), model_factory("qwen2", seed=6)
     token = secrets.token_hex(16)
-    with hosts(tmp_path, "plain", "guarded", "student") as machines:
-        plain, guarded, student = machines.values()
-        ca, cert, key = make_certificates(tmp_path, guarded.address)
+    with hosts(tmp_path, "known", "guarded", "student") as machines:
+        known_by_certificate, guarded, student = machines.values()
         (tmp_path / "tokens").write_text(f"lab {token}\n")
-        servers = {
-            plain: start_server(plain, first),
-            guarded: start_server(
-                guarded,
-                second,
-                tls={"cert_file": str(cert), "key_file": str(key)},
-                tokens_file=str(tmp_path / "tokens"),
-            ),
-        }
-        for host in servers:
+        ca, guard = authority(guarded)
+        guard["tokens_file"] = str(tmp_path / "tokens")
+        known_ca, known = authority(known_by_certificate)
+        client_ca, client_cert, client_key = map(str, make_certificates(student.folder, student.address))
+        known["tls"]["client_ca_file"] = client_ca
+        servers = [start_server(known_by_certificate, first, **known), start_server(guarded, second, **guard)]
+        for host, server in zip((known_by_certificate, guarded), servers, strict=True):
 
-            async def ready(host=host):
-                assert servers[host].poll() is None, host.read("up.log")[-3000:]
+            async def ready(host=host, server=server):
+                assert server.poll() is None, host.read("up.log")[-3000:]
                 return "ready" in host.read("up.log")
 
             await wait(ready, 180, host, "up.log")
@@ -82,20 +85,17 @@ async def test_a_student_of_two_machines(model_factory, tmp_path):
         del tree["teacher"], tree["data"]["eval"]
         of_guarded = {
             "name": "exact", "alias": "guarded", "address": f"{guarded.address}:{PORT}", "weight": 0.4, "labels": "top_k",
-            "ca_file": str(ca), "token_env": "GUARDED_TOKEN", "wait_s": 30,
+            "ca_file": ca, "token_env": "GUARDED_TOKEN", "wait_s": 30,
         }  # fmt: skip
-        of_plain = {
-            "name": "exact",
-            "alias": "plain",
-            "address": f"{plain.address}:{PORT}",
-            "weight": 0.6,
-            "wait_s": 30,
-        }
+        of_known = {
+            "name": "exact", "alias": "known", "address": f"{known_by_certificate.address}:{PORT}", "weight": 0.6, "wait_s": 30,
+            "ca_file": known_ca, "cert_file": client_cert, "key_file": client_key,
+        }  # fmt: skip
 
         def config(name: str, **changed: object) -> Path:
             file = tmp_path / name
             guarded_as = {key: value for key, value in (of_guarded | changed).items() if value is not None}
-            file.write_text(yaml.safe_dump(tree | {"teachers": [of_plain, guarded_as]}))
+            file.write_text(yaml.safe_dump(tree | {"teachers": [of_known, guarded_as]}))
             return file
 
         for name, env, changed in (
@@ -116,9 +116,9 @@ async def test_a_student_of_two_machines(model_factory, tmp_path):
         steps = [entry for entry in log if "kd_loss" in entry]
         assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1))
         for entry in steps:
-            assert entry["coverage.plain"] == entry["coverage.guarded"] == 1
-            shared = 0.6 * entry["kd_loss.plain"] + 0.4 * entry["kd_loss.guarded"]
+            assert entry["coverage.known"] == entry["coverage.guarded"] == 1
+            shared = 0.6 * entry["kd_loss.known"] + 0.4 * entry["kd_loss.guarded"]
             assert entry["kd_loss"] == pytest.approx(shared, rel=1e-4)
         ledger = (run / "teachers.jsonl").read_text()
-        assert ledger.count("plain") >= STEPS and ledger.count("guarded") >= STEPS
+        assert ledger.count("known") >= STEPS and ledger.count("guarded") >= STEPS
         assert token not in ledger + (run / "config.yaml").read_text() + (run / "run.json").read_text()
