@@ -15,6 +15,7 @@ from student_trainer.errors import ConfigError, TeacherAwayError
 from student_trainer.labels.joined.feed import JoinedFeed
 from student_trainer.labels.joined.ledger import TeachersLedger
 from student_trainer.losses.features.term import PairedTerm
+from student_trainer.losses.output.parts import Joining
 from student_trainer.losses.term import LossTerm
 from student_trainer.losses.total import check_needs, taps_of
 from student_trainer.model.forward import blocks_of
@@ -74,7 +75,10 @@ class JoinedTeachers:
         Raises:
             ConfigError: a teacher does not give what they need.
         """
-        output = replace(objective, loss=_with_sections(objective, ()), features=None)
+        names = tuple(session.name for session in self.sessions)
+        bridged = frozenset(session.name for session in self.sessions if session.bridge is not None)
+        joining = Joining(names, bridged, self.config.combine)
+        output = replace(objective, loss=_with_sections(objective, ()), features=None, joining=joining)
         terms = output.terms(student)
         for session, own in self._of_layers(objective):
             of_layers = [term for term in own.terms(student) if isinstance(term, PairedTerm)]
