@@ -22,6 +22,7 @@ from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.publish.messages import Publication, RevisionFile
 from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 from tests.e2e.conftest import free_port
 
 TOKENIZER = hashlib.sha256(b"a tokenizer").hexdigest()
@@ -70,6 +71,9 @@ class Served:
 
     async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
         return await self._engine.artifact_bytes(call, offset, size)
+
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        return await self._engine.reader.tokenize(call)
 
 
 class Deployer:

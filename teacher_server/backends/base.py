@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from teacher_wire.artifacts.messages import Artifact
 from teacher_wire.core.batch import TokenBatch
@@ -92,6 +92,13 @@ class CalibratedBackend(Protocol):
         Raises:
             ServerConfigError: the model hands no states over, has no such layer, or the sample is none.
         """
+
+
+@runtime_checkable
+class ReadingBackend(Protocol):
+    """A backend with a tokenizer of transformers, by which its teacher answers Tokenize."""
+
+    tokenizer: Any
 
 
 class WritingBackend(Backend, Protocol):

@@ -7,13 +7,22 @@ its own (`student_trainer.data.text.tokenizer_file`): both must read one file al
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from teacher_server.errors import ServerConfigError
-from teacher_wire.core.identity import added_tokens, base_tokenizer_sha256, template_sha256, tokenizer_sha256
+from teacher_server.tokenizing.files import TokenizerFiles
+from teacher_server.tokenizing.rendering import written_end
+from teacher_wire.core.identity import (
+    added_tokens,
+    base_tokenizer_sha256,
+    default_template,
+    template_sha256,
+    tokenizer_sha256,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +67,28 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
         "added_tokens": added_tokens(written),
         "chat_template_sha256": template_sha256(tokenizer.chat_template),
     }
+
+
+def tokenizer_files(tokenizer: Any, rows: int) -> TokenizerFiles | None:
+    """What Tokenize needs of a tokenizer; None where its chat template does not come to an end.
+
+    Args:
+        tokenizer: of transformers.
+        rows: of the model's head.
+    """
+    written = tokenizer.backend_tokenizer.to_str()
+    own = tokenizer.chat_template
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    template, eos = default_template(own) or "", special.get("eos_token", "")
+    controls = {entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.special} | ({eos} - {""})
+    end = written_end(template, special, controls) if template else ""
+    if end is None:
+        return None
+    bos = tokenizer.bos_token_id
+    return TokenizerFiles(
+        written, rows, template, own.get("tool_use", "") if isinstance(own, Mapping) else "", special,
+        adds_bos=bos is not None and tokenizer("a")["input_ids"][:1] == [bos], end=end or eos,
+    )  # fmt: skip
 
 
 def _keeps_text(tokenizer: Any) -> bool:

@@ -28,6 +28,7 @@ from teacher_wire.endpoint.servicer import TeacherService
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.labels.store import LabelStore, label_keys
 from teacher_wire.score import codec
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 from teacher_wire.transport.offload import Offload
 
 _PAIR_BYTES = 100  # walking a pair of `have` takes as long as so many bytes of an array
@@ -103,6 +104,9 @@ class LabelSharing:
 
     async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
         return await self._service.artifact_bytes(call, offset, size)
+
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        return await self._service.tokenize(call)
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Sample]:
         """Samples as they come: chance makes each its own, so nothing is shared. Charged for what may be written, and

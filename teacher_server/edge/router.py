@@ -37,6 +37,7 @@ from teacher_wire.core.errors import (
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,14 @@ class ServeTeachers:
             call.teacher, call.fingerprint, lambda handle: handle.artifact_bytes.remote(call, offset, size)
         )
         return data
+
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        started = time.monotonic()
+        rows: list[TokenizedRow] = await self._ask(
+            call.teacher, call.fingerprint, lambda handle: handle.tokenize.remote(call)
+        )
+        self._observe(self._name(call.teacher), "tokenize", started)
+        return rows
 
     async def _ask(self, teacher: str, fingerprint: str, ask: Callable[[Any], Awaitable[Any]]) -> Any:
         """The value of a call at the first replica that gives one."""

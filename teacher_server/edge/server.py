@@ -32,6 +32,7 @@ from teacher_wire.core.status import ServerStatus
 from teacher_wire.endpoint.servicer import SERVICE, TeacherService, TeacherServicer
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.labels.store import LabelStore
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 from teacher_wire.transport.channel import server_options
 from teacher_wire.transport.offload import Offload
 from teacher_wire.transport.stream_limits import StreamLimits, with_message_limit
@@ -240,6 +241,10 @@ class _Gate:
 
     async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
         return await self._service.artifact_bytes(call, offset, size)
+
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        self._check()
+        return await self._service.tokenize(call)
 
     def _check(self) -> None:
         if self.closed:

@@ -6,11 +6,12 @@ In: an ArtifactCall; out: a header or a slice of bytes. Reading and hashing run 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from teacher_server.backends.base import Backend
 from teacher_wire.artifacts.messages import Artifact, ArtifactCall, ArtifactHeader
 from teacher_wire.core.errors import CapabilityError
-from teacher_wire.core.info import ArtifactInfo, TeacherInfo
+from teacher_wire.core.info import TeacherInfo
 
 
 class ReplicaArtifacts:
@@ -19,12 +20,13 @@ class ReplicaArtifacts:
     Args:
         backend: makes them.
         info: of the teacher; lists them.
+        made: those that the backend does not make.
     """
 
-    def __init__(self, backend: Backend, info: TeacherInfo) -> None:
+    def __init__(self, backend: Backend, info: TeacherInfo, made: Sequence[Artifact] = ()) -> None:
         self._backend = backend
         self._info = info
-        self._loaded: dict[ArtifactInfo, Artifact] = {}
+        self._loaded = {artifact.info: artifact for artifact in made}
         self._once = asyncio.Lock()
 
     async def header(self, call: ArtifactCall) -> ArtifactHeader:

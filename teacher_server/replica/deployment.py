@@ -23,6 +23,7 @@ from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 
 _DRAIN_S = 300.0  # what a full queue may take; requests of a replica that needs longer go to another one
 _START_TRIES = 3  # replicas of a version that may fail before it is given up
@@ -72,6 +73,9 @@ class TeacherReplica:
 
     async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
         return await self._engine.artifact_bytes(call, offset, size)
+
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        return await self._engine.reader.tokenize(call)
 
     async def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises."""

@@ -18,8 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from teacher_server import faults
-from teacher_server.backends import Backend
-from teacher_server.backends.base import EachBackend, OutsideBackend, WritingBackend
+from teacher_server.backends.base import Backend, EachBackend, OutsideBackend, WritingBackend
 from teacher_server.config.server import DEFAULT_TENANT, TeacherConfig
 from teacher_server.decoding.scheduler import Result
 from teacher_server.replica import features
@@ -27,6 +26,7 @@ from teacher_server.replica.artifacts import ReplicaArtifacts
 from teacher_server.replica.counts import Counts
 from teacher_server.replica.description import description
 from teacher_server.replica.pieces import Piece, Waiting, cuts
+from teacher_server.replica.reading import Reader
 from teacher_server.replica.score_queue import Batcher, Job
 from teacher_server.telemetry.latency import Latencies
 from teacher_wire.artifacts.messages import ArtifactCall, ArtifactHeader
@@ -78,13 +78,13 @@ class TeacherEngine:
         self._under_way: set[asyncio.Task[None]] = set()
         self._last_end_s = 0.0
         self._task: asyncio.Task[None] | None = None
-        self.info = description(config, self._backend.facts)
-        self._artifacts = ReplicaArtifacts(self._backend, self.info)
+        self.reader = Reader(self._backend, description(config, self._backend.facts))
+        self.info, self._counts = self.reader.info, Counts()
+        self._artifacts = ReplicaArtifacts(self._backend, self.info, self.reader.artifacts)
         self._generation = None
         if self.info.generates:
             writer = cast(WritingBackend, self._backend)
             self._generation = writer.generation(config.generation, self._on_thread, deterministic=config.deterministic)
-        self._counts = Counts()
 
     def start(self) -> None:
         """Begins taking batches, in the running event loop."""
@@ -99,6 +99,7 @@ class TeacherEngine:
                 task.cancel()
         if self._generation is not None:
             self._generation.stop()
+        self.reader.close()
         for waiting in self._waiting.values():
             if not waiting.future.done():
                 waiting.future.set_exception(UnavailableError(f"teacher {self._config.name!r} is going away"))
@@ -383,6 +384,7 @@ class TeacherEngine:
             "given_up": int(bool(self.trouble)),
             "max_batch_tokens": self._config.batch.max_tokens,
             **self._counts.told(),
+            **self.reader.counters(),
             "latency": self._latencies.counters(),
             "tenants": tenants,
             **writing,

@@ -11,9 +11,10 @@ from typing import Any
 
 # Replica: queue, forward, reduce (Score); queue is also the wait of a Generate call for its first sequence.
 # Edge: first_chunk (labels or the first sample are there to be sent) and whole (all of the answer is).
+# Also at edges: tokenize (a whole call of Tokenize).
 # Requests with latency "interactive" are counted under `interactive_` and the stage, and not under the stage itself.
 STAGES = (
-    "queue", "forward", "reduce", "first_chunk", "whole",
+    "queue", "forward", "reduce", "first_chunk", "whole", "tokenize",
     "interactive_queue", "interactive_first_chunk", "interactive_whole",
 )  # fmt: skip
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

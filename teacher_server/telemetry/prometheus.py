@@ -39,6 +39,9 @@ _REPLICA: _Table = {
     "interactive_forwards": ("interactive_forwards", {}),
     "interactive_tokens": ("interactive_tokens", {}),
     "interactive_answered": ("interactive_answered", {}),
+    "tokenized_rows": ("tokenized_rows", {}),
+    "tokenized_bytes": ("tokenized_bytes", {}),
+    "tokenize_refused": ("tokenize_refused_rows", {}),
 }
 _EDGE: _Table = {
     "open_streams": ("open_streams", {}),
@@ -76,6 +79,9 @@ _TOTALS = {
     "interactive_forwards": "forward passes of interactive requests",
     "interactive_tokens": "tokens of interactive requests through forward passes",
     "interactive_answered": "interactive requests that were answered",
+    "tokenized_rows": "rows of Tokenize",
+    "tokenized_bytes": "bytes of the rows of Tokenize",
+    "tokenize_refused_rows": "rows of Tokenize that were refused",
 }
 _NOW = {
     "queued_tokens": "tokens that wait for a forward pass",

@@ -37,6 +37,7 @@ from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.info import ArtifactInfo, TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.score import codec
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 from tests.bench import gpu_ray, gpu_teacher
 from tests.bench.gpu_client import (
     Seen,
@@ -107,6 +108,9 @@ class Local:
 
     async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
         return await self._engine.artifact_bytes(call, offset, size)
+
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        return await self._engine.reader.tokenize(call)
 
 
 async def started(

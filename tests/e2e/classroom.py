@@ -57,6 +57,7 @@ from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.loopback import serve
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 
 CACHE = Path(__file__).parents[2] / ".cache" / "classroom"
 ASKED_AT_ONCE = 64  # sequences of one request
@@ -210,6 +211,9 @@ class EngineService:
 
     async def artifact_bytes(self, call: ArtifactCall, offset: int, size: int) -> bytes:
         return await self._engine.artifact_bytes(call, offset, size)
+
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        return await self._engine.reader.tokenize(call)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from teacher_wire.core.errors import CapabilityError
 from teacher_wire.core.tensor import DTYPES
 
 LAYER_BASIS = "layer_basis"  # the kind of artifact that the reduction "pca" of states projects on
+BYTE_TABLE = "byte_table"  # the kind of artifact by which a student with another tokenizer aligns its tokens
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for; the last four are of Generate (proto: Limits)."""
+    """What one request may ask for; the last two are of Tokenize, the four before them of Generate (proto: Limits)."""
 
     max_sequence_tokens: int
     max_request_tokens: int
@@ -23,6 +24,8 @@ class Limits:
     max_samples: int = 0
     max_generate_tokens: int = 0
     max_schema_bytes: int = 0
+    max_tokenize_bytes: int = 0
+    max_tokenize_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from teacher_wire.publish import client as publishing
 from teacher_wire.publish.messages import Publication
 from teacher_wire.score import codec
 from teacher_wire.score.client import ScoreClient
+from teacher_wire.tokenizing import client as tokenizing
+from teacher_wire.tokenizing.messages import TextRow, TokenizedRow
 from teacher_wire.transport import status_table, versions
 from teacher_wire.transport.channel import Credentials
 from teacher_wire.transport.connection import BACKOFF_S, ClientStats, Connection
@@ -198,6 +200,33 @@ class TeacherClient:
         retry = replace(self._retry(), next_edge=self._connection.next_edge)
         return await artifacts.fetch(
             lambda: self._connection.stub, self._connection.metadata, info, wanted, retry, progress, timeout_s
+        )
+
+    async def tokenize(
+        self,
+        info: TeacherInfo,
+        rows: Sequence[TextRow],
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        timeout_s: float = 0.0,
+    ) -> list[TokenizedRow]:
+        """Texts in the teacher's own tokens, in the order of `rows`; in as many calls as its limits make of them.
+
+        Args:
+            info: the teacher, as `describe` gave it; its fingerprint is part of the request.
+            rows: texts, each alone or as the answer in a conversation. One that cannot be had comes back with `refused`.
+            progress: called with the rows that are done and all rows.
+            timeout_s: of one call; 0 for none.
+
+        Raises:
+            CapabilityError: this teacher does not tokenise.
+            LabelError: an answer that is not what was asked for.
+            MismatchError: the teacher behind the address is another one now.
+            UnavailableError, OverloadedError: nothing came for `retry_for_s`.
+        """
+        retry = replace(self._retry(), next_edge=self._connection.next_edge)
+        return await tokenizing.tokenize(
+            lambda: self._connection.stub, self._connection.metadata, info, rows, retry, progress, timeout_s
         )
 
     async def publish(

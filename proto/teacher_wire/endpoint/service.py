@@ -10,9 +10,10 @@ from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.generate.messages import GenerateCall, Sample
+from teacher_wire.tokenizing.servicer import TokenizeService
 
 
-class TeacherService(ArtifactService, Protocol):
+class TeacherService(ArtifactService, TokenizeService, Protocol):
     """What stands behind the contract: Serve handles in production, a fake in tests."""
 
     async def describe(self) -> list[TeacherInfo]:

@@ -25,6 +25,7 @@ from teacher_wire.score import codec
 from teacher_wire.score.kept_replies import KeptReplies
 from teacher_wire.score.service import SharedState
 from teacher_wire.score.stream import ScoreStream
+from teacher_wire.tokenizing import servicer as tokenize_servicer
 from teacher_wire.transport.accounts import Account, Accounts
 from teacher_wire.transport.caller import Caller, Context, abort, bare, cancelled_from_outside, known
 from teacher_wire.transport.offload import Offload
@@ -34,6 +35,7 @@ from teacher_wire.v2 import teacher_pb2 as pb
 
 __all__ = ["StreamLimits", "TeacherService", "TeacherServicer", "anonymous"]
 
+_TOKENIZED = 4  # bytes of a reply of Tokenize per byte of its request: eight per token of three bytes, and the prompts of templates
 SERVICE = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
 
 
@@ -93,7 +95,7 @@ class TeacherServicer:
 
     @property
     def open_requests(self) -> int:
-        """Unanswered Score requests, and open calls of Generate and Artifact."""
+        """Unanswered Score requests, and open calls of Generate, Artifact and Tokenize."""
         return self._shared.open_requests
 
     @property
@@ -116,6 +118,7 @@ class TeacherServicer:
             # One request each, and the same on the wire; but so a call is counted before its message is received.
             "Generate": grpc.stream_stream_rpc_method_handler(self._generate),
             "Artifact": grpc.stream_stream_rpc_method_handler(self._artifact),
+            "Tokenize": grpc.stream_stream_rpc_method_handler(self._tokenize),
             "Publish": grpc.stream_stream_rpc_method_handler(self._publish),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers), OtherVersions()))
@@ -148,6 +151,9 @@ class TeacherServicer:
 
     async def _artifact(self, _requests: Any, context: Context) -> None:
         await _ended_with_status(self._artifact_call(context), context)
+
+    async def _tokenize(self, _requests: Any, context: Context) -> None:
+        await _ended_with_status(self._tokenize_call(context), context)
 
     async def _publish(self, _requests: Any, context: Context) -> None:
         await _ended_with_status(self._publish_call(context), context)
@@ -192,6 +198,21 @@ class TeacherServicer:
                             await caller.send(message)
                 finally:
                     self._accounts.close_artifact(account)
+
+    async def _tokenize_call(self, context: Context) -> None:
+        async with self._call(context) as account:
+            caller = Caller(context, self._limits.stall_s)
+            async with self._request(account, caller) as data:
+                expected = _TOKENIZED * len(data)
+                await self._accounts.hold_reply(account, expected)
+                try:
+                    reply = await tokenize_servicer.answer(self._service, data, account.tenant, self._offload)
+                    self._charge(account.tenant, len(reply))
+                    await caller.send(reply)
+                except BaseException:
+                    self._accounts.drop_reply(account, expected)
+                    raise
+                self._accounts.reply_taken(account, expected)
 
     async def _publish_call(self, context: Context) -> None:
         async with self._call(context) as account:

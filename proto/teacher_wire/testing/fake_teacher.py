@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from teacher_wire.artifacts.kinds.byte_table import to_artifact
 from teacher_wire.artifacts.kinds.output_head import TeacherHead
 from teacher_wire.artifacts.messages import Artifact, ArtifactCall, ArtifactHeader
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.calls import ScoreCall
 from teacher_wire.core.checked_rows import checked_rows
-from teacher_wire.core.errors import CapabilityError, NotFoundError, ServerError
+from teacher_wire.core.errors import CapabilityError, MismatchError, NotFoundError, ServerError
 from teacher_wire.core.info import Limits, TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
@@ -27,6 +28,8 @@ from teacher_wire.generate.messages import GenerateCall, Sample
 from teacher_wire.score.signals import Full, Given, Hidden, TopK
 from teacher_wire.testing.fake_features import FAKE_FEATURES, FakeBlocks, pack_state
 from teacher_wire.testing.fake_generation import FakeWriter
+from teacher_wire.testing.fake_tokenizer import RowTokenizer
+from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 
 MISTAKES = ("", "shifted", "truncated", "nan", "foreign", "unsorted", "duplicate", "mass", "state", "crash")
 
@@ -41,7 +44,10 @@ class FakeTeacher:
         delay_s: pause before each answer.
         mistake: one of MISTAKES.
         writer: answers Generate.
+        reader: answers Tokenize; without one it is not offered. `FakeTokenizer` needs nothing but this package. `tokenizer_sha256` and
+            `chat_template_sha256` are the reader's where they are not given.
         calls, tokens: what it has been asked so far.
+        tokenize_calls: of Tokenize, so far.
     """
 
     name: str = "fake"
@@ -58,12 +64,21 @@ class FakeTeacher:
     layers: int = 1
     basis_rank: int = 0
     writer: FakeWriter = field(default_factory=FakeWriter)
+    reader: RowTokenizer | None = None
     calls: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
+    tokenize_calls: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.mistake not in MISTAKES:
             raise ValueError(f"mistake must be one of {'|'.join(MISTAKES)}, not {self.mistake!r}")
+        if self.reader is not None:
+            if len(self.reader.table) > self.vocab_rows:
+                raise ValueError(
+                    f"vocab_rows must hold the reader's {len(self.reader.table)} ids, not {self.vocab_rows}"
+                )
+            self.tokenizer_sha256 = self.tokenizer_sha256 or self.reader.tokenizer_sha256
+            self.chat_template_sha256 = self.chat_template_sha256 or self.reader.chat_template_sha256
         rng = np.random.default_rng(self.seed)
         self.embedding_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
         self.weight_VD = rng.standard_normal((self.vocab_rows, self.hidden_size)).astype(np.float32)
@@ -88,7 +103,15 @@ class FakeTeacher:
             artifacts=tuple(artifact.info for artifact in self.artifacts()),
             transports=(*FAKE_SIGNALS, *FAKE_FEATURES),
             deterministic=True,
-            limits=Limits(4096, 65536, 256, self.vocab_rows, self.max_reply_bytes, **self.writer.limits),
+            limits=Limits(
+                4096,
+                65536,
+                256,
+                self.vocab_rows,
+                self.max_reply_bytes,
+                **self.writer.limits,
+                **({} if self.reader is None else {"max_tokenize_bytes": 1 << 20, "max_tokenize_rows": 256}),
+            ),
             generates=self.writer.generates,
             base_tokenizer_sha256=self.base_tokenizer_sha256,
             added_tokens=self.added_tokens,
@@ -118,9 +141,23 @@ class FakeTeacher:
         return self.writer.samples(call, self.vocab_rows)
 
     def artifacts(self) -> tuple[Artifact, ...]:
-        """What it gives away: its output head, and what it projects states on."""
-        head = TeacherHead(float32(self.weight_VD)).artifact()
-        return (head,) if self.basis is None else (head, self.basis.artifact())
+        """What it gives away: its output head, what it projects states on, and its byte table."""
+        given = [TeacherHead(float32(self.weight_VD)).artifact()]
+        if self.basis is not None:
+            given.append(self.basis.artifact())
+        if self.reader is not None:
+            given.append(to_artifact(self.reader.table.padded(self.vocab_rows)))
+        return tuple(given)
+
+    async def tokenize(self, call: TokenizeCall) -> list[TokenizedRow]:
+        """Raises CapabilityError without a reader."""
+        if self.reader is None:
+            raise CapabilityError("this fake has no reader", field="Tokenize")
+        if call.fingerprint not in ("", self.teacher_info().fingerprint):
+            raise MismatchError("other weights", field="fingerprint", value=call.fingerprint)
+        self.tokenize_calls += 1
+        await asyncio.sleep(self.delay_s)
+        return self.reader.rows(call.rows)
 
     def artifact(self, call: ArtifactCall) -> Artifact:
         """Raises CapabilityError if it has no such one."""

@@ -160,7 +160,7 @@ class TeacherInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., tokenizer_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., chat_template_sha256: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ..., transports: _Optional[_Iterable[str]] = ..., deterministic: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., generates: _Optional[_Iterable[str]] = ..., base_tokenizer_sha256: _Optional[str] = ..., added_tokens: _Optional[str] = ..., kv_width: _Optional[int] = ..., basis_rank: _Optional[int] = ..., basis_layers: _Optional[_Iterable[int]] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes", "max_new_tokens", "max_samples", "max_generate_tokens", "max_schema_bytes")
+    __slots__ = ("max_sequence_tokens", "max_request_tokens", "max_request_sequences", "max_k", "max_reply_bytes", "max_new_tokens", "max_samples", "max_generate_tokens", "max_schema_bytes", "max_tokenize_bytes", "max_tokenize_rows")
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,8 @@ class Limits(_message.Message):
     MAX_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     MAX_GENERATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_SCHEMA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENIZE_ROWS_FIELD_NUMBER: _ClassVar[int]
     max_sequence_tokens: int
     max_request_tokens: int
     max_request_sequences: int
@@ -179,7 +181,9 @@ class Limits(_message.Message):
     max_samples: int
     max_generate_tokens: int
     max_schema_bytes: int
-    def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_samples: _Optional[int] = ..., max_generate_tokens: _Optional[int] = ..., max_schema_bytes: _Optional[int] = ...) -> None: ...
+    max_tokenize_bytes: int
+    max_tokenize_rows: int
+    def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_samples: _Optional[int] = ..., max_generate_tokens: _Optional[int] = ..., max_schema_bytes: _Optional[int] = ..., max_tokenize_bytes: _Optional[int] = ..., max_tokenize_rows: _Optional[int] = ...) -> None: ...
 
 class Signal(_message.Message):
     __slots__ = ("kind", "layers", "reduction", "numbers", "names")
@@ -529,6 +533,60 @@ class ArtifactTensor(_message.Message):
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TokenizeRequest(_message.Message):
+    __slots__ = ("teacher", "fingerprint", "rows", "timeout_ms")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    fingerprint: str
+    rows: _containers.RepeatedCompositeFieldContainer[TokenizeRow]
+    timeout_ms: int
+    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[TokenizeRow, _Mapping]]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class TokenizeRow(_message.Message):
+    __slots__ = ("conversation", "text", "marks")
+    CONVERSATION_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    MARKS_FIELD_NUMBER: _ClassVar[int]
+    conversation: bytes
+    text: bytes
+    marks: _containers.RepeatedCompositeFieldContainer[TokenizeMark]
+    def __init__(self, conversation: _Optional[bytes] = ..., text: _Optional[bytes] = ..., marks: _Optional[_Iterable[_Union[TokenizeMark, _Mapping]]] = ...) -> None: ...
+
+class TokenizeMark(_message.Message):
+    __slots__ = ("at", "role")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    at: int
+    role: int
+    def __init__(self, at: _Optional[int] = ..., role: _Optional[int] = ...) -> None: ...
+
+class TokenizeReply(_message.Message):
+    __slots__ = ("fingerprint", "rows")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    rows: _containers.RepeatedCompositeFieldContainer[TokenizedRow]
+    def __init__(self, fingerprint: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[TokenizedRow, _Mapping]]] = ...) -> None: ...
+
+class TokenizedRow(_message.Message):
+    __slots__ = ("token_ids", "prompt_tokens", "byte_ends", "ended", "digest", "refused")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTE_ENDS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: Tensor
+    prompt_tokens: int
+    byte_ends: Tensor
+    ended: bool
+    digest: str
+    refused: str
+    def __init__(self, token_ids: _Optional[_Union[Tensor, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., byte_ends: _Optional[_Union[Tensor, _Mapping]] = ..., ended: bool = ..., digest: _Optional[str] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class PublishUp(_message.Message):
     __slots__ = ("open", "data")

@@ -54,6 +54,11 @@ class TeacherStub(object):
                 request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.SerializeToString,
                 response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/teacher_wire.v2.Teacher/Tokenize',
+                request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.TokenizeReply.FromString,
+                _registered_method=True)
         self.Publish = channel.stream_stream(
                 '/teacher_wire.v2.Teacher/Publish',
                 request_serializer=teacher__wire_dot_v2_dot_teacher__pb2.PublishUp.SerializeToString,
@@ -101,6 +106,13 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Texts in the teacher's own tokens, for students with another tokenizer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Publish(self, request_iterator, context):
         """New weights for a teacher whose server lets the caller publish them.
         """
@@ -137,6 +149,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.Artifact,
                     request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.FromString,
                     response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=teacher__wire_dot_v2_dot_teacher__pb2.TokenizeRequest.FromString,
+                    response_serializer=teacher__wire_dot_v2_dot_teacher__pb2.TokenizeReply.SerializeToString,
             ),
             'Publish': grpc.stream_stream_rpc_method_handler(
                     servicer.Publish,
@@ -257,6 +274,33 @@ class Teacher(object):
             '/teacher_wire.v2.Teacher/Artifact',
             teacher__wire_dot_v2_dot_teacher__pb2.ArtifactRequest.SerializeToString,
             teacher__wire_dot_v2_dot_teacher__pb2.ArtifactChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/teacher_wire.v2.Teacher/Tokenize',
+            teacher__wire_dot_v2_dot_teacher__pb2.TokenizeRequest.SerializeToString,
+            teacher__wire_dot_v2_dot_teacher__pb2.TokenizeReply.FromString,
             options,
             channel_credentials,
             insecure,

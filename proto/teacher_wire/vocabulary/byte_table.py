@@ -1,7 +1,6 @@
 """The bytes that each id of a tokenizer stands for, and the roles of those that stand for none (algorithms.md 8.3).
 
-In: a tokenizer.json as text, and which of its tokens have roles; out: a `ByteTable`. No tokenizer is loaded: the vocabulary is read as
-it is written, with the inverse of GPT-2's bytes_to_unicode for byte-level ones, and with "▁" and <0xNN> for those of SentencePiece.
+`tokenizer_file.byte_table` makes one of a tokenizer.json; teachers give theirs away as an artifact (`artifacts/kinds/byte_table.py`).
 
 Axes: V ids, B bytes of all of them one behind another.
 """
@@ -14,6 +13,7 @@ import numpy as np
 
 # Roles of ids; all but TEXT stand for no bytes. UNUSED: beyond the tokenizer. CONTROL: any other control token.
 TEXT, UNUSED, CONTROL, BOS, END, THINK_OPEN, THINK_CLOSE = range(7)
+ROLES = 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,3 +44,12 @@ class ByteTable:
     def text_of(self, ids_n: np.ndarray) -> bytes:
         """What these ids stand for, one behind another."""
         return b"".join(self.of(int(token_id)) for token_id in ids_n)
+
+    def padded(self, rows: int) -> ByteTable:
+        """The table with UNUSED ids up to `rows` entries, if it has fewer."""
+        more = max(0, rows - len(self))
+        return ByteTable(
+            self.bytes_B,
+            np.concatenate([self.ends_V1, np.full(more, self.ends_V1[-1])]),
+            np.concatenate([self.role_V, np.full(more, UNUSED, np.uint8)]),
+        )

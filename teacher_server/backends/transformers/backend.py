@@ -157,7 +157,7 @@ class TransformersModel:
             self.label_error = self._quantize(tokenizer) if config.quantization == "fp8" else None
         log.info("model %s is run %s", config.model, self._body.name)
         self._decoder = logits.body_of(model)
-        self._tokenizer, self._end_ids = tokenizer, end_ids(model, tokenizer)
+        self.tokenizer, self._end_ids = tokenizer, end_ids(model, tokenizer)
         rows, columns = projection.weight.shape
         artifacts, transports = offered(self._head, config.serve_head, captures)
         width = hooks.kv_width(self._decoder) if "relation" in transports else 0
@@ -208,14 +208,14 @@ class TransformersModel:
         vocab_rows = min(self._facts.vocab_rows, self._facts.tokenizer_size)
         grammars = None
         if "json_schema" in self._facts.generates:
-            grammars = grammar.Grammars(self._tokenizer, vocab_rows, self._end_ids)
+            grammars = grammar.Grammars(self.tokenizer, vocab_rows, self._end_ids)
         return SteppedGeneration(self._stepper(vocab_rows, grammars), config, on_thread, exclusive=deterministic)
 
     def artifact(self, wanted: ArtifactInfo) -> Artifact:
         return self._basis if self._basis is not None and wanted == self._basis.info else self._head.artifact()
 
     def calibrate(self, features: FeaturesConfig) -> None:
-        self._basis, self._facts = calibration.calibrated(features, self._facts, self._body, self._tokenizer)
+        self._basis, self._facts = calibration.calibrated(features, self._facts, self._body, self.tokenizer)
         self._projections = projections(LayerBasis.of(self._basis), self._device)
 
     def score(self, jobs: list[Job]) -> list[TeacherSignals]:

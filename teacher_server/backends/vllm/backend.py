@@ -175,7 +175,7 @@ class VllmModel:
         loop: Loop,
     ) -> None:
         self._config = config
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._head = head
         self._engines = engines
         self._loop = loop
@@ -299,7 +299,7 @@ class VllmModel:
         grammars = None
         if "json_schema" in self._facts.generates:
             rows = min(self._facts.vocab_rows, self._facts.tokenizer_size)
-            grammars = grammar.Grammars(self._tokenizer, rows, frozenset({self._tokenizer.eos_token_id} - {None}))
+            grammars = grammar.Grammars(self.tokenizer, rows, frozenset({self.tokenizer.eos_token_id} - {None}))
 
         def prepare(spec: SamplingSpec) -> None:
             refuse_sampling(spec)

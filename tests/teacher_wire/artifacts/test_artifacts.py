@@ -11,11 +11,12 @@ from student_trainer.teachers.artifact_cache import fetch_artifact
 from student_trainer.teachers.artifact_files import artifact_folders
 from teacher_wire.artifacts import codec, kinds
 from teacher_wire.artifacts.kinds.base import ArtifactKind
+from teacher_wire.artifacts.kinds.byte_table import ByteTableKind
 from teacher_wire.artifacts.kinds.layer_basis import LayerBasisKind
 from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, OutputHeadKind, TeacherHead
 from teacher_wire.core.errors import CapabilityError, LabelError
 from teacher_wire.core.identity import head_sha256
-from teacher_wire.core.info import LAYER_BASIS, ArtifactInfo
+from teacher_wire.core.info import BYTE_TABLE, LAYER_BASIS, ArtifactInfo
 from teacher_wire.core.tensor import Tensor, float32
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
@@ -26,19 +27,19 @@ RNG = np.random.default_rng(0)
 WEIGHT_VD = float32(RNG.standard_normal((64, 16)))
 
 
-class ByteTable(ArtifactKind):
-    """The bytes of each token of a tokenizer, as a kind of its own: all that a new kind needs."""
+class SoundTable(ArtifactKind):
+    """The sound of each token of a tokenizer, as a kind of its own: all that a new kind needs."""
 
-    name = "byte_table"
+    name = "sound_table"
 
     def check(self, header, info):
         shapes = {tensor.name: tensor.shape for tensor in header.tensors}
         if set(shapes) != {"bytes", "ends_V", "part_R"} or shapes["ends_V"] != (info.tokenizer_size,):
-            raise LabelError("not a byte table of this tokenizer", field="byte_table", value=shapes)
+            raise LabelError("not a sound table of this tokenizer", field="sound_table", value=shapes)
 
 
 class Teacher(FakeTeacher):
-    """Gives a byte table away beside its head: tensors of three dtypes, of which one starts at an odd byte."""
+    """Gives a sound table away beside its head: tensors of three dtypes, of which one starts at an odd byte."""
 
     def artifacts(self):
         words = [bytes([65 + i % 26] * (1 + i % 3)) for i in range(self.vocab_rows)]
@@ -49,21 +50,21 @@ class Teacher(FakeTeacher):
             "ends_V": Tensor("int32", np.cumsum([len(word) for word in words], dtype=np.int32)),
             "part_R": Tensor("bfloat16", np.arange(5, dtype=np.uint16)),
         }
-        return (*super().artifacts(), ByteTable().make(tensors, {"version": 1.5, "about": -0.0}))
+        return (*super().artifacts(), SoundTable().make(tensors, {"version": 1.5, "about": -0.0}))
 
 
 @pytest.fixture
-def byte_table(monkeypatch):
-    monkeypatch.setitem(kinds.KINDS, ByteTable.name, ByteTable())
+def sound_table(monkeypatch):
+    monkeypatch.setitem(kinds.KINDS, SoundTable.name, SoundTable())
 
 
-async def test_a_new_kind_goes_over_the_wire_and_to_disk(byte_table, tmp_path, monkeypatch):
+async def test_a_new_kind_goes_over_the_wire_and_to_disk(sound_table, tmp_path, monkeypatch):
     monkeypatch.setattr(codec, "CHUNK_BYTES", 7)  # chunks that end within an element, and across tensors
     with serve(Teacher()) as server:
         async with TeacherClient(server.address) as client:
             info = await client.teacher()
-            assert [artifact.kind for artifact in info.artifacts] == [OUTPUT_HEAD, "byte_table"]
-            wanted = info.artifact("byte_table")
+            assert [artifact.kind for artifact in info.artifacts] == [OUTPUT_HEAD, "sound_table"]
+            wanted = info.artifact("sound_table")
             sent = Teacher().artifacts()[1]
             seen = []
             for _ in range(2):  # from the wire, then from disk
@@ -72,17 +73,17 @@ async def test_a_new_kind_goes_over_the_wire_and_to_disk(byte_table, tmp_path, m
                 for name, tensor in sent.tensors.items():
                     np.testing.assert_array_equal(found.tensors[name].array, tensor.array)
             assert seen[-1] == (wanted.bytes, wanted.bytes) and len(seen) == -(-wanted.bytes // 7)
-    (path,) = artifact_folders(tmp_path)["byte_table"].iterdir()
-    assert path.parent.name == "byte_table" and path.stem == wanted.sha256
+    (path,) = artifact_folders(tmp_path)["sound_table"].iterdir()
+    assert path.parent.name == "sound_table" and path.stem == wanted.sha256
 
 
 async def test_a_kind_that_this_side_does_not_know_is_refused_by_name(tmp_path):
     with serve(Teacher()) as server:
         async with TeacherClient(server.address) as client:
             info = await client.teacher()
-            with pytest.raises(CapabilityError, match=r"field=kind, value='byte_table', limit=output_head"):
-                await fetch_artifact(client, info, info.artifact("byte_table"), tmp_path)
-            with pytest.raises(CapabilityError, match=r"value=pca_basis, limit=output_head\|byte_table"):
+            with pytest.raises(CapabilityError, match=r"field=kind, value='sound_table', limit=output_head"):
+                await fetch_artifact(client, info, info.artifact("sound_table"), tmp_path)
+            with pytest.raises(CapabilityError, match=r"value=pca_basis, limit=output_head\|sound_table"):
                 info.artifact("pca_basis")
 
 
@@ -103,12 +104,12 @@ def test_the_digest_of_a_head_is_the_one_of_version_1():
 
 def test_the_general_digest_is_what_the_protocol_says():
     a, b = Tensor("int32", np.arange(3, dtype=np.int32)), Tensor("uint8", np.zeros((2, 1), np.uint8))
-    text = b"byte_table\nb uint8[2, 1]\n" + b.array.tobytes() + b"a int32[3]\n" + a.array.tobytes()
+    text = b"sound_table\nb uint8[2, 1]\n" + b.array.tobytes() + b"a int32[3]\n" + a.array.tobytes()
     text += b"x\n" + struct.pack("<d", 2.0) + b"y\n" + struct.pack("<d", 1.0)
-    made = ByteTable().make({"b": b, "a": a}, {"y": 1.0, "x": 2.0})
+    made = SoundTable().make({"b": b, "a": a}, {"y": 1.0, "x": 2.0})
     assert made.header.sha256 == hashlib.sha256(text).hexdigest()
     others = [({"a": a, "b": b}, {"y": 1.0, "x": 2.0}), ({"b": b, "a": a}, {"y": 2.0, "x": 1.0}), ({"b": b}, {})]
-    assert len({made.header.sha256, *(ByteTable().make(*other).header.sha256 for other in others)}) == 4
+    assert len({made.header.sha256, *(SoundTable().make(*other).header.sha256 for other in others)}) == 4
 
 
 def test_a_slice_is_of_the_tensors_one_after_another():
@@ -134,7 +135,7 @@ HOSTILE = {
     "many tensors": lambda header: [header.tensors.add(name=str(i) * 16, dtype=pb.FLOAT32) for i in range(1000, 5000)],
     "many numbers": lambda header: [header.numbers.__setitem__(str(i) * 16, 0.0) for i in range(1000, 5000)],
     "a number with a long name": lambda header: header.numbers.__setitem__("z" * 1000, 0.0),
-    "another kind": lambda header: setattr(header, "kind", "byte_table"),
+    "another kind": lambda header: setattr(header, "kind", "sound_table"),
     "another digest": lambda header: setattr(header, "sha256", "0" * 64),
     "a name twice": lambda header: setattr(header.tensors[1], "name", "weight_VD"),
     "another name": lambda header: setattr(header.tensors[1], "name", "bias"),
@@ -191,5 +192,6 @@ def test_the_kinds_are_a_visible_dict():
     assert {name: type(kind) for name, kind in kinds.KINDS.items()} == {
         OUTPUT_HEAD: OutputHeadKind,
         LAYER_BASIS: LayerBasisKind,
+        BYTE_TABLE: ByteTableKind,
     }
     assert all(name == kind.name for name, kind in kinds.KINDS.items())

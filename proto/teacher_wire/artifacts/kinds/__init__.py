@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from teacher_wire.artifacts.kinds.base import ArtifactKind
+from teacher_wire.artifacts.kinds.byte_table import ByteTableKind
 from teacher_wire.artifacts.kinds.layer_basis import LayerBasisKind
 from teacher_wire.artifacts.kinds.output_head import OUTPUT_HEAD, OutputHeadKind
 from teacher_wire.core.errors import CapabilityError
-from teacher_wire.core.info import LAYER_BASIS
+from teacher_wire.core.info import BYTE_TABLE, LAYER_BASIS
 
 KINDS: dict[str, ArtifactKind] = {
     OUTPUT_HEAD: OutputHeadKind(),
     LAYER_BASIS: LayerBasisKind(),
+    BYTE_TABLE: ByteTableKind(),
 }
 
 

@@ -1,0 +1,1 @@
+"""Tokenize: texts of a student in the tokens of a teacher with another tokenizer."""
