@@ -105,7 +105,7 @@ class Rendering:
         template_sha256: digest of the chat template's text; "" for plain.
         kwargs: the config's variables of the template.
         sha256: digest of all that decides the text beside the rows: template, variables, and the day if it is printed.
-        day: the day that the template prints, ISO 8601; "" if it prints none.
+        day: the day that the template prints, or that a teacher with another tokenizer is told to print, ISO 8601; "" if it prints none.
         rows: rows that were read.
         parted: rows that became one example for each answer, since the template or the tokenizer does not let them share one.
         weightless: rows left out because nothing in them has a weight above 0.
@@ -252,7 +252,7 @@ def build_dataset(
     reading = None
     if readers is not None:
         another = partial(choose, template, tokenizer, kwargs=template_kwargs, clock=clock)
-        reading = Reading(readers, tokenizer, another, template_kwargs or {})
+        reading = Reading(readers, tokenizer, another, template_kwargs or {}, clock.day)
     examples: list[Example] = []
     dropped: list[Overlength] = []
     weightless: list[TaskRow] = []
@@ -282,7 +282,7 @@ def build_dataset(
     kwargs = dict(template_kwargs or {})
     rendering = Rendering(
         chosen.name, chosen.source_sha256, kwargs, rendering_sha256(chosen, kwargs, clock),
-        clock.day.isoformat() if clock.asked else "", rows, encoder.parted, len(weightless), chosen.literal_rows,
+        clock.day.isoformat() if clock.asked or (readers is not None and readers.tells) else "", rows, encoder.parted, len(weightless), chosen.literal_rows,
         encoder.border_merges,
     )  # fmt: skip
     return TokenizedDataset(examples, dropped, rendering, intake.bad)

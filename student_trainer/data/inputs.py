@@ -104,7 +104,7 @@ def load_data(
                 f"{name}: {_counted(rows)}, {rows.tokens:,} tokens, {rows.target_tokens:,} of them supervised{dropped}"
             )
             _tell_rendering(name, rows, console)
-    if config.date is not None and not clock.asked:
+    if config.date is not None and not clock.asked and not tells:
         raise ConfigError(f"data.date={config.date}: the chat template prints no date")
     if clock.asked and config.date is None:
         console.print(

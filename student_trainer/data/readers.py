@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.data.routing import Routing, tags_of_row
-from student_trainer.data.rows.formats import Conversation
 from student_trainer.data.teacher_view import TeacherContext, TeacherView, Told, check_targets
 from student_trainer.data.text.answer import Answer, Template
 from student_trainer.data.text.encoding import Encoder, TokenSequence
+from student_trainer.data.text.plain import PLAIN
 from student_trainer.data.trace_rows import TaskRow
 from student_trainer.errors import DataError
 
@@ -69,6 +70,7 @@ class Reading:
         readers: who.
         template: makes a template with counters of its own for each rendering.
         kwargs: the config's variables of the chat template.
+        day: that a chat template prints, for teachers that render their own prompts.
     """
 
     def __init__(
@@ -77,9 +79,12 @@ class Reading:
         tokenizer: PreTrainedTokenizerBase,
         template: Callable[[], Template],
         kwargs: Mapping[str, Any],
+        day: date,
     ) -> None:
         self._readers = readers
         self._kwargs = kwargs
+        self._day = day
+        self._is_plain = template().name == PLAIN
         named = [] if readers.context is None else [(_ONLY, readers.context)]
         self._informing = {
             name: _Informing(context, tokenizer, template(), f"teachers {name}: context" if name else "teacher.context")
@@ -132,22 +137,20 @@ class Reading:
         ]
 
     def _told(self, made: TaskRow, sequence: TokenSequence) -> Told:
-        (turn,), (start,) = sequence.turns, sequence.starts
-        return Told(conversation_json(made.conversation, turn, self._kwargs), start)
-
-
-def conversation_json(conversation: Conversation, turns: int, kwargs: Mapping[str, Any]) -> bytes:
-    """The first `turns` turns as a chat template takes them, as JSON: `messages`, `tools` and `template_kwargs`.
-
-    Args:
-        kwargs: the config's variables of the template; a row's own stand before them.
-    """
-    told: dict[str, Any] = {
-        "messages": [turn.message for turn in conversation.turns[:turns]],
-        "tools": [dict(tool) for tool in conversation.tools],
-        "template_kwargs": {**kwargs, **conversation.template_kwargs},
-    }
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        (turn,), (start,), (first,) = sequence.turns, sequence.starts, sequence.firsts
+        before = made.conversation.turns[:turn]
+        told: dict[str, Any]
+        if self._is_plain:
+            told = {"prompt": "".join(said.content + "\n" for said in before)}
+        else:
+            told = {
+                "messages": [said.message for said in before],
+                "tools": [dict(tool) for tool in made.conversation.tools],
+                "template_kwargs": {**self._kwargs, **made.conversation.template_kwargs},
+                "day": self._day.isoformat(),
+            }
+        written = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        return Told(written, start, first == " ")
 
 
 class _Informing:

@@ -111,12 +111,14 @@ class Told:
     """What a teacher with another tokenizer must be told of an example to render its prompt itself.
 
     Attributes:
-        conversation: JSON of what stands before the answer: `messages`, `tools` and `template_kwargs`.
+        conversation: JSON of what stands before the answer, as `Tokenize` takes it (teacher.proto).
         answer_start: tokens of the student's before the answer, of which the first ones may have the weight 0.
+        begins_with_space: the answer's text does; a space before another one is that of SentencePiece, and not of the text.
     """
 
     conversation: bytes
     answer_start: int
+    begins_with_space: bool = False
 
 
 def answer_start(loss_mask: np.ndarray) -> int:

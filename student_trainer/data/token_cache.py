@@ -97,7 +97,9 @@ class TokenCache:
             return build()
         try:
             chosen = choose(template, tokenizer, kwargs=template_kwargs, clock=clock)
-            day = (clock.day, clock.explicit) if any(map(clock.may_be_asked, chosen.sources)) else None
+            readers = settings.get("readers")
+            may_be_printed = any(map(clock.may_be_asked, chosen.sources)) or (readers is not None and readers.tells)
+            day = (clock.day, clock.explicit) if may_be_printed else None
             asked = (
                 template,
                 template_kwargs,
@@ -242,6 +244,7 @@ def _save(path: Path, key: str, entry: _Entry) -> None:
         told = [example.told for example in examples if example.told is not None]
         facts["answer_starts"] = [one.answer_start for one in told]
         facts["told_bytes"] = [len(one.conversation) for one in told]
+        facts["begin_with_space"] = [one.begins_with_space for one in told]
     if names := sorted({name for example in examples for name in example.views}):
         facts["views"] = names
     try:
@@ -347,8 +350,10 @@ def _with_readers(
         stops = np.cumsum(facts["told_bytes"]).tolist()
         written = tensors["told"].tobytes()
         told = [
-            Told(written[stop - size : stop], start)
-            for stop, size, start in zip(stops, facts["told_bytes"], facts["answer_starts"], strict=True)
+            Told(written[stop - size : stop], start, spaced)
+            for stop, size, start, spaced in zip(
+                stops, facts["told_bytes"], facts["answer_starts"], facts["begin_with_space"], strict=True
+            )
         ]
         examples = [replace(example, told=one) for example, one in zip(examples, told, strict=True)]
     return examples

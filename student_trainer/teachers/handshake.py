@@ -129,6 +129,7 @@ def agree(
     asked_by: str,
     longest: tuple[str, int],
     allow_template_mismatch: bool = False,
+    bridged_rows: int | None = None,
 ) -> SignalSpec | None:
     """The signal both sides can work with; None where findings are bad and do not stop there.
 
@@ -140,6 +141,7 @@ def agree(
         asked_by: the loss that needs it, for errors.
         longest: name and tokens of the longest sequence of the data.
         allow_template_mismatch: learn although chat templates differ.
+        bridged_rows: V of a teacher with another tokenizer, which renders its prompts itself; None for one of the student's.
 
     Raises:
         MismatchError: another tokenizer or chat template.
@@ -148,9 +150,9 @@ def agree(
         ConfigError: k outside the vocabulary or above the teacher's limit.
     """
     assert labels.transport != "auto", "chosen before: see teachers/choose.py"
-    if not findings.add(_compare(info, student, labels, asked_by, longest, allow_template_mismatch)):
+    if not findings.add(_compare(info, student, labels, asked_by, longest, allow_template_mismatch, bridged_rows)):
         return None
-    return signal_of(labels, shared_rows(info, student))
+    return signal_of(labels, shared_rows(info, student) if bridged_rows is None else bridged_rows)
 
 
 def _compare(
@@ -160,26 +162,10 @@ def _compare(
     asked_by: str,
     longest: tuple[str, int],
     allow_template_mismatch: bool,
+    bridged_rows: int | None,
 ) -> Iterator[Finding]:
-    if info.tokenizer_sha256 != student.tokenizer_sha256 and not (student.tokens and student.tokens.same_as(info)):
-        yield Finding.of("teacher", MismatchError(
-            f"teacher {info.name!r} ({info.model}) has another tokenizer than the student: its labels would be for other tokens",
-            field="tokenizer_sha256", value=info.tokenizer_sha256[:16] or "none", limit=student.tokenizer_sha256[:16],
-        ))  # fmt: skip
-    else:
-        yield Finding.good("teacher", f"teacher {info.name!r} reads our tokens as the student does")
-    template_differs = info.chat_template_sha256 != student.chat_template_sha256
-    if student.uses_chat_template and template_differs and not allow_template_mismatch:
-        yield Finding.of("teacher.allow_template_mismatch", MismatchError(
-            f"teacher {info.name!r} has another chat template than the student; "
-            "set teacher.allow_template_mismatch=true if its labels for our rendering are what you want",
-            field="chat_template_sha256", value=info.chat_template_sha256[:16] or "none", limit=student.chat_template_sha256[:16],
-        ))  # fmt: skip
-    else:
-        yield Finding.good(
-            "teacher.allow_template_mismatch",
-            f"chat templates {'differ, as allowed' if template_differs else 'are equal'}",
-        )
+    if bridged_rows is None:
+        yield from _compare_tokens(info, student, allow_template_mismatch)
     if labels.transport not in info.transports:
         yield Finding.of("labels.transport", CapabilityError(
             f"{asked_by} asks for labels.transport={labels.transport}, which teacher {info.name!r} does not offer",
@@ -190,7 +176,7 @@ def _compare(
             "labels.transport", f"teacher {info.name!r} offers {labels.transport}, which {asked_by} asks for"
         )
     if labels.transport == "top_k":
-        vocab_rows = shared_rows(info, student)
+        vocab_rows = shared_rows(info, student) if bridged_rows is None else bridged_rows
         limit = min(vocab_rows, info.limits.max_k) - labels.extra_ids
         what = "the vocabulary" if vocab_rows <= info.limits.max_k else f"the limit of teacher {info.name!r}"
         beside = f" beside extra_ids={labels.extra_ids}" if labels.extra_ids else ""
@@ -210,6 +196,28 @@ def _compare(
         yield Finding.good(
             "data.max_tokens",
             f"the longest sequence, {name}, has {tokens:,} tokens of at most {info.limits.max_sequence_tokens:,}",
+        )
+
+
+def _compare_tokens(info: TeacherInfo, student: StudentFacts, allow_template_mismatch: bool) -> Iterator[Finding]:
+    if info.tokenizer_sha256 != student.tokenizer_sha256 and not (student.tokens and student.tokens.same_as(info)):
+        yield Finding.of("teacher", MismatchError(
+            f"teacher {info.name!r} ({info.model}) has another tokenizer than the student: its labels would be for other tokens",
+            field="tokenizer_sha256", value=info.tokenizer_sha256[:16] or "none", limit=student.tokenizer_sha256[:16],
+        ))  # fmt: skip
+    else:
+        yield Finding.good("teacher", f"teacher {info.name!r} reads our tokens as the student does")
+    template_differs = info.chat_template_sha256 != student.chat_template_sha256
+    if student.uses_chat_template and template_differs and not allow_template_mismatch:
+        yield Finding.of("teacher.allow_template_mismatch", MismatchError(
+            f"teacher {info.name!r} has another chat template than the student; "
+            "set teacher.allow_template_mismatch=true if its labels for our rendering are what you want",
+            field="chat_template_sha256", value=info.chat_template_sha256[:16] or "none", limit=student.chat_template_sha256[:16],
+        ))  # fmt: skip
+    else:
+        yield Finding.good(
+            "teacher.allow_template_mismatch",
+            f"chat templates {'differ, as allowed' if template_differs else 'are equal'}",
         )
 
 

@@ -6,7 +6,6 @@ the setting: the handshake, the choice of signals, the output head, and one smal
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +32,16 @@ from student_trainer.teachers.connect import Connection
 from student_trainer.teachers.features import FeaturePlan, plan_features
 from student_trainer.teachers.handshake import StudentFacts, agree, is_bridged, shared_rows
 from student_trainer.teachers.loss_checks import check_loss
+from student_trainer.teachers.meeting.bridges import check_bridged
+from student_trainer.teachers.meeting.described import (
+    Described,
+    Trouble,
+    describe_all,
+    facts_of,
+    layers_of,
+    student_rows,
+)
+from student_trainer.teachers.rows.bridging import Bridging, teacher_rows, tell_coverage
 from student_trainer.teachers.rows.reading import AskedRows, BridgePlan, Reading
 from student_trainer.teachers.trial import choose_labels, try_labels
 from teacher_wire.artifacts.kinds.layer_basis import LayerBasis
@@ -146,22 +155,20 @@ def open_sessions(
     on_disk_trouble = _Once(console)
     store = _store(config, on_disk_trouble)
     routing = routing_of(config)
-    uses_chat = config.data.template == "chat" or (
-        config.data.template == "auto" and bool(student.tokenizer.chat_template)
-    )
-    facts = StudentFacts.of(student.tokenizer, student.vocab_rows, uses_chat, data, held_out)
     chosen: list[LabelConfig | None] = [*settled] if settled else [None] * len(connections)
     sessions = []
     every = described or describe_all(config, connections, console)
-    scaffold = _features_of(config, every, facts)
+    facts = facts_of(config, student, data, held_out)
+    scaffold = layers_of(config, every, facts)
+    own_rows = student_rows(every, facts)
     for settings, connection, labels, found in zip(config.every_teacher, connections, chosen, every, strict=True):
         several = settings.called if len(connections) > 1 else ""
-        connect = partial(connection.client, _Trouble(console, several), config.feed.window_mb << 20)
+        connect = partial(connection.client, Trouble(console, several), config.feed.window_mb << 20)
         name = settings.called or (found.name if isinstance(found, TeacherInfo) else "")
         opening = _Opening(
             config, settings, connection, student, facts, data, held_out, console, findings,
             LabelService(connect, store if config.keeps_labels(settings) else None), on_disk_trouble, only_stores,
-            found, Reading(name, routing), scaffold.get(settings.called, {}),
+            found, Reading(name, routing), scaffold.get(settings.called, {}), own_rows,
         )  # fmt: skip
         opened = findings.attempt(
             "teachers" if several else "teacher",
@@ -170,39 +177,6 @@ def open_sessions(
         )
         sessions += [opened] if opened is not None else []
     return sessions
-
-
-Described = TeacherInfo | TeacherWireError
-
-
-def describe_all(config: TrainConfig, connections: Sequence[Connection], console: Console) -> list[Described]:
-    """What each teacher says of itself, all asked at once; why not, of one that does not answer."""
-
-    async def describe(settings: TeacherConfig, connection: Connection) -> Described:
-        several = settings.called if len(connections) > 1 else ""
-        try:
-            async with connection.client(_Trouble(console, several), config.feed.window_mb << 20) as client:
-                return await connection.describe(client)
-        except TeacherWireError as error:
-            return error
-
-    async def every() -> list[Described]:
-        return await asyncio.gather(*map(describe, config.every_teacher, connections))
-
-    return event_loop.run(every())
-
-
-def _features_of(
-    config: TrainConfig, described: Sequence[Described], facts: StudentFacts
-) -> dict[str, dict[str, FeatureConfig]]:
-    """The sections on layers by what the teacher is called whose layers they learn from."""
-    called = [settings.called for settings in config.every_teacher]
-    same = [name for name, found in zip(called, described, strict=True) if not is_bridged(found, facts)]
-    first = (same or called)[0]
-    sections: dict[str, dict[str, FeatureConfig]] = {}
-    for name, section in config.loss.features.items():
-        sections.setdefault(first if section.teacher is None else section.teacher, {})[name] = section
-    return sections
 
 
 def _run(opening: _Opening, settled: LabelConfig | None) -> TeacherSession | None:
@@ -228,6 +202,7 @@ class _Opening:
     described: Described
     reading: Reading
     layers: Mapping[str, FeatureConfig]
+    own_rows: int
 
     async def run(self, settled: LabelConfig | None) -> TeacherSession | None:
         """The session; None if nothing asks this teacher, or a finding says why it cannot be."""
@@ -236,45 +211,71 @@ class _Opening:
         info = self.described
         async with self.service.connect() as client:
             output, labels = self.config.loss.output, settled or self.config.labels_of(self.settings)
-            asked_for = labels.transport
             if output is None and not self.held_out:
                 return None
-            if labels.transport == "auto":
-                labels, why = await choose_labels(
-                    client, self.service, info, self.facts, self.config, self.data, self.student.device, self.reading
-                )
-                of = f" of {self.reading.name}" if len(self.config.every_teacher) > 1 else ""
-                self.console.print(f"labels{of} by {labels.transport}: {why}")
-            measuring = spec = None
-            if self.held_out and self._are_any(self.held_out, "data.eval"):
-                measuring = spec = self._measuring(info, labels, self.held_out)
-                if measuring is None:
-                    return None
-            if output is not None:
-                if asked_for == "auto" and not self.findings.add(check_loss(self.config.loss, labels)):
-                    return None
-                if not self._are_any(self.data, "data.train"):
-                    return None
-                spec = self._agree(info, labels, f"loss.output ({output.divergence})")
-            if spec is None:
+            if self.is_bridged:
+                opening = await self._bridged(client, info, labels)
+                return None if opening is None else await opening._agreed(client, info, labels)
+            return await self._agreed(client, info, labels)
+
+    @property
+    def is_bridged(self) -> bool:
+        """Whether the teacher has another tokenizer than the student, and can be learned from all the same."""
+        return is_bridged(self.described, self.facts)
+
+    async def _bridged(self, client: TeacherClient, info: TeacherInfo, labels: LabelConfig) -> _Opening | None:
+        """The same opening with a bridge to the teacher; None if a finding says why it cannot be."""
+        name = self.reading.name
+        if not self.findings.add(check_bridged(self.config, self.settings, name, labels, self.layers)):
+            return None
+        every = [row.example for rows in (self.data, self.held_out) if rows is not None for row in rows]
+        claimed = [example for example in every if self.reading.is_claimed(example)]
+        bridging = Bridging(
+            self.config, self.settings.cross_tokenizer, self.student, self.own_rows, claimed, self.console,
+            self.on_disk_trouble,
+        )  # fmt: skip
+        plan = await bridging.build(client, info, only_rows=self.only_stores)
+        tell_coverage(name, plan, claimed, self.settings.cross_tokenizer.min_coverage, self.console)
+        return replace(self, reading=replace(self.reading, bridge=plan))
+
+    async def _agreed(self, client: TeacherClient, info: TeacherInfo, labels: LabelConfig) -> TeacherSession | None:
+        output, asked_for = self.config.loss.output, labels.transport
+        if labels.transport == "auto":
+            labels, why = await choose_labels(
+                client, self.service, info, self._rows(info), self.config, self.data, self.student.device, self.reading
+            )
+            of = f" of {self.reading.name}" if len(self.config.every_teacher) > 1 else ""
+            self.console.print(f"labels{of} by {labels.transport}: {why}")
+        measuring = spec = None
+        if self.held_out and self._are_any(self.held_out, "data.eval"):
+            measuring = spec = self._measuring(info, labels, self.held_out)
+            if measuring is None:
                 return None
-            features = None
-            if self.layers:
-                features = await self._features(client, info, spec.vocab_rows)
-                if features is None:
-                    return None
-                spec = replace(spec, signals=(*spec.signals, *features.signals.values()))
-            head = None
-            if not self.only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
-                head = await self._head(client, info, spec)
-            tried_on = self.data if output is not None or self.held_out is None else self.held_out
-            await try_labels(partial(self.service.source, info, connect=lambda: client), spec, tried_on, self.reading)
-            self._tell(info, spec)
-            weight = self.settings.weight if isinstance(self.settings, OneOfTeachersConfig) else 1.0
-            return TeacherSession(
-                self.connection, info, spec.vocab_rows, labels, spec, measuring, head, self.service, features,
-                self.reading, weight, self.config.when_away(self.settings),
-            )  # fmt: skip
+        if output is not None:
+            if asked_for == "auto" and not self.findings.add(check_loss(self.config.loss, labels)):
+                return None
+            if not self._are_any(self.data, "data.train"):
+                return None
+            spec = self._agree(info, labels, f"loss.output ({output.divergence})")
+        if spec is None:
+            return None
+        features = None
+        if self.layers:
+            features = await self._features(client, info, spec.vocab_rows)
+            if features is None:
+                return None
+            spec = replace(spec, signals=(*spec.signals, *features.signals.values()))
+        head = None
+        if not self.only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
+            head = await self._head(client, info, spec)
+        tried_on = self.data if output is not None or self.held_out is None else self.held_out
+        await try_labels(partial(self.service.source, info, connect=lambda: client), spec, tried_on, self.reading)
+        self._tell(info, spec)
+        weight = self.settings.weight if isinstance(self.settings, OneOfTeachersConfig) else 1.0
+        return TeacherSession(
+            self.connection, info, self.own_rows if self.is_bridged else spec.vocab_rows, labels, spec, measuring, head, self.service, features,
+            self.reading, weight, self.config.when_away(self.settings),
+        )  # fmt: skip
 
     def _agree(self, info: TeacherInfo, labels: LabelConfig, asked_by: str) -> SignalSpec | None:
         return agree(
@@ -285,7 +286,12 @@ class _Opening:
             asked_by=asked_by,
             longest=_longest(self.reading, self.data, self.held_out),
             allow_template_mismatch=self.settings.allow_template_mismatch,
+            bridged_rows=teacher_rows(info) if self.is_bridged else None,
         )
+
+    def _rows(self, info: TeacherInfo) -> int:
+        """V of the teacher's labels."""
+        return teacher_rows(info) if self.is_bridged else shared_rows(info, self.facts)
 
     def _are_any(self, rows: TokenizedDataset, setting: str) -> bool:
         """Whether the teacher is asked about any of these rows."""
@@ -304,7 +310,7 @@ class _Opening:
         return False
 
     def _measuring(self, info: TeacherInfo, labels: LabelConfig, held_out: TokenizedDataset) -> SignalSpec | None:
-        exact = measured_by(self.config, info, labels, shared_rows(info, self.facts), held_out, self.reading)
+        exact = measured_by(self.config, info, labels, self._rows(info), held_out, self.reading)
         spec = self._agree(info, exact, "evaluation")
         if exact.transport in ("top_k", "given"):
             advice = (
@@ -346,26 +352,12 @@ class _Opening:
         return head_on(fetched, spec.vocab_rows, self.student.device)
 
     def _tell(self, info: TeacherInfo, spec: SignalSpec) -> None:
-        if self.facts.tokens and info.tokenizer_sha256 != self.facts.tokenizer_sha256:
+        if self.facts.tokens and info.tokenizer_sha256 != self.facts.tokenizer_sha256 and not self.is_bridged:
             self.console.print(f"[yellow]note:[/] teacher {info.name}: {escape(self.facts.tokens.same_as(info))}")
         self.console.print(
             f"teacher [bold]{self.reading.name}[/] at {self.connection.address}: {info.architecture} {info.dtype}, "
             f"labels by {spec.name}"
         )
-
-
-class _Trouble:
-    """Shows each different trouble with the teacher once, not every retry."""
-
-    def __init__(self, console: Console, teacher: str = "") -> None:
-        self._console = console
-        self._whose = f"teacher {teacher}" if teacher else "teacher"
-        self._last = ""
-
-    def __call__(self, error: TeacherWireError) -> None:
-        if error.message != self._last:
-            self._last = error.message
-            self._console.print(f"[yellow]{self._whose}:[/] {escape(str(error))}; trying again", highlight=False)
 
 
 class _Once:
@@ -382,8 +374,8 @@ class _Once:
 
 
 def _store(config: TrainConfig, on_trouble: Callable[[str], None]) -> LabelStore | None:
-    """The labels on this machine's disk, if the run uses them."""
-    if not config.cache.labels:
+    """The labels on this machine's disk, if any teacher's are kept."""
+    if not any(map(config.keeps_labels, config.every_teacher)):
         return None
     return LabelStore(labels_folder(config.run.cache_dir), round(config.cache.max_gb * 2**30), on_trouble)
 

@@ -19,7 +19,6 @@ from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.labels.service import LabelService
 from student_trainer.labels.source import LabelRequest, LabelSource
 from student_trainer.teachers.choose import Probe, choose
-from student_trainer.teachers.handshake import StudentFacts, shared_rows
 from student_trainer.teachers.loss_checks import is_softened
 from student_trainer.teachers.rows.reading import Reading
 from teacher_wire.core.info import TeacherInfo
@@ -54,7 +53,7 @@ async def choose_labels(
     client: TeacherClient,
     service: LabelService,
     info: TeacherInfo,
-    facts: StudentFacts,
+    rows: int,
     config: TrainConfig,
     data: TokenizedDataset,
     device: torch.device,
@@ -66,7 +65,6 @@ async def choose_labels(
         ConfigError: as `choose`.
         TeacherWireError: the teacher does not answer the request.
     """
-    rows = shared_rows(info, facts)
     probe = None
     asked = _probe(config, info, rows, data, reading) if "hidden" in info.transports else None
     if asked is not None:

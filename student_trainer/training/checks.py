@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +26,7 @@ from student_trainer.model.precision import check_trained_in
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.limits import check_sizes
 from student_trainer.teachers.loss_checks import check_anneal, check_context, check_loss, check_policy_gradient
+from student_trainer.teachers.meeting.described import meet
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.on_policy.checks import check_on_policy, check_rollouts
@@ -77,9 +79,11 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
         )
         if reached:
             settled = findings.attempt("run.output_dir", lambda: (settled_labels(config),), "nothing hinders a start")
+            load = partial(load_run_data, config, outline.tokenizer, console, pinned_date(config) if resume else None)
+            (data, held_out), described = meet(config, reached, outline, loaded, partial(load, tells=True), console)
             sessions = open_sessions(
                 config, reached, outline, data, held_out, console, findings, settled[0] if settled and resume else None,
-                only_stores=True,
+                only_stores=True, described=described,
             )  # fmt: skip
             findings.add(check_requests(config, sessions, data, held_out))
             findings.add(check_rollouts(config, outline.positions, data, order_of(config, data), sessions))
@@ -89,11 +93,14 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
 def check_settings(config: TrainConfig) -> Iterator[Finding]:
     """What can be told from the config and the environment alone."""
     yield checked("model.dtype", lambda: check_trained_in(config.model), f"{config.model.dtype} can be trained in")
-    if config.labels.transport != "auto":
-        yield from check_loss(config.loss, config.labels)
+    every = [config.labels_of(teacher) for teacher in config.every_teacher] or [config.labels]
+    for labels in dict.fromkeys(every):
+        if labels.transport != "auto":
+            yield from check_loss(config.loss, labels)
     yield from check_on_policy(config)
-    yield from check_policy_gradient(config.loss, config.labels, config.on_policy)
-    yield from check_context(config.loss, config.context)
+    yield from check_policy_gradient(config.loss, every[0], config.on_policy)
+    for teacher in config.every_teacher:
+        yield from check_context(config.loss, teacher.context)
     yield checked("run", check_single_process, "the environment speaks of one process")
 
 
@@ -114,6 +121,7 @@ def check_requests(
 ) -> Iterator[Finding]:
     """Whether the teachers take every request of the run, with advice if the labels of one epoch do not fit into the label store."""
     yield from check_sizes(config, sessions, data, held_out, order_of(config, data))
+    yield from check_taught(config, sessions, data)
     kept = [session for session in sessions if session.service.store is not None]
     if not kept or config.loss.output is None or config.labels.extra_ids:
         return
@@ -127,6 +135,24 @@ def check_requests(
         f"the labels of one epoch take about {needed_gb:,.1f} GB of {config.cache.max_gb:g}",
         advice if needed_gb > config.cache.max_gb else "",
     )
+
+
+def check_taught(config: TrainConfig, sessions: Sequence[TeacherSession], data: TokenizedDataset) -> Iterator[Finding]:
+    """Whether every row has a teacher, where teachers are asked about some rows alone."""
+    if config.loss.output is None or not sessions:
+        return
+    if all(session.reading.routing is None and session.bridge is None for session in sessions):
+        return
+    alone = [row.example.key for row in data if not any(session.responsible(row.example) for session in sessions)]
+    if not alone:
+        yield Finding.good("teachers", f"each of the {len(data):,} rows has a teacher")
+        return
+    told = f"{len(alone):,} of {len(data):,} rows have no teacher, the first {alone[0]}"
+    if config.loss.sft_weight == 0:
+        fix = "give loss.sft_weight a value above 0, by which they are learned alone, or take them out"
+        yield Finding.bad("loss.sft_weight", f"{told}, and loss.sft_weight=0 leaves them nothing to learn", fix)
+    else:
+        yield Finding.good("teachers", told, f"{told}: they learn from the data's own tokens alone (loss.sft_weight)")
 
 
 def check_folder(config: TrainConfig, resume: bool) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +28,7 @@ from student_trainer.teachers.connect import connections
 from student_trainer.teachers.feeds import open_any_feed
 from student_trainer.teachers.limits import check_sizes
 from student_trainer.teachers.loss_checks import check_loss
+from student_trainer.teachers.meeting.described import meet
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checks import check_cache, check_rows
 from student_trainer.training.run_folder import pinned_date, settled_labels
@@ -83,11 +85,18 @@ def label(config: TrainConfig, console: Console) -> Filled:
     findings.add(check_labelling(config, settled is not None))
     with connections(config.every_teacher, console) as reached:
         student = load_outline(config.model)
-        data, held_out = load_run_data(config, student.tokenizer, console, pinned_date(config))
-        findings.add(check_rows(config, student, data, held_out))
-        sessions = open_sessions(config, reached, student, data, held_out, console, findings, settled, only_stores=True)
+        load = partial(load_run_data, config, student.tokenizer, console, pinned_date(config))
+        read = load()
+        findings.add(check_rows(config, student, *read))
+        (data, held_out), described = meet(config, reached, student, read, partial(load, tells=True), console)
+        if data is not read[0]:
+            findings.add(check_rows(config, student, data, held_out))
+        sessions = open_sessions(
+            config, reached, student, data, held_out, console, findings, settled, only_stores=True, described=described
+        )
         if not sessions:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")
+        sessions = [session for session in sessions if session.service.store is not None]  # others keep nothing
         findings.add(check_sizes(config, sessions, data, held_out, order_of(config, data)))
         jobs = _jobs(config, sessions, data, held_out)
         findings.add([_check_budget(config, jobs)])
@@ -103,25 +112,28 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
     """
     if not config.every_teacher:
         yield Finding.bad("teacher", "label needs a teacher", "set the section teacher", joint=": ")
-    if not config.cache.labels:
+    if not any(map(config.keeps_labels, config.every_teacher)) and not (config.cache.labels and not config.teachers):
         yield Finding.bad("cache.labels", "cache.labels=false: there is nothing to fill")
-    if config.labels.extra_ids:
+    every = [config.labels_of(teacher) for teacher in config.every_teacher] or [config.labels]
+    extra_ids = max(labels.extra_ids for labels in every)
+    if extra_ids:
         yield Finding.bad(
             "labels.extra_ids",
-            f"labels.extra_ids={config.labels.extra_ids}: these labels depend on the student as it trains and cannot be "
+            f"labels.extra_ids={extra_ids}: these labels depend on the student as it trains and cannot be "
             "asked for ahead",
         )
     if config.on_policy is not None:
         told = "on_policy: rollouts do not exist yet; the labels of the data's rows alone are filled in"
         yield Finding.good("on_policy", told, told)
-    if config.labels.transport == "auto" and not settled:
+    if any(labels.transport == "auto" for labels in every) and not settled:
         yield Finding.bad(
             "labels.transport",
             "labels.transport=auto: what it will choose depends on the memory that training leaves free",
             "name a transport",
         )
-    if config.labels.transport != "auto":
-        yield from check_loss(config.loss, config.labels)
+    for labels in dict.fromkeys(every):
+        if labels.transport != "auto":
+            yield from check_loss(config.loss, labels)
     yield from check_cache(config)
 
 

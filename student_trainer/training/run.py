@@ -18,20 +18,16 @@ from rich.markup import escape
 from transformers import TrainerCallback
 
 from student_trainer.config.run import TrainConfig
-from student_trainer.config.teachers import LabelConfig
-from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.data.inputs import keep_bad_rows, load_run_data, order_of
 from student_trainer.errors import RunError, TeacherAwayError
-from student_trainer.evaluation import heldout
+from student_trainer.evaluation.measuring import measuring
 from student_trainer.files import FolderLock, disk_trouble_named
 from student_trainer.findings import Findings
 from student_trainer.labels import event_loop
-from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.late_requests import ProvidedRequests
-from student_trainer.labels.packing import pack
 from student_trainer.labels.prefetch import AheadFeed
-from student_trainer.labels.source import LabelRequest, LabelUsage
+from student_trainer.labels.source import LabelUsage
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.losses.term import FfnTap, LossTerm
 from student_trainer.losses.total import check_needs, signals_of, taps_of
@@ -41,11 +37,13 @@ from student_trainer.model.saving import saved_bytes, state_bytes
 from student_trainer.model.speed import compiled
 from student_trainer.rollout.publication.publishing import PublishAfterSteps, open_publishing
 from student_trainer.teachers.connect import Connection, connections
-from student_trainer.teachers.feeds import open_any_feed, open_training_feed
+from student_trainer.teachers.feeds import open_training_feed
+from student_trainer.teachers.meeting.described import meet
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
+from student_trainer.training.identity import learned_from
 from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
@@ -70,18 +68,24 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
-from teacher_wire.core.info import LAYER_BASIS
 
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    allow_other_teachers: bool = False,
+) -> RunResult:
     """Trains a student as `config` says.
 
     Args:
         config: the run.
         resume: go on from the newest complete checkpoint in `run.output_dir`, if there is one.
         console: where progress is shown.
+        allow_other_teachers: go on although the teachers, or what they are, have changed since the run was started.
 
     Raises:
         StudentError, TeacherWireError: something a user can mend; nothing is left half-written.
@@ -104,14 +108,22 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
-            data, held_out = load_run_data(config, student.tokenizer, console, pinned_date(config) if resume else None)
-            findings.add(check_rows(config, student.outline, data, held_out))
+            outline, pinned = student.outline, pinned_date(config) if resume else None
+            load = partial(load_run_data, config, student.tokenizer, console, pinned)
+            read = load()
+            findings.add(check_rows(config, outline, *read))
+            (data, held_out), described = meet(config, reached, outline, read, partial(load, tells=True), console)
+            if data is not read[0]:
+                findings.add(check_rows(config, outline, data, held_out))
             settled = settled_labels(config) if resume else None
-            sessions = open_sessions(config, reached, student.outline, data, held_out, console, findings, settled)
+            sessions = open_sessions(
+                config, reached, outline, data, held_out, console, findings, settled, described=described
+            )
             try:
                 return _run(
-                    config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings
-                )
+                    config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings,
+                    allow_other_teachers,
+                )  # fmt: skip
             except AlreadyFinished:
                 console.print("the run is finished: nothing to resume")
                 return result_of(folder)
@@ -133,6 +145,7 @@ def _run(
     lock: FolderLock,
     trackers: list[TrainerCallback],
     findings: Findings,
+    allow_other_teachers: bool,
 ) -> RunResult:
     order = order_of(config, data)
     vocab_rows = shared_vocabulary(sessions, _own_rows(student))
@@ -141,7 +154,9 @@ def _run(
     learned = sessions[0] if sessions and config.loss.output is not None else None
     features = learned.features if learned and not joined else None
     of_layers = features.signals.values() if features else ()
-    output_signals = tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned and not joined else ()
+    output_signals = (
+        tuple(signal for signal in learned.spec.signals if signal not in of_layers) if learned and not joined else ()
+    )
     objective = Objective(config.loss, vocab_rows, output_signals, features, order.steps)
     terms = joined.terms(objective, student) if joined else objective.terms(student)
     if told := joined.told_weight(objective, student) if joined else told_weight(objective, student):
@@ -150,9 +165,7 @@ def _run(
         _note(console, "the blocks whose FFN loss.ffn reads run as they are, not compiled")
     if not joined:
         blocks = len(blocks_of(student.body)) if taps_of(terms) else 0
-        check_needs(
-            terms, learned.info.name if learned else None, learned.info.transports if learned else (), blocks
-        )
+        check_needs(terms, learned.info.name if learned else None, learned.info.transports if learned else (), blocks)
     if learned and not joined:
         learned = _asking(learned, terms, data)
         sessions = [learned, *sessions[1:]]
@@ -163,21 +176,8 @@ def _run(
     folder, settings = config.run.output_dir, config.train
     checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
     findings.add(check_room(folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints))
-    learned_from = {
-        "teacher": "\n".join(
-            publishing.origin(config.run.output_dir, session) if publishing else session.info.fingerprint
-            for session in sessions
-        ),
-        "data": data.sha256,
-        "held_out": held_out.sha256 if held_out else "",
-        "student": student.sha256,
-        "labels": "\n".join(labels.model_dump_json() for labels in _labels_of(config, sessions)),
-        "computed": student.computed_by,
-        "date": data.rendering.day if data.rendering else "",
-        "rendering": data.rendering.sha256 if data.rendering else "",
-    }
-    if learned and features and features.needs_basis:
-        learned_from["basis"] = learned.info.artifact(LAYER_BASIS).sha256
+    moved = partial(publishing.origin, config.run.output_dir) if publishing else _fingerprint
+    identity = learned_from(config, student, data, held_out, sessions, moved)
     rollouts, plan = None, plan_of(config, order)
     if learned and plan and plan.has_any:
         rollouts = Rollouts(config, student, data, order, plan, learned, vocab_rows, partial(_note, console))
@@ -195,7 +195,7 @@ def _run(
     trainer = publisher = None
     progress = ConsoleProgress(console, folder.name)
     try:
-        start = open_folder(config, learned_from, resume, console, order.steps)
+        start = open_folder(config, identity, resume, console, order.steps, allow_other_teachers=allow_other_teachers)
         keep_bad_rows(folder, data, held_out, console)
         if publishing:
             begun = checkpoint.step_of(start) * order.accumulation if start else 0
@@ -223,7 +223,7 @@ def _run(
             ask=handed_to.put if handed_to else None,
             teacher_head=learned.head if learned else None,
             joiner=joined.joiner() if joined else None,
-            measure=_measure(config, student, held_out, sessions, objective) if held_out else None,
+            measure=measuring(config, student, held_out, sessions, vocab_rows) if held_out else None,
             callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
             on_trouble=partial(_note, console),
         )
@@ -288,10 +288,6 @@ def _asking(session: TeacherSession, terms: list[LossTerm], data: TokenizedDatas
     return replace(session, spec=spec)
 
 
-def _labels_of(config: TrainConfig, sessions: list[TeacherSession]) -> list[LabelConfig]:
-    return [session.labels for session in sessions] or [config.labels]
-
-
 def _usage_of(sessions: list[TeacherSession]) -> LabelUsage:
     """Where the labels of all sessions came from."""
     usage = LabelUsage()
@@ -329,51 +325,8 @@ def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, session
         raise mismatch from error
 
 
-def _measure(
-    config: TrainConfig,
-    student: Student,
-    held_out: TokenizedDataset,
-    sessions: list[TeacherSession],
-    objective: Objective,
-) -> Callable[[], dict[str, float]]:
-    """A function that measures the held-out data; the labels of the first teacher that gives any are kept if they fit feed.max_mb."""
-    size = config.train.eval_batch_size
-    groups = by_length(held_out, size)
-    kept: dict[int, LabelTensors] = {}
-    session = next((session for session in sessions if session.measuring is not None), None)
-    measured = partial(
-        heldout.measure, student, held_out, size, objective.vocab_rows, chunk_bytes=config.loss.chunk_mb << 20
-    )
-
-    def request(number: int) -> LabelRequest:
-        return pack([held_out[index].example for index in groups[number]])
-
-    lineage = session.service.lineage if session is not None else None
-    measured_with: list[str] = []
-
-    def run() -> dict[str, float]:
-        if session is None or session.measuring is None:
-            return measured()
-        if lineage is not None and measured_with != [lineage.info.fingerprint]:
-            measured_with[:] = [lineage.info.fingerprint]
-            kept.clear()  # of another revision
-        if len(kept) == len(groups):
-            return measured(labels=kept.__getitem__, teacher_head=session.head)
-        kept.clear()
-        feed = open_any_feed(config, session, session.measuring, request, 0, len(groups), prepare=LabelTensors.of)
-
-        def take(number: int) -> LabelTensors:
-            labels: LabelTensors = feed.take(number).ready
-            if sum(other.nbytes for other in kept.values()) + labels.nbytes <= config.feed.max_mb << 20:
-                kept[number] = labels
-            return labels
-
-        try:
-            return measured(labels=take, teacher_head=session.head)
-        finally:
-            feed.close()
-
-    return run
+def _fingerprint(session: TeacherSession) -> str:
+    return session.info.fingerprint
 
 
 def _own_rows(student: Student) -> int:

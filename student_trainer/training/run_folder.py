@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from student_trainer.config.run import TrainConfig, dump_config
-from student_trainer.config.teachers import LabelConfig
+from student_trainer.config.teachers import LabelConfig, OneOfTeachersConfig
 from student_trainer.errors import RunError
 from student_trainer.evaluation import layer_similarity
 from student_trainer.files import LOCK_NAME, disk_trouble_named, read_object, write_whole
@@ -42,7 +42,7 @@ LAYERS_NAME = layer_similarity.FILE_NAME
 _FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "generate", "data", "model.path", "model.revision", "model.threads",
          "model.compiled", "model.graphs", "train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints",
          "train.eval_batch_size", "train.nonfinite", "train.max_skipped",
-         "labels.check", "on_policy.publish.on_failure")  # fmt: skip
+         "labels.check", "on_policy.publish.on_failure", "when_missing")  # fmt: skip
 # Digests of an identity, what they are of, and the section of the settings that decides them.
 _DIGESTS = (
     ("data", "the training rows", "data"),
@@ -82,7 +82,8 @@ def settled_labels(config: TrainConfig) -> list[LabelConfig] | None:
         RunError: run.json cannot be read.
     """
     file = config.run.output_dir / IDENTITY_NAME
-    if config.labels.transport != "auto" or not file.is_file():
+    automatic = [config.labels_of(teacher).transport == "auto" for teacher in config.every_teacher]
+    if not any(automatic or [config.labels.transport == "auto"]) or not file.is_file():
         return None
     return [LabelConfig.model_validate_json(line) for line in read_identity(file)["labels"].splitlines()]
 
@@ -123,7 +124,13 @@ def pinned_date(config: TrainConfig) -> datetime.date | None:
 
 
 def open_folder(
-    config: TrainConfig, learned_from: dict[str, str], resume: bool, console: Console, steps: int
+    config: TrainConfig,
+    learned_from: dict[str, str],
+    resume: bool,
+    console: Console,
+    steps: int,
+    *,
+    allow_other_teachers: bool = False,
 ) -> Path | None:
     """Makes the run folder, or takes up the one that is there, which must be locked; the checkpoint to start from.
 
@@ -134,6 +141,8 @@ def open_folder(
         resume: whether a run that is there may be taken up.
         console: told what was found.
         steps: of the whole run.
+        allow_other_teachers: whether it may be taken up with other teachers than it was started with; it is told of, and recorded under
+            `history` in run.json.
 
     Raises:
         RunError: it was started with other settings, rows, weights or another teacher; its files are damaged; or somebody else's
@@ -141,7 +150,7 @@ def open_folder(
         AlreadyFinished: there is nothing left to do.
     """
     folder = config.run.output_dir
-    identity = {"settings": _decisive(config), **learned_from}
+    identity: dict[str, Any] = {"settings": _decisive(config), **learned_from}
     identity_file = folder / IDENTITY_NAME
     start = None
 
@@ -150,11 +159,20 @@ def open_folder(
 
     if resume and identity_file.is_file():
         before = read_identity(identity_file)
-        Findings().add(check_identity(before, identity, config))
+        others = other_teachers(before, identity)
+        if others and allow_other_teachers:
+            Findings().add(check_identity(_with_teachers_of(before, identity), identity, config))
+        else:
+            Findings().add(check_identity(before, identity, config))
         if is_finished(folder, note):
             raise AlreadyFinished
         checkpoint.discard_unfinished(folder)
         start = checkpoint.newest_whole(folder, note)
+        identity |= {"history": before["history"]} if "history" in before else {}
+        if others:
+            begun_at = checkpoint.step_of(start) if start else 0
+            note(f"from step {begun_at} on with other teachers: {'; '.join(others)}")
+            identity["history"] = [*before.get("history", []), {"step": begun_at, "changed": others}]
         _cut_log(folder / LOG_NAME, checkpoint.step_of(start) if start else 0, note)
         console.print(
             f"resuming at step {checkpoint.step_of(start)}" if start else "no complete checkpoint: starting at step 0"
@@ -215,8 +233,19 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
         else:
             flat[name] = node
 
-    walk(config.model_dump(mode="json"), "")
+    tree = config.model_dump(mode="json")
+    if config.teachers:
+        tree["teachers"] = {teacher.called: _of_teacher(config, teacher) for teacher in config.teachers}
+    else:  # as runs had it that knew of one teacher
+        del tree["teachers"], tree["combine"]
+    walk(tree, "")
     return flat
+
+
+def _of_teacher(config: TrainConfig, teacher: OneOfTeachersConfig) -> dict[str, Any]:
+    """What of a teacher's section decides what a run computes."""
+    kept = teacher.model_dump(mode="json", include={"weight", "tags", "context", "allow_template_mismatch"})
+    return kept | {"labels": config.labels_of(teacher).model_dump(mode="json", exclude={"check"})}
 
 
 def _is_free(name: str) -> bool:
@@ -250,10 +279,55 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], config: TrainCon
             changes = _told_changes(section, config)
             said = f"{what} have changed since the run was started{changes}"
             yield Finding.bad(section, said, "start another run", kind=RunError)
-    if before["teacher"] != now["teacher"]:
+    if before["teacher"] != now["teacher"] and "teachers" in before and "teachers" in now:
+        what = f"the run was started with other teachers ({'; '.join(other_teachers(before, now)[:4])})"
+        yield Finding.bad("teachers", what, _TEACHERS_FIX, kind=RunError)
+    elif before["teacher"] != now["teacher"]:
         fingerprints = f"fingerprint {before['teacher'][:16]}, now {now['teacher'][:16]}"
         what = f"the run was started with another teacher ({fingerprints})"
-        yield Finding.bad("teacher", what, "labels of two teachers are not mixed", kind=RunError)
+        yield Finding.bad("teacher", what, f"labels of two teachers are not mixed; {_TEACHERS_FIX}", kind=RunError)
+
+
+_TEACHERS_FIX = "go on with the old ones, or with --allow-other-teachers, which is told and recorded in run.json"
+_OF_TEACHERS = ("teacher", "teachers", "bridges", "labels")  # entries of an identity that are about its teachers
+
+
+def other_teachers(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of the teachers of a run has changed since it was started, in words."""
+    settings = {name for name in before["settings"].keys() | now["settings"].keys() if _is_of_teachers(name)}
+    told = [
+        f"{name}: {before['settings'].get(name)!r} -> {now['settings'].get(name)!r}"
+        for name in sorted(settings)
+        if before["settings"].get(name) != now["settings"].get(name)
+    ]
+    was, is_ = (_fingerprints(identity) for identity in (before, now))
+    for name in [*was, *(name for name in is_ if name not in was)]:
+        if was.get(name) != is_.get(name):
+            told.append(
+                f"{name or 'teacher'}: fingerprint {was.get(name, 'none')[:16]}, now {is_.get(name, 'none')[:16]}"
+            )
+    if before.get("bridges") != now.get("bridges"):
+        told.append("how tokens of another tokenizer are joined")
+    return told
+
+
+def _fingerprints(identity: dict[str, Any]) -> dict[str, str]:
+    """Of the teachers by name; of the only one by the empty name."""
+    if "teachers" in identity:
+        return {str(name): str(found) for name, found in json.loads(identity["teachers"]).items()}
+    return {"": identity["teacher"]} if identity["teacher"] else {}
+
+
+def _is_of_teachers(setting: str) -> bool:
+    return setting.startswith("teachers.")
+
+
+def _with_teachers_of(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """An earlier identity as it would be with the teachers of now."""
+    settings = {name: value for name, value in before["settings"].items() if not _is_of_teachers(name)}
+    settings |= {name: value for name, value in now["settings"].items() if _is_of_teachers(name)}
+    kept = {name: value for name, value in before.items() if name not in _OF_TEACHERS}
+    return kept | {name: now[name] for name in _OF_TEACHERS if name in now} | {"settings": settings}
 
 
 def _told_changes(section: str, config: TrainConfig) -> str:

@@ -101,7 +101,9 @@ def vocabulary_classes(
     parent_S[texts.lacks(1)] = _partners(texts, texts.lacks(1), texts.id_of[1], teacher, first_of_teacher)
     parent_S[texts.lacks(0)] = _partners(texts, texts.lacks(0), texts.id_of[0], student, first_of_student)
     root_S = _roots(parent_S)
-    is_class_S = texts.has_S2.all(axis=1)[root_S]
+    of_both_S2 = np.zeros_like(texts.has_S2)
+    np.logical_or.at(of_both_S2, root_S, texts.has_S2)
+    is_class_S = of_both_S2.all(axis=1)[root_S]
     return _numbered(student, teacher, texts, root_S, is_class_S)
 
 

@@ -42,6 +42,7 @@ class TokenSequence:
         weights: float32 [L]; None: 1 everywhere.
         turns: numbers of its answers' turns.
         starts: where each of its answers starts, in tokens.
+        firsts: the first character of each.
     """
 
     token_ids: np.ndarray
@@ -50,6 +51,7 @@ class TokenSequence:
     weights: np.ndarray | None
     turns: tuple[int, ...]
     starts: tuple[int, ...] = ()
+    firsts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,13 +219,9 @@ class Encoder:
             else:
                 target_bytes += sum(len(answer.target[place.start : place.end].encode()) for place in answer.places)
         return TokenSequence(
-            np.array(ids, np.int32),
-            mask,
-            target_bytes,
-            weights,
-            tuple(answer.turn for answer, _ in parts),
-            tuple(starts),
-        )
+            np.array(ids, np.int32), mask, target_bytes, weights, tuple(answer.turn for answer, _ in parts), tuple(starts),
+            tuple(answer.target[:1] for answer, _ in parts),
+        )  # fmt: skip
 
     def _tokenised(self, answers: Iterable[tuple[Answer, bool]]) -> dict[Any, Any]:
         """Encodings of what the answers need: the prompt's tail, or all of it, and for those that end a sequence the whole text."""

@@ -102,7 +102,9 @@ def is_enough(
     return True
 
 
-def shares(weights: Mapping[str, float], sequences: Mapping[str, tuple[int, ...]], count: int) -> dict[str, list[float]]:
+def shares(
+    weights: Mapping[str, float], sequences: Mapping[str, tuple[int, ...]], count: int
+) -> dict[str, list[float]]:
     """[B] of each teacher: its share of each of `count` sequences; they sum to 1 where anybody has answered, else to 0.
 
     Args:

@@ -121,11 +121,7 @@ class JoinedFeed(AheadFeed[AskedAll]):
         usage = LabelUsage()
         for taken in there.values():
             usage.add(taken.usage)
-        answers = {
-            name: Answer(one, there[name].ready)
-            for name, one in asked.by_name.items()
-            if name in there
-        }
+        answers = {name: Answer(one, there[name].ready) for name, one in asked.by_name.items() if name in there}
         missing = {name: one.sequences for name, one in asked.by_name.items() if name in away}
         return JoinedTaken(JoinedAnswer(asked.names, answers, missing), usage, came_s=came_s)
 

@@ -6,9 +6,12 @@ Axes: Vs ids of the student, Vt of the teacher, K classes; N supervised rows of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
+
+from student_trainer.losses.cross_tokenizer.projection import SideOfClasses
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +27,20 @@ class VocabularyClasses:
     student_Vs: Tensor
     teacher_Vt: Tensor
     classes: int
+
+    @cached_property
+    def of_student(self) -> SideOfClasses:
+        """The student's ids, as losses sum over them.
+
+        Raises:
+            DataError: as `SideOfClasses.of`.
+        """
+        return SideOfClasses.of(self.student_Vs, self.classes, "student")
+
+    @cached_property
+    def of_teacher(self) -> SideOfClasses:
+        """The teacher's, likewise."""
+        return SideOfClasses.of(self.teacher_Vt, self.classes, "teacher")
 
 
 @dataclass(frozen=True, eq=False)

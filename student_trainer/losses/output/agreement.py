@@ -31,7 +31,7 @@ def agreements(
         return {}
     share_TM = np.zeros((len(seen), count))
     for part, share_M in zip(seen, share_TM, strict=True):
-        share_M[part.place.host_P] = part.share_M[part.place.host_P]
+        share_M[part.place.host_P] = part.share_P
     id_TM = torch.stack([_everywhere(likeliest[part.name], part, count) for part in seen])
     found = {}
     for at, part in enumerate(seen):
@@ -45,8 +45,8 @@ def agreements(
             own_Q, their_Q = id_TM[at][rows_Q], id_TM[other][rows_Q]
             same_Q = own_Q == their_Q
             for one in (part, seen[other]):
-                if one.share.bridge is not None:
-                    class_V = one.share.bridge.classes.student_Vs
+                if one.bridge is not None:
+                    class_V = one.bridge.classes.student_Vs
                     same_Q = same_Q | (class_V[own_Q] == class_V[their_Q])
             agreeing = agreeing + same_Q.sum().double()
         found[part.name] = agreeing, torch.full_like(agreeing, float(both_M.sum()))

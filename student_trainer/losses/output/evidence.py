@@ -2,45 +2,72 @@
 
 In: rows of each chunk, opened to logits once; out: an `Integrity` of all that was read.
 
-Axes: M kept rows, P of them that a teacher has a distribution of, V ids.
+Axes: P rows of a teacher.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from student_trainer.losses.integrity import Integrity
-from student_trainer.losses.output.parts import TeacherPart
+from student_trainer.losses.output.parts import Index, TeacherPart
 from student_trainer.losses.rows import FullRows, GivenRows, HiddenRows, Seen, TeacherRows, TopKRows, seen_in_logits
 
 
 @dataclass(eq=False)
 class Read:
-    """Of one teacher, a tensor for each chunk.
+    """Of one teacher, an entry for each chunk.
 
     Attributes:
         kd: losses by row, without any factor.
         clipped: rows that a policy gradient has clipped.
-        likeliest: int64, its likeliest id of each row.
-        seen: what its logits say of the labels; nothing from top-k rows, of which it is found without.
+        likeliest: int64, its likeliest id of each row that it has a distribution of; of a teacher with another tokenizer, an id of
+            the student that stands for its class.
+        alm: losses of groups that are compared as a whole.
+        row: on the host, which of its rows were looked at.
+        seen: what its logits say of their labels; nothing from top-k rows, of which it is found without.
     """
 
     kd: list[Tensor] = field(default_factory=list)
     clipped: list[Tensor] = field(default_factory=list)
     likeliest: list[Tensor] = field(default_factory=list)
+    alm: list[Tensor] = field(default_factory=list)
+    row: list[np.ndarray] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
 
-    def look(self, rows: TeacherRows, label_ids_P: Tensor) -> None:
-        """At the rows of a chunk, which are `opened`."""
+    def look(
+        self, part: TeacherPart, index: Index, first: int, last: int, dtype: torch.dtype
+    ) -> tuple[TeacherRows, Tensor]:
+        """Opens rows `first` to `last` of `index` and looks at them.
+
+        Returns:
+            the rows, and the log-probability of the token that each describes.
+        """
+        at_P = index.part(first, last)
+        rows = opened(part.rows.take(at_P), dtype)
+        self.row.append(index.host_P[first:last])
+        if not isinstance(rows, FullRows):
+            return rows, rows.label_logp_N.to(dtype)
+        seen = seen_in_logits(rows.logits_NV, part.labels_R[at_P])
+        self.seen.append(seen)
+        return rows, seen.label_logp_C
+
+    def note_likeliest(self, part: TeacherPart, rows: TeacherRows) -> None:
+        """Which id each of some rows finds likeliest; nothing of given rows."""
         if isinstance(rows, FullRows):
-            self.seen.append(seen_in_logits(rows.logits_NV, label_ids_P))
-            self.likeliest.append(rows.logits_NV.argmax(-1))
+            best_P = rows.logits_NV.argmax(-1)
         elif isinstance(rows, TopKRows):
-            best_P1 = rows.topk_logits_NK.argmax(-1, keepdim=True)
-            self.likeliest.append(rows.topk_ids_NK.gather(-1, best_P1)[:, 0])
+            best_P = rows.topk_ids_NK.gather(-1, rows.topk_logits_NK.argmax(-1, keepdim=True))[:, 0]
+        else:
+            return
+        if part.bridge is not None:
+            classes = part.bridge.classes
+            best_P = classes.of_student.first_K[classes.teacher_Vt[best_P]]
+        self.likeliest.append(best_P)
 
 
 def opened(rows: TeacherRows, dtype: torch.dtype) -> TeacherRows:
@@ -50,27 +77,24 @@ def opened(rows: TeacherRows, dtype: torch.dtype) -> TeacherRows:
     return FullRows(rows.logits(dtype), rows.lse_N, rows.label_logp_N, rows.tolerance)
 
 
-def evidence_of(part: TeacherPart, read: Read, kept_M: Tensor, labels_M: Tensor) -> Integrity | None:
-    """What `Integrity.check` will look at, of the rows that were used; the comparison is under way already. None of given rows.
-
-    Args:
-        kept_M: on the host, which of the N rows of the call the M kept ones are.
-        labels_M: on the device.
+def evidence_of(part: TeacherPart, read: Read) -> Integrity | None:
+    """What `Integrity.check` will look at, of the teacher's rows that were used, numbered as it has sent them; the comparison is under way
+    already. None of given rows, or if none was used.
     """
-    if isinstance(part.rows, GivenRows) or not len(part.place):
+    if isinstance(part.rows, GivenRows) or not read.row:
         return None
-    row_P = part.row.part(0, len(part.row))
+    used = Index.of(np.concatenate(read.row), part.labels_R.device)
+    row_P = used.part(0, len(used))
     if isinstance(part.rows, TopKRows):
-        seen = part.rows.take(row_P).seen(labels_M[part.place.part(0, len(part.place))])
+        seen = part.rows.take(row_P).seen(part.labels_R[row_P])
     else:
         seen = Seen(*(torch.cat(column) for column in zip(*read.seen, strict=True)))
     checked = part.rows.checked if isinstance(part.rows, HiddenRows) else None
     if checked is not None:  # of the rows left out some may be among the checked: so many are looked at at least
-        checked = max(1, checked - (part.rows.lse_N.numel() - len(part.row)))
-    number_P = kept_M[torch.from_numpy(part.place.host_P)].to(labels_M.device, non_blocking=True)
+        checked = max(1, checked - (part.rows.lse_N.numel() - len(used)))
     served = part.rows.lse_N[row_P], part.rows.label_logp_N[row_P]
     evidence = Integrity(
-        number_P, served[0], seen.lse_C, served[1], seen.label_logp_C, part.rows.tolerance, checked, part.name
+        used.device_P, served[0], seen.lse_C, served[1], seen.label_logp_C, part.rows.tolerance, checked, part.name
     )
     evidence.begin()
     return evidence

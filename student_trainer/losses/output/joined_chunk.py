@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import fused
+from student_trainer.losses.cross_tokenizer.bridge import VocabularyClasses
+from student_trainer.losses.cross_tokenizer.projected import projected_terms
 from student_trainer.losses.output.chunks import fused_terms, kd_terms, on_samples
 from student_trainer.losses.output.spec import OutputLossSpec
-from student_trainer.losses.rows import TeacherRows
+from student_trainer.losses.rows import FullRows, TeacherRows, TopKRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +29,15 @@ class Piece:
 
     Attributes:
         where: which of the C rows they are of.
-        rows: the teacher's, over the student's ids.
+        rows: the teacher's, without states; over its own ids.
         coefficient_P: weight times share over the normalizer.
+        classes: of both vocabularies; None if the ids are the student's.
     """
 
     where: slice | Tensor
     rows: TeacherRows
     coefficient_P: Tensor
+    classes: VocabularyClasses | None = None
 
 
 class PieceFigures(NamedTuple):
@@ -79,7 +83,7 @@ class Chunk:
         self.own = OwnFigures(self._log_q_CV.gather(-1, label_C1)[:, 0], ahead_C)
 
     def add(self, piece: Piece) -> PieceFigures:
-        """A teacher of the student's tokenizer, by the divergence or the policy gradient."""
+        """A teacher's distributions, by the divergence or the policy gradient; over classes if its ids are others."""
         z_PV, labels_P, sampled_P = self._of(self._z_CV, piece), self._of(self._labels_C, piece), self._sampled_C
         sampled_P = None if sampled_P is None else self._of(sampled_P, piece)
         if self._spec.policy_gradient is not None:
@@ -91,6 +95,12 @@ class Chunk:
             grad_PV = self._probabilities(piece).mul_(-slope_P1).scatter_add_(-1, labels_P[:, None], slope_P1)
             self._add(grad_PV, piece)
             return PieceFigures(found.loss_C, found.clipped_C)
+        if piece.classes is not None:
+            assert isinstance(piece.rows, FullRows | TopKRows), "states are opened, and given rows refused"
+            log_q_PV = None if self._is_fused else self._of(self._log_q_CV, piece)
+            kd_P, grad_PV = projected_terms(z_PV, log_q_PV, piece.rows, piece.classes, self._spec)
+            self._add(grad_PV.mul_((self._spec.kd_weight * piece.coefficient_P)[:, None]), piece)
+            return PieceFigures(kd_P, None)
         if self._is_fused:
             row, grad_PV = fused_terms(z_PV, piece.rows, labels_P, piece.coefficient_P, self._spec, z_PV.dtype)
             self._add(grad_PV, piece)

@@ -4,21 +4,22 @@ In: shares and places of a micro-batch, on the host; out: indices on the student
 Must never see a logit.
 
 Axes: N supervised rows, M of them kept (of weight above 0), P of these that a teacher has a distribution of, R rows of a teacher,
-G groups of tokens that are compared as a whole, S and T the most tokens of one on either side, C rows of a chunk.
+G groups of tokens that are compared as a whole, F rows of all of them, C rows of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from student_trainer.errors import DataError
+from student_trainer.losses.cross_tokenizer.bridge import Bridge
 from student_trainer.losses.rows import TeacherRows
-from student_trainer.losses.term import TeacherShare
+from student_trainer.losses.term import JoinedLabels, TeacherShare
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +29,18 @@ class Joining:
     Attributes:
         teachers: their names, in the order of the log; also of those that have not answered about a micro-batch.
         bridged: those of them with another tokenizer.
-        combine: `loss_sum`, `prob_mix`, `route` or `confidence` (algorithms.md 9).
+        combine: `loss_sum`, `prob_mix`, `route` or `confidence` (algorithms.md 9). `route` is a sum of one.
     """
 
     teachers: tuple[str, ...]
     bridged: frozenset[str] = frozenset()
     combine: str = "loss_sum"
+
+    @classmethod
+    def of(cls, labels: JoinedLabels) -> Joining:
+        """The sum of those that have answered."""
+        bridged = frozenset(name for name, share in labels.by_name.items() if share.bridge is not None)
+        return cls(tuple(labels.by_name), bridged)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +49,12 @@ class Index:
 
     host_P: np.ndarray
     device_P: Tensor
+    is_rising: bool
 
     @classmethod
     def of(cls, host_P: np.ndarray, device: torch.device) -> Index:
-        return cls(host_P, on_device(torch.from_numpy(host_P), device))
+        is_rising = bool((np.diff(host_P) > 0).all())
+        return cls(host_P, on_device(torch.from_numpy(host_P), device), is_rising)
 
     def __len__(self) -> int:
         return len(self.host_P)
@@ -53,30 +62,68 @@ class Index:
     def part(self, start: int, stop: int, origin: int = 0) -> slice | Tensor:
         """Some of them, counted from `origin`; neighbours as a slice, which is no copy and no launch."""
         first, last = int(self.host_P[start]), int(self.host_P[stop - 1])
-        if last - first == stop - start - 1:
+        if self.is_rising and last - first == stop - start - 1:
             return slice(first - origin, last + 1 - origin)
         return self.device_P[start:stop] - origin if origin else self.device_P[start:stop]
 
 
 @dataclass(frozen=True, eq=False)
 class LongGroups:
-    """Groups whose tokens are not one against one, in the order of the text (algorithms.md 8.4).
+    """Groups of tokens that are not one against one, in the order of the text (algorithms.md 8.4).
 
     Attributes:
         first_G: on the host, the first of each group's rows among the M kept ones.
-        student_GS, teacher_GT: int64, among the M kept rows and the teacher's; entries beyond a group are 0, and False in the masks.
-        student_mask_GS, teacher_mask_GT: bool.
-        tokens_G: of the student, in the dtype of the losses.
-        weight_G: sum over its rows of weight times share, likewise.
+        student: all their rows among the M kept ones, group by group; those of group g begin at `student_start_G1[g]`, on the host.
+        teacher: all their rows among the teacher's; likewise.
+        student_group_F: int64, the group of each of the student's.
+        weight_G: sum over its rows of weight times share, in the dtype of the losses.
+        tokens_G: of the student, float64.
     """
 
     first_G: np.ndarray
-    student_GS: Tensor
-    student_mask_GS: Tensor
-    teacher_GT: Tensor
-    teacher_mask_GT: Tensor
-    tokens_G: Tensor
+    student: Index
+    student_start_G1: np.ndarray
+    teacher: Index
+    teacher_start_G1: np.ndarray
+    student_group_F: Tensor
     weight_G: Tensor
+    tokens_G: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        student_G2: np.ndarray,
+        teacher_G2: np.ndarray,
+        weight_M: np.ndarray,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> LongGroups:
+        """From half-open ranges among the M kept rows and the teacher's; `weight_M` is float64, weight times share."""
+        student_F, start_G1 = _flat(student_G2)
+        teacher_F, teacher_start_G1 = _flat(teacher_G2)
+        tokens_G = np.diff(start_G1)
+        before_M1 = np.concatenate([[0.0], np.cumsum(weight_M)])
+        weight_G = before_M1[student_G2[:, 1]] - before_M1[student_G2[:, 0]]
+        return cls(
+            student_G2[:, 0],
+            Index.of(student_F, device),
+            start_G1,
+            Index.of(teacher_F, device),
+            teacher_start_G1,
+            on_device(torch.from_numpy(np.repeat(np.arange(len(tokens_G)), tokens_G)), device),
+            on_device(torch.from_numpy(weight_G).to(dtype), device),
+            on_device(torch.from_numpy(tokens_G.astype(np.float64)), device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.first_G)
+
+
+def _flat(ranges_G2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64, the numbers in half-open ranges one behind another; and [G+1] where those of each begin."""
+    sizes_G = ranges_G2[:, 1] - ranges_G2[:, 0]
+    start_G1 = np.concatenate([[0], np.cumsum(sizes_G)])
+    return np.arange(start_G1[-1]) + np.repeat(ranges_G2[:, 0] - start_G1[:-1], sizes_G), start_G1
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,62 +132,133 @@ class TeacherPart:
 
     Attributes:
         name: in the config.
-        share: its answer.
-        rows: of `share.labels`.
-        place: [P] among the M kept rows, rising.
+        rows: the teacher's.
+        labels_R: int64, the tokens that its rows describe, in its ids.
+        place: [P] among the M kept rows, rising: those that it has a distribution of.
         row: [P] of the teacher, likewise.
         weight_P: weight times share, in the dtype of the losses.
-        share_M: float32, on the host, of every kept row; 0 where it has no distribution.
+        share_P: float32, on the host.
         covered: weight of the kept rows that have its labels, by either way of comparison.
+        bridge: to another tokenizer; None for the student's.
         groups: that are compared as a whole; None for the student's tokenizer.
     """
 
     name: str
-    share: TeacherShare
     rows: TeacherRows
+    labels_R: Tensor
     place: Index
     row: Index
     weight_P: Tensor
-    share_M: np.ndarray
+    share_P: np.ndarray
     covered: float
+    bridge: Bridge | None = None
     groups: LongGroups | None = None
 
 
-def part_of(
-    name: str, share: TeacherShare, kept_M: np.ndarray, weights_N: np.ndarray, device: torch.device, dtype: torch.dtype
-) -> TeacherPart:
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The rows of a micro-batch that count, on the host.
+
+    Attributes:
+        row_M: int64, which of the N rows.
+        weight_M: float64, above 0.
+        labels_N: int64, of all rows.
+    """
+
+    row_M: np.ndarray
+    weight_M: np.ndarray
+    labels_N: Tensor
+
+
+def part_of(name: str, share: TeacherShare, kept: Kept, device: torch.device, dtype: torch.dtype) -> TeacherPart:
     """What of a teacher's answer is used.
 
-    Args:
-        kept_M: int64, rows of weight above 0.
-        weights_N: of all rows.
     Raises:
-        DataError: it has a share of rows that it has not described.
+        DataError: lengths, places or groups that do not fit; a share of rows that the teacher has not described.
     """
     rows = share.labels.output
     assert rows is not None, "a teacher that is joined was asked for its distributions"
     shares_N = share.share_N.numpy()
-    if len(shares_N) != len(weights_N):
-        raise DataError(f"teacher {name!r}: {len(shares_N)} shares for {len(weights_N)} student states")
-    row_N = _row_of(name, share, rows.lse_N.numel(), len(weights_N))
-    row_M, share_M = row_N[kept_M], shares_N[kept_M]
+    if len(shares_N) != kept.labels_N.numel():
+        raise DataError(f"teacher {name!r}: {len(shares_N)} shares for {kept.labels_N.numel()} student states")
+    share_M = shares_N[kept.row_M]
+    if share.bridge is not None:
+        return _bridged(name, rows, share.bridge, share_M, kept, device, dtype)
+    row_N = _row_of(name, share, rows.lse_N.numel(), kept.labels_N.numel())
+    row_M = row_N[kept.row_M]
     lost_M = (share_M > 0) & (row_M < 0)
     if lost_M.any():
         raise DataError(
-            f"teacher {name!r} has a share of row {int(kept_M[lost_M.argmax()])}, of which it has sent none"
+            f"teacher {name!r} has a share of row {int(kept.row_M[lost_M.argmax()])}, of which it has sent none"
         )
+    labels_R = kept.labels_N if share.row_M is None else kept.labels_N[torch.from_numpy(share.row_M)]
     place_P = np.flatnonzero(share_M > 0)
-    weight_P = weights_N[kept_M[place_P]].astype(np.float64) * share_M[place_P]
+    return _part(name, rows, labels_R, place_P, row_M[place_P], share_M, kept, device, dtype)
+
+
+def _part(
+    name: str,
+    rows: TeacherRows,
+    labels_R: Tensor,
+    place_P: np.ndarray,
+    row_P: np.ndarray,
+    share_M: np.ndarray,
+    kept: Kept,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TeacherPart:
     return TeacherPart(
         name,
-        share,
         rows,
+        on_device(labels_R, device),
         Index.of(place_P, device),
-        Index.of(row_M[place_P], device),
-        on_device(torch.from_numpy(weight_P).to(dtype), device),
-        share_M,
-        float(weights_N[kept_M[place_P]].sum(dtype=np.float64)),
+        Index.of(row_P, device),
+        on_device(torch.from_numpy(kept.weight_M[place_P] * share_M[place_P]).to(dtype), device),
+        share_M[place_P],
+        float(kept.weight_M[place_P].sum()),
     )
+
+
+def _bridged(
+    name: str,
+    rows: TeacherRows,
+    bridge: Bridge,
+    share_M: np.ndarray,
+    kept: Kept,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TeacherPart:
+    """A teacher with another tokenizer. A group of which a row has no weight or no share is left out as a whole."""
+    count, labels_R = rows.lse_N.numel(), bridge.labels_M
+    student_G2, teacher_G2 = bridge.groups.student_G2, bridge.groups.teacher_G2
+    if labels_R.numel() != count:
+        raise DataError(f"teacher {name!r}: {count} rows, and tokens of {labels_R.numel()}")
+    _check_ranges(name, "student", student_G2, len(kept.labels_N))
+    _check_ranges(name, "teacher", teacher_G2, count)
+    ids = bridge.classes.teacher_Vt.numel()
+    if count and not 0 <= int(labels_R.min()) <= int(labels_R.max()) < ids:
+        raise DataError(f"teacher {name!r}: a token of its rows lies outside 0..{ids - 1}, its ids")
+    place_N = np.full(len(kept.labels_N) + 1, -1)
+    place_N[kept.row_M[share_M > 0]] = np.flatnonzero(share_M > 0)
+    before_N1 = np.concatenate([[0], np.cumsum(place_N[:-1] >= 0)])
+    whole_G = before_N1[student_G2[:, 1]] - before_N1[student_G2[:, 0]] == student_G2[:, 1] - student_G2[:, 0]
+    one_G = whole_G & ((student_G2[:, 1] - student_G2[:, 0]) == 1) & ((teacher_G2[:, 1] - teacher_G2[:, 0]) == 1)
+    place_P = place_N[student_G2[one_G, 0]]
+    part = _part(name, rows, labels_R, place_P, teacher_G2[one_G, 0], share_M, kept, device, dtype)
+    long_G = whole_G & ~one_G
+    first_G = place_N[student_G2[long_G, 0]]
+    span_G2 = np.stack([first_G, first_G + student_G2[long_G, 1] - student_G2[long_G, 0]], 1)
+    groups = LongGroups.of(span_G2, teacher_G2[long_G], kept.weight_M * share_M, device, dtype)
+    covered = part.covered + float(kept.weight_M[groups.student.host_P].sum())
+    return replace(part, bridge=bridge, groups=groups, covered=covered)
+
+
+def _check_ranges(name: str, side: str, ranges_G2: np.ndarray, rows: int) -> None:
+    """Refuses groups that are empty, fall, overlap or lie outside."""
+    flat = ranges_G2.reshape(-1)
+    rising = (ranges_G2[:, 1] > ranges_G2[:, 0]).all() and (ranges_G2[1:, 0] >= ranges_G2[:-1, 1]).all()
+    if flat.size and not (rising and flat[0] >= 0 and flat[-1] <= rows):
+        raise DataError(f"teacher {name!r}: groups of the {side}'s rows must rise within 0..{rows}, without overlap")
 
 
 def _row_of(name: str, share: TeacherShare, count: int, rows: int) -> np.ndarray:
@@ -156,9 +274,21 @@ def _row_of(name: str, share: TeacherShare, count: int, rows: int) -> np.ndarray
     return row_N
 
 
-def chunk_bounds(count: int, chunk_rows: int, groups: Sequence[LongGroups | None]) -> list[int]:
+def chunk_bounds(count: int, chunk_rows: int, groups: Sequence[LongGroups]) -> list[int]:
     """Where chunks of M rows begin, and M at the end: at most `chunk_rows` rows each, unless one group has more; no group lies in two."""
-    return [*range(0, count, chunk_rows), count] if count else [0]
+    is_border_M1 = np.ones(count + 1, np.bool_)
+    for of_teacher in groups:
+        inside_F = np.ones(len(of_teacher.student), np.bool_)
+        inside_F[of_teacher.student_start_G1[:-1]] = False
+        is_border_M1[of_teacher.student.host_P[inside_F]] = False
+    borders = np.flatnonzero(is_border_M1)
+    bounds = [0]
+    while bounds[-1] < count:
+        at = int(np.searchsorted(borders, bounds[-1] + chunk_rows, side="right")) - 1
+        if borders[at] <= bounds[-1]:
+            at += 1  # the group that begins here is longer than a chunk
+        bounds.append(int(borders[at]))
+    return bounds
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -87,7 +87,8 @@ class OutputTerm:
         normalizer: float | Tensor,
         step: int,
     ) -> TermResult:
-        """As `term`, and for each teacher NAME of the run: `kd_loss.NAME`, in nats per weight and share; `coverage.NAME`, the share of the
+        """As `term`, and for each teacher NAME of the run: `kd_loss.NAME`, in nats per weight and share, over its distributions; `alm_loss.NAME`
+        of a teacher with another tokenizer, over groups of tokens that are compared as a whole; `coverage.NAME`, the share of the
         supervised weight that has its labels; `agreement.NAME`, the share of its rows where the heaviest other teacher that has a
         distribution of them has the same likeliest id.
 
@@ -95,7 +96,7 @@ class OutputTerm:
             ConfigError, DataError: as `joined_loss`.
         """
         spec = self._spec_at(step)
-        joining = self._joining or Joining(tuple(labels.by_name))
+        joining = self._joining or Joining.of(labels)
         loss = joined_loss(
             rows.of(outputs.final_BLD),
             self._head(),
@@ -107,7 +108,7 @@ class OutputTerm:
             spec,
             rows.sampled_logp_N,
         )
-        return TermResult(loss.total, _figures(loss.parts, spec) | _by_teacher(loss), loss.integrity)
+        return TermResult(loss.total, _figures(loss.parts, spec) | _by_teacher(loss, joining), loss.integrity)
 
     def likeliest_ids(self, outputs: StudentOutputs, rows: SupervisedRows, count: int, step: int) -> Tensor:
         """int64 [N, count], the student's own likeliest ids of each row, for labels that shall name them (algorithms.md 2.1)."""
@@ -130,11 +131,13 @@ def _figures(parts: LossParts, spec: OutputLossSpec) -> dict[str, Mean]:
     return figures
 
 
-def _by_teacher(loss: JoinedLoss) -> dict[str, Mean]:
+def _by_teacher(loss: JoinedLoss, joining: Joining) -> dict[str, Mean]:
     """Of each teacher of the run, whether it has answered or not."""
     figures = {}
     for name, found in loss.by_teacher.items():
         figures[f"kd_loss.{name}"] = Mean(found.kd_sum, found.kd_weights)
+        if name in joining.bridged:
+            figures[f"alm_loss.{name}"] = Mean(found.alm_sum, found.alm_weights)
         figures[f"coverage.{name}"] = Mean(found.covered, loss.parts.weights)
         figures[f"agreement.{name}"] = Mean(found.agreeing, found.compared)
     return figures

@@ -89,6 +89,10 @@ def generate_rows(config: TrainConfig, console: Console) -> Generated:
         raise ConfigError("label --generate: set the section generate, whose output_dir takes the rows")
     if not config.every_teacher:
         raise ConfigError("teacher: label --generate needs a teacher that writes: set the section teacher")
+    if len(config.every_teacher) > 1:
+        raise ConfigError(
+            "teachers: label --generate lets one teacher write, and there are several: set the section teacher"
+        )
     check_way(config.every_teacher[0])
     tokenizer = _tokenizer(config.model.path)
     reader = RowReader(config, tokenizer, settings)

@@ -105,7 +105,10 @@ class JoinedTeachers:
         """What makes labels of their answers."""
         teachers = [
             JoinedTeacher(
-                session.name, session.weight, session.head, session.bridge.bridge if session.bridge is not None else None
+                session.name,
+                session.weight,
+                session.head,
+                session.bridge.bridge if session.bridge is not None else None,
             )
             for session in self.sessions
         ]

@@ -201,7 +201,7 @@ def test_wrong_rows_of_one_teacher_are_found_and_named(form: str) -> None:
         loss.integrity[1].check()
 
 
-def test_a_wrong_row_is_numbered_as_the_student_counts() -> None:
+def test_a_wrong_row_is_numbered_as_its_teacher_counts() -> None:
     some = np.arange(20, 30)
     rows = B.full_rows().take(torch.from_numpy(some))
     rows.logits_NV[3] += torch.randn(V, dtype=torch.float64) * 50
@@ -209,7 +209,7 @@ def test_a_wrong_row_is_numbered_as_the_student_counts() -> None:
     loss = run(spec(), a=share(W.hidden_rows(), 0.5), b=TeacherShare(TeacherLabels(rows, {}), weight, row_M=some))
     with pytest.raises(TeacherHeadMismatch) as caught:
         loss.integrity[1].check()
-    assert caught.value.row == 23
+    assert caught.value.row == 3
 
 
 @pytest.mark.parametrize("form", ["full", "given"])
