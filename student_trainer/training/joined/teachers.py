@@ -26,6 +26,7 @@ from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrai
 from student_trainer.training.joined.joiner import JoinedTeacher, Joiner
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
+from teacher_wire.core.errors import OverloadedError, UnavailableError
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,15 @@ class JoinedTeachers:
         """Says how many samples had fewer teachers than they were to have."""
         if told := self.ledger.told():
             self.note(told)
+
+
+def who_is_away(error: BaseException) -> TeacherAwayError | None:
+    """What a run ends with that ends with `error`, if it is that a teacher does not answer: in a step, or where held-out rows are measured."""
+    if isinstance(error, TeacherAwayError):
+        return error
+    if isinstance(error, UnavailableError | OverloadedError):
+        return TeacherAwayError(f"a teacher does not answer: {error}")
+    return None
 
 
 def keep_last_step(error: TeacherAwayError, trainer: KeepingTrainer) -> None:
