@@ -1,4 +1,4 @@
-"""`student-trainer`: train, label, cache. Loads neither torch nor ray before a command needs them.
+"""`student-trainer`: train, label, plan, traces, cache. Loads neither torch nor ray before a command needs them.
 
 Exit codes: 0 done; 1 numbers of a run that are not finite (one line), or a fault of ours (a traceback); 2 something the user can mend
 (one line says what and where); 3 one of several teachers is away, and the run can be resumed when it is back; 130 interrupted.
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from student_trainer.cli.labels import app as cache_app
+from student_trainer.cli.plan import plan
 from student_trainer.config.run import load_config
 from student_trainer.errors import ConfigError, StudentError
 from teacher_wire.core.errors import TeacherWireError
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(plan)
 
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")]

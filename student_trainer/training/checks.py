@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,8 +43,12 @@ from student_trainer.training.run_folder import (
 )
 from student_trainer.training.trainer import check_single_process
 
+Look = Callable[[Findings, Outline, TokenizedDataset, TokenizedDataset | None, Sequence[TeacherSession]], None]
 
-def all_findings(config: TrainConfig, console: Console, *, resume: bool = False) -> list[Finding]:
+
+def all_findings(
+    config: TrainConfig, console: Console, *, resume: bool = False, look: Look | None = None
+) -> list[Finding]:
     """Every finding about a run, good and bad, in the order of the checks. The teachers are asked; embedded ones are started.
 
     What needs a thing that is missing is not checked: the sizes of requests without a teacher that answers, for one. The disk's room is
@@ -54,6 +58,7 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
         config: the run.
         console: told of the data and the teachers.
         resume: whether it is to go on from a checkpoint.
+        look: called with the student, the rows and the teachers while these can be asked more; adds findings of its own.
     """
     findings = Findings(stops=False)
     findings.add(check_settings(config))
@@ -87,6 +92,8 @@ def all_findings(config: TrainConfig, console: Console, *, resume: bool = False)
             )  # fmt: skip
             findings.add(check_requests(config, sessions, data, held_out))
             findings.add(check_rollouts(config, outline.positions, data, order_of(config, data), sessions))
+            if look is not None:
+                look(findings, outline, data, held_out, sessions)
     return findings.all
 
 

@@ -223,7 +223,9 @@ def _run(
             ask=handed_to.put if handed_to else None,
             teacher_head=learned.head if learned else None,
             joiner=joined.joiner() if joined else None,
-            measure=measuring(config, student, held_out, sessions, vocab_rows) if held_out else None,
+            measure=measuring(config, student, held_out, sessions, vocab_rows, partial(_note, console))
+            if held_out
+            else None,
             callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
             on_trouble=partial(_note, console),
         )

@@ -14,6 +14,7 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ class Partition:
     classes: int
     other: int | None
 
-    @property
+    @cached_property
     def members_K(self) -> np.ndarray:
         """int64 [K], ids of both sides in each class."""
         return self.of_student_K + self.of_teacher_K

@@ -79,17 +79,7 @@ class Bridging:
             TeacherWireError: it does not answer; or a tokenizer's tokens do not say which bytes they stand for.
         """
         cache = cache_folder(self.config.run.cache_dir)
-        with self.console.status(f"fetching the byte table of {info.name}"):
-            fetched = await fetch_artifact(
-                client,
-                info,
-                info.artifact(BYTE_TABLE),
-                self.config.run.cache_dir,
-                on_trouble=self.on_trouble,
-                max_bytes=round(self.config.cache.heads_gb * 2**30),
-            )
-        theirs = of_artifact(fetched)
-        ours = self._own_table()
+        ours, theirs = await self.tables(client, info)
         distinct = {row_key(example): example for example in self.examples}
         texts = [text_row(example, ours) for example in distinct.values()]
         with ProgressBar(self.console, f"tokens of {info.name}", len(texts)) as bar:
@@ -109,16 +99,28 @@ class Bridging:
         key = classes_key(ours, theirs, self._own_sha256(), info.tokenizer_sha256)
         classes = None
         if not only_rows:
-            with self.console.status(f"joining the vocabularies of the student and of {info.name}"):
-                partition = await self._partition(client, info, ours, theirs, key)
-            classes = partition.on(self.student.device)
+            classes = (await self.partition(client, info, ours, theirs)).on(self.student.device)
         settings = self.settings
         digest = hashlib.sha256(f"{key} {info.chat_template_sha256}".encode()).hexdigest()
         return BridgePlan(classes, rows, settings.alm_weight, settings.alm_temperature, settings.debias, digest)
 
-    async def _partition(
-        self, client: TeacherClient, info: TeacherInfo, ours: ByteTable, theirs: ByteTable, key: str
+    async def tables(self, client: TeacherClient, info: TeacherInfo) -> tuple[ByteTable, ByteTable]:
+        """The bytes of the student's ids and of the teacher's."""
+        with self.console.status(f"fetching the byte table of {info.name}"):
+            fetched = await fetch_artifact(
+                client,
+                info,
+                info.artifact(BYTE_TABLE),
+                self.config.run.cache_dir,
+                on_trouble=self.on_trouble,
+                max_bytes=round(self.config.cache.heads_gb * 2**30),
+            )
+        return self._own_table(), of_artifact(fetched)
+
+    async def partition(
+        self, client: TeacherClient, info: TeacherInfo, ours: ByteTable, theirs: ByteTable
     ) -> Partition:
+        """The classes of the ids of both tables, which are those that are learned."""
         loop = asyncio.get_running_loop()
 
         async def ask(texts: Sequence[bytes]) -> list[TokenizedRow]:
@@ -133,7 +135,9 @@ class Bridging:
             return vocabulary_classes(ours, theirs, first_tokens(self.student.tokenizer, ours), first_of_teacher)
 
         folder = cache_folder(self.config.run.cache_dir) / FOLDER
-        return await asyncio.to_thread(kept_classes, folder, key, make)
+        key = classes_key(ours, theirs, self._own_sha256(), info.tokenizer_sha256)
+        with self.console.status(f"joining the vocabularies of the student and of {info.name}"):
+            return await asyncio.to_thread(kept_classes, folder, key, make)
 
     def _own_table(self) -> ByteTable:
         """The bytes of the student's ids; what ends its answers ends a turn."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import subprocess
 import threading
 import time
@@ -29,6 +30,7 @@ from student_trainer.training.run import train
 from teacher_wire.core.errors import LabelError
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import LoopbackServer, serve
 from tests.student_trainer.conftest import fake_for, run_config
 from tests.student_trainer.fake_process import start_fake
@@ -50,16 +52,18 @@ def fakes(model_factory):
 
 
 class Mortal:
-    """A teacher whose server goes down when it is asked for the answer after the first `answers`, which it never gives."""
+    """A teacher whose server goes down when it is asked for the answer after the first `answers`, or for one about a sequence of
+    `too_long` tokens, which it never gives.
+    """
 
-    def __init__(self, fake: FakeTeacher, answers: int) -> None:
+    def __init__(self, fake: FakeTeacher, answers: float = math.inf, too_long: float = math.inf) -> None:
         self.fake = fake
         self.server = LoopbackServer(fake).start()
         self.dying = threading.Event()
         score = fake.score
 
         async def mortal(call):
-            if fake.calls >= answers:
+            if fake.calls >= answers or call.batch.lengths_B.max() >= too_long:
                 self.dying.set()
                 await asyncio.sleep(3600)
             return await score(call)
@@ -233,13 +237,12 @@ def test_each_row_has_one_teacher_when_they_are_routed(tmp_path, model_factory, 
     assert all(entry["coverage.a"] + entry["coverage.b"] == pytest.approx(1.0) for entry in log)
 
 
-@pytest.fixture
-def undisturbed(tmp_path, model_factory, rows_file, fakes):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, model_factory, rows_file):
     """The adapter of the run whose teachers both stay."""
-    with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
-        config = config_for(
-            tmp_path, model_factory("qwen2"), rows_file, {"a": a.address, "b": b.address}, "undisturbed"
-        )
+    model, folder = model_factory("qwen2"), tmp_path_factory.mktemp("undisturbed")
+    with serve(fake_for(model, seed=1)) as a, serve(fake_for(model, seed=2)) as b:
+        config = config_for(folder, model, rows_file, {"a": a.address, "b": b.address})
         result = train(config, console=QUIET)
     assert all(
         len(group["by"]) == 2 for entry in check_ledger(config, result.output_dir) for group in entry["labelled"]
@@ -304,7 +307,7 @@ def test_who_is_back_is_used_again_without_a_restart(tmp_path, model_factory, ro
 
 
 def test_wait_goes_on_when_it_is_back_as_if_nothing_had_been(tmp_path, model_factory, rows_file, fakes, undisturbed):
-    mortal, servers = Mortal(fakes["b"], fakes["b"].calls + 8), []
+    mortal, servers = Mortal(fakes["b"], 8), []
     thread = threading.Thread(target=lambda: servers.append(mortal.back()), daemon=True)
     thread.start()
     with serve(fakes["a"]) as a:
@@ -318,14 +321,13 @@ def test_wait_goes_on_when_it_is_back_as_if_nothing_had_been(tmp_path, model_fac
     )
 
 
-@pytest.mark.parametrize("save_steps", [0, 2])
-@pytest.mark.parametrize(("policy", "retry_s"), [("fail", 300.0), ("wait", 0.5)])
+@pytest.mark.parametrize(
+    ("policy", "retry_s", "save_steps"), [("fail", 300.0, 0), ("fail", 300.0, 2), ("wait", 0.5, 0)]
+)
 def test_who_cannot_be_waited_for_ends_the_run_which_goes_on_later(
     tmp_path, model_factory, rows_file, fakes, undisturbed, policy, retry_s, save_steps
 ):
-    if (policy, save_steps) == ("wait", 2):
-        pytest.skip("as the others")
-    mortal = Mortal(fakes["b"], fakes["b"].calls + 10)
+    mortal = Mortal(fakes["b"], 10)
     with serve(fakes["a"]) as a:
         addresses = {"a": a.address, "b": mortal.address}
         settings = {"own": {"b": {"retry_s": retry_s, "when_missing": policy}}, "train": {"save_steps": save_steps}}
@@ -484,9 +486,53 @@ def test_layers_are_those_of_the_teacher_that_is_named(tmp_path, model_factory, 
         hidden = {"weight": 1.0, "layers": [1, 2], "reduction": "none", "teacher": "b"}
         config = config_for(
             tmp_path, model_factory("qwen2"), rows, {"a": a.address, "b": b.address}, own=own, data={"tag_field": "kind"},
-            loss={"hidden": hidden}, train={"max_steps": 10},
+            loss={"hidden": hidden},
         )  # fmt: skip
         result = train(config, console=QUIET)
     log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
     assert log[-1]["hidden_loss"] < log[0]["hidden_loss"]
     assert (result.output_dir / "layers.json").is_file()
+
+
+@pytest.mark.parametrize("policy", ["reweight", "fail"])
+def test_who_is_away_when_held_out_rows_are_measured(tmp_path, model_factory, rows_file, fakes, policy):
+    """Under `reweight` its figure alone is missing; else the run ends with a checkpoint of the step that it was measured after."""
+    rows = tmp_path / "long.jsonl"
+    long = {"instruction": "Go on.", "input": "the cat sat on a mat " * 4, "output": "and saw an old dog"}
+    rows.write_text((json.dumps(long) + "\n") * 3)
+    mortal, shown = Mortal(fakes["b"], too_long=50), shown_console()
+    with serve(fakes["a"]) as a:
+        addresses = {"a": a.address, "b": mortal.address}
+        settings = {"eval_steps": 4, "save_steps": 0}
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows_file, addresses, when_missing=policy,
+            data={"eval": [str(rows)]}, train=settings,
+        )  # fmt: skip
+        if policy == "fail":
+            with pytest.raises(TeacherAwayError) as caught:
+                train(config, console=shown)
+            assert any("from checkpoint-4" in note for note in caught.value.__notes__)
+            again = mortal.back()
+            result = train(config, resume=True, console=QUIET)
+            again.stop()
+            assert result.metrics["kl_to_a"] > 0 and result.metrics["kl_to_b"] > 0
+            return
+        result = train(config, console=shown)
+    assert result.metrics["kl_to_a"] > 0 and "kl_to_b" not in result.metrics
+    assert "kl_to_b is not measured this time" in shown.file.getvalue()
+
+
+def test_a_teacher_of_another_tokenizer_goes_away_like_any_other(tmp_path, model_factory, rows_file, fakes):
+    reader = FakeTokenizer((b"the ", b" the", b"an", b"er", b"is", b"12", b"."))
+    mortal, shown = Mortal(FakeTeacher(vocab_rows=len(reader), hidden_size=16, reader=reader), 4), shown_console()
+    with serve(fakes["a"]) as a:
+        addresses = {"a": a.address, "b": mortal.address}
+        own = {"b": {"cross_tokenizer": {"min_coverage": 0.4}, "labels": "top_k", "weight": 2.0}}
+        config = config_for(tmp_path, model_factory("qwen2"), rows_file, addresses, own=own, when_missing="reweight")
+        result = train(config, console=shown)
+    groups = [group for entry in check_ledger(config, result.output_dir) for group in entry["labelled"]]
+    kinds = {(tuple(group["by"]), tuple(group.get("missing", ()))) for group in groups}
+    assert kinds == {(("a", "b"), ()), (("a",), ()), (("a",), ("b",))}, "some rows are too unlike for it"
+    log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
+    assert log[0]["coverage.b"] > 0 and log[-1]["coverage.b"] == 0.0 and log[0]["alm_loss.b"] >= 0
+    assert "fewer teachers" in shown.file.getvalue()

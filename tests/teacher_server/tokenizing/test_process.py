@@ -65,7 +65,9 @@ def test_a_row_on_which_the_process_dies_twice_is_refused(tokenizer, monkeypatch
         return read(self, process, within_s)
 
     monkeypatch.setattr(TokenizerProcess, "_read", dying)
-    monkeypatch.setattr(TokenizerProcess, "_started_rows", lambda self, within_s: within_s < process_room._START_S, raising=False)
+    monkeypatch.setattr(
+        TokenizerProcess, "_started_rows", lambda self, within_s: within_s < process_room._START_S, raising=False
+    )
     [answer] = tokenizer.rows([row("a")])
     assert answer.refused == "the tokenizer ended on it twice (code -9)" and len(deaths) == 2
 

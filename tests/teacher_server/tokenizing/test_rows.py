@@ -120,7 +120,9 @@ def test_the_ids_of_a_text_stand_for_its_bytes(kind, name, conversation):
     tokenizer, reader = kind
     text = TEXTS[name]
     row = reader.row(TextRow(text.encode(), conversation))
-    if type(tokenizer.backend_tokenizer.model) is models.Unigram and "<" in text:  # it finds <s> and <0x41> as pieces in ordinary text
+    if (
+        type(tokenizer.backend_tokenizer.model) is models.Unigram and "<" in text
+    ):  # it finds <s> and <0x41> as pieces in ordinary text
         assert "does not keep the text" in row.refused
         return
     assert not row.refused, row.refused
