@@ -19,48 +19,57 @@ from student_trainer.losses.rows import FullRows, TopKRows
 
 
 def projected_terms(
-    z_CV: Tensor, log_q_CV: Tensor | None, rows: FullRows | TopKRows, classes: VocabularyClasses, spec: OutputLossSpec
+    z_CV: Tensor,
+    log_q_CV: Tensor | None,
+    rows: FullRows | TopKRows,
+    classes: VocabularyClasses,
+    coefficient_C: Tensor,
+    spec: OutputLossSpec,
 ) -> tuple[Tensor, Tensor]:
-    """s(tau) D over classes of each row, and its gradient on the student's logits.
+    """s(tau) D over classes of each row, and its gradient on the student's logits, times the coefficient of the row.
 
     Args:
         z_CV: of the student, left as they are.
-        log_q_CV: its log-probabilities, likewise; None: with kernels in place of passes over [C, K], which needs float32 on a GPU.
+        log_q_CV: its log-probabilities, likewise; None: with kernels in place of passes over [C, V] and [C, K], of float32 on a GPU.
         rows: the teacher's, over its own ids.
         classes: of both vocabularies.
+        coefficient_C: every factor of a row's loss, but s(tau).
         spec: what is computed; of top-k rows at temperature 1.
     """
-    student, teacher = classes.of_student, classes.of_teacher
+    is_fused, tau = log_q_CV is None, spec.temperature
+    scale = tau**2 if spec.tau_squared else 1.0
     if isinstance(rows, TopKRows):
-        log_q_CV = z_CV.log_softmax(-1) if log_q_CV is None else log_q_CV
-        class_q_CK = student.project(log_q_CV)
-        kept_Ck = classes.teacher_Vt[rows.topk_ids_NK]
-        loss_C, grad_CK = class_bucket_and_grad(kept_Ck, *rows.bucket(z_CV.dtype), class_q_CK, spec.divergence)
-        return loss_C, student.spread(grad_CK, log_q_CV, class_q_CK)
-    tau, scale = spec.temperature, spec.temperature**2 if spec.tau_squared else 1.0
-    teacher_CK = teacher.project(rows.logits_NV if tau == 1 else rows.logits_NV / tau)
-    if log_q_CV is None:
+        soft_CV = z_CV.log_softmax(-1) if log_q_CV is None else log_q_CV
+    elif log_q_CV is None:
         soft_CV = z_CV if tau == 1 else z_CV / tau
-        class_CK = student.project(soft_CV)
-        loss_C, grad_CK = _by_kernel(teacher_CK, class_CK, scale / tau, spec.divergence)
-        return (loss_C if scale == 1 else loss_C * scale), student.spread(grad_CK, soft_CV, class_CK)
-    log_q_CV = log_q_CV if tau == 1 else (z_CV / tau).log_softmax(-1)
-    class_q_CK = student.project(log_q_CV)
-    loss_C, grad_CK = divergence_and_grad(teacher_CK.log_softmax(-1), class_q_CK, spec.divergence)
-    grad_CV = student.spread(grad_CK, log_q_CV, class_q_CK)
-    return (loss_C, grad_CV) if tau == scale == 1 else (loss_C * scale, grad_CV.mul_(scale / tau))
+    else:
+        soft_CV = log_q_CV if tau == 1 else (z_CV / tau).log_softmax(-1)
+    class_CK = classes.of_student.project(soft_CV, is_fused)
+    factor_C = coefficient_C if tau == scale == 1 else coefficient_C * (scale / tau)
+    if isinstance(rows, TopKRows):
+        kept_Ck = classes.teacher_Vt[rows.topk_ids_NK]
+        loss_C, grad_CK = class_bucket_and_grad(kept_Ck, *rows.bucket(z_CV.dtype), class_CK, spec.divergence)
+        grad_CK.mul_(factor_C[:, None])
+    else:
+        teacher_CK = classes.of_teacher.project(rows.logits_NV if tau == 1 else rows.logits_NV / tau, is_fused)
+        if is_fused:
+            loss_C, grad_CK = _by_kernel(teacher_CK, class_CK, factor_C, spec.divergence)
+        else:
+            loss_C, grad_CK = divergence_and_grad(teacher_CK.log_softmax(-1), class_CK, spec.divergence)
+            grad_CK.mul_(factor_C[:, None])
+    grad_CV = classes.of_student.spread(grad_CK, soft_CV, class_CK, is_fused)
+    return (loss_C if scale == 1 else loss_C * scale), grad_CV
 
 
-def _by_kernel(teacher_CK: Tensor, class_CK: Tensor, factor: float, spec: Divergence) -> tuple[Tensor, Tensor]:
-    """`divergence_and_grad` of two sets of class logits; the gradient times `factor`."""
+def _by_kernel(teacher_CK: Tensor, class_CK: Tensor, factor_C: Tensor, spec: Divergence) -> tuple[Tensor, Tensor]:
+    """`divergence_and_grad` of two sets of class logits; the gradient times `factor_C`."""
     no_label_C = torch.zeros(len(class_CK), dtype=torch.long, device=class_CK.device)
-    figures = []
-    for there_CK in (teacher_CK, class_CK):
-        figures.append(fused.row_figures(there_CK, no_label_C, there_CK[:, 0].contiguous())[0])
-    factor_C = torch.full_like(figures[1], factor)
+    teacher_C, student_C = (
+        fused.row_figures(there_CK, no_label_C, there_CK[:, 0].contiguous())[0] for there_CK in (teacher_CK, class_CK)
+    )
     return fused.divergence_grad(
-        *(teacher_CK, figures[0], class_CK, figures[1], factor_C, spec, 1.0),
-        *(figures[1], no_label_C, None, class_CK.dtype),
+        *(teacher_CK, teacher_C, class_CK, student_C, factor_C, spec, 1.0),
+        *(student_C, no_label_C, None, class_CK.dtype),
     )
 
 

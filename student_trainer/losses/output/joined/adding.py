@@ -20,8 +20,13 @@ from student_trainer.losses.output.parts import LongGroups, TeacherPart
 from student_trainer.losses.output.spec import OutputLossSpec
 
 
-def chunk_rows(parts: list[TeacherPart], head: Head, spec: OutputLossSpec, is_mixed: bool) -> int:
-    """C; beside logits, log-probabilities and gradients over ids there are figures over classes, and the teacher's own logits."""
+def chunk_rows(parts: list[TeacherPart], head: Head, spec: OutputLossSpec, is_mixed: bool, is_fused: bool) -> int:
+    """C; beside logits, log-probabilities and gradients over ids there are figures over classes, and the teacher's own logits.
+
+    With kernels as many as with one teacher: fewer would read both heads more often. The pass holds up to three times as much then.
+    """
+    if is_fused:
+        return spec.chunk_rows(head.vocab_rows, 12)
     bytes_each = 28 if is_mixed else 20
     for part in parts:
         if part.bridge is not None:

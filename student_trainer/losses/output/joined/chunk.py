@@ -98,8 +98,9 @@ class Chunk:
         if piece.classes is not None:
             assert isinstance(piece.rows, FullRows | TopKRows), "states are opened, and given rows refused"
             log_q_PV = None if self._is_fused else self._of(self._log_q_CV, piece)
-            kd_P, grad_PV = projected_terms(z_PV, log_q_PV, piece.rows, piece.classes, self._spec)
-            self._add(grad_PV.mul_((self._spec.kd_weight * piece.coefficient_P)[:, None]), piece)
+            factor_P = self._spec.kd_weight * piece.coefficient_P
+            kd_P, grad_PV = projected_terms(z_PV, log_q_PV, piece.rows, piece.classes, factor_P, self._spec)
+            self._add(grad_PV, piece)
             return PieceFigures(kd_P, None)
         if self._is_fused:
             row, grad_PV = fused_terms(z_PV, piece.rows, labels_P, piece.coefficient_P, self._spec, z_PV.dtype)

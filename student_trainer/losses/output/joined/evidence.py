@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student_trainer.losses import fused
 from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.output.parts import Index, TeacherPart
 from student_trainer.losses.rows import FullRows, GivenRows, HiddenRows, Seen, TeacherRows, TopKRows, seen_in_logits
@@ -52,7 +53,7 @@ class Read:
         self.row.append(index.host_P[first:last])
         if not isinstance(rows, FullRows):
             return rows, rows.label_logp_N.to(dtype)
-        seen = seen_in_logits(rows.logits_NV, part.labels_R[at_P])
+        seen = _seen(rows.logits_NV, part.labels_R[at_P])
         self.seen.append(seen)
         return rows, seen.label_logp_C
 
@@ -68,6 +69,15 @@ class Read:
             classes = part.bridge.classes
             best_P = classes.of_student.first_K[classes.teacher_Vt[best_P]]
         self.likeliest.append(best_P)
+
+
+def _seen(z_PV: Tensor, label_ids_P: Tensor) -> Seen:
+    """`seen_in_logits`, by a kernel where there is one."""
+    if z_PV.dtype != torch.float32 or not fused.usable(z_PV):
+        return seen_in_logits(z_PV, label_ids_P)
+    label_z_P = z_PV.gather(-1, label_ids_P[:, None])[:, 0]
+    lse_P, _ = fused.row_figures(z_PV, label_ids_P, label_z_P)
+    return Seen(lse_P, label_z_P - lse_P)
 
 
 def opened(rows: TeacherRows, dtype: torch.dtype) -> TeacherRows:

@@ -105,7 +105,7 @@ def joined_loss(
     with torch.no_grad():
         is_hard = spec.sft_weight > 0 or any(part.groups for part in parts)
         hard_M = spec.sft_weight * (own_M.to(dtype) / normalizer)
-        at_a_time = chunk_rows(parts, head, spec, mixture is not None)
+        at_a_time = chunk_rows(parts, head, spec, mixture is not None, is_fused)
         if joining.combine == "confidence":
             sequence_M = None if sequence_N is None else sequence_N[kept.row_M]
             parts = by_confidence(parts, sequence_M, at_a_time, count, dtype)
