@@ -109,12 +109,17 @@ class TeacherRecipe:
         return CACHE / f"{self.task}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def teacher_folder(recipe: TeacherRecipe, fresh: Callable[[int], tuple[Tensor, Tensor]]) -> Path:
+def teacher_folder(
+    recipe: TeacherRecipe,
+    fresh: Callable[[int], tuple[Tensor, Tensor]],
+    save_tokenizer: Callable[[Path, int], None] | None = None,
+) -> Path:
     """The folder of the trained teacher, from the cache if this very recipe is there.
 
     Args:
         recipe: how.
         fresh: step -> ids [B, L] and loss mask [B, L], never the same twice.
+        save_tokenizer: writes a tokenizer of so many ids into a folder; one word an id if None.
     """
     folder = recipe.folder
     if (folder / "model.safetensors").is_file():
@@ -130,7 +135,7 @@ def teacher_folder(recipe: TeacherRecipe, fresh: Callable[[int], tuple[Tensor, T
     partial_folder = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     model.save_pretrained(partial_folder)
-    _save_tokenizer(partial_folder, recipe.shape.vocab)
+    (save_tokenizer or _save_tokenizer)(partial_folder, recipe.shape.vocab)
     with contextlib.suppress(OSError):  # somebody else was faster: theirs is the same
         os.replace(partial_folder, folder)
     shutil.rmtree(partial_folder, ignore_errors=True)
