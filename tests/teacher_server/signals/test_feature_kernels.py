@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from teacher_server.backends.transformers.capture import activation, sorting_kernel
 from teacher_server.signals.features import attention, pooling_kernel
 from tests.teacher_server.signals.test_features import by_definition, random_inputs
 
@@ -101,3 +102,44 @@ def test_keys_and_queries_may_be_slices_of_wider_rows():
     sliced = type(inputs)(wide(inputs.query_RHd), wide(inputs.key_TGd), inputs.key_TGd, inputs.key_TGd, inputs.scale)
     found = pooling_kernel.pooled(captured, sliced).cpu().double()
     torch.testing.assert_close(found, by_definition(captured, plain), rtol=2**-10, atol=2e-6)
+
+
+def rows_of(width, dtype):
+    """Of every kind that a row can be: of products of normal numbers, with ties, with zeros, one number, none but one, far apart."""
+    generator = torch.Generator().manual_seed(0)
+    u_RF = torch.randn(12, width, generator=generator) * torch.randn(12, width, generator=generator)
+    u_RF[1] = u_RF[1].round()
+    u_RF[2] = u_RF[2].relu()
+    u_RF[3] = -0.375
+    u_RF[4] = 0.0
+    u_RF[5] = 0.0
+    u_RF[5, width // 2] = 3.0
+    u_RF[6, ::2] *= 2.0**-12
+    u_RF[7] *= 2.0**-20  # subnormal in float16
+    u_RF[8, 0] = 3e4
+    return u_RF.to(dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [9, 2100])
+def test_means_of_sorted_parts_are_those_of_a_sort(dtype, width, monkeypatch):
+    monkeypatch.setattr(sorting_kernel, "_PROGRAMS", 5)  # a program has several rows, and its counts must be 0 again
+    u_RF = rows_of(width, dtype)
+    found = sorting_kernel.sorted_means(u_RF.to(DEVICE), 16).cpu()
+    size_RF = u_RF.double().abs().sort(-1, descending=True).values
+    bounds = [(i * width // 16, max((i + 1) * width // 16, i * width // 16 + 1)) for i in range(16)]
+    means_RQ = torch.stack([size_RF[:, start:stop].mean(-1) for start, stop in bounds], -1)
+    expected = means_RQ / size_RF.sum(-1, keepdim=True).clamp_min(1e-30)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-12)
+    torch.testing.assert_close(found, activation.sorted_means(u_RF), rtol=2e-5, atol=1e-9)
+
+
+@runs
+def test_rows_that_are_no_numbers_stay_apart():
+    u_RF = rows_of(300, torch.bfloat16)
+    u_RF[0, 7] = torch.nan
+    u_RF[1, 3] = torch.inf
+    found, plain = sorting_kernel.sorted_means(u_RF.to(DEVICE), 16).cpu(), activation.sorted_means(u_RF)
+    torch.testing.assert_close(found, plain, rtol=2e-5, atol=1e-9, equal_nan=True)
+    assert found[0].isnan().all() and found[2:].isfinite().all()
