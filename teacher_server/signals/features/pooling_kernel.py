@@ -76,14 +76,25 @@ def pooled(captured: Captured, inputs: AttentionInputs) -> Tensor:
         "GROUP": heads // key_TGd.shape[1], "CHANNELS": channels, "PADDED": max(16, triton.next_power_of_2(channels)),
         "CAPPED": bool(inputs.softcap), "WINDOWED": inputs.window is not None, "ROWS": ROWS, "KEYS": BLOCK_POSITIONS,
     }  # fmt: skip
+    stages = 2 if settings["PADDED"] <= 128 else 1  # 64 KiB of shared memory, which every card since Ampere has
     blocks = -(-int(tiles_P4[0, 3]) // BLOCK_POSITIONS)
     with torch.cuda.device_of(query_RHd):
         _log_sums[(heads, len(tiles_P4))](
-            query_RHd, key_TGd, lse_HR, *places[:2], rows, *strides, *factors, **settings, num_warps=4, num_stages=3
+            query_RHd,
+            key_TGd,
+            lse_HR,
+            *places[:2],
+            rows,
+            *strides,
+            *factors,
+            **settings,
+            num_warps=4,
+            num_stages=stages,
         )
-        _block_masses[(len(tiles_P4), blocks)](
+        _block_masses[(blocks, len(tiles_P4))](  # programs of one tile run side by side: its queries are in the L2 cache
+           
             query_RHd, key_TGd, lse_HR, made_K, *places, rows, *strides, *factors, **settings,
-            HEADS=heads, SINKS=SINK_POSITIONS, num_warps=4, num_stages=3,
+            HEADS=heads, SINKS=SINK_POSITIONS, num_warps=4, num_stages=stages,
         )  # fmt: skip
     return made_K
 
@@ -151,7 +162,7 @@ if triton is not None:
         ROWS: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, SINKS: tl.constexpr,
     ):  # fmt: skip
         """The mean over heads of what a tile of rows gives to one block of keys."""
-        tile, block = tl.program_id(0), tl.program_id(1)
+        block, tile = tl.program_id(0), tl.program_id(1)
         keys = tl.load(tiles_ptr + 4 * tile + 3)
         if block * KEYS >= keys:
             return
