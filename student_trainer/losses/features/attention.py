@@ -279,7 +279,7 @@ class _RelationKl(torch.autograd.Function):
         kl_SR = wide(student_STAd.new_empty(0)).new_empty(rows.position_SR.shape)
         for chunk in rows.chunks(4 * student_STAd.shape[2] * rows.tokens):
             ours, theirs = (_relations(x_STAd, rows, chunk)[0] for x_STAd in (student_STAd, teacher_STAd))
-            ours.neg_().add_(theirs).mul_(theirs.exp_())
+            ours.neg_().add_(theirs).masked_fill_(_later(rows, chunk), 0).mul_(theirs.exp_())
             kl_SR[chunk.sequences, chunk.rows] = ours.sum(-1).mean(1).to(kl_SR.dtype)
         ctx.save_for_backward(student_STAd, teacher_STAd)
         ctx.rows = rows
@@ -306,10 +306,15 @@ class _RelationKl(torch.autograd.Function):
 
 
 def _relations(x_STAd: Tensor, rows: RowGrid, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [s, A, r, t], below -1e29 where hidden; the rows [s, A, r, d] and the tokens [s, A, t, d] of the chunk."""
+    """Log-probabilities [s, A, r, t], -inf where hidden; the rows [s, A, r, d] and the tokens [s, A, t, d] of the chunk."""
     part_stAd, position_sr = x_STAd[chunk.sequences], rows.position_SR[chunk.sequences, chunk.rows]
     row_srAd = part_stAd[torch.arange(len(part_stAd), device=x_STAd.device)[:, None], position_sr]
     row_sArd, key_sAtd = row_srAd.transpose(1, 2).contiguous(), part_stAd[:, : chunk.keys].transpose(1, 2).contiguous()
     score_sArt = wide(row_sArd @ key_sAtd.transpose(2, 3)).mul_(x_STAd.shape[3] ** -0.5)
-    hidden_srt = torch.arange(chunk.keys, device=x_STAd.device) > position_sr[..., None]
-    return score_sArt.masked_fill_(hidden_srt[:, None], _UNSEEN).log_softmax(-1), row_sArd, key_sAtd
+    return score_sArt.masked_fill_(_later(rows, chunk), -torch.inf).log_softmax(-1), row_sArd, key_sAtd
+
+
+def _later(rows: RowGrid, chunk: Chunk) -> Tensor:
+    """bool [s, 1, r, t]: tokens that stand behind a row."""
+    token_t = torch.arange(chunk.keys, device=rows.position_SR.device)
+    return token_t > rows.position_SR[chunk.sequences, None, chunk.rows, None]

@@ -199,7 +199,7 @@ def test_the_gradients_of_pooled_maps_are_those_of_differences(kind):
     assert found.query_BLHd.grad.isfinite().all() and found.key_BLGd.grad.isfinite().all()  # of the row among sinks too
 
 
-@pytest.mark.parametrize("at_a_time", [1, 3, 1000])
+@pytest.mark.parametrize("at_a_time", [2, 1000])
 @pytest.mark.parametrize("kind", [{}, {"softcap": 2.0, "window": 9}])
 def test_the_gradients_of_several_sequences_are_those_of_differences_however_the_scores_are_cut(
     kind, at_a_time, monkeypatch
@@ -207,7 +207,7 @@ def test_the_gradients_of_several_sequences_are_those_of_differences_however_the
     """Of three sequences the second has no row; rows in no order of length, some alone at the end of a block of keys."""
     monkeypatch.setattr(attention, "_CHUNK_BYTES", 4 * 4 * 18 * at_a_time)
     grid = attention.RowGrid.of(np.array([4, 7, 8, 15, 5, 17]), np.array([0, 0, 0, 0, 2, 2]), torch.device("cpu"))
-    query, key = noise(3, 19, 4, 3, grad=True), noise(3, 19, 2, 3, seed=1, grad=True)
+    query, key = noise(3, 18, 4, 1, grad=True), noise(3, 18, 2, 1, seed=1, grad=True)
     weight_NP = noise(6, 5, seed=2)
 
     def run(query, key):
@@ -215,8 +215,8 @@ def test_the_gradients_of_several_sequences_are_those_of_differences_however_the
         return (torch.where(found > -1e29, found, 0) * weight_NP).sum()
 
     checks(run, query, key)
-    theirs = noise(2, 18, 8, seed=3)
-    checks(lambda x: (attention.relation_kl(x[[0, 2], :18].flatten(-2), theirs, grid, 2) * weight_NP[:, 0]).sum(), noise(3, 19, 2, 2, seed=4, grad=True))  # fmt: skip
+    theirs = noise(2, 18, 6, seed=3)
+    checks(lambda x: (attention.relation_kl(x[[0, 2], :18].flatten(-2), theirs, grid, 2) * weight_NP[:, 0]).sum(), noise(3, 19, 2, 1, seed=4, grad=True))  # fmt: skip
 
 
 def test_blocks_of_next_to_no_mass_keep_their_logarithm_and_their_gradient():
