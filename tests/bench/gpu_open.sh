@@ -28,6 +28,7 @@ pair=(--real "$real" --json)
 
 quietly() { # LOG COMMAND ...: within what is left; its end is shown
     local log=$OUT/$1.log code=0
+    [ "$(left 5)" -gt 10 ] || { said "$1: not started, $(left) s are left"; return; }
     shift
     timeout -k 10 "$(left 5)" "$@" >"$log" 2>&1 || code=$?
     said "$(basename "$log" .log): exit $code"
@@ -61,10 +62,10 @@ card() { # NUMBER COMMAND ...: with one card alone, if there are several
 }
 server_side() {
     # The tests of pytest alone: the machine has none of its plugins. Kernels are tested where they are.
-    quietly gpu-tests timeout -k 10 220 "$python" -m pytest -c /dev/null --rootdir . --import-mode=importlib -q --maxfail=5 ${small:+--collect-only} \
+    quietly gpu-tests timeout -k 10 220 "$python" -m pytest -c /dev/null --rootdir . --import-mode=importlib -p no:warnings -q --maxfail=5 ${small:+--collect-only} \
         tests/teacher_server/signals/test_feature_kernels.py tests/teacher_server/backends/test_kernels.py tests/student_trainer/losses/test_fused.py tests/gpu
     if [ -n "$small" ]; then
-        TRITON_INTERPRET=1 bench feature-kernels feature_kernels --json --sequences 1 --tokens 70 --heads 4 --groups 2 --channels 16 --ffn 64
+        TRITON_INTERPRET=1 bench feature-kernels feature_kernels --json --sequences 1 --tokens 5 --heads 4 --groups 2 --channels 16 --ffn 64
     else
         bench feature-kernels feature_kernels --json
     fi
