@@ -5,6 +5,8 @@ In: what the runs of a sweep left; out: arms, the most telling first, since a le
 
 from __future__ import annotations
 
+import ast
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,8 @@ STUDENT, NARROW = "smollm2-15", "smollm2-narrow"
 HALF = {"share": 0.5}
 LIGHT = {"weight": 0.05, "anneal": HALF}  # of attention, as algorithms.md 4.2 has it
 UNIFORM = "uniform(3)"
+_WORDS = re.compile(r"\[.*\]|\S+")  # a list of blocks is one
+_NUMBER = re.compile(r"[0-9.]+(e[-+]?[0-9]+)?")
 Settings = Mapping[str, Any]
 Run = Mapping[str, Any]  # what one run left; see `real_layers.Bench.one`
 
@@ -67,6 +71,49 @@ def _told(section: str, settings: Any) -> str:
     parts = [*([] if section == "hidden" else [section]), objective, f"{settings['weight']:g}"]
     parts += [str(settings.get(name) or "") for name in ("layers", "reduction")]
     return " ".join(part for part in (*parts, "annealed" if settings.get("anneal") else "") if part)
+
+
+def named(name: str) -> Arm:
+    """The arm of a name as tables have it, so that one can be asked for without the sweep that it was found in.
+
+    Raises:
+        ValueError: a name that no arm has.
+    """
+    student, told = STUDENT, name
+    if told.startswith("narrow: "):
+        student, told = NARROW, told.removeprefix("narrow: ")
+    try:
+        sections = {} if told == "recipe" else dict(map(_section, told.split(" + ")))
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{name!r} names no arm: {error}") from error
+    arm = Arm(sections, student)
+    if arm.name != name:
+        raise ValueError(f"{name!r} names no arm; nearest is {arm.name!r}")
+    return arm
+
+
+def _section(told: str) -> tuple[str, Any]:
+    """`cos 12 uniform(6) annealed` -> hidden and its settings; see `_told`."""
+    if told.startswith("preset "):
+        return "preset", told.removeprefix("preset ")
+    words = _WORDS.findall(told)
+    section = words.pop(0) if words[0] in ("attention", "ffn") else "hidden"
+    settings: dict[str, Any] = {}
+    number = next((place for place, word in enumerate(words) if _NUMBER.fullmatch(word)), None)
+    if number is None:
+        raise ValueError(f"{told!r} says no weight")
+    if objective := " ".join(words[:number]):
+        projected = {"cos": "", "sl1": "proj_sl1"}  # the default is not written
+        settings["objective"] = projected.get(objective, objective) if section == "hidden" else objective
+    settings = {"weight": float(words[number])} | {key: value for key, value in settings.items() if value}
+    for word in words[number + 1 :]:
+        if word == "annealed":
+            settings["anneal"] = HALF
+        elif word in ("int8", "none", "pca"):
+            settings["reduction"] = word
+        else:
+            settings["layers"] = ast.literal_eval(word) if word.startswith("[") else word
+    return section, settings
 
 
 def hidden(weight: float, *, student: str = STUDENT, **settings: Any) -> Arm:

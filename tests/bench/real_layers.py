@@ -8,7 +8,7 @@ Teacher, students, rows and commands are those of `tests.bench.real`; the recipe
     python -m tests.bench.real_layers time  --real REAL    # the arms of `final`, each alone on its card with its labels on disk
     python -m tests.bench.real_layers table                # the tables of what is there
 
-Runs that the budget leaves no time for are not started, those under way at its end are cut off, and what they have logged counts; one that fails is told of
+`--arms "cos 12" "cos 24"` names the arms of a part, which then needs no part before it. Runs that the budget leaves no time for are not started, those under way at its end are cut off, and what they have logged counts; one that fails is told of
 and the others go on. WORK/layers-PART.json, and a copy in $OUT, is written after every run.
 
 Weights are of 1 - cosine (0..2): the trial of algorithms.md 4.2 took half of it, so that its 6 is 3 here. Columns: held-out NLL (nats per UTF-8 byte) / KL
@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.layer_arms import NARROW, STUDENT, Arm, Run, final_arms, sweep_arms
+from tests.bench.layer_arms import NARROW, STUDENT, Arm, Run, final_arms, named, sweep_arms
 from tests.bench.real import (
     Evaluations,
     Job,
@@ -132,9 +132,9 @@ class Bench:
 def jobs_of(bench: Bench, options: argparse.Namespace, gpus: int) -> list[Job]:
     """The runs of a part in their order."""
     if options.part == "sweep":
-        arms = _chosen(sweep_arms(), options.arms)
+        arms = _chosen(options.arms) if options.arms else sweep_arms()
         return [bench.job(number, arm, seed) for seed in options.seeds for number, arm in enumerate(arms)]
-    arms = _chosen(final_arms(_runs(options.work, "sweep")), options.arms)
+    arms = _chosen(options.arms) if options.arms else final_arms(_runs(options.work, "sweep"))
     if options.part == "final":
         return [bench.job(number, arm, seed) for number, arm in enumerate(arms) for seed in options.seeds]
     # The recipe first on every card, since cards differ by some percent; with recorded passes, as a run alone on its card has them.
@@ -143,13 +143,14 @@ def jobs_of(bench: Bench, options: argparse.Namespace, gpus: int) -> list[Job]:
     return jobs + [bench.job(number, arm, options.seeds[0]) for number, arm in enumerate(arms[1:], len(jobs))]
 
 
-def _chosen(arms: list[Arm], names: Sequence[str] | None) -> list[Arm]:
-    if not names:
-        return arms
-    there = {arm.name: arm for arm in arms}
-    if unknown := [name for name in names if name not in there]:
-        raise SystemExit(f"--arms: {unknown[0]!r} is none of {', '.join(there)}")
-    return [there[name] for name in names]
+def _chosen(names: Sequence[str]) -> list[Arm]:
+    """Any arms, by name; the recipe alone comes first, since all are measured by it."""
+    try:
+        arms = [named(name) for name in names]
+    except ValueError as error:
+        raise SystemExit(f"--arms: {error}") from error
+    alone = [arm.alone for arm in arms if arm.loss]
+    return list({arm.name: arm for arm in (*alone, *arms)}.values())
 
 
 def _runs(work: Path, part: str) -> list[Run]:
@@ -256,7 +257,11 @@ def main() -> None:
     parser = arguments_of("Terms on layers on a real pair, beside the recipe alone.")
     parser.add_argument("part", choices=[*STEPS, "table"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", help="names as in the tables, in this order; all if left out")
+    parser.add_argument(
+        "--arms",
+        nargs="*",
+        help="names as in the tables, also of arms that no sweep has, in this order after the recipe alone; all of the part if left out",
+    )
     parser.add_argument("--budget-s", type=float, default=540.0, help="seconds from the start to the last run's end")
     parser.set_defaults(steps=None)
     options = parser.parse_args()

@@ -211,12 +211,16 @@ def pipeline(options: argparse.Namespace, folder: Path) -> Rows:
                 ]  # fmt: skip
                 env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[-1]} if gpus else {})}
                 with (folder / f"{engine}-{staleness}.log").open("w") as log:
-                    code = subprocess.call(
-                        command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=options.limit
-                    )
+                    code: int | str
+                    try:
+                        code = subprocess.call(
+                            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=options.limit
+                        )
+                    except subprocess.TimeoutExpired:  # the others are worth their time
+                        code = f"not done in {options.limit:g} s"
                 if code:
                     print(
-                        f"FAILED {engine}, staleness {staleness}:\n{(folder / f'{engine}-{staleness}.log').read_text()[-2000:]}",
+                        f"FAILED {engine}, staleness {staleness} ({code}):\n{(folder / f'{engine}-{staleness}.log').read_text()[-2000:]}",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -91,9 +91,11 @@ class AttentionTerm(PairedTerm):
         grid = RowGrid.of(position_N, sequence_N, theirs[0].device)
         ours = (states.plain_key_BLGd.flatten(-2), states.value_BLGd.flatten(-2))
         heads = attention.relation_heads(ours[0].shape[-1], theirs[0].shape[-1])
+        everywhere = len(grid.sequence_S) == len(ours[0])  # a slice needs no sum of gradients by index
+        which_S = slice(None) if everywhere else grid.sequence_S
         kl_N = [
             attention.relation_kl(
-                x_BLF[grid.sequence_S, : grid.tokens], pad_sequence(teacher_TF.split(grid.tokens_S), batch_first=True), grid, heads
+                x_BLF[which_S, : grid.tokens], pad_sequence(teacher_TF.split(grid.tokens_S), batch_first=True), grid, heads
             )
             for x_BLF, teacher_TF in zip(ours, theirs, strict=True)
         ]  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from teacher_server.signals.base import Reduction, masked
 from teacher_server.signals.captured import AttentionInputs, Captured, Wish
+from teacher_server.signals.features import pooling_kernel
 from teacher_server.signals.transfer import to_device
 from teacher_wire.core.axes import BLOCK_POSITIONS
 from teacher_wire.score.signals.attention import SINK_POSITIONS, Attention
@@ -55,8 +56,10 @@ def pooled(captured: Captured, inputs: AttentionInputs, score_bytes: int = 0) ->
     Args:
         captured: places of the rows.
         inputs: of the block.
-        score_bytes: of a tile; by the device if not given.
+        score_bytes: of a tile; by the device if not given, where kernels that hold no scores take over if they can.
     """
+    if not score_bytes and pooling_kernel.usable(inputs.query_RHd):
+        return pooling_kernel.pooled(captured, inputs)
     heads, device = inputs.query_RHd.shape[1], inputs.query_RHd.device
     budget = (score_bytes or _SCORE_BYTES.get(device.type, _SCORE_BYTES["cpu"])) // (4 * heads)
     parts = [_tile(captured, inputs, tile) for tile in _tiles(captured, max(1, budget))]

@@ -199,6 +199,37 @@ def test_the_gradients_of_pooled_maps_are_those_of_differences(kind):
     assert found.query_BLHd.grad.isfinite().all() and found.key_BLGd.grad.isfinite().all()  # of the row among sinks too
 
 
+@pytest.mark.parametrize("at_a_time", [2, 1000])
+@pytest.mark.parametrize("kind", [{}, {"softcap": 2.0, "window": 9}])
+def test_the_gradients_of_several_sequences_are_those_of_differences_however_the_scores_are_cut(
+    kind, at_a_time, monkeypatch
+):
+    """Of three sequences the second has no row; rows in no order of length, some alone at the end of a block of keys."""
+    monkeypatch.setattr(attention, "_CHUNK_BYTES", 4 * 4 * 18 * at_a_time)
+    grid = attention.RowGrid.of(np.array([4, 7, 8, 15, 5, 17]), np.array([0, 0, 0, 0, 2, 2]), torch.device("cpu"))
+    query, key = noise(3, 18, 4, 1, grad=True), noise(3, 18, 2, 1, seed=1, grad=True)
+    weight_NP = noise(6, 5, seed=2)
+
+    def run(query, key):
+        found = attention.pooled_logp(AttentionStates(query, key, key, key, 0.7, **kind), grid, 4)
+        return (torch.where(found > -1e29, found, 0) * weight_NP).sum()
+
+    checks(run, query, key)
+    theirs = noise(2, 18, 6, seed=3)
+    checks(lambda x: (attention.relation_kl(x[[0, 2], :18].flatten(-2), theirs, grid, 2) * weight_NP[:, 0]).sum(), noise(3, 19, 2, 1, seed=4, grad=True))  # fmt: skip
+
+
+def test_blocks_of_next_to_no_mass_keep_their_logarithm_and_their_gradient():
+    """In float32 a probability below 1e-38 is 0: the sums are of logarithms."""
+    query, key = torch.zeros(1, 40, 4, 3), torch.zeros(1, 40, 2, 3)
+    query[..., 0], key[:, :20, :, 0] = 300.0, 1.0
+    query, key = query.requires_grad_(), key.requires_grad_()
+    logp_RP = attention.pooled_logp(AttentionStates(query, key, key, key, 1.0), grid_of(torch.tensor([39]), 0), 20)
+    assert float(logp_RP[0, 1].detach()) == pytest.approx(-300 + math.log(20 / 16), rel=1e-6)
+    logp_RP[0, 1].backward()
+    assert float(key.grad[0, 20:, :, 0].sum()) == pytest.approx(300, rel=1e-3)  # a nat per unit of score
+
+
 @pytest.mark.parametrize("objective", ["pooled", "relation"])
 def test_maps_are_not_held_for_the_backward_pass(objective):
     found, rows = attending(tokens=128), torch.arange(64, 128)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teacher_server.backends.transformers.capture import sorting_kernel
 from teacher_server.signals.captured import QUANTILES
 
 _FLOOR = 1e-6
@@ -32,6 +33,8 @@ def sorted_means(u_RF: Tensor) -> Tensor:
 
     Part i holds the places i F // 16 to (i + 1) F // 16 of F, and one at least.
     """
+    if sorting_kernel.usable(u_RF):
+        return sorting_kernel.sorted_means(u_RF, QUANTILES)
     width = u_RF.shape[-1]
     bounds = [(i * width // QUANTILES, (i + 1) * width // QUANTILES) for i in range(QUANTILES)]
     made = []
