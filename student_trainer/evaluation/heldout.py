@@ -21,7 +21,7 @@ from student_trainer.labels.packing import pack_own
 from student_trainer.labels.rows_on_device import rows_on
 from student_trainer.losses.align import row_index
 from student_trainer.losses.cross_tokenizer.bridge import Bridge
-from student_trainer.losses.cross_tokenizer.measured import measure_bridged
+from student_trainer.losses.cross_tokenizer.measure import measure_bridged
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import Tally, TeacherHeadMismatch
 from student_trainer.losses.measure import measure as measure_rows
@@ -45,6 +45,10 @@ class Answered:
     names: tuple[str, ...]
 
 
+class Unanswered(Exception):  # noqa: N818
+    """A teacher that need not be waited for does not answer: its figure is left out."""
+
+
 @dataclass(frozen=True, eq=False)
 class OneTeacher:
     """One of several teachers.
@@ -52,7 +56,7 @@ class OneTeacher:
     Attributes:
         name: its figure is `kl_to_NAME`.
         head: for `hidden` labels.
-        answered: number of a batch of `by_length(data, batch_size)` -> its answer; None where it was asked nothing.
+        answered: number of a batch of `by_length(data, batch_size)` -> its answer; None where it was asked nothing. Raises Unanswered.
     """
 
     name: str
@@ -89,13 +93,14 @@ def measure(
         `nll_per_byte` (nats per UTF-8 byte of the supervised text; not if that is empty), `nll_per_token`, `acc1`, `acc3` (share of rows whose
         token is the first, among the first three) and, with a teacher, `kl_to_teacher` (nats a row, KL(teacher || student); not from `top_k` labels, which
         only bound it), `teacher_nll_per_byte`, `teacher_acc1` and `teacher_acc3`; with `several` of each `kl_to_NAME` over its own rows (of one with
-        another tokenizer between classes of ids, over rows that are one to one).
+        another tokenizer between classes of ids, over rows that are one to one), without those that do not answer and need not.
 
     Raises:
         TeacherHeadMismatch: labels are not what the teacher's head makes of its states; names the sample.
     """
     tally = Tally()
     sums: dict[str, float] = {}
+    silent: set[str] = set()
     head = student.head(vocab_rows)
     device = head.weight_VD.device
     for number, indices in enumerate(by_length(data, batch_size)):
@@ -130,7 +135,14 @@ def measure(
             if value is not None:
                 sums[name] = sums.get(name, 0.0) + float(value)
         for one in several:
-            for name, count in _of_teacher(one, number, state_ND, head, labels_N, chunk_bytes).items():
+            if one.name in silent:
+                continue
+            try:
+                counts = _of_teacher(one, number, state_ND, head, labels_N, chunk_bytes)
+            except Unanswered:
+                silent.add(one.name)
+                continue
+            for name, count in counts.items():
                 sums[name] = sums.get(name, 0.0) + count
     rows_seen = sums["rows"]
     figures = {"nll_per_byte": sums["nll_sum"] / data.target_bytes} if data.target_bytes else {}
@@ -146,8 +158,10 @@ def measure(
         figures["teacher_acc1"] = sums["teacher_acc1_hits"] / rows_seen
         figures["teacher_acc3"] = sums["teacher_acc3_hits"] / rows_seen
     for one in several:
-        if rows := sums.get(f"rows of {one.name}"):
-            figures[f"kl_to_{one.name}"] = sums[f"kl of {one.name}"] / rows
+        if one.name in silent:  # what it has said of some of its rows is no figure of all
+            continue
+        if compared := sums.get(f"rows of {one.name}"):
+            figures[f"kl_to_{one.name}"] = sums[f"kl of {one.name}"] / compared
     return figures
 
 
@@ -167,7 +181,7 @@ def _of_teacher(
     chunk_rows = max(16, chunk_bytes // (16 * head.vocab_rows))
     if answered.bridge is not None:
         bridged = measure_bridged(state_ND, head, teacher, answered.bridge, chunk_rows=chunk_rows)
-        integrity, kl_sum, rows = bridged.integrity, bridged.kl_sum, bridged.rows
+        integrity, kl_sum, rows = bridged.integrity, bridged.kl_sum, bridged.compared
     else:
         if answered.row_M is not None:
             row_M = torch.from_numpy(answered.row_M).to(device)

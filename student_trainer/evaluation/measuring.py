@@ -23,6 +23,7 @@ from student_trainer.model.load import Student
 from student_trainer.teachers.feeds import open_any_feed
 from student_trainer.teachers.rows.reading import AskedRows
 from student_trainer.teachers.session import TeacherSession
+from teacher_wire.core.errors import OverloadedError, UnavailableError
 
 Figures = Callable[[], dict[str, float]]
 
@@ -33,17 +34,19 @@ def measuring(
     held_out: TokenizedDataset,
     sessions: Sequence[TeacherSession],
     vocab_rows: int,
+    note: Callable[[str], None] = lambda told: None,
 ) -> Figures:
     """A function that measures the held-out rows; labels that fit feed.max_mb are kept for the next time.
 
     Args:
         vocab_rows: V, ids that the student shares with the teachers of its tokenizer.
+        note: called with a sentence about a teacher that does not answer and need not (`when_missing: reweight`): its figure is left out.
     """
     asked = [session for session in sessions if session.measuring is not None]
     plain = all(session.bridge is None and session.reading.routing is None for session in sessions)
     if plain:
         return _of_one(config, student, held_out, asked[0] if asked else None, vocab_rows)
-    return _of_several(config, student, held_out, asked, len(sessions) == 1, vocab_rows)
+    return _of_several(config, student, held_out, asked, len(sessions) == 1, vocab_rows, note)
 
 
 def _of_one(
@@ -113,6 +116,7 @@ def _of_several(
     sessions: Sequence[TeacherSession],
     is_only: bool,
     vocab_rows: int,
+    note: Callable[[str], None],
 ) -> Figures:
     size = config.train.eval_batch_size
     groups = [[held_out[index].example for index in group] for group in by_length(held_out, size)]
@@ -127,7 +131,7 @@ def _of_several(
                 heldout.OneTeacher(
                     "teacher" if is_only else teacher.session.name,
                     teacher.session.head,
-                    _taking(config, teacher, teachers, feeds),
+                    _taking(config, teacher, teachers, feeds, note),
                 )
                 for teacher in teachers
             ]
@@ -139,7 +143,11 @@ def _of_several(
 
 
 def _taking(
-    config: TrainConfig, teacher: _Asked, every: Sequence[_Asked], feeds: contextlib.ExitStack
+    config: TrainConfig,
+    teacher: _Asked,
+    every: Sequence[_Asked],
+    feeds: contextlib.ExitStack,
+    note: Callable[[str], None],
 ) -> Callable[[int], heldout.Answered | None]:
     """Number of a batch -> what the teacher has answered about it; a feed is opened for what is not kept."""
     numbers = list(teacher.batches)
@@ -168,7 +176,15 @@ def _taking(
         labels = teacher.kept.get(number)
         if labels is None:
             assert feed is not None
-            labels = feed.take(place[number]).ready
+            try:
+                labels = feed.take(place[number]).ready
+            except (UnavailableError, OverloadedError) as error:
+                if teacher.session.when_missing != "reweight":
+                    raise
+                note(
+                    f"teacher {teacher.session.name!r} is away ({error}): kl_to_{teacher.session.name} is not measured this time"
+                )
+                raise heldout.Unanswered(teacher.session.name) from error
             held = sum(other.nbytes for one in every for other in one.kept.values())
             if held + labels.nbytes <= config.feed.max_mb << 20:
                 teacher.kept[number] = labels

@@ -43,7 +43,7 @@ def open_any_feed(
 ) -> LabelFeed:
     """A feed of requests `first .. count-1` by one signal; what is taken is `LabelTensors` unless `prepare` makes something else."""
     return LabelFeed(
-        session.service.source(session.info, spec), request,
+        session.service.source(session.info, spec, _connect(config, session)), request,
         first=first, count=count, max_bytes=config.feed.max_mb << 20, max_batches=config.feed.max_batches,
         prepare=prepare or partial(LabelTensors.of, pinned=torch.cuda.is_available()), on_close=on_close,
         burst=config.train.accumulation, on_taken=on_taken,
@@ -140,17 +140,19 @@ def asked_of_all(sessions: Sequence[TeacherSession], batch: MicroBatch) -> Asked
 
 
 def _asked_teacher(config: TrainConfig, session: TeacherSession) -> AskedTeacher:
-    policy, retry_s = session.when_missing, session.connection.policy.retry_s
-    connect = None
-    if policy != "wait":  # its client gives up soon; what follows is the feed's to decide, and to say
-        away = replace(session.connection.policy, retry_s=patience_s(policy, retry_s))
-        connection = replace(session.connection, policy=away)
+    source = session.service.source(session.info, session.spec, _connect(config, session))
+    retry_s = session.connection.policy.retry_s
+    return AskedTeacher(session.name, session.weight, session.when_missing, retry_s, source)
 
-        def connect() -> TeacherClient:
-            return connection.client(partial(_said, session.name), config.feed.window_mb << 20)
 
-    source = session.service.source(session.info, session.spec, connect)
-    return AskedTeacher(session.name, session.weight, policy, retry_s, source)
+def _connect(config: TrainConfig, session: TeacherSession) -> Callable[[], TeacherClient] | None:
+    """Makes the client of a teacher that is not waited for: it gives up soon, and what follows is its feed's to decide and to say."""
+    if session.when_missing == "wait":
+        return None
+    away = session.connection.policy
+    away = replace(away, retry_s=patience_s(session.when_missing, away.retry_s))
+    connection = replace(session.connection, policy=away)
+    return lambda: connection.client(partial(_said, session.name), config.feed.window_mb << 20)
 
 
 def _said(name: str, problem: TeacherWireError) -> None:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.data.inputs import keep_bad_rows, load_run_data, order_of
-from student_trainer.errors import RunError, TeacherAwayError
+from student_trainer.errors import RunError
 from student_trainer.evaluation.measuring import measuring
 from student_trainer.files import FolderLock, disk_trouble_named
 from student_trainer.findings import Findings
@@ -44,7 +44,7 @@ from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.identity import learned_from
-from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary
+from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary, who_is_away
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
 from student_trainer.training.on_policy.checks import check_rollouts, plan_of
@@ -180,7 +180,7 @@ def _run(
     identity = learned_from(config, student, data, held_out, sessions, moved)
     rollouts, plan = None, plan_of(config, order)
     if learned and plan and plan.has_any:
-        rollouts = Rollouts(config, student, data, order, plan, learned, vocab_rows, partial(_note, console))
+        rollouts = Rollouts(config, student, data, order, plan, sessions, vocab_rows, partial(_note, console))
         terms = [*terms, rollouts.term]
     windows = rollouts.windows if rollouts else SOURCES["data"](data, order)
     try:
@@ -223,7 +223,9 @@ def _run(
             ask=handed_to.put if handed_to else None,
             teacher_head=learned.head if learned else None,
             joiner=joined.joiner() if joined else None,
-            measure=measuring(config, student, held_out, sessions, vocab_rows) if held_out else None,
+            measure=measuring(config, student, held_out, sessions, vocab_rows, partial(_note, console))
+            if held_out
+            else None,
             callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
             on_trouble=partial(_note, console),
         )
@@ -252,8 +254,10 @@ def _run(
     except BaseException as error:
         if trainer is not None:
             _name_bad_labels(error, trainer, sessions)
-            if isinstance(error, TeacherAwayError):
-                keep_last_step(error, trainer)
+            if joined and (away := who_is_away(error)) is not None:
+                keep_last_step(away, trainer)
+                if away is not error:
+                    raise away from error
         if is_out_of_memory(error):
             raise RunError(_told_of_memory(config, error, trainer)) from error
         raise

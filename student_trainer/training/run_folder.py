@@ -244,7 +244,7 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
 
 def _of_teacher(config: TrainConfig, teacher: OneOfTeachersConfig) -> dict[str, Any]:
     """What of a teacher's section decides what a run computes."""
-    kept = teacher.model_dump(mode="json", include={"weight", "tags", "context", "allow_template_mismatch"})
+    kept = teacher.model_dump(mode="json", include={"weight", "tags", "context"})
     return kept | {"labels": config.labels_of(teacher).model_dump(mode="json", exclude={"check"})}
 
 
@@ -269,10 +269,8 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], config: TrainCon
         told = ", ".join(
             f"{key}: {before['settings'].get(key)!r} -> {now['settings'].get(key)!r}" for key in changed[:4]
         )
-        what, fix = (
-            f"the run was started with other settings ({told})",
-            "resume with the old ones, or start another run",
-        )
+        what = f"the run was started with other settings ({told})"
+        fix = _TEACHERS_FIX if all(map(_is_of_teachers, changed)) else "resume with the old ones, or start another run"
         yield Finding.bad(setting, what, fix, kind=RunError)
     for part, what, section in _DIGESTS:
         if part in before and before[part] != now.get(part):  # not in one of an earlier version

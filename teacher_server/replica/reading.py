@@ -24,9 +24,9 @@ from teacher_wire.transport.offload import SMALL_BYTES, Offload
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 20  # of one request; half of what keeps its rendered rows and their ids below a message
-MAX_ROWS = 256
-_PIECE_BYTES = 64 << 10  # of a tenant's rows, before the next tenant's
+MAX_BYTES = 1 << 20  # of one request
+MAX_ROWS = 2048  # many, for whoever asks for every token of a vocabulary
+_PIECE_BYTES, _PIECE_ROWS = 64 << 10, 256  # of a tenant's rows, before the next tenant's
 
 
 class Reader:
@@ -114,12 +114,14 @@ def _files(backend: Backend, info: TeacherInfo) -> TokenizerFiles | None:
 
 
 def _pieces(rows: Sequence[TextRow]) -> Iterator[list[TextRow]]:
-    """The rows in pieces of about `_PIECE_BYTES`."""
+    """The rows in pieces of about `_PIECE_BYTES`, and of `_PIECE_ROWS` at most."""
     piece: list[TextRow] = []
+    size = 0
     for row in rows:
         piece.append(row)
-        if sum(held.size for held in piece) >= _PIECE_BYTES:
+        size += row.size
+        if size >= _PIECE_BYTES or len(piece) == _PIECE_ROWS:
             yield piece
-            piece = []
+            piece, size = [], 0
     if piece:
         yield piece

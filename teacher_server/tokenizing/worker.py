@@ -58,9 +58,12 @@ def _pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _bound_memory(more_bytes: int) -> None:
-    """Holds the process to what it has now and so much more."""
-    with open("/proc/self/statm") as statm:
-        now = int(statm.read().split()[0]) * resource.getpagesize()
+    """Holds the process to what it has now and so much more, where the system says what it has."""
+    try:
+        with open("/proc/self/statm") as statm:
+            now = int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
     resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, now + more_bytes))
 
 

@@ -8,14 +8,23 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from teacher_wire.core.errors import TeacherWireError
+from teacher_wire.core.errors import LimitError, TeacherWireError
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.tokenizing import codec
-from teacher_wire.tokenizing.messages import TextRow, TokenizeCall, TokenizedRow, check_offered, check_tokenize, chunked
+from teacher_wire.tokenizing.messages import (
+    REPLY,
+    TextRow,
+    TokenizeCall,
+    TokenizedRow,
+    check_offered,
+    check_tokenize,
+    chunked,
+)
 from teacher_wire.transport.retry import Patience, Retry, silent
 from teacher_wire.v2 import teacher_pb2 as pb
 from teacher_wire.v2 import teacher_pb2_grpc as pb_grpc
@@ -52,13 +61,22 @@ async def tokenize(
 async def _answered(
     stub: Callable[[], pb_grpc.TeacherStub], metadata: Any, call: TokenizeCall, info: TeacherInfo, retry: Retry
 ) -> list[TokenizedRow]:
-    """The rows of one call, however many times it must be made."""
+    """The rows of one call, however many times it must be made; in halves where its answer is too long for a message."""
     patience, request = Patience(retry), codec.encode_request(call)
     while True:
         try:
             return codec.decode_reply(await _reply(stub(), metadata, request, retry), call, info)
+        except LimitError as problem:
+            if problem.field != REPLY:
+                raise
+            if len(call.rows) == 1:
+                return [TokenizedRow.refusal(f"its ids take {problem.value} bytes, and one answer {problem.limit}")]
+            break
         except TeacherWireError as problem:
             await patience.after(problem)
+    middle = len(call.rows) // 2
+    halves = (replace(call, rows=call.rows[:middle]), replace(call, rows=call.rows[middle:]))
+    return [row for half in halves for row in await _answered(stub, metadata, half, info, retry)]
 
 
 async def _reply(

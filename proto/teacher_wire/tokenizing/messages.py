@@ -16,6 +16,8 @@ from teacher_wire.core.errors import CapabilityError, LimitError, RequestError
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.vocabulary.byte_table import THINK_CLOSE, THINK_OPEN
 
+MAX_REPLY_BYTES = 12 << 20  # of ids and ends of one reply; a message may have 16 MiB
+REPLY = "reply bytes"  # the field of a refusal that fewer rows mend
 MARKED_ROLES = (THINK_OPEN, THINK_CLOSE)
 
 

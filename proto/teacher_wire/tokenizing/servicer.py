@@ -9,11 +9,18 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from teacher_wire.core.errors import DeadlineError, UnavailableError
+from teacher_wire.core.errors import DeadlineError, LimitError, UnavailableError
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.parsing import check_names, parse
 from teacher_wire.tokenizing import codec
-from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow, check_offered, check_tokenize
+from teacher_wire.tokenizing.messages import (
+    MAX_REPLY_BYTES,
+    REPLY,
+    TokenizeCall,
+    TokenizedRow,
+    check_offered,
+    check_tokenize,
+)
 from teacher_wire.transport.offload import Offload
 from teacher_wire.v2 import teacher_pb2 as pb
 
@@ -53,7 +60,9 @@ async def answer(service: TokenizeService, data: bytes, tenant: str, offload: Of
         ) from None
     if len(rows) != len(call.rows):
         raise UnavailableError("the server dropped rows", field="rows", value=len(rows), limit=len(call.rows))
-    size = sum(8 * len(row.token_ids_T) for row in rows)
+    size = sum(4 * (len(row.token_ids_T) + len(row.byte_ends_C)) for row in rows)
+    if size > MAX_REPLY_BYTES:  # prompts that a chat template makes may be longer than what they are made of
+        raise LimitError("the answer is too long: send fewer rows", field=REPLY, value=size, limit=MAX_REPLY_BYTES)
     return await offload.run(tenant, size, _serialised, rows, info.fingerprint)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses.head import Head
-from student_trainer.losses.output.joined import JoinedLoss, joined_loss
+from student_trainer.losses.output.joined.loss import JoinedLoss, joined_loss
 from student_trainer.losses.output.loss import LossParts, output_loss
 from student_trainer.losses.output.parts import Joining
 from student_trainer.losses.output.spec import OutputLossSpec
@@ -87,7 +87,8 @@ class OutputTerm:
         normalizer: float | Tensor,
         step: int,
     ) -> TermResult:
-        """As `term`, and for each teacher NAME of the run: `kd_loss.NAME`, in nats per weight and share, over its distributions; `alm_loss.NAME`
+        """As `term`, and for each teacher NAME of the run: `kd_loss.NAME`, in nats per weight and share, over its distributions
+        (not where these are mixed); `alm_loss.NAME`
         of a teacher with another tokenizer, over groups of tokens that are compared as a whole; `coverage.NAME`, the share of the
         supervised weight that has its labels; `agreement.NAME`, the share of its rows where the heaviest other teacher that has a
         distribution of them has the same likeliest id.
@@ -107,6 +108,7 @@ class OutputTerm:
             normalizer,
             spec,
             rows.sampled_logp_N,
+            rows.sequence_N,
         )
         return TermResult(loss.total, _figures(loss.parts, spec) | _by_teacher(loss, joining), loss.integrity)
 
@@ -135,7 +137,8 @@ def _by_teacher(loss: JoinedLoss, joining: Joining) -> dict[str, Mean]:
     """Of each teacher of the run, whether it has answered or not."""
     figures = {}
     for name, found in loss.by_teacher.items():
-        figures[f"kd_loss.{name}"] = Mean(found.kd_sum, found.kd_weights)
+        if joining.combine != "prob_mix":
+            figures[f"kd_loss.{name}"] = Mean(found.kd_sum, found.kd_weights)
         if name in joining.bridged:
             figures[f"alm_loss.{name}"] = Mean(found.alm_sum, found.alm_weights)
         figures[f"coverage.{name}"] = Mean(found.covered, loss.parts.weights)

@@ -102,7 +102,7 @@ class Bridging:
             classes = (await self.partition(client, info, ours, theirs)).on(self.student.device)
         settings = self.settings
         digest = hashlib.sha256(f"{key} {info.chat_template_sha256}".encode()).hexdigest()
-        return BridgePlan(classes, rows, settings.alm_weight, settings.alm_temperature, settings.debias, digest)
+        return BridgePlan(classes, rows, settings.alm_weight, settings.alm_temperature, digest)
 
     async def tables(self, client: TeacherClient, info: TeacherInfo) -> tuple[ByteTable, ByteTable]:
         """The bytes of the student's ids and of the teacher's."""

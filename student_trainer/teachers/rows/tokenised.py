@@ -80,7 +80,7 @@ def _key(tokenizer: tuple[str, ...], rows: Sequence[TextRow]) -> str:
 
 
 def _save(path: Path, key: str, rows: Sequence[TokenizedRow]) -> None:
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "ids_T": np.concatenate([row.token_ids_T for row in rows]).astype(np.int32),
         "tokens_R": np.array([row.token_ids_T.size for row in rows], np.int64),
         "prompt_tokens_R": np.array([row.prompt_tokens for row in rows], np.int64),
@@ -97,7 +97,7 @@ def _read(path: Path, key: str, count: int) -> list[TokenizedRow] | None:
     try:
         with safe_open(path, "numpy") as file:
             told = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors: dict[str, np.ndarray] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         if told.get("key") != key or told.get("sha256") != _digest(tensors) or len(tensors["tokens_R"]) != count:
             return None
         tokens_R, prompts_R = tensors["tokens_R"], tensors["prompt_tokens_R"]

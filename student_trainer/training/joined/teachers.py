@@ -26,6 +26,7 @@ from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrai
 from student_trainer.training.joined.joiner import JoinedTeacher, Joiner
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
+from teacher_wire.core.errors import OverloadedError, UnavailableError
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,15 @@ class JoinedTeachers:
 
         Args:
             folder: of the run, for the ledger.
+
+        Raises:
+            ConfigError: a setting that is for the section `teacher` alone.
         """
         if config.loss.output is None or not sessions:
             return None
         if not config.teachers and all(session.bridge is None for session in sessions):
             return None
+        _check_settings(config, sessions)
         return cls(config, tuple(sessions), TeachersLedger(folder, config.train.accumulation), note)
 
     @property
@@ -122,6 +127,29 @@ class JoinedTeachers:
         """Says how many samples had fewer teachers than they were to have."""
         if told := self.ledger.told():
             self.note(told)
+
+
+def _check_settings(config: TrainConfig, sessions: Sequence[TeacherSession]) -> None:
+    """Refuses what the feed of several teachers cannot do; also of a list of one, which has tags or another policy than `wait`."""
+    for session in sessions:
+        if session.labels.extra_ids:
+            raise ConfigError(
+                f"labels.extra_ids={session.labels.extra_ids} of teacher {session.name!r}: is for the section teacher: use it in place of "
+                "teachers, or set labels.extra_ids to 0"
+            )
+    if config.on_policy is not None and config.on_policy.publish is not None:
+        raise ConfigError(
+            "on_policy.publish moves the weights of the one teacher of the section teacher: use it in place of teachers, or set publish to null"
+        )
+
+
+def who_is_away(error: BaseException) -> TeacherAwayError | None:
+    """What a run ends with that ends with `error`, if it is that a teacher does not answer: in a step, or where held-out rows are measured."""
+    if isinstance(error, TeacherAwayError):
+        return error
+    if isinstance(error, UnavailableError | OverloadedError):
+        return TeacherAwayError(f"a teacher does not answer: {error}")
+    return None
 
 
 def keep_last_step(error: TeacherAwayError, trainer: KeepingTrainer) -> None:

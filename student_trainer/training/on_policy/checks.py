@@ -28,9 +28,10 @@ def plan_of(config: TrainConfig, order: RunOrder) -> RolloutPlan | None:
     return RolloutPlan(config.on_policy, seed=config.run.seed, steps=order.steps, window=window)
 
 
-def room_of(settings: OnPolicyConfig, positions: int | None, teacher: TeacherSession | None) -> Room:
-    """How long sequences may become, of a student with so many positions."""
-    return Room(settings.max_new_tokens, positions, teacher.info.limits.max_sequence_tokens if teacher else None)
+def room_of(settings: OnPolicyConfig, positions: int | None, teachers: Sequence[TeacherSession]) -> Room:
+    """How long sequences may become, of a student with so many positions, for all of these teachers."""
+    taken = min((teacher.info.limits.max_sequence_tokens for teacher in teachers), default=None)
+    return Room(settings.max_new_tokens, positions, taken)
 
 
 def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
@@ -74,8 +75,7 @@ def check_rollouts(
         what = "on_policy.share: no sequence of the run is a rollout"
         yield Finding.good("on_policy.share", what, f"{what}: it is learned off-policy alone")
         return
-    teacher = sessions[0] if sessions else None
-    room = room_of(settings, positions, teacher)
+    room = room_of(settings, positions, sessions)
     why = [room.hindrance(row.example) for row in data]
     bad = [number for number, told in enumerate(why) if told]
     if bad:
@@ -84,7 +84,7 @@ def check_rollouts(
         yield Finding.good("on_policy.max_new_tokens", f"a completion fits behind each of the {len(data):,} prompts")
     if len(bad) == len(data):
         return
-    for session in sessions[:1]:
+    for session in sessions:
         grown = [
             row.example if told else _at_most(row.example, settings.max_new_tokens)
             for row, told in zip(data, why, strict=True)

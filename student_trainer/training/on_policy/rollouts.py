@@ -6,7 +6,7 @@ In: config, student, rows, teacher; out: a `WindowSource` in place of the data's
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Rollouts(TrainerCallback):
         student: who writes; the writer has a copy of what is trained of it.
         data, order: the rows, and which of them each step holds.
         plan: of the rollouts.
-        teacher: whose labels they get.
+        teachers: whose labels they get.
         vocab_rows: V, ids that student and teacher share.
         note: told what a user should know, a sentence at a time.
 
@@ -56,7 +56,7 @@ class Rollouts(TrainerCallback):
         data: TokenizedDataset,
         order: RunOrder,
         plan: RolloutPlan,
-        teacher: TeacherSession,
+        teachers: Sequence[TeacherSession],
         vocab_rows: int,
         note: Callable[[str], None],
     ) -> None:
@@ -66,7 +66,7 @@ class Rollouts(TrainerCallback):
         self._keeps = settings.max_staleness > 0
         self._figures = RolloutFigures(note)
         self._ledger = Ledger(config.run.output_dir)
-        self._prompts = Prompts(data, order, plan, room_of(settings, student.outline.positions, teacher))
+        self._prompts = Prompts(data, order, plan, room_of(settings, student.outline.positions, teachers))
         sampler = build_sampler(
             config,
             settings,

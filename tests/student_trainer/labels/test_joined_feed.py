@@ -144,7 +144,10 @@ def test_it_is_waited_for_where_the_others_weigh_too_little():
     with serve(light) as first:
         other = LoopbackServer(heavy).start()
         other.stop()
-        teachers = [teacher("light", first.address, light, weight=0.2), teacher("heavy", other.address, heavy, weight=0.8)]
+        teachers = [
+            teacher("light", first.address, light, weight=0.2),
+            teacher("heavy", other.address, heavy, weight=0.8),
+        ]
         told, taken = [], []
         feed = open_feed(teachers, {"light": (0, 1), "heavy": (0,)}, count=1, told=told)
         thread = threading.Thread(target=lambda: taken.append(feed.take(0)))
@@ -235,10 +238,14 @@ def test_who_comes_back_as_another_ends_the_run():
         numbers = iter(range(1, 100_000))
         next(number for number in numbers if feed.take(number).ready.missing)
         stranger = LoopbackServer(FakeTeacher(seed=3), port=other.port).start()
-        with pytest.raises(MismatchError):
+
+        def until_refused():
             for number in numbers:
                 feed.take(number)
                 time.sleep(0.01)
+
+        with pytest.raises(MismatchError):
+            until_refused()
         assert len(told) == 1, "it is not said to be back"
         feed.close()
         stranger.stop()

@@ -12,11 +12,13 @@ from torch import Tensor
 from student_trainer.errors import ConfigError, DataError
 from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups, VocabularyClasses
 from student_trainer.losses.cross_tokenizer.likelihood import binarised
+from student_trainer.losses.cross_tokenizer.measure import measure_bridged
 from student_trainer.losses.cross_tokenizer.projection import SideOfClasses
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.losses.output.joined import JoinedLoss, joined_loss
+from student_trainer.losses.measure import measure
+from student_trainer.losses.output.joined.loss import JoinedLoss, joined_loss
 from student_trainer.losses.output.loss import output_loss
 from student_trainer.losses.output.parts import Index, Joining, LongGroups, chunk_bounds
 from student_trainer.losses.output.policy_gradient import PolicyGradient
@@ -394,3 +396,110 @@ def test_what_does_not_fit_is_refused() -> None:
         run(spec(), b=bridged(other, GivenRows(*other.served()), classes, ONE_BY_ONE))
     with pytest.raises(ConfigError, match="top_k labels"):
         run(spec(temperature=2.0), b=bridged(other, other.topk_rows(4), classes, ONE_BY_ONE))
+
+
+def test_confidence_with_another_tokenizer_is_of_whole_sequences() -> None:
+    """Two sequences; each is divided by the mean entropies of the rows that are used of it."""
+    other, classes, groups = other_world(), some_classes(), mixed_groups()
+    sequence_N = (np.arange(N) >= 20).astype(np.int64)  # a group lies across: its first row decides
+    share_N = torch.full((N,), 0.25)
+    s, hidden = spec("jsd"), W.hidden_ND.clone().requires_grad_()
+    mine = TeacherShare(TeacherLabels(W.full_rows(), {}), 1 - share_N)
+    b = bridged(other, other.full_rows(), classes, groups, share_N, alm_temperature=20.0)
+    labels = JoinedLabels({"a": mine, "b": b})
+    joining = Joining(("a", "b"), frozenset({"b"}), "confidence")
+    loss = joined_loss(hidden, Head(W.weight_VD), labels, joining, W.labels_N, ONES, 7.0, s, sequence_N=sequence_N)
+    entropy = [-torch.special.xlogy(p, p).sum(-1) for p in (w.teacher_logits_NV.softmax(-1) for w in (W, other))]
+    used_b = [np.concatenate([np.arange(k, m) for (i, _), (k, m) in zip(groups.student_G2, groups.teacher_G2, strict=True)
+                              if sequence_N[i] == at]) for at in (0, 1)]  # fmt: skip
+    sure_a = torch.stack([(-entropy[0][sequence_N == at].mean()).exp() for at in (0, 1)])
+    sure_b = torch.stack([(-entropy[1][used_b[at]].mean()).exp() for at in (0, 1)])
+    new_b = (0.25 * sure_b / (0.75 * sure_a + 0.25 * sure_b))[torch.from_numpy(sequence_N)]
+    logits = hidden @ W.weight_VD.T
+    own = oracle.divergence(W.teacher_logits_NV.softmax(-1), logits.softmax(-1), "jsd")
+    want = (1 - new_b) @ own
+    log_q = logits.log_softmax(-1).gather(-1, W.labels_N[:, None])[:, 0]
+    log_p = other.teacher_logits_NV.log_softmax(-1).gather(-1, other.labels_N[:, None])[:, 0]
+    for (i, j), (k, m) in zip(groups.student_G2.tolist(), groups.teacher_G2.tolist(), strict=True):
+        if (j - i, m - k) == (1, 1):
+            p = masses(other.teacher_logits_NV.softmax(-1)[k : k + 1], classes.teacher_Vt, 12)
+            q = masses(logits.softmax(-1)[i : i + 1], classes.student_Vs, 12)
+            want = want + new_b[i] * oracle.divergence(p, q, "jsd").sum()
+        else:
+            a, c = (log_p[k:m].sum() / 20).exp(), (log_q[i:j].sum() / 20).exp()
+            want = want - 0.5 * (j - i) * new_b[i] * (a * c.log() + (1 - a) * (1 - c).log())
+    torch.testing.assert_close(loss.total, want / 7.0, rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.total, hidden)[0], torch.autograd.grad(want / 7.0, hidden)[0], rtol=1e-6, atol=1e-9
+    )
+    with pytest.raises(ConfigError, match=r"combine=prob_mix mixes whole distributions .* teacher 'b' does not give"):
+        joined_loss(hidden, Head(W.weight_VD), labels, replace(joining, combine="prob_mix"), W.labels_N, ONES, 7.0, s)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk_rows", [7, 256])
+def test_held_out_figures_are_over_classes_of_the_rows_that_both_have(form: str, chunk_rows: int) -> None:
+    other, classes, groups = other_world(), some_classes(), mixed_groups()
+    bridge = Bridge(classes, groups, other.labels_N)
+    found = measure_bridged(W.hidden_ND, Head(W.weight_VD), rows_of(other, form), bridge, chunk_rows)
+    one = (np.diff(groups.student_G2)[:, 0] == 1) & (np.diff(groups.teacher_G2)[:, 0] == 1)
+    i, k = groups.student_G2[one, 0], groups.teacher_G2[one, 0]
+    assert found.compared == one.sum()
+    nll = torch.nn.functional.cross_entropy(other.teacher_logits_NV, other.labels_N, reduction="sum")
+    torch.testing.assert_close(found.teacher_nll_sum, nll)
+    assert found.integrity is not None
+    found.integrity.check()
+    if form == "top_k":
+        assert found.kl_sum is None and found.agreeing is None
+        return
+    p = masses(other.teacher_logits_NV.softmax(-1)[k], classes.teacher_Vt, 12)
+    logits = W.hidden_ND @ W.weight_VD.T
+    torch.testing.assert_close(found.kl_sum, oracle.kl(p, masses(logits.softmax(-1)[i], classes.student_Vs, 12)).sum())
+    same = classes.teacher_Vt[other.teacher_logits_NV.argmax(-1)[k]] == classes.student_Vs[logits.argmax(-1)[i]]
+    assert found.agreeing == same.sum()
+    shifted = rows_of(other, form).take(torch.arange(N).roll(1))
+    wrong = measure_bridged(W.hidden_ND, Head(W.weight_VD), shifted, bridge, chunk_rows)
+    with pytest.raises(TeacherHeadMismatch):
+        wrong.integrity.check()
+
+
+def test_held_out_figures_of_equal_vocabularies_are_the_plain_ones() -> None:
+    bridge = Bridge(SAME, ONE_BY_ONE, W.labels_N)
+    found = measure_bridged(W.hidden_ND, Head(W.weight_VD), W.hidden_rows(), bridge)
+    want = measure(W.hidden_ND, Head(W.weight_VD), W.hidden_rows(), W.labels_N)
+    torch.testing.assert_close(found.kl_sum, want.kl_sum, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.teacher_nll_sum, want.teacher_nll_sum)
+    with pytest.raises(DataError, match="classes of 23 ids of the student and 23 of the teacher"):
+        measure_bridged(W.hidden_ND, Head(W.weight_VD), other_world().full_rows(), bridge)
+    with pytest.raises(DataError, match="given labels"):
+        measure_bridged(W.hidden_ND, Head(W.weight_VD), GivenRows(*W.served()), bridge)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_with_most_mass_in_a_giant_class_are_left_out_and_not_covered(form: str) -> None:
+    other = replace(other_world(vocab=101), teacher_weight_VD=other_world(vocab=101).teacher_weight_VD * 1.5)
+    class_V = torch.cat(
+        [torch.arange(12), torch.full((89,), 3)]
+    )  # class 3 has 90 ids of the teacher, and 12 of the student
+    classes = VocabularyClasses(torch.cat([torch.arange(12), torch.full((11,), 3)]), class_V, 12)
+    assert classes.giants is not None and classes.giants.tolist() == [3]
+    assert some_classes().giants is None
+    rows = rows_of(other, form)
+    hidden = W.hidden_ND.clone().requires_grad_()
+    loss = run(spec("jsd"), hidden, weights=ragged_weights(), b=bridged(other, rows, classes, ONE_BY_ONE, 0.5))
+    p_NV, q_NV = other.teacher_logits_NV.softmax(-1), (hidden @ W.weight_VD.T).softmax(-1)
+    kept_NV = torch.ones_like(p_NV)
+    if isinstance(rows, TopKRows):
+        kept_NV = torch.zeros_like(p_NV).scatter(-1, rows.topk_ids_NK, 1.0)
+    p, q = masses(p_NV * kept_NV, class_V, 12), masses(q_NV, classes.student_Vs, 12)
+    safe = p[:, 3] <= 0.5
+    assert 3 < safe.sum() < N - 3
+    rest = [(p_NV * (1 - kept_NV)).sum(-1, keepdim=True), (q * (p == 0)).sum(-1, keepdim=True)]
+    each = oracle.divergence(torch.cat([p, rest[0]], -1), torch.cat([q * (p > 0), rest[1]], -1), "jsd")
+    want = 0.5 * (ragged_weights() * safe * each).sum() / 7.0
+    torch.testing.assert_close(loss.total, want, **EXACT)
+    torch.testing.assert_close(torch.autograd.grad(loss.total, hidden), torch.autograd.grad(want, hidden), **EXACT)
+    found = loss.by_teacher["b"]
+    torch.testing.assert_close(found.covered, (ragged_weights() * safe).sum())
+    torch.testing.assert_close(found.kd_weights, 0.5 * (ragged_weights() * safe).sum())
+    torch.testing.assert_close(loss.parts.weights, ragged_weights().sum())

@@ -13,13 +13,13 @@ from student_trainer.errors import ConfigError, DataError
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
 from student_trainer.losses.integrity import TeacherHeadMismatch
-from student_trainer.losses.output.joined import JoinedLoss, joined_loss
+from student_trainer.losses.output.joined.loss import JoinedLoss, joined_loss
 from student_trainer.losses.output.loss import output_loss
 from student_trainer.losses.output.parts import Joining
 from student_trainer.losses.output.policy_gradient import PolicyGradient
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.output.term import OutputTerm
-from student_trainer.losses.rows import GivenRows, TeacherRows
+from student_trainer.losses.rows import FullRows, GivenRows, TeacherRows
 from student_trainer.losses.term import JoinedLabels, StudentOutputs, SupervisedRows, TeacherLabels, TeacherShare
 from student_trainer.losses.total import total
 from tests.student_trainer.losses import oracle
@@ -284,3 +284,110 @@ def test_the_term_logs_the_whole_and_each_teacher() -> None:
     assert mean["coverage.a"] == 1 and len(one.evidence) == 2
     missing = total([term], outputs, JoinedLabels({"a": share(W.full_rows())}), rows, 4.0, 0)
     assert list(missing.parts) == list(one.parts) and float(missing.parts["coverage.b"].sum) == 0
+
+
+SHARES = 0.75, 0.25  # of whose sum float32 loses nothing
+P_A, P_B = W.teacher_logits_NV.softmax(-1), B.teacher_logits_NV.softmax(-1)
+
+
+def single(log_p_NV: Tensor, s: OutputLossSpec, hidden: Tensor) -> Tensor:
+    """The loss with one teacher whose distributions these are."""
+    lse = log_p_NV.logsumexp(-1)
+    logp = log_p_NV.log_softmax(-1).gather(-1, W.labels_N[:, None])[:, 0]
+    return output_loss(
+        hidden, Head(W.weight_VD), FullRows(log_p_NV, lse, logp), W.labels_N, ragged_weights(), 7.0, s
+    ).total
+
+
+def gradient_of(total: Tensor, hidden: Tensor) -> Tensor:
+    return torch.autograd.grad(total, hidden)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("form", ["hidden", "full"])
+def test_prob_mix_is_one_teacher_that_holds_the_mixture(kind: str, tau: float, form: str) -> None:
+    s = spec(kind, temperature=tau, sft_weight=0.3)
+    hidden = W.hidden_ND.clone().requires_grad_()
+    a, b = (share(rows_of(w, form), part) for w, part in zip((W, B), SHARES, strict=True))
+    loss = run(s, hidden, weights=ragged_weights(), combine="prob_mix", a=a, b=b)
+    want = single((SHARES[0] * P_A + SHARES[1] * P_B).log(), s, hidden)
+    torch.testing.assert_close(loss.total, want, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradient_of(loss.total, hidden), gradient_of(want, hidden), rtol=1e-11, atol=1e-13)
+    assert [evidence.check() for evidence in loss.integrity] == [None, None]
+
+
+def test_the_mixture_of_teachers_of_some_rows() -> None:
+    """Rows of one teacher are its own, rows of none have their cross-entropy alone."""
+    has_a, has_b = torch.arange(N) < 25, (torch.arange(N) >= 12) & (torch.arange(N) < 37) & (torch.arange(N) != 20)
+    both = has_a & has_b
+    share_a, share_b = (torch.where(both, part, has.float()) for part, has in zip(SHARES, (has_a, has_b), strict=True))
+    hidden, s = W.hidden_ND.clone().requires_grad_(), spec("reverse_kl", sft_weight=0.2)
+    loss = run(
+        s, hidden, weights=ragged_weights(), combine="prob_mix",
+        a=share(W.full_rows(), share_a, np.flatnonzero(has_a.numpy())), b=share(B.hidden_rows(), share_b, np.flatnonzero(has_b.numpy())),
+    )  # fmt: skip
+    logits = hidden @ W.weight_VD.T
+    p = share_a[:, None] * P_A + share_b[:, None] * P_B
+    kd = oracle.kl(logits.softmax(-1)[has_a | has_b], p[has_a | has_b])
+    ce = -logits.log_softmax(-1).gather(-1, W.labels_N[:, None])[:, 0]
+    want = ((ragged_weights()[has_a | has_b] * kd).sum() + 0.2 * (ragged_weights() * ce).sum()) / 7.0
+    torch.testing.assert_close(loss.total, want, **EXACT)
+    torch.testing.assert_close(gradient_of(loss.total, hidden), gradient_of(want, hidden), **EXACT)
+
+
+def test_sums_of_forward_kls_pull_to_the_arithmetic_mean_and_of_reverse_kls_to_the_geometric() -> None:
+    hidden = W.hidden_ND.clone().requires_grad_()
+    a, b = (share(w.full_rows(), part) for w, part in zip((W, B), SHARES, strict=True))
+    arithmetic = (SHARES[0] * P_A + SHARES[1] * P_B).log()
+    geometric = SHARES[0] * P_A.log() + SHARES[1] * P_B.log()
+    grads = {
+        kind: gradient_of(run(spec(kind), hidden, weights=ragged_weights(), a=a, b=b).total, hidden)
+        for kind in ("forward_kl", "reverse_kl", "jsd")
+    }
+    torch.testing.assert_close(grads["forward_kl"], gradient_of(single(arithmetic, spec(), hidden), hidden), **EXACT)
+    torch.testing.assert_close(
+        grads["reverse_kl"], gradient_of(single(geometric, spec("reverse_kl"), hidden), hidden), **EXACT
+    )
+    # And neither of them anything else: the two ways of joining differ for all but the forward KL.
+    for kind in ("reverse_kl", "jsd"):
+        mixed = gradient_of(single(arithmetic, spec(kind), hidden), hidden)
+        assert (grads[kind] - mixed).norm() > 0.05 * mixed.norm()
+
+
+@pytest.mark.parametrize("forms", [("hidden", "full"), ("top_k", "full")])
+def test_confidence_gives_a_row_to_the_surer_teacher(forms: tuple[str, str]) -> None:
+    rows = [rows_of(w, form) for w, form in zip((W, B), forms, strict=True)]
+    hidden = W.hidden_ND.clone().requires_grad_()
+    some = np.arange(5, N)
+    share_a = torch.where(torch.arange(N) >= 5, 0.75, 1.0)
+    loss = run(
+        spec("jsd", sft_weight=0.1), hidden, weights=ragged_weights(), combine="confidence",
+        a=share(rows[0], share_a), b=share(rows[1], torch.where(torch.arange(N) >= 5, 0.25, 0.0), some),
+    )  # fmt: skip
+    logits = hidden @ W.weight_VD.T
+    each, entropies = [], []
+    for p, r, form in zip((P_A, P_B), rows, forms, strict=True):
+        q = logits.softmax(-1)
+        if form == "top_k":
+            p, q = oracle.coarsen(p, r.topk_ids_NK), oracle.coarsen(q, r.topk_ids_NK)
+        each.append(oracle.divergence(p, q, "jsd"))
+        entropies.append(-torch.special.xlogy(p, p).sum(-1))
+    of_a, of_b = share_a * (-entropies[0]).exp(), (1 - share_a) * (-entropies[1]).exp()
+    ce = -logits.log_softmax(-1).gather(-1, W.labels_N[:, None])[:, 0]
+    want = (ragged_weights() * ((of_a * each[0] + of_b * each[1]) / (of_a + of_b) + 0.1 * ce)).sum() / 7.0
+    torch.testing.assert_close(loss.total, want, **EXACT)
+    torch.testing.assert_close(gradient_of(loss.total, hidden), gradient_of(want, hidden), **EXACT)
+
+
+def test_ways_of_joining_that_cannot_be_are_refused() -> None:
+    pg = spec(policy_gradient=PolicyGradient())
+    with pytest.raises(ConfigError, match=r"combine=prob_mix mixes whole distributions .* teacher 'b' does not give"):
+        run(spec(), combine="prob_mix", a=share(W.full_rows(), 0.5), b=share(B.topk_rows(4), 0.5))
+    for combine in ("prob_mix", "confidence"):
+        with pytest.raises(ConfigError, match=f"combine={combine} needs distributions"):
+            run(pg, combine=combine, a=share(W.full_rows()))
+    with pytest.raises(ConfigError, match="given labels hold no distribution"):
+        run(spec(), combine="confidence", a=share(GivenRows(*W.served())))
+    route = run(spec(), combine="route", a=share(W.full_rows(), 0.5))
+    assert route.total == run(spec(), a=share(W.full_rows(), 0.5)).total

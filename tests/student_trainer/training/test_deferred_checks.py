@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,25 @@ def test_a_row_forgiven_in_every_call_is_not_forgiven_over_the_run(late):
     with pytest.raises(TeacherHeadMismatch, match=r"1 of 1 teacher rows \(and 1 of 1 before\)") as refused:
         add_rows()
     assert sum(taken) == 1 and refused.value.__notes__ == ["sample call 1"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_teacher_is_judged_by_its_own_rows(late):
+    """Of few rows of one of several teachers too many are off; among the many right ones of another they would be forgiven."""
+    verdicts = late_verdicts() if late else DeferredChecks(torch.device("cpu"))
+    kind = Late if late else Integrity
+    for _ in range(50):
+        verdicts.add(replace(evidence(0.0, kind, rows=400), teacher="big"), request("x"))
+    verdicts.add(replace(evidence(2.0, kind), teacher="small"), request("y"))
+    assert float(verdicts.refused) == 0
+    with pytest.raises(TeacherHeadMismatch, match=r"1 of 6 'small' teacher rows \(and 1 of 6 before\)"):
+        _add_again(verdicts, replace(evidence(2.0, kind), teacher="small"))
+    assert float(verdicts.refused) == 1
+
+
+def _add_again(verdicts: DeferredChecks, found: Integrity) -> None:
+    for _ in range(1 + ON_THEIR_WAY):  # until the first of them is looked at
+        verdicts.add(found, request("y"))
 
 
 def test_many_calls_of_right_rows_with_one_off_in_a_thousand_are_no_fault():

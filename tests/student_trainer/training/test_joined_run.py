@@ -4,17 +4,21 @@ import asyncio
 import contextlib
 import io
 import json
+import math
+import subprocess
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from student_trainer.config.run import parse_config
+from student_trainer.config.run import dump_config, parse_config
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import build_dataset
 from student_trainer.data.rows.sources import parse_source
-from student_trainer.errors import TeacherAwayError
+from student_trainer.errors import ConfigError, TeacherAwayError
 from student_trainer.labels.joined import lane
 from student_trainer.labels.joined.ledger import TEACHERS_NAME
 from student_trainer.labels.packing import pack
@@ -26,9 +30,12 @@ from student_trainer.training.run import train
 from teacher_wire.core.errors import LabelError
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import LoopbackServer, serve
 from tests.student_trainer.conftest import fake_for, run_config
+from tests.student_trainer.fake_process import start_fake
 from tests.student_trainer.training.test_train import adapter_hash
+from tests.students import run_student, start_student
 
 QUIET = Console(file=io.StringIO())
 
@@ -45,16 +52,18 @@ def fakes(model_factory):
 
 
 class Mortal:
-    """A teacher whose server goes down when it is asked for the answer after the first `answers`, which it never gives."""
+    """A teacher whose server goes down when it is asked for the answer after the first `answers`, or for one about a sequence of
+    `too_long` tokens, which it never gives.
+    """
 
-    def __init__(self, fake: FakeTeacher, answers: int) -> None:
+    def __init__(self, fake: FakeTeacher, answers: float = math.inf, too_long: float = math.inf) -> None:
         self.fake = fake
         self.server = LoopbackServer(fake).start()
         self.dying = threading.Event()
         score = fake.score
 
         async def mortal(call):
-            if fake.calls >= answers:
+            if fake.calls >= answers or call.batch.lengths_B.max() >= too_long:
                 self.dying.set()
                 await asyncio.sleep(3600)
             return await score(call)
@@ -146,11 +155,17 @@ def test_the_first_loss_of_two_teachers_is_the_sum_of_their_shares(tmp_path, mod
     for index in [i for number in range(2) for i in order.batch(number)]:
         packed = pack([data[index].example]).batch
         with torch.no_grad():
-            states = student.model(torch.from_numpy(packed.token_ids_T).long()[None]).logits[0, packed.rows_of(), :vocab]
+            states = student.model(torch.from_numpy(packed.token_ids_T).long()[None]).logits[
+                0, packed.rows_of(), :vocab
+            ]
         q = states.double().log_softmax(-1)
         rows += packed.rows
         for name, fake in fakes.items():
-            p = torch.from_numpy(fake.signals(spec_of("full", vocab), packed)["logits_NV"].array).double().log_softmax(-1)
+            p = (
+                torch.from_numpy(fake.signals(spec_of("full", vocab), packed)["logits_NV"].array)
+                .double()
+                .log_softmax(-1)
+            )
             sums[name] += float((p.exp() * (p - q)).sum())
     entry = learned(result.output_dir)[0]
     assert entry["loss"] == pytest.approx((0.75 * sums["a"] + 0.25 * sums["b"]) / rows, rel=1e-4)
@@ -182,7 +197,10 @@ def test_rows_go_to_the_teachers_of_their_tags(tmp_path, model_factory, rows_fil
         lines = rows_file.read_text().splitlines()
         rows = tmp_path / "tagged.jsonl"
         rows.write_text(
-            "".join(json.dumps({**json.loads(line), "kind": ["math", "prose"][n % 2]}) + "\n" for n, line in enumerate(lines))
+            "".join(
+                json.dumps({**json.loads(line), "kind": ["math", "prose"][n % 2]}) + "\n"
+                for n, line in enumerate(lines)
+            )
         )
         config = config_for(
             tmp_path, model_factory("qwen2"), rows, {"a": a.address, "b": b.address},
@@ -203,7 +221,9 @@ def test_each_row_has_one_teacher_when_they_are_routed(tmp_path, model_factory, 
     with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
         rows = tmp_path / "tagged.jsonl"
         lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
-        rows.write_text("".join(json.dumps({**row, "kind": "math" if n % 3 else ""}) + "\n" for n, row in enumerate(lines)))
+        rows.write_text(
+            "".join(json.dumps({**row, "kind": "math" if n % 3 else ""}) + "\n" for n, row in enumerate(lines))
+        )
         config = config_for(
             tmp_path, model_factory("qwen2"), rows, {"a": a.address, "b": b.address},
             own={"a": {"tags": ["math"]}}, data={"tag_field": "kind"}, combine="route",
@@ -217,13 +237,16 @@ def test_each_row_has_one_teacher_when_they_are_routed(tmp_path, model_factory, 
     assert all(entry["coverage.a"] + entry["coverage.b"] == pytest.approx(1.0) for entry in log)
 
 
-@pytest.fixture
-def undisturbed(tmp_path, model_factory, rows_file, fakes):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, model_factory, rows_file):
     """The adapter of the run whose teachers both stay."""
-    with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
-        config = config_for(tmp_path, model_factory("qwen2"), rows_file, {"a": a.address, "b": b.address}, "undisturbed")
+    model, folder = model_factory("qwen2"), tmp_path_factory.mktemp("undisturbed")
+    with serve(fake_for(model, seed=1)) as a, serve(fake_for(model, seed=2)) as b:
+        config = config_for(folder, model, rows_file, {"a": a.address, "b": b.address})
         result = train(config, console=QUIET)
-    assert all(len(group["by"]) == 2 for entry in check_ledger(config, result.output_dir) for group in entry["labelled"])
+    assert all(
+        len(group["by"]) == 2 for entry in check_ledger(config, result.output_dir) for group in entry["labelled"]
+    )
     return adapter_hash(result.output_dir)
 
 
@@ -284,7 +307,7 @@ def test_who_is_back_is_used_again_without_a_restart(tmp_path, model_factory, ro
 
 
 def test_wait_goes_on_when_it_is_back_as_if_nothing_had_been(tmp_path, model_factory, rows_file, fakes, undisturbed):
-    mortal, servers = Mortal(fakes["b"], fakes["b"].calls + 8), []
+    mortal, servers = Mortal(fakes["b"], 8), []
     thread = threading.Thread(target=lambda: servers.append(mortal.back()), daemon=True)
     thread.start()
     with serve(fakes["a"]) as a:
@@ -293,17 +316,18 @@ def test_wait_goes_on_when_it_is_back_as_if_nothing_had_been(tmp_path, model_fac
     thread.join(60)
     servers[0].stop()
     assert adapter_hash(result.output_dir) == undisturbed
-    assert all(len(group["by"]) == 2 for entry in check_ledger(config, result.output_dir) for group in entry["labelled"])
+    assert all(
+        len(group["by"]) == 2 for entry in check_ledger(config, result.output_dir) for group in entry["labelled"]
+    )
 
 
-@pytest.mark.parametrize("save_steps", [0, 2])
-@pytest.mark.parametrize(("policy", "retry_s"), [("fail", 300.0), ("wait", 0.5)])
+@pytest.mark.parametrize(
+    ("policy", "retry_s", "save_steps"), [("fail", 300.0, 0), ("fail", 300.0, 2), ("wait", 0.5, 0)]
+)
 def test_who_cannot_be_waited_for_ends_the_run_which_goes_on_later(
     tmp_path, model_factory, rows_file, fakes, undisturbed, policy, retry_s, save_steps
 ):
-    if (policy, save_steps) == ("wait", 2):
-        pytest.skip("as the others")
-    mortal = Mortal(fakes["b"], fakes["b"].calls + 10)
+    mortal = Mortal(fakes["b"], 10)
     with serve(fakes["a"]) as a:
         addresses = {"a": a.address, "b": mortal.address}
         settings = {"own": {"b": {"retry_s": retry_s, "when_missing": policy}}, "train": {"save_steps": save_steps}}
@@ -336,7 +360,9 @@ def test_who_is_away_before_the_first_step_leaves_no_folder(tmp_path, model_fact
     assert not config.run.output_dir.exists()
 
 
-@pytest.mark.parametrize(("mistake", "error"), [("nan", LabelError), ("foreign", LabelError), ("state", TeacherHeadMismatch)])
+@pytest.mark.parametrize(
+    ("mistake", "error"), [("nan", LabelError), ("foreign", LabelError), ("state", TeacherHeadMismatch)]
+)
 def test_a_wrong_answer_of_one_ends_the_run_under_every_policy(
     tmp_path, model_factory, rows_file, fakes, mistake, error
 ):
@@ -365,3 +391,169 @@ def test_ten_teachers_finish(tmp_path, model_factory, rows_file):
         result = train(config, console=QUIET)
     for entry in check_ledger(config, result.output_dir):
         assert [group["by"] for group in entry["labelled"]] == [list(fakes)]
+
+
+@pytest.mark.parametrize("combine", ["prob_mix", "confidence"])
+def test_other_ways_to_combine_learn(tmp_path, model_factory, rows_file, fakes, combine):
+    with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
+        addresses = {"a": a.address, "b": b.address}
+        config = config_for(
+            tmp_path,
+            model_factory("qwen2"),
+            rows_file,
+            addresses,
+            "run",
+            combine=combine,
+            train={"max_steps": 12, "learning_rate": 5e-3},
+        )
+        result = train(config, console=QUIET)
+    log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
+    assert log[-1]["kd_loss"] < log[0]["kd_loss"]
+
+
+def test_a_killed_process_ends_the_command_with_code_3_and_the_run_goes_on(
+    tmp_path, model_factory, rows_file, fakes, undisturbed
+):
+    """The real commands against a teacher in a process that is killed without a word."""
+    process, port = start_fake(replace_delay(fakes["b"], 0.15))
+    with serve(fakes["a"]) as a:
+        addresses = {"a": a.address, "b": f"127.0.0.1:{port}"}
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows_file, addresses, when_missing="fail", feed={"max_batches": 1}
+        )
+        file = tmp_path / "config.yaml"
+        file.write_text(dump_config(config))
+        command = start_student("train", file, stderr=subprocess.PIPE)
+        log = config.run.output_dir / "train_log.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        _, said = command.communicate(timeout=120)
+        assert command.wait() == 3
+        (line,) = [line for line in said.splitlines() if line.startswith("student-trainer: ")]
+        assert "teacher 'b' has not answered (when_missing=fail)" in line and "--resume auto (from checkpoint-" in line
+        again, _ = start_fake(fakes["b"], port)
+        done = run_student("train", file, "--resume", "auto")
+        again.kill()
+        again.wait()
+        assert done.returncode == 0, done.stderr
+    assert adapter_hash(config.run.output_dir) == undisturbed
+    check_ledger(config, config.run.output_dir)
+
+
+def replace_delay(fake, delay_s):
+    fake = replace(fake)
+    fake.delay_s = delay_s
+    return fake
+
+
+def test_rollouts_are_labelled_by_the_teachers_of_their_rows(tmp_path, model_factory, rows_file, fakes):
+    """On-policy samples keep the tags of the rows whose prompts they answer."""
+    with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
+        rows = tmp_path / "tagged.jsonl"
+        lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
+        rows.write_text(
+            "".join(json.dumps({**row, "kind": "math" if n % 3 else ""}) + "\n" for n, row in enumerate(lines))
+        )
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows, {"a": a.address, "b": b.address}, own={"a": {"tags": ["math"]}},
+            data={"tag_field": "kind"}, model={"compiled": False},
+            on_policy={"share": 1.0, "max_new_tokens": 5, "max_staleness": 0},
+        )  # fmt: skip
+        result = train(config, console=QUIET)
+    groups = [group for entry in entries(result.output_dir) for group in entry["labelled"]]
+    assert sum(len(group["samples"]) for group in groups) == 24
+    for group in groups:
+        for key in group["samples"]:
+            row = int(key.split("[rollout")[0].rsplit(":")[-1]) - 1
+            assert "[rollout" in key and group["by"] == (["a", "b"] if row % 3 else ["b"])
+    log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
+    assert all(entry["coverage.b"] == 1.0 and entry["on_policy_share"] == 1.0 for entry in log)
+
+
+def test_layers_are_those_of_the_teacher_that_is_named(tmp_path, model_factory, rows_file):
+    fakes = {name: fake_for(model_factory("qwen2"), seed=seed, layers=4) for name, seed in (("a", 1), ("b", 2))}
+    with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
+        own = {"b": {"tags": ["math"]}}
+        rows = tmp_path / "tagged.jsonl"
+        lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
+        rows.write_text(
+            "".join(json.dumps({**row, "kind": "math" if n % 3 else ""}) + "\n" for n, row in enumerate(lines))
+        )
+        hidden = {"weight": 1.0, "layers": [1, 2], "reduction": "none", "teacher": "b"}
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows, {"a": a.address, "b": b.address}, own=own, data={"tag_field": "kind"},
+            loss={"hidden": hidden},
+        )  # fmt: skip
+        result = train(config, console=QUIET)
+    log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
+    assert log[-1]["hidden_loss"] < log[0]["hidden_loss"]
+    assert (result.output_dir / "layers.json").is_file()
+
+
+@pytest.mark.parametrize("policy", ["reweight", "fail"])
+def test_who_is_away_when_held_out_rows_are_measured(tmp_path, model_factory, rows_file, fakes, policy):
+    """Under `reweight` its figure alone is missing; else the run ends with a checkpoint of the step that it was measured after."""
+    rows = tmp_path / "long.jsonl"
+    long = {"instruction": "Go on.", "input": "the cat sat on a mat " * 4, "output": "and saw an old dog"}
+    rows.write_text((json.dumps(long) + "\n") * 3)
+    mortal, shown = Mortal(fakes["b"], too_long=50), shown_console()
+    with serve(fakes["a"]) as a:
+        addresses = {"a": a.address, "b": mortal.address}
+        settings = {"eval_steps": 4, "save_steps": 0}
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows_file, addresses, when_missing=policy,
+            data={"eval": [str(rows)]}, train=settings,
+        )  # fmt: skip
+        if policy == "fail":
+            with pytest.raises(TeacherAwayError) as caught:
+                train(config, console=shown)
+            assert any("from checkpoint-4" in note for note in caught.value.__notes__)
+            again = mortal.back()
+            result = train(config, resume=True, console=QUIET)
+            again.stop()
+            assert result.metrics["kl_to_a"] > 0 and result.metrics["kl_to_b"] > 0
+            return
+        result = train(config, console=shown)
+    assert result.metrics["kl_to_a"] > 0 and "kl_to_b" not in result.metrics
+    assert "kl_to_b is not measured this time" in shown.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"labels": {"transport": "top_k", "k": 8, "extra_ids": 4}}, "labels.extra_ids=4 of teacher 'a'"),
+        ({"on_policy": {"share": 0.0, "publish": {"every": 2}}}, "on_policy.publish"),
+    ],
+)
+def test_what_is_for_the_section_teacher_is_refused_of_a_list_of_one_too(
+    tmp_path, model_factory, rows_file, fakes, sections, said
+):
+    """A list of one with another policy has the feed of several."""
+    with serve(fakes["a"]) as a:
+        config = config_for(
+            tmp_path, model_factory("qwen2"), rows_file, {"a": a.address}, when_missing="fail", **sections
+        )
+        with pytest.raises(ConfigError, match=said):
+            train(config, console=QUIET)
+    assert not config.run.output_dir.exists()
+
+
+def test_a_teacher_of_another_tokenizer_goes_away_like_any_other(tmp_path, model_factory, rows_file, fakes):
+    reader = FakeTokenizer((b"the ", b" the", b"an", b"er", b"is", b"12", b"."))
+    mortal, shown = Mortal(FakeTeacher(vocab_rows=len(reader), hidden_size=16, reader=reader), 4), shown_console()
+    with serve(fakes["a"]) as a:
+        addresses = {"a": a.address, "b": mortal.address}
+        own = {"b": {"cross_tokenizer": {"min_coverage": 0.4}, "labels": "top_k", "weight": 2.0}}
+        config = config_for(tmp_path, model_factory("qwen2"), rows_file, addresses, own=own, when_missing="reweight")
+        result = train(config, console=shown)
+    groups = [group for entry in check_ledger(config, result.output_dir) for group in entry["labelled"]]
+    kinds = {(tuple(group["by"]), tuple(group.get("missing", ()))) for group in groups}
+    assert kinds == {(("a", "b"), ()), (("a",), ()), (("a",), ("b",))}, "some rows are too unlike for it"
+    log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
+    assert max(entry["coverage.b"] for entry in log) > 0 and log[-1]["coverage.b"] == 0.0
+    assert all(entry["alm_loss.b"] >= 0 for entry in log)
+    assert "fewer teachers" in shown.file.getvalue()

@@ -33,6 +33,7 @@ from teacher_wire.core.errors import LimitError, RequestError, UnavailableError
 from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSpec
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.loopback import serve
+from teacher_wire.tokenizing.messages import TextRow, TokenizeCall
 from tests.e2e.classroom import EngineService
 from tests.faults import test_hostile_score as hostile_score
 from tests.faults.test_hostile_generate import REQUESTS, attack
@@ -205,6 +206,16 @@ def test_the_teacher_says_what_it_is(wide, narrow, folder):
     assert (facts.transports, facts.generates) == (("top_k", "hidden", "full", "given"), ("tokens", "json_schema"))
     assert narrow.facts.generates == () and facts.max_sequence_tokens == 128
     np.testing.assert_array_equal(head_of(wide).weight_VD.array, head_of(reference(folder, "float32")).weight_VD.array)
+
+
+async def test_rows_are_tokenised_as_by_the_transformers_backend(wide, folder):
+    asked = json.dumps({"messages": [{"role": "user", "content": "the cat?"}]}).encode()
+    rows = tuple(TextRow("the old dog 你好\r\n".encode(), conversation) for conversation in (b"", asked))
+    async with running(wide) as engine, running(reference(folder, "float32")) as other:
+        assert [artifact.kind for artifact in engine.info.artifacts] == ["output_head", "byte_table"]
+        found, expected = [await e.reader.tokenize(TokenizeCall("t", "", rows)) for e in (engine, other)]
+        assert [row.digest for row in found] == [row.digest for row in expected]
+        assert engine.info.artifacts == other.info.artifacts and not found[1].refused
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from teacher_wire.generate.messages import GenerateCall, PromptBatch, SamplingSp
 from teacher_wire.score import codec
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
+from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import serve
+from teacher_wire.tokenizing.messages import TextRow, TokenizeCall
 
 OLD, NEW = FakeTeacher(seed=0), FakeTeacher(seed=1)
 SPEC = spec_of("full", 64)
@@ -63,6 +65,22 @@ class Handle:
             teacher = self._met()
             codec.check_call(asked, teacher.teacher_info())
             return await teacher.score(asked)
+
+        return self._Method(call)
+
+
+class ReadingHandle(Handle):
+    """Its teachers answer Tokenize too."""
+
+    def options(self, multiplexed_model_id):
+        pinned = super().options(multiplexed_model_id)
+        pinned.__class__ = ReadingHandle
+        return pinned
+
+    @property
+    def tokenize(self):
+        async def call(asked):
+            return await self._met().tokenize(asked)
 
         return self._Method(call)
 
@@ -122,6 +140,21 @@ async def test_a_replica_that_dies_with_a_request_costs_the_student_nothing():
     teachers = edge_of(handle)
     assert (await teachers.score(call(OLD_PRINT))).fingerprint == OLD_PRINT
     assert len(handle.asked) == 3
+
+
+async def test_tokenize_meets_a_replica_of_its_weights_and_outlives_one():
+    old, new = (FakeTeacher(vocab_rows=300, seed=seed, reader=FakeTokenizer()) for seed in (0, 1))
+    handle = ReadingHandle(new, old)
+    handle.problems = [UnavailableError("killed"), RayActorError()]
+    teachers = edge_of(handle)
+    teachers.take(news(new, old))
+    [row] = await teachers.tokenize(TokenizeCall("fake", old.teacher_info().fingerprint, (TextRow(b"cat"),)))
+    assert len(row.token_ids_T) == 3 and (old.tokenize_calls, new.tokenize_calls) == (1, 0)
+    assert teachers.counters()["latency"]["fake"]["tokenize"]["count"] == 1 and teachers.counters()["retries"] == {
+        "fake": 2
+    }
+    with pytest.raises(MismatchError):
+        await teachers.tokenize(TokenizeCall("fake", "0" * 64, (TextRow(b"cat"),)))
 
 
 async def test_asking_again_ends():

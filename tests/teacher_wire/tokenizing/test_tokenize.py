@@ -22,7 +22,7 @@ from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import serve
-from teacher_wire.tokenizing import codec
+from teacher_wire.tokenizing import codec, servicer
 from teacher_wire.tokenizing.messages import TextRow, TokenizeCall, TokenizedRow, check_tokenize
 from teacher_wire.vocabulary.byte_table import END, TEXT, THINK_CLOSE, THINK_OPEN, UNUSED
 
@@ -95,6 +95,18 @@ async def test_many_rows_go_in_calls_within_the_limits_and_keep_their_order():
         rows = await client.tokenize(info, [TextRow(text) for text in texts])
     assert service.tokenize_calls == 3
     assert [READER.table.text_of(row.token_ids_T) for row in rows] == texts
+
+
+async def test_an_answer_that_is_too_long_for_a_message_comes_in_halves(monkeypatch):
+    monkeypatch.setattr(servicer, "MAX_REPLY_BYTES", 1000)
+    service = teacher()
+    texts = [b"x" * 40 * (1 + number % 2) for number in range(16)] + [b"y" * 500] + [b"z" * 40]
+    async with connected(service) as (client, info):
+        rows = await client.tokenize(info, [TextRow(text) for text in texts])
+    assert [bool(row.refused) for row in rows] == [False] * 16 + [True, False]
+    assert rows[16].refused == "its ids take 4000 bytes, and one answer 1000"
+    kept = [text for text in texts if len(text) < 500]
+    assert [READER.table.text_of(row.token_ids_T) for row in rows if not row.refused] == kept
 
 
 async def test_a_broken_call_is_made_again():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student_trainer.losses import fused
 from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.output.parts import Index, TeacherPart
 from student_trainer.losses.rows import FullRows, GivenRows, HiddenRows, Seen, TeacherRows, TopKRows, seen_in_logits
@@ -25,6 +26,7 @@ class Read:
     Attributes:
         kd: losses by row, without any factor.
         clipped: rows that a policy gradient has clipped.
+        safe: rows that are compared over classes; nothing where all are.
         likeliest: int64, its likeliest id of each row that it has a distribution of; of a teacher with another tokenizer, an id of
             the student that stands for its class.
         alm: losses of groups that are compared as a whole.
@@ -34,6 +36,7 @@ class Read:
 
     kd: list[Tensor] = field(default_factory=list)
     clipped: list[Tensor] = field(default_factory=list)
+    safe: list[Tensor] = field(default_factory=list)
     likeliest: list[Tensor] = field(default_factory=list)
     alm: list[Tensor] = field(default_factory=list)
     row: list[np.ndarray] = field(default_factory=list)
@@ -52,7 +55,7 @@ class Read:
         self.row.append(index.host_P[first:last])
         if not isinstance(rows, FullRows):
             return rows, rows.label_logp_N.to(dtype)
-        seen = seen_in_logits(rows.logits_NV, part.labels_R[at_P])
+        seen = _seen(rows.logits_NV, part.labels_R[at_P])
         self.seen.append(seen)
         return rows, seen.label_logp_C
 
@@ -68,6 +71,15 @@ class Read:
             classes = part.bridge.classes
             best_P = classes.of_student.first_K[classes.teacher_Vt[best_P]]
         self.likeliest.append(best_P)
+
+
+def _seen(z_PV: Tensor, label_ids_P: Tensor) -> Seen:
+    """`seen_in_logits`, by a kernel where there is one."""
+    if z_PV.dtype != torch.float32 or not fused.usable(z_PV):
+        return seen_in_logits(z_PV, label_ids_P)
+    label_z_P = z_PV.gather(-1, label_ids_P[:, None])[:, 0]
+    lse_P, _ = fused.row_figures(z_PV, label_ids_P, label_z_P)
+    return Seen(lse_P, label_z_P - lse_P)
 
 
 def opened(rows: TeacherRows, dtype: torch.dtype) -> TeacherRows:

@@ -31,7 +31,7 @@ def agreements(
         return {}
     share_TM = np.zeros((len(seen), count))
     for part, share_M in zip(seen, share_TM, strict=True):
-        share_M[part.place.host_P] = part.share_P
+        share_M[part.place.host_P] = part.share_M[part.place.host_P]
     id_TM = torch.stack([_everywhere(likeliest[part.name], part, count) for part in seen])
     found = {}
     for at, part in enumerate(seen):

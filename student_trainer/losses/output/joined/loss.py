@@ -1,0 +1,143 @@
+"""The loss on output distributions with several teachers: one pass through the student's head, every teacher's part on each chunk.
+
+In: the student's states after its final norm, its head, what every teacher has answered and its share of each row. Out: one number that
+carries the graph, figures of all and of each teacher, the evidence of each.
+Must never hold more than a chunk of logits, nor wait for the device: labels, weights, shares and places are on the host.
+
+Axes: N rows, M rows of weight above 0, C rows of a chunk, P rows that a teacher has a distribution of, V ids of the student.
+Source: algorithms.md 3.2, 8.4, 9.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from student_trainer.errors import DataError
+from student_trainer.losses import fused
+from student_trainer.losses.head import Head, if_trained
+from student_trainer.losses.integrity import Integrity
+from student_trainer.losses.matmul import wide
+from student_trainer.losses.output.chunks import has_kernel
+from student_trainer.losses.output.gradients import Attach, Gradients
+from student_trainer.losses.output.joined.adding import add, add_groups, chunk_rows
+from student_trainer.losses.output.joined.checks import check_part
+from student_trainer.losses.output.joined.chunk import Chunk
+from student_trainer.losses.output.joined.confidence import by_confidence
+from student_trainer.losses.output.joined.evidence import Read, evidence_of
+from student_trainer.losses.output.joined.figures import TeacherFigures, by_teacher, kd_of, teacher_figures, whole
+from student_trainer.losses.output.joined.mixture import Mixture
+from student_trainer.losses.output.loss import LossParts, check_sampled, check_values
+from student_trainer.losses.output.parts import Joining, Kept, chunk_bounds, on_device, part_of
+from student_trainer.losses.output.spec import OutputLossSpec
+from student_trainer.losses.term import JoinedLabels
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedLoss:
+    """`total` carries the graph; `by_teacher` has all of `Joining.teachers`, `integrity` is of those whose rows were read."""
+
+    total: Tensor
+    parts: LossParts
+    by_teacher: dict[str, TeacherFigures]
+    integrity: tuple[Integrity, ...]
+
+
+def joined_loss(
+    student_hidden_ND: Tensor,
+    head: Head,
+    joined: JoinedLabels,
+    joining: Joining,
+    label_ids_N: Tensor,
+    weights_N: Tensor,
+    normalizer: float | Tensor,
+    spec: OutputLossSpec,
+    sampled_logp_N: Tensor | None = None,
+    sequence_N: np.ndarray | None = None,
+) -> JoinedLoss:
+    """Distillation from several teachers, and cross-entropy, of N rows.
+
+    Args:
+        student_hidden_ND, head, normalizer, spec: as of `output_loss`.
+        joined: what the teachers have answered, with their shares; rows in which all shares are 0 have their cross-entropy alone.
+        joining: how their parts are joined.
+        label_ids_N, weights_N, sampled_logp_N: as of `output_loss`, on the host.
+        sequence_N: int64, on the host: of each row its sequence; needed for `confidence` where a teacher has another tokenizer.
+    Raises:
+        ConfigError: labels that do not determine the loss asked for.
+        DataError: lengths, a vocabulary, a label, a weight or a share that does not fit.
+    """
+    device, dtype = student_hidden_ND.device, wide(student_hidden_ND, head.weight_VD)
+    for name, values in (("labels", label_ids_N), ("weights", weights_N), ("sampled_logp", sampled_logp_N)):
+        if values is not None and values.numel() != student_hidden_ND.shape[0]:
+            raise DataError(f"{values.numel()} {name} for {student_hidden_ND.shape[0]} student states")
+    kept_M = weights_N.detach().nonzero()[:, 0]
+    labels_M, weights_M, count = label_ids_N[kept_M], weights_N[kept_M].detach(), kept_M.numel()
+    check_values(labels_M, weights_M, normalizer, head.vocab_rows)
+    sampled_M = None if sampled_logp_N is None else sampled_logp_N[kept_M]
+    if sampled_M is not None:
+        check_sampled(sampled_M)
+    kept = Kept(kept_M.numpy(), weights_M.double().numpy(), label_ids_N)
+    parts = [
+        part_of(name, joined.by_name[name], kept, device, dtype) for name in joining.teachers if name in joined.by_name
+    ]
+    for part in parts:
+        check_part(part, head, spec, joining.combine)
+    own_M = weights_M if sampled_M is None else weights_M.masked_fill(~sampled_M.isnan(), 0)  # of the data's tokens
+    index_M = None if count == weights_N.numel() else on_device(kept_M, device)  # all: slices, no copies
+    labels_M, weights_M, own_M = (on_device(there, device) for there in (labels_M, weights_M, own_M))
+    sampled_M = None if sampled_M is None else on_device(sampled_M.to(dtype), device)
+    is_fused = (
+        dtype == torch.float32
+        and fused.usable(student_hidden_ND)
+        and all(has_kernel(part.rows, spec) for part in parts)
+    )
+    trained = (if_trained(student_hidden_ND), *head.trained())
+    gradients = Gradients(*(None if t is None else torch.zeros_like(t, dtype=dtype) for t in trained))
+    read = {part.name: Read() for part in parts}
+    mixture = Mixture(parts) if joining.combine == "prob_mix" else None
+    logp: list[Tensor] = []
+    ahead: list[Tensor] = []
+    with torch.no_grad():
+        is_hard = spec.sft_weight > 0 or any(part.groups for part in parts)
+        hard_M = spec.sft_weight * (own_M.to(dtype) / normalizer)
+        at_a_time = chunk_rows(parts, head, spec, mixture is not None, is_fused)
+        if joining.combine == "confidence":
+            sequence_M = None if sequence_N is None else sequence_N[kept.row_M]
+            parts = by_confidence(parts, sequence_M, at_a_time, count, dtype)
+        bounds = chunk_bounds(count, at_a_time, [p.groups for p in parts if p.groups is not None])
+        for start, stop in pairwise(bounds):
+            index_C = slice(start, stop) if index_M is None else index_M[start:stop]
+            h_CD, labels_C = student_hidden_ND[index_C], labels_M[start:stop]
+            z_CV = head.logits(h_CD)
+            sampled_C = None if sampled_M is None else sampled_M[start:stop]
+            chunk = Chunk(z_CV, labels_C, sampled_C, spec, is_fused)
+            slope_C = hard_M[start:stop]
+            if mixture is not None:
+                mixture.add(chunk, read, (start, stop), head.vocab_rows, normalizer, dtype)
+            for part in parts if mixture is None else ():
+                add(chunk, part, read[part.name], (start, stop), normalizer, dtype)
+                if part.groups is not None:
+                    of_part = read[part.name], (start, stop), normalizer, spec
+                    slope_C = slope_C + add_groups(chunk, part, part.groups, *of_part)
+            logp.append(chunk.own.label_logp_C)
+            ahead.append(chunk.own.ahead_C)
+            if any(t is not None for t in trained):
+                grad_CV = chunk.finish(slope_C if is_hard else None)
+                gradients.add(head.pull_back_(grad_CV, z_CV), h_CD, index_C, head)
+                del grad_CV
+            del z_CV, chunk  # not held while the next chunk's are made
+        figures = {part.name: teacher_figures(part, read[part.name], sampled_M, spec) for part in parts}
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        kd_sum = sum((kd_of(part, figures[part.name]) for part in parts), nothing)
+        kd_sum = kd_sum if mixture is None else mixture.kd_sum(nothing)
+        losses = whole(kd_sum, read, parts, logp, ahead, weights_M, own_M, sampled_M, spec)
+        total = (spec.kd_weight * losses.kd_sum + spec.sft_weight * losses.ce_sum) / (normalizer if count else 1)
+        told = by_teacher(joining, parts, figures, read, count, device)
+    total = Attach.apply(total.to(dtype), *gradients.all(), *trained)
+    evidence = (evidence_of(part, read[part.name]) for part in parts)
+    return JoinedLoss(total, losses, told, tuple(found for found in evidence if found is not None))

@@ -1,0 +1,188 @@
+"""What a teacher costs the loss: one of the student's tokenizer, one of another, two at once, and their mixture, at V = 152k.
+
+Random weights and states in the shapes of Qwen2.5-1.5B and 7B on a GPU, narrower ones on a CPU. The partition has the figures that were
+measured of two real vocabularies (algorithms.md 8.4): most classes are pairs, some are large, one holds everything without a partner.
+    python -m tests.bench.cross_loss [--device cuda] [--rows N] [--json]
+
+Columns: time of the loss with its gradients (median of rounds, which are interleaved; CPU time of one thread without a GPU), its ratio to the plain loss with one
+teacher, and the memory that the pass takes at most beyond what it is given (on a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups, VocabularyClasses
+from student_trainer.losses.divergence import Divergence
+from student_trainer.losses.head import Head
+from student_trainer.losses.output.joined.loss import joined_loss
+from student_trainer.losses.output.loss import output_loss
+from student_trainer.losses.output.parts import Joining
+from student_trainer.losses.output.spec import OutputLossSpec
+from student_trainer.losses.rows import HiddenRows, TeacherRows, TopKRows
+from student_trainer.losses.term import JoinedLabels, TeacherLabels, TeacherShare
+
+VOCAB, OTHER_VOCAB, CLASSES = 151_936, 128_256, 96_000
+TARGET = 1.3  # of the bridged loss, times the plain one
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of a pass, widths of both models, and how often each arm runs."""
+
+    rows: int
+    student: int
+    teacher: int
+    rounds: int
+
+
+SHAPES = {"cpu": Shape(32, 896, 1536, 3), "cuda": Shape(2048, 1536, 3584, 15)}
+
+
+def partition(device: str, seed: int = 0) -> VocabularyClasses:
+    """Two vocabularies: 80% of the classes are pairs, the sizes of the others fall off quickly, and one is of what is left over."""
+    random = np.random.default_rng(seed)
+    sides = []
+    for ids in (VOCAB, OTHER_VOCAB):
+        larger = CLASSES // 5
+        more = (larger * random.random(ids - CLASSES - 2000) ** 2).astype(
+            np.int64
+        )  # ids beyond the first of their class
+        class_V = np.concatenate([np.arange(CLASSES), more, np.full(2000, CLASSES - 1)])
+        sides.append(torch.from_numpy(random.permutation(class_V)).to(device))
+    return VocabularyClasses(*sides, CLASSES)
+
+
+def groups_of(rows: int, seed: int = 0) -> Groups:
+    """90% of the groups are one token against one; of the rest most are one against two."""
+    random = np.random.default_rng(seed)
+    kinds = np.array([[1, 1], [1, 2], [2, 1], [2, 2]])[random.choice(4, rows, p=[0.9, 0.05, 0.03, 0.02])]
+    ends = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(kinds, 0)])
+    ends = ends[ends.max(1) <= rows]
+    return Groups(np.stack([ends[:-1, 0], ends[1:, 0]], 1), np.stack([ends[:-1, 1], ends[1:, 1]], 1))
+
+
+class World:
+    """Everything that the arms read."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        normal = lambda *size: torch.randn(*size, device=device, dtype=dtype)  # noqa: E731
+        self.shape = shape
+        self.hidden_ND = normal(shape.rows, shape.student).requires_grad_()
+        self.head = Head(normal(VOCAB, shape.student) * (2 / shape.student**0.5))
+        self.labels_N = torch.randint(min(VOCAB, OTHER_VOCAB), (shape.rows,))
+        self.weights_N = torch.ones(shape.rows)
+        self.classes = partition(device)
+        for side in (self.classes.of_student, self.classes.of_teacher):
+            assert side.classes == CLASSES
+        self.bridge = Bridge(self.classes, groups_of(shape.rows), self.labels_N)
+        self.same = self._teacher(normal(VOCAB, shape.teacher), normal(shape.rows, shape.teacher))
+        self.second = self._teacher(normal(VOCAB, shape.teacher), normal(shape.rows, shape.teacher))
+        self.other = self._teacher(normal(OTHER_VOCAB, shape.teacher), normal(shape.rows, shape.teacher))
+
+    def _teacher(self, weight_VD: Tensor, hidden_ND: Tensor) -> HiddenRows:
+        served_N = torch.zeros(len(hidden_ND), device=hidden_ND.device)
+        return HiddenRows(hidden_ND, Head(weight_VD.mul_(2 / hidden_ND.shape[1] ** 0.5)), served_N, served_N)
+
+    def top_k(self, vocab: int, count: int = 64) -> TopKRows:
+        """Kept ids of a random teacher."""
+        device = self.hidden_ND.device
+        ids_NK = torch.stack([torch.randperm(vocab, device=device)[:count] for _ in range(self.shape.rows)])
+        logits_NK = torch.randn(self.shape.rows, count, device=device)
+        served_N = torch.full((self.shape.rows,), -5.0, device=device)
+        tail_N = torch.full_like(served_N, -3.0)
+        return TopKRows(ids_NK, logits_NK, tail_N, logits_NK.logsumexp(-1) + 0.05, served_N)
+
+
+def arms(w: World, spec: OutputLossSpec) -> dict[str, Callable[[], Tensor]]:
+    """Each a loss with its gradients."""
+
+    def plain(rows: TeacherRows) -> Tensor:
+        return output_loss(w.hidden_ND, w.head, rows, w.labels_N, w.weights_N, 1.0, spec).total
+
+    def joined(combine: str = "loss_sum", **teachers: TeacherShare) -> Tensor:
+        labels, names = JoinedLabels(teachers), tuple(teachers)
+        bridged = frozenset(name for name in names if teachers[name].bridge is not None)
+        joining = Joining(names, bridged, combine)
+        return joined_loss(w.hidden_ND, w.head, labels, joining, w.labels_N, w.weights_N, 1.0, spec).total
+
+    def share(rows: TeacherRows, part: float, bridge: Bridge | None = None) -> TeacherShare:
+        return TeacherShare(TeacherLabels(rows, {}), torch.full((w.shape.rows,), part), bridge=bridge)
+
+    kept, kept_other = w.top_k(VOCAB), w.top_k(OTHER_VOCAB)
+    return {
+        "plain, hidden": lambda: plain(w.same),
+        "joined, one of the same tokenizer": lambda: joined(a=share(w.same, 1.0)),
+        "bridged, hidden": lambda: joined(b=share(w.other, 1.0, w.bridge)),
+        "two of the same tokenizer": lambda: joined(a=share(w.same, 0.5), b=share(w.second, 0.5)),
+        "their mixture": lambda: joined("prob_mix", a=share(w.same, 0.5), b=share(w.second, 0.5)),
+        "one of each": lambda: joined(a=share(w.same, 0.5), b=share(w.other, 0.5, w.bridge)),
+        "plain, top_k": lambda: plain(kept),
+        "bridged, top_k": lambda: joined(b=share(kept_other, 1.0, w.bridge)),
+    }
+
+
+def measured(found: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
+    """Median seconds and peak MiB of each."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    times: dict[str, list[float]] = {name: [] for name in found}
+    peaks = dict.fromkeys(found, 0.0)
+    for turn in range(rounds + 1):
+        for name, arm in found.items():
+            before = 0
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            began = clock()
+            arm()  # gradients are computed here, in the forward pass
+            if device == "cuda":
+                torch.cuda.synchronize()
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            if turn:  # the first is to warm up
+                times[name].append(clock() - began)
+    return {name: (statistics.median(times[name]), peaks[name]) for name in found}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=list(SHAPES), default="cpu")
+    parser.add_argument("--rows", type=int, default=0, help="of a pass; 0 for the default of the device")
+    parser.add_argument("--divergence", default="forward_kl")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object in the last line")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    shape = SHAPES[options.device]
+    if options.rows:
+        shape = Shape(options.rows, shape.student, shape.teacher, shape.rounds)
+    world = World(shape, options.device)
+    spec = OutputLossSpec(Divergence(options.divergence), sft_weight=0.5)
+    found = measured(arms(world, spec), shape.rounds, options.device)
+    print(
+        f"{shape.rows} rows, V {VOCAB:,} and {OTHER_VOCAB:,}, {CLASSES:,} classes, widths {shape.student} and {shape.teacher}, {options.device}"
+    )
+    figures = {}
+    for name, (seconds, peak) in found.items():
+        against = found["plain, top_k" if "top_k" in name else "plain, hidden"][0]
+        figures[name] = {"ms": round(1000 * seconds, 1), "ratio": round(seconds / against, 3), "peak_mib": round(peak)}
+        print(f"{name:36} {1000 * seconds:9.1f} ms  {seconds / against:6.2f}x  {peak:8.0f} MiB")
+    print(f"bridged against plain, hidden: {figures['bridged, hidden']['ratio']:.2f}x, target {TARGET}x")
+    if options.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
