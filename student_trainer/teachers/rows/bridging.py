@@ -41,7 +41,6 @@ from teacher_wire.tokenizing.messages import TextRow, TokenizedRow
 from teacher_wire.vocabulary.byte_table import ByteTable
 from teacher_wire.vocabulary.tokenizer_file import byte_table
 
-
 _TOLD_EVERY = 256  # rows between two movements of a bar
 
 
