@@ -8,16 +8,17 @@ import pytest
 from rich.console import Console
 
 from student_trainer.data.inputs import load_run_data
-from student_trainer.errors import ConfigError
+from student_trainer.errors import ConfigError, ModelError
 from student_trainer.findings import Findings
 from student_trainer.model.load import load_outline
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.meeting.described import meet
+from student_trainer.teachers.rows import bridging
 from student_trainer.teachers.session import open_sessions
 from student_trainer.training.checks import check_taught
 from student_trainer.training.label_ahead import label
 from student_trainer.training.run import train
-from teacher_wire.core.errors import MismatchError
+from teacher_wire.core.errors import CapabilityError, MismatchError
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import serve
@@ -175,3 +176,13 @@ def test_layers_are_learned_from_the_first_teacher_of_the_students_tokenizer(con
         ConfigError, match=r"loss\.hidden: teacher 'far' has another tokenizer.*loss\.hidden\.teacher to another"
     ):
         opened(config_of(teacher=None, teachers=teachers, loss=named))
+
+
+def test_a_student_whose_tokens_do_not_say_their_bytes_is_named(config_of, stranger, monkeypatch):
+    def refuse(*_, **__):
+        raise CapabilityError("the bytes of its tokens are not known", field="tokenizer.model.type", value="WordPiece")
+
+    monkeypatch.setattr(bridging, "byte_table", refuse)
+    config = config_of(teacher={"address": stranger.address})
+    with pytest.raises(ModelError, match=r"model\.path .*WordPiece.*take a teacher with the student's tokenizer"):
+        opened(config)

