@@ -102,13 +102,13 @@ layers)
     bench layers-final real_layers final "${pair[@]}" --per-gpu "${PER_GPU:-5}" --seeds $([ -n "$small" ] && echo 0 || echo 0 1 2) --budget-s "$(left 25)" $(steps 2) --arms "cos 12" "cos 24"
     ;;
 own)
-    work=/tmp/lyceum-real
-    [ -z "$small" ] || work=$OUT/work
+    work=/tmp/lyceum-real warm_s=150 speed_s=220
+    [ -z "$small" ] || work=$OUT/work warm_s=300 speed_s=150
     for seed in 0 $([ -n "$small" ] || echo 1 2); do
-        [ -d "$work/warm-$seed/final" ] || { warm 150; break; }
+        [ -d "$work/warm-$seed/final" ] || { warm "$warm_s"; break; }
     done
     # shellcheck disable=SC2046
-    bench on_policy-more real_on_policy more "${pair[@]}" --budget-s "$(left 220)" --per-gpu "${PER_GPU:-5}" --engine "${ENGINE:-hf}" $(steps 2) \
+    bench on_policy-more real_on_policy more "${pair[@]}" --budget-s "$(left "$speed_s")" --per-gpu "${PER_GPU:-5}" --engine "${ENGINE:-hf}" $(steps 2) \
         $([ -n "$small" ] && echo --seeds 0 --sampled 2 --max-new-tokens 8) --arms "on-policy, JSD" "on-policy, reverse KL" "off-policy, the recipe"
     engines=(hf)
     "$python" -c 'import vllm' 2>/dev/null && [ -z "$small" ] && engines=(hf vllm)

@@ -26,6 +26,7 @@ runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a G
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the others run by themselves")
+@pytest.mark.timeout(900)  # some 40 s on a quiet machine
 def test_kernels_by_the_interpreter():
     command = [sys.executable, "-m", "pytest", __file__, "-x", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
@@ -53,7 +54,7 @@ ROWS_OF = [
 
 
 CAPPED = {"softcap": 2.0, "window": 70}
-CASES = [(6, 2, 32, more) for more in ({}, CAPPED, {"window": 3}, {"window": 1})]
+CASES = [(6, 2, 32, more) for more in ({}, CAPPED, {"window": 1})]
 
 
 @runs
@@ -125,6 +126,8 @@ def rows_of(width, dtype):
 @pytest.mark.parametrize("width", [9, 2100])
 def test_means_of_sorted_parts_are_those_of_a_sort(dtype, width, monkeypatch):
     monkeypatch.setattr(sorting_kernel, "_PROGRAMS", 5)  # a program has several rows, and its counts must be 0 again
+    if INTERPRETED:
+        monkeypatch.setattr(sorting_kernel, "_BINS", 2048)  # its steps cost the same whatever their width
     u_RF = rows_of(width, dtype)
     found = sorting_kernel.sorted_means(u_RF.to(DEVICE), 16).cpu()
     size_RF = u_RF.double().abs().sort(-1, descending=True).values
@@ -136,7 +139,9 @@ def test_means_of_sorted_parts_are_those_of_a_sort(dtype, width, monkeypatch):
 
 
 @runs
-def test_rows_that_are_no_numbers_stay_apart():
+def test_rows_that_are_no_numbers_stay_apart(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(sorting_kernel, "_BINS", 2048)
     u_RF = rows_of(300, torch.bfloat16)
     u_RF[0, 7] = torch.nan
     u_RF[1, 3] = torch.inf
