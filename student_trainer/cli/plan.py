@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.syntax import Syntax
 from rich.table import Table
 
 from student_trainer.config.run import load_config
@@ -35,6 +34,8 @@ def plan(
         raise ConfigError(f"--resume {resume}: choose auto or no")
     loaded = load_config(config, overrides)
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
+    from rich.syntax import Syntax
+
     from student_trainer.training.planning.plan import plan as make
 
     made = make(loaded, progress, resume=resume == "auto")

@@ -45,15 +45,21 @@ class CrossTokenizerConfig(Settings):
     Attributes:
         alm_weight: of a token in groups of tokens that are not one to one, whose likelihoods as a whole are compared, against a token that is.
         alm_temperature: of that comparison.
-        debias: a group after which the teacher would go on within a word, where its probability of a new word is below this, is joined
-            with the next; 0 joins none.
+        debias: 0; groups behind which the teacher would go on within a word are not joined with the next yet.
         min_coverage: a sample of which a smaller share of tokens is one to one is not labelled by this teacher.
     """
 
     alm_weight: Annotated[float, Field(ge=0)] = 0.5
     alm_temperature: Annotated[float, Field(gt=0)] = 100.0
-    debias: Fraction = 0.1
+    debias: float = 0.0
     min_coverage: Fraction = 0.5
+
+    @field_validator("debias")
+    @classmethod
+    def _none_yet(cls, value: float) -> float:
+        if value:
+            raise ValueError("groups are not joined by the teacher's probability of a new word yet: leave it at 0")
+        return value
 
 
 class TeacherConfig(Settings):

@@ -44,6 +44,8 @@ def load_data(
     cache_dir: Path | None = None,
     context: ContextConfig | None = None,
     readers: Readers | None = None,
+    *,
+    date_is_printed: bool = True,
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """The rows to learn from and those to measure with; says what each source holds, and how many rows there are.
 
@@ -55,6 +57,7 @@ def load_data(
         cache_dir: of all runs of this machine; tokenised rows are kept in its folder `tokens`. None: they are not kept.
         context: what of each row the only teacher alone is told; None for nothing.
         readers: who reads the rows beside the student; None for nobody who reads them otherwise.
+        date_is_printed: refuse `data.date` if nobody prints it; without it that is still to be seen (`check_date`).
 
     Raises:
         DataError, ConfigError: naming file and line, or the setting.
@@ -104,8 +107,8 @@ def load_data(
                 f"{name}: {_counted(rows)}, {rows.tokens:,} tokens, {rows.target_tokens:,} of them supervised{dropped}"
             )
             _tell_rendering(name, rows, console)
-    if config.date is not None and not clock.asked and not tells:
-        raise ConfigError(f"data.date={config.date}: the chat template prints no date")
+    if date_is_printed:
+        check_date(config, data, held_out)
     if clock.asked and config.date is None:
         console.print(
             f"[yellow]note:[/] the chat template prints the date: {clock.day} for the whole of this run; other runs get the same "
@@ -128,8 +131,20 @@ def load_run_data(
         tells: keep what teachers with another tokenizer must be told.
     """
     return load_data(
-        config.data, tokenizer, console, pinned, config.run.cache_dir, config.context, readers_of(config, tells=tells)
-    )
+        config.data, tokenizer, console, pinned, config.run.cache_dir, config.context, readers_of(config, tells=tells),
+        date_is_printed=not config.every_teacher,
+    )  # fmt: skip
+
+
+def check_date(config: DataConfig, data: TokenizedDataset, held_out: TokenizedDataset | None) -> None:
+    """
+    Raises:
+        ConfigError: the config says which day is printed, and nobody prints one: neither the chat template of these rows nor a teacher
+            that renders its own prompts.
+    """
+    days = [rows.rendering.day for rows in (data, held_out) if rows is not None and rows.rendering is not None]
+    if config.date is not None and not any(days):
+        raise ConfigError(f"data.date={config.date}: the chat template prints no date")
 
 
 def readers_of(config: TrainConfig, *, tells: bool = False) -> Readers:

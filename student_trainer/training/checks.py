@@ -85,7 +85,16 @@ def all_findings(
         if reached:
             settled = findings.attempt("run.output_dir", lambda: (settled_labels(config),), "nothing hinders a start")
             load = partial(load_run_data, config, outline.tokenizer, console, pinned_date(config) if resume else None)
-            (data, held_out), described = meet(config, reached, outline, loaded, partial(load, tells=True), console)
+            met = findings.attempt(
+                "data",
+                lambda: meet(config, reached, outline, loaded, partial(load, tells=True), console),
+                "the teachers can be asked about the rows",
+            )
+            if met is None:
+                return findings.all
+            (data, held_out), described = met
+            if data is not loaded[0]:
+                findings.add(check_rows(config, outline, data, held_out))
             sessions = open_sessions(
                 config, reached, outline, data, held_out, console, findings, settled[0] if settled and resume else None,
                 only_stores=True, described=described,

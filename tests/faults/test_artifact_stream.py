@@ -156,7 +156,7 @@ async def test_an_engine_loads_its_head_once_and_not_between_forward_passes(mode
         return real(wanted)
 
     engine._backend.artifact = artifact
-    (wanted,) = engine.info.artifacts
+    wanted = engine.info.artifact("output_head")
     call = ArtifactCall("t", "", wanted.kind, wanted.sha256)
     headers = await asyncio.gather(*(engine.artifact_header(call) for _ in range(4)))
     assert len(threads) == 1 and not threads[0].startswith("forward")

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import zipfile
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from teacher_wire.labels.files import replacing
 from teacher_wire.vocabulary.byte_table import BOS, END, TEXT, THINK_CLOSE, THINK_OPEN, ByteTable
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 FirstTokens = Callable[[Sequence[bytes]], np.ndarray]
 """int64, of each text, which is valid UTF-8 and not empty: the first token with bytes that a tokenizer writes it with; -1 for none."""
 
-FOLDER = "classes"  # in a cache folder
+FOLDER = "tokens"  # in a cache folder: beside tokenised rows, whose budget they share
 _ROLES = (BOS, END, THINK_OPEN, THINK_CLOSE)  # of control tokens that mean the same in every tokenizer
 _RULE = 1  # of the partition; kept ones of another rule are made anew
 
@@ -104,7 +106,7 @@ def vocabulary_classes(
     root_S = _roots(parent_S)
     of_both_S2 = np.zeros_like(texts.has_S2)
     np.logical_or.at(of_both_S2, root_S, texts.has_S2)
-    is_class_S = of_both_S2.all(axis=1)[root_S]
+    is_class_S = (of_both_S2[:, 0] & of_both_S2[:, 1])[root_S]
     return _numbered(student, teacher, texts, root_S, is_class_S)
 
 
@@ -116,20 +118,20 @@ def kept_classes(folder: Path, key: str, make: Callable[[], Partition]) -> Parti
         key: digest of both tables and both tokenizers (`classes_key`).
         make: makes it.
     """
-    path = folder / f"{key}.npz"
-    found = _read(path)
+    path = folder / f"{key}.safetensors"
+    found = _read(path, key)
     if found is not None:
         return found
     made = make()
-    with contextlib.suppress(OSError):
+    tensors = {
+        "student_Vs": made.student_Vs.astype(np.int32),
+        "teacher_Vt": made.teacher_Vt.astype(np.int32),
+        "sizes": np.array([made.classes, -1 if made.other is None else made.other], np.int64),
+    }
+    with contextlib.suppress(OSError, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(
-                file,
-                student_Vs=made.student_Vs.astype(np.uint32),
-                teacher_Vt=made.teacher_Vt.astype(np.uint32),
-                sizes=np.array([made.classes, -1 if made.other is None else made.other], np.int64),
-            )
+        with replacing(path, durable=False, shared=True) as partial:
+            save_file(tensors, partial, {"key": key, "sha256": _digest(tensors)})
     return made
 
 
@@ -267,14 +269,27 @@ def _equal(one: ByteTable, another: ByteTable) -> bool:
     )
 
 
-def _read(path: Path) -> Partition | None:
-    """A kept partition; None if there is none, or none that can be read."""
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    return hashlib.sha256(
+        b"".join(tensors[name].tobytes() for name in ("student_Vs", "teacher_Vt", "sizes"))
+    ).hexdigest()
+
+
+def _read(path: Path, key: str) -> Partition | None:
+    """A kept partition; None if there is none, or a damaged one."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            classes, other = (int(value) for value in kept["sizes"])
-            student_Vs, teacher_Vt = (kept[name].astype(np.int64) for name in ("student_Vs", "teacher_Vt"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with safe_open(path, framework="np") as file:
+            told = file.metadata() or {}
+            kept: dict[str, np.ndarray] = {
+                name: file.get_tensor(name) for name in ("student_Vs", "teacher_Vt", "sizes")
+            }
+    except (OSError, ValueError, SafetensorError):
         return None
-    found = Partition(student_Vs, teacher_Vt, classes, None if other < 0 else other)
-    whole = found.classes > 0 and all(ids.size and int(ids.max()) < classes for ids in (student_Vs, teacher_Vt))
-    return found if whole and bool(found.of_student_K.all() and found.of_teacher_K.all()) else None
+    if told.get("key") != key or told.get("sha256") != _digest(kept):
+        return None
+    with contextlib.suppress(OSError):  # what was not read for the longest time goes first; a cache may be read-only
+        os.utime(path)
+    classes, other = (int(value) for value in kept["sizes"])
+    return Partition(
+        kept["student_Vs"].astype(np.int64), kept["teacher_Vt"].astype(np.int64), classes, None if other < 0 else other
+    )

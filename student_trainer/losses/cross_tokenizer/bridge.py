@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from student_trainer.losses.cross_tokenizer.projection import SideOfClasses
+
+GIANT = 64  # ids of a class, above which a row that has most of its mass in it says too little of which token is meant
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,18 @@ class VocabularyClasses:
     def of_teacher(self) -> SideOfClasses:
         """The teacher's, likewise."""
         return SideOfClasses.of(self.teacher_Vt, self.classes, "teacher")
+
+    @cached_property
+    def giants(self) -> Tensor | None:
+        """int64, classes of more than `GIANT` ids of both sides together; None if there are none."""
+        giant = np.flatnonzero(self.of_student.size_K + self.of_teacher.size_K > GIANT)
+        return torch.from_numpy(giant).to(self.student_Vs.device) if giant.size else None
+
+    @cached_property
+    def is_giant_K(self) -> Tensor:
+        """bool, of each class."""
+        is_giant_K = torch.from_numpy(self.of_student.size_K + self.of_teacher.size_K > GIANT)
+        return is_giant_K.to(self.student_Vs.device)
 
 
 @dataclass(frozen=True, eq=False)

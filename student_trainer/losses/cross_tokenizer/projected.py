@@ -8,6 +8,9 @@ Axes: C rows of a chunk, V ids of the student, K classes, k kept ids of a trunca
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,22 @@ from student_trainer.losses.divergence import Divergence, divergence_and_grad
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import FullRows, TopKRows
 
+_HALF = math.log(0.5)
+
+
+class Projected(NamedTuple):
+    """Of a chunk.
+
+    Attributes:
+        loss_C: s(tau) D over classes, 0 in rows that are not safe.
+        grad_CV: its gradient on the student's logits, times the coefficient of the row; likewise.
+        safe_C: bool, rows of which the teacher has at most half its mass in one giant class; None: all.
+    """
+
+    loss_C: Tensor
+    grad_CV: Tensor
+    safe_C: Tensor | None
+
 
 def projected_terms(
     z_CV: Tensor,
@@ -25,8 +44,8 @@ def projected_terms(
     classes: VocabularyClasses,
     coefficient_C: Tensor,
     spec: OutputLossSpec,
-) -> tuple[Tensor, Tensor]:
-    """s(tau) D over classes of each row, and its gradient on the student's logits, times the coefficient of the row.
+) -> Projected:
+    """The divergence over classes and its gradient.
 
     Args:
         z_CV: of the student, left as they are.
@@ -46,51 +65,86 @@ def projected_terms(
         soft_CV = log_q_CV if tau == 1 else (z_CV / tau).log_softmax(-1)
     class_CK = classes.of_student.project(soft_CV, is_fused)
     factor_C = coefficient_C if tau == scale == 1 else coefficient_C * (scale / tau)
+    safe_C: Tensor | None = None
     if isinstance(rows, TopKRows):
-        kept_Ck = classes.teacher_Vt[rows.topk_ids_NK]
-        loss_C, grad_CK = class_bucket_and_grad(kept_Ck, *rows.bucket(z_CV.dtype), class_CK, spec.divergence)
-        grad_CK.mul_(factor_C[:, None])
+        topk_logp_Ck, tail_logp_C = rows.bucket(z_CV.dtype)
+        kept = KeptClasses.of(classes.teacher_Vt[rows.topk_ids_NK], topk_logp_Ck)
+        if classes.giants is not None:
+            is_giant_Ck = classes.is_giant_K[kept.class_Ck]
+            safe_C = ~(is_giant_Ck & kept.is_last_Ck & (kept.logp_Ck > _HALF)).any(-1)
+        loss_C, grad_CK = class_bucket_and_grad(kept, tail_logp_C, class_CK, spec.divergence)
+        grad_CK.mul_((factor_C if safe_C is None else factor_C * safe_C)[:, None])
     else:
         teacher_CK = classes.of_teacher.project(rows.logits_NV if tau == 1 else rows.logits_NV / tau, is_fused)
+        log_p_CK = teacher_CK if is_fused else teacher_CK.log_softmax(-1)
+        lse_C = _lse(teacher_CK) if is_fused else torch.zeros_like(factor_C)
+        if classes.giants is not None:
+            safe_C = log_p_CK.index_select(-1, classes.giants).amax(-1) - lse_C <= _HALF
+            factor_C = factor_C * safe_C
         if is_fused:
-            loss_C, grad_CK = _by_kernel(teacher_CK, class_CK, factor_C, spec.divergence)
+            loss_C, grad_CK = _by_kernel(teacher_CK, lse_C, class_CK, factor_C, spec.divergence)
         else:
-            loss_C, grad_CK = divergence_and_grad(teacher_CK.log_softmax(-1), class_CK, spec.divergence)
+            loss_C, grad_CK = divergence_and_grad(log_p_CK, class_CK, spec.divergence)
             grad_CK.mul_(factor_C[:, None])
     grad_CV = classes.of_student.spread(grad_CK, soft_CV, class_CK, is_fused)
-    return (loss_C if scale == 1 else loss_C * scale), grad_CV
+    loss_C = loss_C if scale == 1 else loss_C * scale
+    return Projected(loss_C if safe_C is None else loss_C.masked_fill(~safe_C, 0), grad_CV, safe_C)
 
 
-def _by_kernel(teacher_CK: Tensor, class_CK: Tensor, factor_C: Tensor, spec: Divergence) -> tuple[Tensor, Tensor]:
+def _lse(z_CK: Tensor) -> Tensor:
+    """[C], by a kernel."""
+    no_label_C = torch.zeros(len(z_CK), dtype=torch.long, device=z_CK.device)
+    return fused.row_figures(z_CK, no_label_C, z_CK[:, 0].contiguous())[0]
+
+
+def _by_kernel(
+    teacher_CK: Tensor, teacher_lse_C: Tensor, class_CK: Tensor, factor_C: Tensor, spec: Divergence
+) -> tuple[Tensor, Tensor]:
     """`divergence_and_grad` of two sets of class logits; the gradient times `factor_C`."""
-    no_label_C = torch.zeros(len(class_CK), dtype=torch.long, device=class_CK.device)
-    teacher_C, student_C = (
-        fused.row_figures(there_CK, no_label_C, there_CK[:, 0].contiguous())[0] for there_CK in (teacher_CK, class_CK)
-    )
+    lse_C, no_label_C = _lse(class_CK), torch.zeros(len(class_CK), dtype=torch.long, device=class_CK.device)
     return fused.divergence_grad(
-        *(teacher_CK, teacher_C, class_CK, student_C, factor_C, spec, 1.0),
-        *(student_C, no_label_C, None, class_CK.dtype),
+        *(teacher_CK, teacher_lse_C, class_CK, lse_C, factor_C, spec, 1.0),
+        *(lse_C, no_label_C, None, class_CK.dtype),
     )
+
+
+class KeptClasses(NamedTuple):
+    """The classes of a truncated teacher's kept ids; of those that are named several times the last has the mass of all.
+
+    Attributes:
+        class_Ck: int64, rising.
+        logp_Ck: of each class; of less than it before its last place.
+        is_last_Ck: bool.
+    """
+
+    class_Ck: Tensor
+    logp_Ck: Tensor
+    is_last_Ck: Tensor
+
+    @classmethod
+    def of(cls, class_Ck: Tensor, topk_logp_Ck: Tensor) -> KeptClasses:
+        """From the class of each kept id and the teacher's log-probabilities of the ids."""
+        class_Ck, order_Ck = class_Ck.sort(dim=-1, stable=True)
+        is_last_Ck = torch.ones_like(class_Ck, dtype=torch.bool)
+        is_last_Ck[:, :-1] = class_Ck[:, 1:] != class_Ck[:, :-1]
+        return cls(class_Ck, _sums_of_equal(class_Ck, topk_logp_Ck.gather(-1, order_Ck)), is_last_Ck)
 
 
 def class_bucket_and_grad(
-    class_Ck: Tensor, topk_logp_Ck: Tensor, tail_logp_C: Tensor, class_q_CK: Tensor, spec: Divergence
+    kept: KeptClasses, tail_logp_C: Tensor, class_q_CK: Tensor, spec: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """`truncated.bucket_and_grad` over classes, of which the kept ids may name one several times: then their masses are summed.
+    """`truncated.bucket_and_grad` over classes.
 
     What of a class the teacher has not kept is in its tail, and so the loss is a lower bound as with every bucket.
 
     Args:
-        class_Ck: int64, of each kept id.
-        topk_logp_Ck, tail_logp_C: the teacher's log-probabilities; with the tail they sum to 1.
+        kept: the teacher's classes; with the tail their probabilities sum to 1.
+        tail_logp_C: log of the mass of all ids that are not kept.
         class_q_CK: the student's log-probabilities over classes.
     Returns:
         loss_C in nats; grad_CK with respect to class logits.
     """
-    class_Ck, order_Ck = class_Ck.sort(dim=-1, stable=True)
-    log_p_Ck = _sums_of_equal(class_Ck, topk_logp_Ck.gather(-1, order_Ck))
-    is_last_Ck = torch.ones_like(class_Ck, dtype=torch.bool)
-    is_last_Ck[:, :-1] = class_Ck[:, 1:] != class_Ck[:, :-1]
+    class_Ck, log_p_Ck, is_last_Ck = kept
     log_q_Ck = class_q_CK.gather(-1, class_Ck)
     rest_CK = class_q_CK.scatter(-1, class_Ck, -torch.inf)  # a sum over the rest, as in `truncated`
     log_q_tail_C = rest_CK.logsumexp(-1)

@@ -49,11 +49,13 @@ class SideOfClasses:
         class_V: int64, of each id.
         first_K: int64, an id of each class: the only one of a class of one; it stands for its class.
         buckets: of the others.
+        size_K: int64, on the host, ids of each class.
     """
 
     class_V: Tensor
     first_K: Tensor
     buckets: tuple[Bucket, ...]
+    size_K: np.ndarray
 
     @property
     def vocab_rows(self) -> int:
@@ -135,4 +137,4 @@ class SideOfClasses:
                     size,
                 )
             )
-        return cls(class_V, torch.from_numpy(order_V[start_K]).to(device), tuple(buckets))
+        return cls(class_V, torch.from_numpy(order_V[start_K]).to(device), tuple(buckets), size_K)

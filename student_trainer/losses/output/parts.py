@@ -137,6 +137,7 @@ class TeacherPart:
         place: [P] among the M kept rows, rising: those that it has a distribution of.
         row: [P] of the teacher, likewise.
         weight_P: weight times share, in the dtype of the losses.
+        own_weight_P: float64, the weights alone.
         share_M: float32, on the host, of all kept rows, those among them that it has no distribution of.
         log_share_P: in the dtype of the losses.
         covered: weight of the kept rows that have its labels, by either way of comparison.
@@ -150,6 +151,7 @@ class TeacherPart:
     place: Index
     row: Index
     weight_P: Tensor
+    own_weight_P: Tensor
     share_M: np.ndarray
     log_share_P: Tensor
     covered: float
@@ -216,6 +218,7 @@ def _part(
         Index.of(place_P, device),
         Index.of(row_P, device),
         on_device(torch.from_numpy(kept.weight_M[place_P] * share_M[place_P]).to(dtype), device),
+        on_device(torch.from_numpy(kept.weight_M[place_P]), device),
         share_M,
         on_device(torch.from_numpy(np.log(share_M[place_P].astype(np.float64))).to(dtype), device),
         float(kept.weight_M[place_P].sum()),

@@ -15,6 +15,7 @@ from student_trainer.config.features import FeatureConfig
 from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import TeacherConfig
 from student_trainer.data.dataset import TokenizedDataset
+from student_trainer.data.inputs import check_date
 from student_trainer.labels import event_loop
 from student_trainer.model.load import Outline
 from student_trainer.teachers.connect import Connection
@@ -88,11 +89,15 @@ def meet(
         data: the rows, and those to measure with, as the student and teachers of its tokenizer read them.
         reload: reads them again, with what a teacher of another tokenizer must be told; called if there is one.
         console: told of that.
+
+    Raises:
+        ConfigError: `data.date`, and nobody prints one.
     """
     described = describe_all(config, connections, console)
     facts = facts_of(config, student, *data)
     others = [found.name for found in described if isinstance(found, TeacherInfo) and is_bridged(found, facts)]
     if not others:
+        check_date(config.data, *data)
         return data, described
     told = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} another tokenizer than the student"
     each = ": each answer of a row is an example of its own (data.turns=each)" if config.data.turns == "auto" else ""

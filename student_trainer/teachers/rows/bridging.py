@@ -25,6 +25,7 @@ from student_trainer.data.cross_tokenizer.classes import (
 )
 from student_trainer.data.cross_tokenizer.first_tokens import first_tokens, first_with_bytes
 from student_trainer.data.dataset import Example
+from student_trainer.errors import ModelError
 from student_trainer.model.load import Outline
 from student_trainer.progress import ProgressBar
 from student_trainer.teachers.artifact_cache import fetch_artifact
@@ -32,12 +33,15 @@ from student_trainer.teachers.rows.bridged_rows import BridgedRow, bridged_row, 
 from student_trainer.teachers.rows.reading import BridgePlan
 from student_trainer.teachers.rows.tokenised import tokenised
 from teacher_wire.artifacts.kinds.byte_table import of_artifact
+from teacher_wire.core.errors import CapabilityError
 from teacher_wire.core.identity import tokenizer_sha256
 from teacher_wire.core.info import BYTE_TABLE, TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.tokenizing.messages import TextRow, TokenizedRow
 from teacher_wire.vocabulary.byte_table import ByteTable
 from teacher_wire.vocabulary.tokenizer_file import byte_table
+
+_TOLD_EVERY = 256  # rows between two movements of a bar
 
 
 def teacher_rows(info: TeacherInfo) -> int:
@@ -76,7 +80,8 @@ class Bridging:
             only_rows: nothing will be computed with its labels, so that no classes are needed.
 
         Raises:
-            TeacherWireError: it does not answer; or a tokenizer's tokens do not say which bytes they stand for.
+            TeacherWireError: it does not answer.
+            ModelError: the student's tokens do not say which bytes they stand for.
         """
         cache = cache_folder(self.config.run.cache_dir)
         ours, theirs = await self.tables(client, info)
@@ -88,13 +93,16 @@ class Bridging:
             )
         least = self.settings.min_coverage
 
-        def aligned() -> dict[bytes, BridgedRow]:
-            return {
-                key: bridged_row(example, ours, answer, theirs, least)
-                for (key, example), answer in zip(distinct.items(), answers, strict=True)
-            }
+        def aligned(tell: Callable[[int], None]) -> dict[bytes, BridgedRow]:
+            found: dict[bytes, BridgedRow] = {}
+            for (key, example), answer in zip(distinct.items(), answers, strict=True):
+                found[key] = bridged_row(example, ours, answer, theirs, least)
+                if len(found) % _TOLD_EVERY == 0:
+                    tell(len(found))
+            return found
 
-        rows = await asyncio.to_thread(aligned)
+        with ProgressBar(self.console, f"rows aligned with {info.name}", len(texts)) as bar:
+            rows = await asyncio.to_thread(aligned, bar.update)
         ours, theirs = cut(ours, self.student_rows), cut(theirs, teacher_rows(info))
         key = classes_key(ours, theirs, self._own_sha256(), info.tokenizer_sha256)
         classes = None
@@ -102,7 +110,7 @@ class Bridging:
             classes = (await self.partition(client, info, ours, theirs)).on(self.student.device)
         settings = self.settings
         digest = hashlib.sha256(f"{key} {info.chat_template_sha256}".encode()).hexdigest()
-        return BridgePlan(classes, rows, settings.alm_weight, settings.alm_temperature, settings.debias, digest)
+        return BridgePlan(classes, rows, settings.alm_weight, settings.alm_temperature, digest)
 
     async def tables(self, client: TeacherClient, info: TeacherInfo) -> tuple[ByteTable, ByteTable]:
         """The bytes of the student's ids and of the teacher's."""
@@ -151,7 +159,13 @@ class Bridging:
             ends.append(str(tokenizer.eos_token))
         bos = "" if tokenizer.bos_token is None else str(tokenizer.bos_token)
         written = tokenizer.backend_tokenizer.to_str()
-        return byte_table(written, bos=bos, ends=ends, rows=self.student.vocab_rows)
+        try:
+            return byte_table(written, bos=bos, ends=ends, rows=self.student.vocab_rows)
+        except CapabilityError as error:
+            raise ModelError(
+                f"model.path {self.config.model.path}: the tokenizer does not say which bytes its tokens stand for ({error}), by which "
+                "those of a teacher with another tokenizer are joined to them: take a teacher with the student's tokenizer"
+            ) from error
 
     def _own_sha256(self) -> str:
         return tokenizer_sha256(self.student.tokenizer.backend_tokenizer.to_str())

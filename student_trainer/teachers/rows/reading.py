@@ -46,7 +46,7 @@ class BridgePlan:
     Attributes:
         classes: of the two vocabularies, on the student's device; None where nothing is computed with the labels.
         rows: of the run by `bridged_rows.row_key`: as the teacher reads them, with their alignment.
-        alm_weight, alm_temperature, debias: as configured.
+        alm_weight, alm_temperature: as configured.
         digest: of what decides how rows and ids are joined: both tokenizers, both byte tables, the rule of the classes.
     """
 
@@ -54,7 +54,6 @@ class BridgePlan:
     rows: Mapping[bytes, BridgedRow]
     alm_weight: float
     alm_temperature: float
-    debias: float
     digest: str
 
     def row(self, example: Example) -> BridgedRow:

@@ -53,11 +53,15 @@ class JoinedTeachers:
 
         Args:
             folder: of the run, for the ledger.
+
+        Raises:
+            ConfigError: a setting that is for the section `teacher` alone.
         """
         if config.loss.output is None or not sessions:
             return None
         if not config.teachers and all(session.bridge is None for session in sessions):
             return None
+        _check_settings(config, sessions)
         return cls(config, tuple(sessions), TeachersLedger(folder, config.train.accumulation), note)
 
     @property
@@ -123,6 +127,20 @@ class JoinedTeachers:
         """Says how many samples had fewer teachers than they were to have."""
         if told := self.ledger.told():
             self.note(told)
+
+
+def _check_settings(config: TrainConfig, sessions: Sequence[TeacherSession]) -> None:
+    """Refuses what the feed of several teachers cannot do; also of a list of one, which has tags or another policy than `wait`."""
+    for session in sessions:
+        if session.labels.extra_ids:
+            raise ConfigError(
+                f"labels.extra_ids={session.labels.extra_ids} of teacher {session.name!r}: is for the section teacher: use it in place of "
+                "teachers, or set labels.extra_ids to 0"
+            )
+    if config.on_policy is not None and config.on_policy.publish is not None:
+        raise ConfigError(
+            "on_policy.publish moves the weights of the one teacher of the section teacher: use it in place of teachers, or set publish to null"
+        )
 
 
 def who_is_away(error: BaseException) -> TeacherAwayError | None:

@@ -42,6 +42,7 @@ def parsed(*teachers, **sections):
         ([A, B], {"on_policy": {"share": 0, "publish": {"teacher": "a", "every": 2}}}, r"on_policy\.publish belongs to one teacher"),
         ([], {"combine": "route", "teacher": {"address": "h:3"}}, "combine and when_missing belong to the section teachers"),
         ([A, {**B, "cross_tokenizer": {"min_coverage": 2}}], {}, r"cross_tokenizer\.min_coverage"),
+        ([A, {**B, "cross_tokenizer": {"debias": 0.1}}], {}, r"cross_tokenizer\.debias: .*leave it at 0"),
         ([A, {**B, "when_missing": "drop"}], {}, r"teachers\.1\.when_missing"),
     ],
 )  # fmt: skip

@@ -250,7 +250,7 @@ def test_a_partition_is_kept_and_made_anew_where_it_is_damaged(tmp_path):
         calls.append(1)
         return partition_of(student, teacher)
 
-    folder, key = tmp_path / "deep" / "classes", classes_key(table_of(student), table_of(teacher), "s", "t")
+    folder, key = tmp_path / "deep" / "tokens", classes_key(table_of(student), table_of(teacher), "s", "t")
     first, second = kept_classes(folder, key, make), kept_classes(folder, key, make)
     assert len(calls) == 1
     assert (first.classes, first.other) == (second.classes, second.other)
@@ -258,11 +258,14 @@ def test_a_partition_is_kept_and_made_anew_where_it_is_damaged(tmp_path):
     assert first.teacher_Vt.tolist() == second.teacher_Vt.tolist()
     (file,) = folder.iterdir()
     data = file.read_bytes()
-    for damaged in (b"", data[: len(data) // 2], data[:40] + b"\xff" * 8 + data[48:], b"no archive"):
+    for damaged in (b"", data[: len(data) // 2], data[:-1] + b"\x05", b"no file of ours"):
         file.write_bytes(damaged)
         again = kept_classes(folder, key, make)
         assert again.student_Vs.tolist() == first.student_Vs.tolist()
     assert len(calls) == 5
+    file.rename(folder / "another.safetensors")
+    kept_classes(folder, "another", make)
+    assert len(calls) == 6, "a file says which partition it holds"
 
 
 def test_the_name_of_a_partition_changes_with_all_that_decides_it():
@@ -277,7 +280,7 @@ def test_the_name_of_a_partition_changes_with_all_that_decides_it():
 
 def test_a_folder_that_takes_no_file_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
-    assert kept_classes(tmp_path / "file" / "classes", "k", lambda: partition_of([b"a"], [b"a"])).classes == 1
+    assert kept_classes(tmp_path / "file" / "tokens", "k", lambda: partition_of([b"a"], [b"a"])).classes == 1
 
 
 def test_a_fake_tokenizer_and_a_real_one_have_classes():

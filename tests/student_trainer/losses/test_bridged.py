@@ -473,3 +473,33 @@ def test_held_out_figures_of_equal_vocabularies_are_the_plain_ones() -> None:
         measure_bridged(W.hidden_ND, Head(W.weight_VD), other_world().full_rows(), bridge)
     with pytest.raises(DataError, match="given labels"):
         measure_bridged(W.hidden_ND, Head(W.weight_VD), GivenRows(*W.served()), bridge)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_with_most_mass_in_a_giant_class_are_left_out_and_not_covered(form: str) -> None:
+    other = replace(other_world(vocab=101), teacher_weight_VD=other_world(vocab=101).teacher_weight_VD * 1.5)
+    class_V = torch.cat(
+        [torch.arange(12), torch.full((89,), 3)]
+    )  # class 3 has 90 ids of the teacher, and 12 of the student
+    classes = VocabularyClasses(torch.cat([torch.arange(12), torch.full((11,), 3)]), class_V, 12)
+    assert classes.giants is not None and classes.giants.tolist() == [3]
+    assert some_classes().giants is None
+    rows = rows_of(other, form)
+    hidden = W.hidden_ND.clone().requires_grad_()
+    loss = run(spec("jsd"), hidden, weights=ragged_weights(), b=bridged(other, rows, classes, ONE_BY_ONE, 0.5))
+    p_NV, q_NV = other.teacher_logits_NV.softmax(-1), (hidden @ W.weight_VD.T).softmax(-1)
+    kept_NV = torch.ones_like(p_NV)
+    if isinstance(rows, TopKRows):
+        kept_NV = torch.zeros_like(p_NV).scatter(-1, rows.topk_ids_NK, 1.0)
+    p, q = masses(p_NV * kept_NV, class_V, 12), masses(q_NV, classes.student_Vs, 12)
+    safe = p[:, 3] <= 0.5
+    assert 3 < safe.sum() < N - 3
+    rest = [(p_NV * (1 - kept_NV)).sum(-1, keepdim=True), (q * (p == 0)).sum(-1, keepdim=True)]
+    each = oracle.divergence(torch.cat([p, rest[0]], -1), torch.cat([q * (p > 0), rest[1]], -1), "jsd")
+    want = 0.5 * (ragged_weights() * safe * each).sum() / 7.0
+    torch.testing.assert_close(loss.total, want, **EXACT)
+    torch.testing.assert_close(torch.autograd.grad(loss.total, hidden), torch.autograd.grad(want, hidden), **EXACT)
+    found = loss.by_teacher["b"]
+    torch.testing.assert_close(found.covered, (ragged_weights() * safe).sum())
+    torch.testing.assert_close(found.kd_weights, 0.5 * (ragged_weights() * safe).sum())
+    torch.testing.assert_close(loss.parts.weights, ragged_weights().sum())

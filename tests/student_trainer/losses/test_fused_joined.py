@@ -33,8 +33,8 @@ W = world(rows=N, vocab=V, width=6, spread=2.0)
 B = replace(world(rows=N, vocab=V, width=6, spread=2.0, seed=1), hidden_ND=W.hidden_ND, labels_N=W.labels_N)
 OTHER = world(rows=N, vocab=V + 300, width=6, spread=2.0, seed=2)
 KINDS = [Divergence(kind, alpha=0.3) for kind in ("forward_kl", "reverse_kl", "jsd", "skew_rkl", "adaptive_kl")]
-STUDENT_V = torch.cat([torch.arange(3000), torch.arange(V - 3000) % 50])
-TEACHER_V = torch.cat([torch.arange(3000), torch.arange(V + 300 - 3000) % 77])
+STUDENT_V = torch.cat([torch.arange(3000), torch.arange(V - 3000) % 20])
+TEACHER_V = torch.cat([torch.arange(3000), torch.arange(V + 300 - 3000) % 40])
 EDGES_S, EDGES_T = np.array([0, 1, 2, 5, 6, 7, 8, 10, 20]), np.array([0, 1, 2, 3, 4, 6, 7, 8, 20])
 GROUPS = Groups(np.stack([EDGES_S[:-1], EDGES_S[1:]], 1), np.stack([EDGES_T[:-1], EDGES_T[1:]], 1))
 

@@ -8,15 +8,17 @@ import pytest
 from rich.console import Console
 
 from student_trainer.data.inputs import load_run_data
-from student_trainer.errors import ConfigError
+from student_trainer.errors import ConfigError, ModelError
 from student_trainer.findings import Findings
 from student_trainer.model.load import load_outline
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.meeting.described import meet
+from student_trainer.teachers.rows import bridging
 from student_trainer.teachers.session import open_sessions
 from student_trainer.training.checks import check_taught
+from student_trainer.training.label_ahead import label
 from student_trainer.training.run import train
-from teacher_wire.core.errors import MismatchError
+from teacher_wire.core.errors import CapabilityError, MismatchError
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import serve
@@ -140,3 +142,47 @@ def test_two_teachers_one_of_another_tokenizer(config_of, stranger, server):
     assert result.metrics["kl_to_near"] > 0 and any(
         "alm_loss.far" in entry and entry["kd_loss.near"] > 0 for entry in result.curve
     )
+
+
+def test_the_day_is_the_runs_own_although_the_students_template_prints_none(config_of, stranger):
+    config = config_of(
+        teacher={"address": stranger.address, "cross_tokenizer": {"min_coverage": 0}}, data={"date": "2026-01-02"}
+    )
+    _, data, _, _ = opened(config)
+    assert data.rendering.day == "2026-01-02"
+    assert json.loads(data[0].example.told.conversation).get("day") in ("2026-01-02", None)
+    stranger.tokenizer_sha256 = "f" * 64
+    stranger.reader = None
+    with pytest.raises(ConfigError, match=r"data\.date=2026-01-02: the chat template prints no date"):
+        opened(config)
+
+
+def test_labels_ahead_of_a_run_are_those_it_asks_for(config_of, stranger):
+    config = config_of(teacher={"address": stranger.address, "cross_tokenizer": {"min_coverage": 0}})
+    label(config, Console(file=io.StringIO(), width=300))
+    asked = stranger.calls
+    train(config, console=Console(file=io.StringIO(), width=300))
+    assert stranger.calls == asked
+
+
+def test_layers_are_learned_from_the_first_teacher_of_the_students_tokenizer(config_of, stranger, server):
+    teachers = [{"alias": "far", "address": stranger.address}, {"alias": "near", "address": server.address}]
+    hidden = {"hidden": {"weight": 1.0, "reduction": "none", "layers": [1]}}
+    config = config_of(teacher=None, teachers=teachers, loss=hidden)
+    sessions, *_ = opened(config)
+    assert [(session.name, session.features is not None) for session in sessions] == [("far", False), ("near", True)]
+    named = {"hidden": hidden["hidden"] | {"teacher": "far"}}
+    with pytest.raises(
+        ConfigError, match=r"loss\.hidden: teacher 'far' has another tokenizer.*loss\.hidden\.teacher to another"
+    ):
+        opened(config_of(teacher=None, teachers=teachers, loss=named))
+
+
+def test_a_student_whose_tokens_do_not_say_their_bytes_is_named(config_of, stranger, monkeypatch):
+    def refuse(*_, **__):
+        raise CapabilityError("the bytes of its tokens are not known", field="tokenizer.model.type", value="WordPiece")
+
+    monkeypatch.setattr(bridging, "byte_table", refuse)
+    config = config_of(teacher={"address": stranger.address})
+    with pytest.raises(ModelError, match=r"model\.path .*WordPiece.*take a teacher with the student's tokenizer"):
+        opened(config)

@@ -130,3 +130,15 @@ def test_where_a_teacher_is_does_not_decide_what_a_run_is(two_of, other):
         moved = config.teachers[1].model_copy(update={"address": elsewhere.address})
         config = config.model_copy(update={"teachers": (config.teachers[0], moved)})
         assert train(config, resume=True, console=quiet()).steps == 6
+
+
+def test_rows_without_a_teacher_learn_from_their_own_tokens_and_are_told(two_of):
+    """Whole micro-batches of them too."""
+    said = io.StringIO()
+    tagged = {"near": {"tags": ["math"]}, "far": {"tags": ["math"]}, "data": {"tag_field": "about"}}
+    result = train(two_of(train={"batch_size": 1}, **tagged), console=Console(file=said, width=300))
+    assert "rows have no teacher" in said.getvalue() and result.steps == 6
+    with pytest.raises(ConfigError, match=r"loss\.sft_weight=0 leaves them nothing to learn"):
+        train(
+            two_of(loss={"sft_weight": 0}, run={"output_dir": str(result.output_dir) + "2"}, **tagged), console=quiet()
+        )

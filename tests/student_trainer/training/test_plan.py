@@ -77,7 +77,7 @@ def test_a_teacher_with_another_tokenizer_has_its_coverage(bridged, tmp_path, ro
 
 def test_rows_of_which_too_little_is_one_to_one_are_counted(bridged, tmp_path):
     rows = tmp_path / "mixed.jsonl"
-    alike, apart = "z q z q", "the the the the"  # bytes are tokens of both; " the" is a token of the student alone
+    alike, apart = "z q z q", "dog dog dog"  # bytes are tokens of both; " dog" is a token of the student alone
     rows.write_text(
         "".join(json.dumps({"instruction": "say", "output": text}) + "\n" for text in (alike, apart, alike))
     )

@@ -54,6 +54,8 @@ def add(
     read.kd.append(found.kd_P)
     if found.clipped_P is not None:
         read.clipped.append(found.clipped_P)
+    if found.safe_P is not None:
+        read.safe.append(found.safe_P)
 
 
 def add_groups(

@@ -41,10 +41,11 @@ class Piece:
 
 
 class PieceFigures(NamedTuple):
-    """Loss of each row without any factor, and rows that a policy gradient has clipped."""
+    """Loss of each row without any factor; rows that a policy gradient has clipped; rows that are compared over classes, None for all."""
 
     kd_P: Tensor
     clipped_P: Tensor | None
+    safe_P: Tensor | None = None
 
 
 class OwnFigures(NamedTuple):
@@ -99,9 +100,9 @@ class Chunk:
             assert isinstance(piece.rows, FullRows | TopKRows), "states are opened, and given rows refused"
             log_q_PV = None if self._is_fused else self._of(self._log_q_CV, piece)
             factor_P = self._spec.kd_weight * piece.coefficient_P
-            kd_P, grad_PV = projected_terms(z_PV, log_q_PV, piece.rows, piece.classes, factor_P, self._spec)
-            self._add(grad_PV, piece)
-            return PieceFigures(kd_P, None)
+            projected = projected_terms(z_PV, log_q_PV, piece.rows, piece.classes, factor_P, self._spec)
+            self._add(projected.grad_CV, piece)
+            return PieceFigures(projected.loss_C, None, projected.safe_C)
         if self._is_fused:
             row, grad_PV = fused_terms(z_PV, piece.rows, labels_P, piece.coefficient_P, self._spec, z_PV.dtype)
             self._add(grad_PV, piece)

@@ -26,6 +26,7 @@ class Read:
     Attributes:
         kd: losses by row, without any factor.
         clipped: rows that a policy gradient has clipped.
+        safe: rows that are compared over classes; nothing where all are.
         likeliest: int64, its likeliest id of each row that it has a distribution of; of a teacher with another tokenizer, an id of
             the student that stands for its class.
         alm: losses of groups that are compared as a whole.
@@ -35,6 +36,7 @@ class Read:
 
     kd: list[Tensor] = field(default_factory=list)
     clipped: list[Tensor] = field(default_factory=list)
+    safe: list[Tensor] = field(default_factory=list)
     likeliest: list[Tensor] = field(default_factory=list)
     alm: list[Tensor] = field(default_factory=list)
     row: list[np.ndarray] = field(default_factory=list)

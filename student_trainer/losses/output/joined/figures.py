@@ -55,6 +55,10 @@ def teacher_figures(part: TeacherPart, read: Read, sampled_M: Tensor | None, spe
         weight_G = part.groups.weight_G.double()
         alm_sum, alm_weights = weight_G @ torch.cat(read.alm), weight_G.sum()
     covered = torch.full_like(nothing, part.covered)
+    if read.safe:
+        safe_P = torch.cat(read.safe)
+        weight_P = weight_P.masked_fill(~safe_P, 0)
+        covered = covered - part.own_weight_P.masked_fill(safe_P, 0).sum()
     return TeacherFigures(kd_sum, weight_P.sum(), alm_sum, alm_weights, covered, nothing, nothing)
 
 
