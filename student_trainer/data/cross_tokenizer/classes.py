@@ -123,7 +123,7 @@ def kept_classes(folder: Path, key: str, make: Callable[[], Partition]) -> Parti
     if found is not None:
         return found
     made = make()
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "student_Vs": made.student_Vs.astype(np.int32),
         "teacher_Vt": made.teacher_Vt.astype(np.int32),
         "sizes": np.array([made.classes, -1 if made.other is None else made.other], np.int64),
