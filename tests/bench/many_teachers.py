@@ -7,7 +7,8 @@ gRPC on loopback ports. `B merged` is a teacher of the second half with another 
 
 Columns: KL(truth | student) in nats a symbol over all topics, mean and standard deviation over seeds; its paired difference to the better of the students of A alone and of B alone with a
 95 % t interval; the KL on each half; every seed. Runs that `--work` holds from before are not made again, so a bench that is cut off goes on where it was.
-Gates (issue 17): by weights and by route below either single-teacher student, with an interval that excludes 0; with B merged at most 0.1 on the second half.
+Gates (issue 17): by weights and by route below either single-teacher student, with an interval that excludes 0; with B merged, by route, at most 0.1 over all topics (and, more than the issue asks, on
+the second half: what is missed there is at letters behind which a merge would begin; docs/results.md).
 """
 
 from __future__ import annotations
@@ -205,13 +206,11 @@ def verdicts(runs: list[dict[str, Any]]) -> list[str]:
                 told.append(
                     f"{'ok' if passed else 'FELL SHORT'}: {arm} - {single} over {len(both)} seeds: {told_of(found)}"
                 )
-    for arm in ("B merged alone", "A and B merged by route"):
-        values = [by[arm, seed]["second"] for seed in seeds if (arm, seed) in by]
+    for arm, where in (("A and B merged by route", "union"), ("A and B merged by route", "second")):
+        values = [by[arm, seed][where] for seed in seeds if (arm, seed) in by]
         if values:
-            passed = statistics.fmean(values) <= BOUND
-            told.append(
-                f"{'ok' if passed else 'FELL SHORT'}: {arm}, second half: {statistics.fmean(values):.4f} (at most {BOUND})"
-            )
+            mean = statistics.fmean(values)
+            told.append(f"{'ok' if mean <= BOUND else 'FELL SHORT'}: {arm}, {where}: {mean:.4f} (at most {BOUND})")
     return told
 
 
