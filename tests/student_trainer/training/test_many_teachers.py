@@ -72,11 +72,12 @@ def test_rows_are_given_to_one_teacher_each_by_route(two_of, fake, other):
     assert fake.calls and other.calls
 
 
-def test_a_teacher_of_no_row_is_refused(two_of):
+@pytest.mark.parametrize("labels", ["hidden", "auto"])
+def test_a_teacher_of_no_row_is_refused(two_of, labels):
     with pytest.raises(
         ConfigError, match=r"teacher 'far' is asked about 0 of .* rows of data\.train; its tags are poetry"
     ):
-        train(two_of(far={"tags": ["poetry"]}, data={"tag_field": "about"}), console=quiet())
+        train(two_of(far={"tags": ["poetry"], "labels": labels}, data={"tag_field": "about"}), console=quiet())
 
 
 def test_labels_of_one_teacher_alone_are_kept(two_of, tmp_path):
