@@ -11,7 +11,7 @@ from teacher_wire.core.batch import TokenBatch
 
 
 def test_losses_are_told_which_rows_of_an_answer_are_checked():
-    batch = TokenBatch.pack([range(6)], [[False, False, True, True, True, True]])
+    batch = TokenBatch.pack([list(range(6))], [[False, True, True, True, True, False]])
     named = {
         "hidden_ND": torch.zeros(4, 8),
         "row_C": torch.tensor([0, 3], dtype=torch.int32),
