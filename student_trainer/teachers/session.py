@@ -171,7 +171,7 @@ def open_sessions(
             found, Reading(name, routing), scaffold.get(settings.called, {}), own_rows,
         )  # fmt: skip
         opened = findings.attempt(
-            "teachers" if several else "teacher",
+            f"teachers.{several}" if several else "teacher",
             partial(_run, opening, labels),
             f"the server at {connection.address} answers",
         )
