@@ -58,8 +58,11 @@ def plan(
 def _line(finding: Finding) -> str:
     """One finding, with its advice or what to change."""
     mark = "[red]bad [/]" if not finding.ok else "[yellow]note[/]" if finding.fix else "[green]ok  [/]"
-    fix = "" if not finding.fix or finding.fix in finding.what else f": {finding.fix}"
-    return f"{mark} {escape(finding.setting)}: {escape(finding.what)}{escape(fix)}"
+    if finding.fix.startswith(finding.what):  # advice is a sentence of its own, as `train` prints it alone
+        told = finding.fix
+    else:
+        told = finding.what + (f": {finding.fix}" if finding.fix and finding.fix not in finding.what else "")
+    return f"{mark} {escape(finding.setting)}: {escape(told)}"
 
 
 def _table(coverage: tuple[TeacherCoverage, ...]) -> Table:

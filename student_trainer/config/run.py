@@ -217,7 +217,12 @@ def check_teachers(
         ValueError: naming the setting, and the way out.
     """
     called = [teacher.called for teacher in teachers]
-    if len(set(called)) < len(called) or (len(called) > 1 and "" in called):
+    if len(called) > 1 and "" in called:
+        nameless = f"teachers[{called.index('')}]"
+        raise ValueError(
+            f"{nameless} has no name, and one of several teachers needs one: set {nameless}.name to what its server calls it, or {nameless}.alias"
+        )
+    if len(set(called)) < len(called):
         raise ValueError(
             f"teachers are called {', '.join(map(repr, called))}: give each another name, or another alias"
         )

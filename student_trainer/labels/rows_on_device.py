@@ -38,8 +38,16 @@ def head_on(head: TeacherHead, vocab_rows: int, device: torch.device) -> Head:
     return whole.slice(vocab_rows)
 
 
-def rows_on(labels: LabelTensors, head: Head | None, device: torch.device, likeliest: int = 0) -> TeacherRows:
+def rows_on(
+    labels: LabelTensors,
+    head: Head | None,
+    device: torch.device,
+    likeliest: int = 0,
+    checked_row: np.ndarray | None = None,
+) -> TeacherRows:
     """An answer as the output losses want it, on the student's device; `likeliest` is k if the student named ids beside them.
+
+    `checked_row` is what "row_C" of the answer holds, on the host, for losses that use a part of the rows.
 
     Of an answer with states beside logits the logits are meant: then it is another term that has asked for the states.
     """
@@ -66,7 +74,7 @@ def rows_on(labels: LabelTensors, head: Head | None, device: torch.device, likel
         checked = len(row_C)
     else:
         lse_N, label_N = found["lse_N"], found["label_logp_N"]
-    return HiddenRows(state_ND, head, lse_N, label_N, _tolerance(dtype), checked)
+    return HiddenRows(state_ND, head, lse_N, label_N, _tolerance(dtype), checked, checked_row)
 
 
 def _tolerance(dtype: torch.dtype) -> Tolerance:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class HiddenRows:
         lse_N, label_logp_N: as served; NaN in rows of which the teacher sends none.
         tolerance: for the integrity check.
         checked: how many rows have lse and label_logp, if not all; not known of a part of the rows.
+        checked_row: int, on the host, which rows these are, where that is asked; None: not told.
     """
 
     hidden_ND: Tensor
@@ -44,6 +46,7 @@ class HiddenRows:
     label_logp_N: Tensor
     tolerance: Tolerance = BFLOAT16
     checked: int | None = None
+    checked_row: np.ndarray | None = None
 
     @property
     def vocab_rows(self) -> int:

@@ -125,7 +125,7 @@ def open_sessions(
     held_out: TokenizedDataset | None,
     console: Console,
     findings: Findings,
-    settled: Sequence[LabelConfig] | None = None,
+    settled: Sequence[LabelConfig | None] | None = None,
     *,
     only_stores: bool = False,
     described: Sequence[Described] | None = None,
@@ -139,7 +139,7 @@ def open_sessions(
         data, held_out: what from, and what it is measured with.
         console: told what was agreed.
         findings: of the checks made here.
-        settled: what `labels.transport: auto` chose for each teacher before.
+        settled: what `labels.transport: auto` chose for each teacher before; None for one of which nothing was.
         only_stores: nothing will be computed with the labels, so that no output head is needed.
         described: what each teacher said of itself, if it was asked already (`describe_all`).
 
@@ -171,7 +171,7 @@ def open_sessions(
             found, Reading(name, routing), scaffold.get(settings.called, {}), own_rows,
         )  # fmt: skip
         opened = findings.attempt(
-            "teachers" if several else "teacher",
+            f"teachers.{several}" if several else "teacher",
             partial(_run, opening, labels),
             f"the server at {connection.address} answers",
         )

@@ -99,6 +99,8 @@ def _probe(
         )
 
     asked = [row.example for row in data if reading.responsible(row.example)]
+    if not asked:
+        return None  # and what is said of such a teacher is the session's to say
     first = asked[: config.train.batch_size]
     shortest = min(asked, key=lambda example: example.token_ids.size)
     for examples in (*(first[:count] for count in range(len(first), 0, -1)), [shortest]):

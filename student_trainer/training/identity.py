@@ -1,18 +1,23 @@
 """What a run learns from, as digests by which it is taken up again or refused (`run_folder.open_folder`).
 
-In: the config, the student, the rows and the sessions; out: the entries of run.json beside its settings.
+In: the config, the student, the rows and the sessions; out: the entries of run.json beside its settings. And two identities; out: what of
+their teachers differs.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.model.load import Student
 from student_trainer.teachers.session import TeacherSession
 from teacher_wire.core.info import LAYER_BASIS
+
+TEACHERS_FIX = "go on with the old ones, or with --allow-other-teachers, which is told and recorded in run.json"
+_OF_TEACHERS = ("teacher", "teachers", "bridges", "labels")  # entries of an identity that are about its teachers
 
 
 def learned_from(
@@ -58,3 +63,42 @@ def _bridge(config: TrainConfig, session: TeacherSession) -> list[str]:
         if teacher.called == session.name or len(config.every_teacher) == 1
     )
     return [session.bridge.digest, settings.model_dump_json()]
+
+
+def other_teachers(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of the teachers of a run has changed since it was started, in words."""
+    settings = {name for name in before["settings"].keys() | now["settings"].keys() if is_of_teachers(name)}
+    told = [
+        f"{name}: {before['settings'].get(name)!r} -> {now['settings'].get(name)!r}"
+        for name in sorted(settings)
+        if before["settings"].get(name) != now["settings"].get(name)
+    ]
+    was, is_ = (fingerprints_of(identity) for identity in (before, now))
+    for name in [*was, *(name for name in is_ if name not in was)]:
+        if was.get(name) != is_.get(name):
+            told.append(
+                f"{name or 'teacher'}: fingerprint {was.get(name, 'none')[:16]}, now {is_.get(name, 'none')[:16]}"
+            )
+    if before.get("bridges") != now.get("bridges"):
+        told.append("how tokens of another tokenizer are joined")
+    return told
+
+
+def fingerprints_of(identity: dict[str, Any]) -> dict[str, str]:
+    """The fingerprints of an identity's teachers by name; of the only one by the empty name."""
+    if "teachers" in identity:
+        return {str(name): str(found) for name, found in json.loads(identity["teachers"]).items()}
+    return {"": identity["teacher"]} if identity["teacher"] else {}
+
+
+def is_of_teachers(setting: str) -> bool:
+    """Whether it is one of a section of `teachers`."""
+    return setting.startswith("teachers.")
+
+
+def with_teachers_of(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """An earlier identity as it would be with the teachers of now."""
+    settings = {name: value for name, value in before["settings"].items() if not is_of_teachers(name)}
+    settings |= {name: value for name, value in now["settings"].items() if is_of_teachers(name)}
+    kept = {name: value for name, value in before.items() if name not in _OF_TEACHERS}
+    return kept | {name: now[name] for name in _OF_TEACHERS if name in now} | {"settings": settings}

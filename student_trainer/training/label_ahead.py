@@ -82,7 +82,9 @@ def label(config: TrainConfig, console: Console) -> Filled:
     """
     settled = settled_labels(config)
     findings = Findings(on_advice=lambda told: console.print(f"[yellow]note:[/] {escape(told)}"))
-    findings.add(check_labelling(config, settled is not None))
+    chosen = [labels for labels in settled or () if labels is not None]
+    automatic = [teacher for teacher in config.every_teacher if config.labels_of(teacher).transport == "auto"]
+    findings.add(check_labelling(config, len(chosen) >= len(automatic)))
     with connections(config.every_teacher, console) as reached:
         student = load_outline(config.model)
         load = partial(load_run_data, config, student.tokenizer, console, pinned_date(config))

@@ -30,6 +30,13 @@ from student_trainer.labels.lineage import REVISIONS_NAME
 from student_trainer.labels.source import LabelUsage
 from student_trainer.rollout.ledger import LEDGER_NAME
 from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.identity import (
+    TEACHERS_FIX,
+    fingerprints_of,
+    is_of_teachers,
+    other_teachers,
+    with_teachers_of,
+)
 
 LOG_NAME = "train_log.jsonl"
 CONFIG_NAME = "config.yaml"
@@ -75,17 +82,24 @@ class AlreadyFinished(Exception):  # noqa: N818
     """The run that is to be resumed has come to its end already."""
 
 
-def settled_labels(config: TrainConfig) -> list[LabelConfig] | None:
-    """What `labels.transport: auto` chose for each teacher when this run was started: a link that is slower today must not change it.
+def settled_labels(config: TrainConfig) -> list[LabelConfig | None] | None:
+    """What `labels.transport: auto` chose for each teacher of `config` when this run was started: a link that is slower today must not change
+    it. None for a teacher whose section says it itself, or that the run did not have then; None for all if nothing was chosen.
 
     Raises:
         RunError: run.json cannot be read.
     """
     file = config.run.output_dir / IDENTITY_NAME
-    automatic = [config.labels_of(teacher).transport == "auto" for teacher in config.every_teacher]
+    every = config.every_teacher
+    automatic = [config.labels_of(teacher).transport == "auto" for teacher in every]
     if not any(automatic or [config.labels.transport == "auto"]) or not file.is_file():
         return None
-    return [LabelConfig.model_validate_json(line) for line in read_identity(file)["labels"].splitlines()]
+    before = read_identity(file)
+    chosen = [LabelConfig.model_validate_json(line) for line in before["labels"].splitlines()]
+    if "teachers" not in before and len(every) < 2:
+        return [*chosen]
+    by_name = dict(zip(fingerprints_of(before), chosen, strict=False))
+    return [by_name.get(teacher.called) if is_auto else None for teacher, is_auto in zip(every, automatic, strict=True)]
 
 
 def read_identity(file: Path) -> dict[str, Any]:
@@ -161,7 +175,7 @@ def open_folder(
         before = read_identity(identity_file)
         others = other_teachers(before, identity)
         if others and allow_other_teachers:
-            Findings().add(check_identity(_with_teachers_of(before, identity), identity, config))
+            Findings().add(check_identity(with_teachers_of(before, identity), identity, config))
         else:
             Findings().add(check_identity(before, identity, config))
         if is_finished(folder, note):
@@ -270,7 +284,7 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], config: TrainCon
             f"{key}: {before['settings'].get(key)!r} -> {now['settings'].get(key)!r}" for key in changed[:4]
         )
         what = f"the run was started with other settings ({told})"
-        fix = _TEACHERS_FIX if all(map(_is_of_teachers, changed)) else "resume with the old ones, or start another run"
+        fix = TEACHERS_FIX if all(map(is_of_teachers, changed)) else "resume with the old ones, or start another run"
         yield Finding.bad(setting, what, fix, kind=RunError)
     for part, what, section in _DIGESTS:
         if part in before and before[part] != now.get(part):  # not in one of an earlier version
@@ -279,53 +293,17 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], config: TrainCon
             yield Finding.bad(section, said, "start another run", kind=RunError)
     if before["teacher"] != now["teacher"] and "teachers" in before and "teachers" in now:
         what = f"the run was started with other teachers ({'; '.join(other_teachers(before, now)[:4])})"
-        yield Finding.bad("teachers", what, _TEACHERS_FIX, kind=RunError)
+        yield Finding.bad("teachers", what, TEACHERS_FIX, kind=RunError)
     elif before["teacher"] != now["teacher"]:
         fingerprints = f"fingerprint {before['teacher'][:16]}, now {now['teacher'][:16]}"
         what = f"the run was started with another teacher ({fingerprints})"
-        yield Finding.bad("teacher", what, f"labels of two teachers are not mixed; {_TEACHERS_FIX}", kind=RunError)
-
-
-_TEACHERS_FIX = "go on with the old ones, or with --allow-other-teachers, which is told and recorded in run.json"
-_OF_TEACHERS = ("teacher", "teachers", "bridges", "labels")  # entries of an identity that are about its teachers
-
-
-def other_teachers(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of the teachers of a run has changed since it was started, in words."""
-    settings = {name for name in before["settings"].keys() | now["settings"].keys() if _is_of_teachers(name)}
-    told = [
-        f"{name}: {before['settings'].get(name)!r} -> {now['settings'].get(name)!r}"
-        for name in sorted(settings)
-        if before["settings"].get(name) != now["settings"].get(name)
-    ]
-    was, is_ = (_fingerprints(identity) for identity in (before, now))
-    for name in [*was, *(name for name in is_ if name not in was)]:
-        if was.get(name) != is_.get(name):
-            told.append(
-                f"{name or 'teacher'}: fingerprint {was.get(name, 'none')[:16]}, now {is_.get(name, 'none')[:16]}"
-            )
-    if before.get("bridges") != now.get("bridges"):
-        told.append("how tokens of another tokenizer are joined")
-    return told
-
-
-def _fingerprints(identity: dict[str, Any]) -> dict[str, str]:
-    """Of the teachers by name; of the only one by the empty name."""
-    if "teachers" in identity:
-        return {str(name): str(found) for name, found in json.loads(identity["teachers"]).items()}
-    return {"": identity["teacher"]} if identity["teacher"] else {}
-
-
-def _is_of_teachers(setting: str) -> bool:
-    return setting.startswith("teachers.")
-
-
-def _with_teachers_of(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """An earlier identity as it would be with the teachers of now."""
-    settings = {name: value for name, value in before["settings"].items() if not _is_of_teachers(name)}
-    settings |= {name: value for name, value in now["settings"].items() if _is_of_teachers(name)}
-    kept = {name: value for name, value in before.items() if name not in _OF_TEACHERS}
-    return kept | {name: now[name] for name in _OF_TEACHERS if name in now} | {"settings": settings}
+        yield Finding.bad("teacher", what, f"labels of two teachers are not mixed; {TEACHERS_FIX}", kind=RunError)
+    elif before.get("bridges") != now.get("bridges"):
+        what = (
+            "cross_tokenizer: the run was started with other settings of it, or tokens of another tokenizer are joined by other "
+            f"byte tables or prompts than then ({before.get('bridges')} -> {now.get('bridges')})"
+        )
+        yield Finding.bad("cross_tokenizer", what, TEACHERS_FIX, kind=RunError)
 
 
 def _told_changes(section: str, config: TrainConfig) -> str:

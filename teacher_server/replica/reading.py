@@ -79,8 +79,11 @@ class Reader:
         check_tokenize(call, self.info)
         assert self._process is not None, "checked with the limits"
         answers: list[TokenizedRow] = []
-        for piece in _pieces(call.rows):  # always in the thread: the process takes its time
-            answers += await self._offload.run(call.tenant, SMALL_BYTES + 1, self._process.rows, piece)
+        for piece in _pieces(call.rows):
+            left = piece
+            while left:  # always in the thread: the process takes its time, and a turn may be too short for all of them
+                some = await self._offload.run(call.tenant, SMALL_BYTES + 1, self._process.rows, left)
+                answers, left = answers + some, left[len(some) :]
         self._counts.update(
             tokenized_rows=len(answers),
             tokenized_bytes=call.size,

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from teacher_server.tokenizing import frames
 from teacher_server.tokenizing.files import TokenizerFiles
+from teacher_server.tokenizing.worker import NOT_NOW
 from teacher_wire.core.errors import UnavailableError
 from teacher_wire.tokenizing import codec
 from teacher_wire.tokenizing.messages import TextRow, TokenizedRow
@@ -25,6 +26,7 @@ from teacher_wire.tokenizing.messages import TextRow, TokenizedRow
 log = logging.getLogger(__name__)
 
 ROW_S = 10.0  # CPU time that one row may take
+TURN_S = 1.0  # CPU time of a call, after which it begins no other row: others wait for their turn
 _MEMORY_BYTES = 2 << 30  # beyond the tokenizer itself
 _START_S = 300.0  # on a machine that is busy loading a model
 _PATIENCE = 30.0  # so many times `row_s` may pass by the clock: the process has other company
@@ -36,24 +38,34 @@ class TokenizerProcess:
     Args:
         files: of the teacher.
         row_s: CPU time of one row, after which it is refused.
+        turn_s: CPU time of one call, after which it leaves the rest to the next.
         memory_bytes: that rows may take beyond the tokenizer itself.
 
     Attributes:
         starts: processes started so far.
     """
 
-    def __init__(self, files: TokenizerFiles, *, row_s: float = ROW_S, memory_bytes: int = _MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        files: TokenizerFiles,
+        *,
+        row_s: float = ROW_S,
+        memory_bytes: int = _MEMORY_BYTES,
+        turn_s: float = TURN_S,
+    ) -> None:
         self._files = files
         self._row_s = row_s
+        self._turn_s = turn_s
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self.starts = 0
 
     def rows(self, rows: Sequence[TextRow]) -> list[TokenizedRow]:
-        """One answer for each row, in order.
+        """Answers of the first rows, in order: of one at least, of all if they take no longer than a turn.
 
-        A row that takes too long is refused at once; one on which the process ends otherwise, if a second one ends on it too.
+        A row that takes too long is refused at once; one on which the process ends otherwise, if a second one ends on it too. Either ends
+        the turn.
 
         Raises:
             UnavailableError: the process does not start, or the teacher is going away.
@@ -63,22 +75,26 @@ class TokenizerProcess:
         while len(answers) < len(rows):
             code = self._some(rows, answers)
             if code is None:
-                continue
+                return answers
             if code == -signal.SIGPROF:
                 answers.append(TokenizedRow.refusal(f"it takes more than {self._row_s:g} s to render and tokenise"))
-            elif suspect == len(answers):
+                return answers
+            if suspect == len(answers):
                 answers.append(TokenizedRow.refusal(f"the tokenizer ended on it twice (code {code})"))
-            else:
-                suspect = len(answers)
+                return answers
+            suspect = len(answers)
         return answers
 
     def _some(self, rows: Sequence[TextRow], answers: list[TokenizedRow]) -> int | None:
-        """Adds the answers of the rows that have none, as many as one process gives; its exit code if it ended on the next one."""
+        """Adds answers of the rows that have none, as many as come in a turn; the process's exit code if it ended on the next one."""
         process = self._started()
         try:
             frames.write(_pipe(process.stdin), codec.texts_to_bytes(rows[len(answers) :]))
             while len(answers) < len(rows):
-                answers.append(codec.row_of_bytes(self._read(process, _PATIENCE * self._row_s)))
+                data = self._read(process, _PATIENCE * self._row_s)
+                if data == NOT_NOW:
+                    break
+                answers.append(codec.row_of_bytes(data))
         except (EOFError, OSError):
             code = self._end()
             if self._closed:
@@ -101,7 +117,8 @@ class TokenizerProcess:
             return self._process
         self._end()
         paths = os.pathsep.join(path for path in sys.path if path)
-        command = [sys.executable, "-m", "teacher_server.tokenizing.worker", str(self._row_s), str(self._memory_bytes)]
+        bounds = [str(self._row_s), str(self._memory_bytes), str(self._turn_s)]
+        command = [sys.executable, "-m", "teacher_server.tokenizing.worker", *bounds]
         threads = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command,

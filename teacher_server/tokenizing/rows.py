@@ -84,6 +84,7 @@ class RowReader:
             return self._made([], ids, ended=False)
         asked = self._parsed(row.conversation)
         prompt, first, end = self._prompt(asked)
+        _check_encodes(prompt)
         if len(prompt) > _MOST * len(row.conversation) + (64 << 10):
             raise _RefusedError(f"the chat template makes {len(prompt)} characters of {len(row.conversation)} bytes")
         prompt_ids = self._ids(prompt)
@@ -239,6 +240,16 @@ def _utf8(data: bytes, what: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise _RefusedError(f"{what} is not UTF-8 at byte {error.start}") from None
+
+
+def _check_encodes(prompt: str) -> None:
+    """JSON may escape half of a surrogate pair, which tokenizers do not take."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise _RefusedError(
+            f"the prompt holds half of a surrogate pair, {prompt[error.start]!r}, which is no text"
+        ) from None
 
 
 def _are_objects(value: Any) -> bool:

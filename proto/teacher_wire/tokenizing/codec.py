@@ -18,6 +18,7 @@ from teacher_wire.tokenizing.messages import TextRow, TokenizeCall, TokenizedRow
 from teacher_wire.v2 import teacher_pb2 as pb
 
 MAX_MARKS = 4096  # of one row
+_REASON_CHARS = 400  # of why a row is refused
 
 
 def encode_request(call: TokenizeCall) -> pb.TokenizeRequest:
@@ -88,8 +89,9 @@ def decode_reply(reply: pb.TokenizeReply, call: TokenizeCall, info: TeacherInfo)
 
 
 def _decode_row(message: pb.TokenizedRow, asked: TextRow, where: str, info: TeacherInfo) -> TokenizedRow:
-    if message.refused:
-        return TokenizedRow.refusal(message.refused)
+    if message.refused:  # shown to a person as it is
+        reason = message.refused[:_REASON_CHARS]
+        return TokenizedRow.refusal("".join(shown if shown.isprintable() else " " for shown in reason))
     ids_T, ends_C = _int32(message.token_ids, f"{where}.token_ids"), _int32(message.byte_ends, f"{where}.byte_ends")
     row = TokenizedRow(ids_T, message.prompt_tokens, ends_C, message.ended)
     if len(ends_C) != len(ids_T) - row.prompt_tokens:

@@ -95,7 +95,11 @@ def meet(
     """
     described = describe_all(config, connections, console)
     facts = facts_of(config, student, *data)
-    others = [found.name for found in described if isinstance(found, TeacherInfo) and is_bridged(found, facts)]
+    others = [
+        settings.called or found.name
+        for settings, found in zip(config.every_teacher, described, strict=True)
+        if isinstance(found, TeacherInfo) and is_bridged(found, facts)
+    ]
     if not others:
         check_date(config.data, *data)
         return data, described

@@ -74,7 +74,12 @@ def text_row(example: Example, table: ByteTable) -> TextRow:
 
 
 def bridged_row(
-    example: Example, table: ByteTable, answered: TokenizedRow, teacher_table: ByteTable, min_coverage: float
+    example: Example,
+    table: ByteTable,
+    answered: TokenizedRow,
+    teacher_table: ByteTable,
+    min_coverage: float,
+    teacher_rows: int | None = None,
 ) -> BridgedRow:
     """An example in the teacher's tokens.
 
@@ -83,9 +88,15 @@ def bridged_row(
         answered: what the teacher made of `text_row`.
         teacher_table: the bytes of the teacher's ids.
         min_coverage: share of the student's supervised rows that must be one to one.
+        teacher_rows: ids that the teacher's head has; None: all of its table.
     """
     if answered.refused:
         return BridgedRow(None, None, refused=answered.refused)
+    most = int(answered.token_ids_T.max(initial=-1))
+    if teacher_rows is not None and most >= teacher_rows:
+        return BridgedRow(
+            None, None, refused=f"its token {most} is beyond the {teacher_rows} that the teacher's head has"
+        )
     if answered.prompt_tokens < 1:
         return BridgedRow(None, None, refused="nothing stands before the answer in the teacher's rendering")
     ids_n, wanted_n = answer_of(example)

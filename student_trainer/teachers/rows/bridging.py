@@ -96,7 +96,7 @@ class Bridging:
         def aligned(tell: Callable[[int], None]) -> dict[bytes, BridgedRow]:
             found: dict[bytes, BridgedRow] = {}
             for (key, example), answer in zip(distinct.items(), answers, strict=True):
-                found[key] = bridged_row(example, ours, answer, theirs, least)
+                found[key] = bridged_row(example, ours, answer, theirs, least, teacher_rows(info))
                 if len(found) % _TOLD_EVERY == 0:
                     tell(len(found))
             return found

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from student_trainer.labels.joined.answer import Answer, JoinedAnswer, shares
-from student_trainer.labels.rows_on_device import rows_on
+from student_trainer.labels.rows_on_device import CHECKED_ROWS, rows_on
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups
 from student_trainer.losses.head import Head
@@ -90,5 +90,6 @@ def request_of(batch: PaddedBatch, teacher: str) -> LabelRequest:
 
 
 def _labels_of(teacher: JoinedTeacher, answer: Answer, device: torch.device) -> TeacherLabels:
-    there = answer.labels.to(device)
-    return TeacherLabels(rows_on(there, teacher.head, device), there.named)
+    there, checked = answer.labels.to(device), answer.labels.named.get(CHECKED_ROWS)  # the answer itself is on the host
+    checked_row = None if checked is None else checked.numpy()
+    return TeacherLabels(rows_on(there, teacher.head, device, checked_row=checked_row), there.named)

@@ -24,7 +24,8 @@ def parsed(*teachers, **sections):
     [
         ([A, B], {"teacher": {"address": "h:3"}}, "teacher and teachers: set one of them"),
         ([A, A], {}, "give each another name, or another alias"),
-        ([A, {"address": "h:2"}], {}, "give each another name, or another alias"),
+        ([A, {"address": "h:2"}], {}, r"teachers\[1\] has no name.*teachers\[1\]\.alias"),
+        ([{"address": "h:1"}, {"address": "h:2"}], {}, r"teachers\[0\] has no name"),
         ([A, {**B, "alias": "b c"}], {}, "letters, digits and _ . - alone"),
         ([A, {**B, "weight": 0}], {}, r"teachers\.1\.weight"),
         ([A, {**B, "labels": {"transport": "top_k", "extra_ids": 3}}], {}, r"labels\.extra_ids=3 of teacher 'b'"),

@@ -267,6 +267,10 @@ def test_rows_that_are_not_all_checked() -> None:
         (evidence,) = loss.integrity
         evidence.check()
         assert 1 <= evidence.rows <= 14
+    told = replace(rows, checked_row=np.flatnonzero(checked_N.numpy()).astype(np.int32))
+    for used in (N, 20, 2):  # a tally of fewer rows than were looked at would take a right teacher's few for too many
+        (evidence,) = run(spec(), b=bridged(other, told, some_classes(), groups_of(*[(1, 1)] * used))).integrity
+        assert evidence.rows == (~evidence.served_lse_N.isnan()).sum()
 
 
 def test_improbable_classes_do_not_underflow_in_float32() -> None:

@@ -99,6 +99,16 @@ def test_too_little_coverage_or_a_refusal_leaves_a_row_to_others():
     assert "byte table" in bridged_row(row, OURS.table, foreign, THEIRS.table, 0).refused
 
 
+def test_a_row_with_a_token_that_the_teachers_head_lacks_is_left_to_others():
+    """Its labels could not be asked for: found before the run, and not by a request in the middle of it."""
+    row = example(b"the cat")
+    _, answer = bridged(row)
+    most = int(answer.token_ids_T.max())
+    assert bridged_row(row, OURS.table, answer, THEIRS.table, 0.0, most + 1).view is not None
+    found = bridged_row(row, OURS.table, answer, THEIRS.table, 0.0, most)
+    assert found.view is None and f"its token {most} is beyond the {most}" in found.refused
+
+
 def test_the_rows_of_an_answer_are_those_of_the_sequences_that_were_asked():
     tags = ("math",), (), ("math", "x"), ()
     rows = [

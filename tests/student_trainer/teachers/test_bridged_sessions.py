@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from student_trainer.data.inputs import load_run_data
-from student_trainer.errors import ConfigError, ModelError
+from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.findings import Findings
 from student_trainer.model.load import load_outline
 from student_trainer.teachers.connect import connections
@@ -186,3 +186,16 @@ def test_a_student_whose_tokens_do_not_say_their_bytes_is_named(config_of, stran
     config = config_of(teacher={"address": stranger.address})
     with pytest.raises(ModelError, match=r"model\.path .*WordPiece.*take a teacher with the student's tokenizer"):
         opened(config)
+
+
+def test_how_tokens_are_joined_does_not_change_between_a_run_and_its_resumption(config_of, stranger):
+    def config(**settings):
+        return config_of(teacher={"address": stranger.address, "cross_tokenizer": {"min_coverage": 0.1, **settings}})
+
+    train(config(), console=Console(file=io.StringIO()))
+    (config().run.output_dir / "result.json").unlink()
+    with pytest.raises(RunError, match=r"cross_tokenizer: .*tokens of another tokenizer.*--allow-other-teachers"):
+        train(config(alm_weight=0.75), resume=True, console=Console(file=io.StringIO()))
+    train(config(alm_weight=0.75), resume=True, console=Console(file=io.StringIO()), allow_other_teachers=True)
+    (entry,) = json.loads((config().run.output_dir / "run.json").read_text())["history"]
+    assert entry["changed"] == ["how tokens of another tokenizer are joined"]

@@ -9,6 +9,7 @@ from rich.console import Console
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.training.label_ahead import label
 from student_trainer.training.run import train
+from student_trainer.training.run_folder import settled_labels
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.loopback import serve
@@ -71,11 +72,12 @@ def test_rows_are_given_to_one_teacher_each_by_route(two_of, fake, other):
     assert fake.calls and other.calls
 
 
-def test_a_teacher_of_no_row_is_refused(two_of):
+@pytest.mark.parametrize("labels", ["hidden", "auto"])
+def test_a_teacher_of_no_row_is_refused(two_of, labels):
     with pytest.raises(
         ConfigError, match=r"teacher 'far' is asked about 0 of .* rows of data\.train; its tags are poetry"
     ):
-        train(two_of(far={"tags": ["poetry"]}, data={"tag_field": "about"}), console=quiet())
+        train(two_of(far={"tags": ["poetry"], "labels": labels}, data={"tag_field": "about"}), console=quiet())
 
 
 def test_labels_of_one_teacher_alone_are_kept(two_of, tmp_path):
@@ -142,3 +144,20 @@ def test_rows_without_a_teacher_learn_from_their_own_tokens_and_are_told(two_of)
         train(
             two_of(loss={"sft_weight": 0}, run={"output_dir": str(result.output_dir) + "2"}, **tagged), console=quiet()
         )
+
+
+def test_what_auto_chose_belongs_to_the_teacher_it_was_chosen_for(two_of, server):
+    """Of another set of teachers the old ones keep what was chosen; what a section says in words is what counts."""
+    config = two_of(near={"labels": "auto"}, far={"labels": "full"})
+    train(config, console=quiet())
+    (config.run.output_dir / "result.json").unlink()
+    chosen = settled_labels(config)[0].transport
+    assert [labels and labels.transport for labels in settled_labels(config)] == [chosen, None]
+    near, far = config.teachers
+    turned = config.model_copy(update={"teachers": (far, near)})
+    assert [labels and labels.transport for labels in settled_labels(turned)] == [None, chosen]
+    third = far.model_copy(update={"alias": "third", "address": server.address})
+    more = config.model_copy(update={"teachers": (near, far, third)})
+    with pytest.raises(RunError, match=r"teachers\.third\..*--allow-other-teachers"):
+        train(more, resume=True, console=quiet())
+    train(more, resume=True, console=quiet(), allow_other_teachers=True)

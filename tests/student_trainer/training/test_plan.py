@@ -102,3 +102,42 @@ def test_the_command_shows_the_coverage_and_says_by_its_exit_code_whether_the_ru
         assert said in shown.stdout
     wrong = CliRunner().invoke(app, ["plan", str(path), "data.max_tokens=5"])
     assert wrong.exit_code == 2 and "this run cannot start" in wrong.stdout and "bad  " in wrong.stdout
+
+
+@pytest.fixture
+def two(tmp_path, model_factory, rows_file, server, stranger):
+    """Changes of the second teacher -> a config of two, of which the second has another tokenizer and is called otherwise than by its server."""
+
+    def build(**second):
+        far = {"alias": "far", "address": stranger.address, "wait_s": 0, "cross_tokenizer": {"min_coverage": 0}}
+        teachers = [{"alias": "near", "address": server.address, "tags": ["t"]}, far | second]
+        sources = [{"path": str(rows_file), "tags": ["t"]}, {"path": f"{rows_file}#2", "tags": ["u"]}]
+        tree = run_config(tmp_path, model_factory("qwen2"), rows_file, teachers=teachers, data={"train": sources})
+        return parse_config(tree, "test")
+
+    return build
+
+
+def test_each_of_several_teachers_is_told_by_what_the_run_calls_it(two):
+    console = quiet()
+    made = plan(two(), console)
+    assert made.can_start, [found for found in made.findings if not found.ok]
+    assert {"teachers.near", "teachers.far"} <= {found.setting for found in made.findings}
+    assert "note: far has another tokenizer than the student" in console.file.getvalue()
+
+
+def test_rows_of_a_teacher_that_does_not_answer_are_not_told_as_without_one(two, server):
+    for second in ({"address": "127.0.0.1:1"}, {"address": server.address, "name": "nobody"}):
+        made = plan(two(**second, tags=["u"]), quiet())
+        (bad,) = (found for found in made.findings if not found.ok)
+        assert bad.setting == "teachers.far"
+        assert not [found for found in made.findings if "have no teacher" in found.what]
+
+
+def test_advice_is_shown_once(two, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(two()))
+    shown = CliRunner().invoke(app, ["plan", str(path)])
+    assert shown.exit_code == 0, shown.output
+    (line,) = (line for line in shown.stdout.splitlines() if "nothing is measured with it" in line)
+    assert line.count("teacher 'near' is asked about") == 1

@@ -34,9 +34,17 @@ def tokenizer():
     made.close()
 
 
+def every(tokenizer, rows):
+    """All answers, in as many turns as they take."""
+    answers = []
+    while len(answers) < len(rows):
+        answers += tokenizer.rows(rows[len(answers) :])
+    return answers
+
+
 def test_rows_that_loop_or_bloat_are_refused_and_the_others_answered(tokenizer):
     rows = [row("a"), row("loop"), row("b"), row("bloat"), TextRow(b"\xff"), row("c"), row("loop")]
-    answers = tokenizer.rows(rows)
+    answers = every(tokenizer, rows)
     refused = [answer.refused for answer in answers]
     assert [bool(reason) for reason in refused] == [False, True, False, True, True, False, True]
     assert refused[1] == refused[6] == "it takes more than 0.3 s to render and tokenise"
@@ -45,6 +53,29 @@ def test_rows_that_loop_or_bloat_are_refused_and_the_others_answered(tokenizer):
     for number in (0, 2, 5):
         assert answers[number].digest == here.row(rows[number]).digest
     assert tokenizer.starts == 2, "one, and one after the first loop; the last is not followed by a row"
+
+
+def test_a_turn_ends_with_a_row_that_took_it_and_the_rest_is_for_the_next(tokenizer):
+    """Others are waiting: 256 rows of almost ten seconds are not one tenant's to ask for at once."""
+    busy = TokenizerProcess(FILES, turn_s=0.0)
+    try:
+        assert len(busy.rows([row("a"), row("b"), row("c")])) == 1
+        assert [len(busy.rows([row("a")])), busy.starts] == [1, 1], "the process has forgotten what was left"
+    finally:
+        busy.close()
+    assert len(tokenizer.rows([row("a"), row("loop"), row("b")])) == 2
+    assert len(tokenizer.rows([row("a"), row("b"), row("c")])) == 3
+
+
+def test_a_row_that_nobody_has_thought_of_costs_no_process(tokenizer):
+    nested = [
+        b'{"messages":[{"role":"user","content":"a","x":' + b"[" * depth + b"]" * depth + b"}]}"
+        for depth in range(960, 1000)  # about what JSON refuses, and what is walked does not reach
+    ]
+    half = json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode()
+    answers = every(tokenizer, [TextRow(b"the cat", data) for data in (half, *nested)] + [row("a")])
+    assert "half of a surrogate pair" in answers[0].refused and not answers[-1].refused
+    assert tokenizer.starts == 1
 
 
 def test_a_process_that_is_killed_costs_no_row(tokenizer):

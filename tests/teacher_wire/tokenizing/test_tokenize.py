@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from teacher_wire.artifacts.kinds.byte_table import of_artifact
+from teacher_wire.artifacts.kinds.byte_table import ByteTableKind, of_artifact
 from teacher_wire.core.errors import (
     CapabilityError,
     LabelError,
@@ -18,6 +18,7 @@ from teacher_wire.core.errors import (
     UnavailableError,
 )
 from teacher_wire.core.info import BYTE_TABLE
+from teacher_wire.core.tensor import Tensor
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.fake_tokenizer import FakeTokenizer
@@ -28,6 +29,7 @@ from teacher_wire.vocabulary.byte_table import END, TEXT, THINK_CLOSE, THINK_OPE
 
 READER = FakeTokenizer((b"the ", b"cat", "你好".encode(), b"12"))
 ASKED = json.dumps({"messages": [{"role": "user", "content": "the cat?"}]}).encode()
+WRAPPING = np.array([2**31 - 1, -(2**31), -1, 3], np.int32)  # differences of int32 that seem to rise
 TEXTS = ["the cat 123", "你好，世界 🤖\r\n", "", "  x\n"]
 
 
@@ -185,6 +187,7 @@ def spoiled(**changes):
         ({"prompt_tokens": 1}, "one end for each token"),
         ({"byte_ends_C": np.array([3, 2], np.int32)}, "those of the text"),
         ({"byte_ends_C": np.array([4, 3], np.int32)}, "those of the text"),
+        ({"token_ids_T": np.ones(5, np.int32), "prompt_tokens": 1, "byte_ends_C": WRAPPING}, "those of the text"),
     ],
 )
 def test_answers_that_are_none_are_refused(changes, named):
@@ -192,6 +195,12 @@ def test_answers_that_are_none_are_refused(changes, named):
     call = TokenizeCall("fake", "f", (TextRow(b"cat", ASKED),))
     with pytest.raises(LabelError, match=named):
         codec.decode_reply(spoiled(**changes), call, info)
+
+
+def test_why_a_row_is_refused_is_short_and_moves_no_cursor():
+    reply = codec.encode_reply([TokenizedRow.refusal("no \x1b[2J" + "x" * 10_000)], "f")
+    (row,) = codec.decode_reply(reply, TokenizeCall("fake", "f", (TextRow(b"cat", ASKED),)), teacher().teacher_info())
+    assert row.refused.startswith("no  [2Jx") and len(row.refused) <= 400
 
 
 def test_a_tampered_answer_and_a_foreign_one_are_refused():
@@ -205,6 +214,17 @@ def test_a_tampered_answer_and_a_foreign_one_are_refused():
         codec.decode_reply(codec.encode_reply([], "g"), call, info)
     with pytest.raises(LabelError, match="for each row"):
         codec.decode_reply(codec.encode_reply([], "f"), call, info)
+
+
+@pytest.mark.parametrize("ends", [[0, *WRAPPING.tolist()], [0, 2, 1, 1, 3], [1, 1, 1, 1, 3], [0, 1, 1, 1, 2]])
+def test_byte_tables_whose_ends_are_none_are_refused(ends):
+    tensors = {
+        "bytes_B": Tensor("uint8", np.zeros(3, np.uint8)),
+        "ends_V1": Tensor("int32", np.array(ends, np.int32)),
+        "role_V": Tensor("uint8", np.full(4, TEXT, np.uint8)),
+    }
+    with pytest.raises(LabelError, match="those of its bytes"):
+        ByteTableKind().make(tensors, {})
 
 
 async def test_what_a_tenant_has_open_is_counted_and_given_back():

@@ -102,8 +102,11 @@ def evidence_of(part: TeacherPart, read: Read) -> Integrity | None:
     else:
         seen = Seen(*(torch.cat(column) for column in zip(*read.seen, strict=True)))
     checked = part.rows.checked if isinstance(part.rows, HiddenRows) else None
-    if checked is not None:  # of the rows left out some may be among the checked: so many are looked at at least
-        checked = max(1, checked - (part.rows.lse_N.numel() - len(used)))
+    if checked is not None and isinstance(part.rows, HiddenRows):
+        told = part.rows.checked_row
+        # Where it is not told which, of the rows left out some may be among the checked: so many are looked at at least.
+        left_out = part.rows.lse_N.numel() - len(used)
+        checked = max(1, checked - left_out) if told is None else int(np.isin(used.host_P, told).sum())
     served = part.rows.lse_N[row_P], part.rows.label_logp_N[row_P]
     evidence = Integrity(
         used.device_P, served[0], seen.lse_C, served[1], seen.label_logp_C, part.rows.tolerance, checked, part.name
