@@ -172,15 +172,21 @@ def open_sessions(
         )  # fmt: skip
         opened = findings.attempt(
             f"teachers.{several}" if several else "teacher",
-            partial(_run, opening, labels),
+            partial(_run, opening, labels, several),
             f"the server at {connection.address} answers",
         )
         sessions += [opened] if opened is not None else []
     return sessions
 
 
-def _run(opening: _Opening, settled: LabelConfig | None) -> TeacherSession | None:
-    return event_loop.run(opening.run(settled))
+def _run(opening: _Opening, settled: LabelConfig | None, several: str) -> TeacherSession | None:
+    """The session; what the wire says of one of several teachers begins with its name: they may share a server."""
+    try:
+        return event_loop.run(opening.run(settled))
+    except TeacherWireError as error:
+        if several and repr(several) not in error.message:
+            error.message = f"teacher {several!r}: {error.message}"
+        raise
 
 
 @dataclass(frozen=True)

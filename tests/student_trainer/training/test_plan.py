@@ -130,7 +130,7 @@ def test_rows_of_a_teacher_that_does_not_answer_are_not_told_as_without_one(two,
     for second in ({"address": "127.0.0.1:1"}, {"address": server.address, "name": "nobody"}):
         made = plan(two(**second, tags=["u"]), quiet())
         (bad,) = (found for found in made.findings if not found.ok)
-        assert bad.setting == "teachers.far"
+        assert bad.setting == "teachers.far" and bad.what.startswith("teacher 'far': ")
         assert not [found for found in made.findings if "have no teacher" in found.what]
 
 
