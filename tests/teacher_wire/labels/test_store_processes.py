@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,11 @@ def small_disk(folder, size):
     try:
         yield folder
     finally:
+        for thread in threading.enumerate():
+            if (
+                thread.name == "label-budget"
+            ):  # a look at the folder that a writer has started aside keeps the disk busy
+                thread.join(timeout=30)
         subprocess.run(["umount", str(folder)], check=True)
 
 
