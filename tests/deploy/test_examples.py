@@ -16,7 +16,8 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "examples").glob("*.ya
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_parses(path):
     tree = yaml.safe_load(path.read_text())
-    load = load_server if "teachers" in tree else load_traces_config if "sampling" in tree else load_training
+    is_server = "teachers" in tree and "model" not in tree  # a student may have several teachers
+    load = load_server if is_server else load_traces_config if "sampling" in tree else load_training
     load(path)
 
 
