@@ -145,7 +145,9 @@ class TokenizerProcess:
         """
         stream = _pipe(process.stdout)
         deadline = time.monotonic() + within_s
-        while not select.select([stream], [], [], 1.0)[0]:
+        arrived = select.poll()  # not `select.select`, which knows no file descriptor above 1,023
+        arrived.register(stream, select.POLLIN)  # an end of file comes as POLLHUP, which is always told
+        while not arrived.poll(1000):
             if time.monotonic() > deadline:
                 process.kill()
                 raise EOFError

@@ -1,6 +1,9 @@
 """The tokenizer's process: the same rows as in this one, and rows that loop, bloat or kill it take no other row along."""
 
+import contextlib
 import json
+import os
+import resource
 import threading
 
 import pytest
@@ -32,6 +35,20 @@ def tokenizer():
     made = TokenizerProcess(FILES, row_s=0.3, memory_bytes=1 << 30)
     yield made
     made.close()
+
+
+def test_it_is_read_whatever_number_its_pipe_has(tokenizer):
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1200:
+        pytest.skip("this process may not have so many files open")
+    with contextlib.ExitStack() as taken:
+        here = os.open(os.curdir, os.O_RDONLY)
+        taken.callback(os.close, here)
+        while (number := os.dup(here)) < 1030:
+            taken.callback(os.close, number)
+        taken.callback(os.close, number)
+        (answer,) = tokenizer.rows([row("go on")])
+    assert not answer.refused
 
 
 def every(tokenizer, rows):
