@@ -5,6 +5,7 @@ In: the tags of the teachers and of a row; out: names of teachers. Policy over n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,3 +75,9 @@ def counted(routing: Routing, rows: Sequence[Sequence[str]]) -> Mapping[str, int
         for name in routing.asked(tags):
             counts[name] += 1
     return counts
+
+
+def unclaimed(routing: Routing, rows: Sequence[Sequence[str]]) -> Mapping[str, int]:
+    """Tags that no teacher has, each with how many of some rows, given by their tags, have it; the commonest first."""
+    known = {tag for _, own in routing.tags_of for tag in own}
+    return dict(Counter(tag for tags in rows for tag in tags if tag not in known).most_common())

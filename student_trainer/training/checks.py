@@ -17,6 +17,7 @@ from rich.console import Console
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.data.inputs import bytes_on_disk, load_run_data, order_of
+from student_trainer.data.routing import unclaimed
 from student_trainer.errors import RunError
 from student_trainer.files import LOCK_NAME, free_bytes
 from student_trainer.findings import Finding, Findings, checked
@@ -42,6 +43,8 @@ from student_trainer.training.run_folder import (
     settled_labels,
 )
 from student_trainer.training.trainer import check_single_process
+
+_SHOWN_TAGS = 8  # of those that no teacher has
 
 Look = Callable[[Findings, Outline, TokenizedDataset, TokenizedDataset | None, Sequence[TeacherSession]], None]
 
@@ -159,6 +162,7 @@ def check_taught(config: TrainConfig, sessions: Sequence[TeacherSession], data: 
         return
     if all(session.reading.routing is None and session.bridge is None for session in sessions):
         return
+    yield from _check_tags(sessions, data)
     alone = [row.example.key for row in data if not any(session.responsible(row.example) for session in sessions)]
     if not alone:
         yield Finding.good("teachers", f"each of the {len(data):,} rows has a teacher")
@@ -169,6 +173,18 @@ def check_taught(config: TrainConfig, sessions: Sequence[TeacherSession], data: 
         yield Finding.bad("loss.sft_weight", f"{told}, and loss.sft_weight=0 leaves them nothing to learn", fix)
     else:
         yield Finding.good("teachers", told, f"{told}: they learn from the data's own tokens alone (loss.sft_weight)")
+
+
+def _check_tags(sessions: Sequence[TeacherSession], data: TokenizedDataset) -> Iterator[Finding]:
+    """Says which tags of the rows no teacher has: a misspelt one would give its rows to others without a word."""
+    routing = sessions[0].reading.routing
+    if routing is None:
+        return
+    found = unclaimed(routing, [row.example.tags for row in data])
+    if found:
+        named = ", ".join(f"{tag!r} ({count:,} rows)" for tag, count in list(found.items())[:_SHOWN_TAGS])
+        told = f"no teacher has the tags {named}{', ...' if len(found) > _SHOWN_TAGS else ''} of data.train"
+        yield Finding.good("teachers", told, f"{told}; if one of them is meant, add it to teachers[].tags")
 
 
 def check_folder(config: TrainConfig, resume: bool) -> Iterator[Finding]:

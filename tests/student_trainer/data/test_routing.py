@@ -7,7 +7,7 @@ import pytest
 
 from student_trainer.data.dataset import build_dataset
 from student_trainer.data.readers import Readers
-from student_trainer.data.routing import Routing
+from student_trainer.data.routing import Routing, unclaimed
 from student_trainer.data.rows.intake import Intake
 from student_trainer.data.rows.sources import DataSource
 from student_trainer.data.teacher_view import TeacherContext
@@ -135,3 +135,8 @@ def test_what_a_teacher_with_another_tokenizer_is_told_ends_before_the_answer(so
     for row in data:
         assert row.example.loss_mask[row.example.told.answer_start :].all()
         assert not row.example.loss_mask[: row.example.told.answer_start].any()
+
+
+def test_tags_that_no_teacher_has_are_counted():
+    rows = [("math",), ("Math", "code"), ("code",), ()]
+    assert list(unclaimed(Routing(ROUTES), rows).items()) == [("code", 2), ("Math", 1)]

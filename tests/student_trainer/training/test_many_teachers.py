@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -134,12 +135,20 @@ def test_where_a_teacher_is_does_not_decide_what_a_run_is(two_of, other):
         assert train(config, resume=True, console=quiet()).steps == 6
 
 
-def test_rows_without_a_teacher_learn_from_their_own_tokens_and_are_told(two_of):
-    """Whole micro-batches of them too."""
+def test_rows_without_a_teacher_learn_from_their_own_tokens_and_are_told(two_of, tmp_path):
+    """Whole micro-batches of them too; so are tags that no teacher has."""
     said = io.StringIO()
-    tagged = {"near": {"tags": ["math"]}, "far": {"tags": ["math"]}, "data": {"tag_field": "about"}}
+    misspelt = {"path": str(tmp_path / "tagged.jsonl"), "tags": ["Maths"]}
+    tagged = {
+        "near": {"tags": ["math"]},
+        "far": {"tags": ["math"]},
+        "data": {"tag_field": "about", "train": [misspelt]},
+    }
     result = train(two_of(train={"batch_size": 1}, **tagged), console=Console(file=said, width=300))
     assert "rows have no teacher" in said.getvalue() and result.steps == 6
+    assert re.search(
+        r"no teacher has the tags 'Maths' \(\d+ rows\) of data\.train; .* teachers\[\]\.tags", said.getvalue()
+    )
     with pytest.raises(ConfigError, match=r"loss\.sft_weight=0 leaves them nothing to learn"):
         train(
             two_of(loss={"sft_weight": 0}, run={"output_dir": str(result.output_dir) + "2"}, **tagged), console=quiet()
