@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from teacher_server.config.publish import PublishConfig
 from teacher_server.publishing.blueprint import Blueprint
@@ -34,6 +35,7 @@ _LOOK_S = 0.2
 _TELL_S = 1.0
 _DEPLOY_S = 3600.0
 _RETRY_S = 2.0
+_Result = TypeVar("_Result")
 
 
 class Publishing:
@@ -74,12 +76,12 @@ class Publishing:
         try:
             revisions = Revisions.of(settings, name)
             with contextlib.ExitStack() as stack:
-                if not await asyncio.to_thread(stack.enter_context, revisions.locked()):
+                if not await _to_its_end(stack.enter_context, revisions.locked()):
                     raise OverloadedError(
                         "another revision of this teacher is being published", field="teacher", value=name, limit=1,
                         retry_after_s=_RETRY_S,
                     )  # fmt: skip
-                receiving = await asyncio.to_thread(Receiving, publication, revisions, blueprint, settings)
+                receiving = await _to_its_end(Receiving, publication, revisions, blueprint, settings)
                 stack.callback(receiving.close)
                 yield _Incoming(self, _Revision(name, publication.revision, plan.model), receiving, revisions, settings)
         finally:
@@ -178,11 +180,14 @@ class _Incoming:
                 "the files do not come in time; what came is kept for the next call", field="publish.upload_s",
                 limit=self._settings.upload_s,
             )  # fmt: skip
-        await asyncio.to_thread(self._receiving.write, file, data)
+        await _to_its_end(self._receiving.write, file, data)
 
     async def finish(self) -> None:
-        await asyncio.to_thread(self._receiving.finish)
-        await asyncio.to_thread(self._revisions.want, self._revision.model, self._revision.name)
+        await _to_its_end(self._finish)
+
+    def _finish(self) -> None:
+        self._receiving.finish()
+        self._revisions.want(self._revision.model, self._revision.name)
 
     async def deployed(self, tell: Callable[[str], Awaitable[None]]) -> str:
         until_s, told_s = time.monotonic() + _DEPLOY_S, 0.0
@@ -208,3 +213,18 @@ class _Incoming:
                 await tell(f"{plan.state}, {plan.replicas} of {plan.replicas_wanted} replicas")
             await asyncio.sleep(_LOOK_S)
         raise UnavailableError("not deployed in time: is teacher-server up away?", field="teacher", limit=_DEPLOY_S)
+
+
+async def _to_its_end(work: Callable[..., _Result], *arguments: Any) -> _Result:
+    """What work in a thread returns; a publisher who leaves does not tear it in two.
+
+    The cancellation is raised once the work is done: a thread cannot be stopped, and the lock of the teacher must not be released beside
+    it. So a revision that has got its name is also wanted.
+    """
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        task.exception()
+        raise

@@ -5,12 +5,13 @@ import errno
 import json
 import shutil
 import struct
+import threading
 from dataclasses import replace
 
 import grpc
 import pytest
 
-from teacher_server.publishing import receiving
+from teacher_server.publishing import receiving, revisions
 from teacher_wire.core.errors import (
     CapabilityError,
     ForbiddenError,
@@ -87,6 +88,16 @@ async def raw(server, *messages, tenant="trainer", end=True):
     return said, error
 
 
+async def released(server):
+    """Waits until the call of a publisher who has left lets go of the teacher: its thread works to the end."""
+    async with asyncio.timeout(20):
+        while True:
+            with server.revisions.locked() as free:
+                if free:
+                    return
+            await asyncio.sleep(0.01)
+
+
 def nothing_left(server):
     assert server.folders() == set() and server.revisions.wanted("") == []
     assert not server.incoming.exists() and server.deployed == []
@@ -110,6 +121,7 @@ async def test_a_revision_goes_live_is_named_and_is_not_sent_again(base, student
         missing = [tmp_path / "nowhere"]  # nothing is read: all of it is there
         with pytest.raises(FileNotFoundError):
             await client.publish(replace(publication, files=publication.files), missing)
+        await released(server)
         assert await client.publish(publication, sources) == fingerprint
 
 
@@ -448,6 +460,34 @@ async def test_a_publisher_that_leaves_while_it_is_deployed_changes_nothing(base
             gone.cancel()
             await asyncio.gather(gone, return_exceptions=True)
         server.idle = False
+        async with asyncio.timeout(20):
+            while server.deployed != [publication.revision]:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_publisher_that_leaves_between_a_revision_and_its_wish_has_it_deployed(
+    base, student, tmp_path, monkeypatch
+):
+    """Whole is wanted: the two are one step, also to somebody who cancels in the midst of it."""
+    publication, sources = publication_of(student)
+    whole, left = threading.Event(), threading.Event()
+    publish = revisions.Revisions.publish
+
+    def slow(self, staged, revision):
+        publish(self, staged, revision)
+        whole.set()
+        assert left.wait(20)
+
+    monkeypatch.setattr(revisions.Revisions, "publish", slow)
+    async with publishing(tmp_path, base) as server:
+        async with client_of(server) as client:
+            gone = asyncio.create_task(client.publish(publication, sources))
+            assert await asyncio.to_thread(whole.wait, 20)
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+        with server.revisions.locked() as free:
+            assert not free, "the lock is held while the thread still works"
+        left.set()
         async with asyncio.timeout(20):
             while server.deployed != [publication.revision]:
                 await asyncio.sleep(0.01)
