@@ -5,7 +5,6 @@ Loads no torch before the command runs.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from student_trainer.cli.asking import ConfigFile, Overrides, progress_console
 from student_trainer.config.run import load_config
 from student_trainer.errors import ConfigError
 
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from student_trainer.training.planning.plan import TeacherCoverage
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto: plan to go on from the newest complete checkpoint")] = "no",
 ) -> None:
     """Show what a run would do: its resolved config, every finding, and what teachers of another tokenizer can teach.
@@ -33,7 +37,7 @@ def plan(
     if resume not in ("auto", "no"):
         raise ConfigError(f"--resume {resume}: choose auto or no")
     loaded = load_config(config, overrides)
-    progress = Console(stderr=True, highlight=False, soft_wrap=True)
+    progress = progress_console()
     from rich.syntax import Syntax
 
     from student_trainer.training.planning.plan import plan as make

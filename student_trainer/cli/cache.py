@@ -26,7 +26,7 @@ from student_trainer.teachers.artifact_files import artifact_files, artifact_fol
 from teacher_wire.labels.budget import File
 from teacher_wire.labels.store import Amount, LabelStore, StoreStats
 
-app = typer.Typer(help="Look after the labels on this machine's disk.", no_args_is_help=True)
+app = typer.Typer(help="Look after the labels on this machine's disk.", no_args_is_help=True, add_completion=False)
 
 _DAY_S = 86_400.0
 CacheDir = Annotated[Path, typer.Option("--cache-dir", help="run.cache_dir of the runs that share it")]

@@ -1,0 +1,32 @@
+"""`student-trainer traces`. Loads no torch before it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from student_trainer.cli.asking import ConfigFile, Overrides, going_on, progress_console
+from student_trainer.errors import ConfigError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def traces(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[str, typer.Option(help="auto: go on with the run in output_dir")] = "no",
+) -> None:
+    """Ask a teacher for reasoning traces, verify them, and write them as rows to train on."""
+    if resume not in ("auto", "no"):
+        raise ConfigError(f"--resume {resume}: choose auto or no")
+    from student_trainer.config.traces import load_traces_config
+
+    loaded = load_traces_config(config, overrides)
+    console = progress_console()
+    from student_trainer.traces.run import make_traces
+
+    with going_on(console, "traces", config, overrides, "--resume auto"):
+        result = make_traces(loaded, resume=resume == "auto", console=console)
+    console.print(f"[bold green]done[/] {result.output_dir / 'traces.jsonl'}")
