@@ -1,5 +1,7 @@
 """The proof that labels over the real wire teach: task 1 of algorithms.md 12, five seeds, with its stated thresholds.
 
+What claims no interval, the order of the transports and int8 states, is shown on the first three of them.
+
 Real: engine, gRPC on a loopback port, codec, checks of labels, chunked loss, integrity check. Labels of a student's 512
 fixed sequences are fetched once a transport and reused at every step, as a label cache does; the table is printed.
 """
@@ -19,7 +21,7 @@ from tests.e2e import task1
 from tests.e2e.classroom import Arm, classroom, paired, renormalised_top_k, table, teacher_folder, train_student
 
 pytestmark = pytest.mark.timeout(1200)
-SEEDS = range(5)
+SEEDS = {"sft": 5, "hidden": 5}  # the gate; the other arms take three
 ARMS = {
     "sft": Arm(),
     "hidden": Arm(spec_of("hidden", task1.VOCAB)),
@@ -45,7 +47,8 @@ def kl_of(teacher) -> Iterator[Callable[[str], list[float]]]:
 
     def train(name: str) -> list[float]:
         if name not in found:
-            students = (train_student(task1.STUDENT, task1.examples(seed), ARMS[name], seed, room) for seed in SEEDS)
+            seeds = range(SEEDS.get(name, 3))
+            students = (train_student(task1.STUDENT, task1.examples(seed), ARMS[name], seed, room) for seed in seeds)
             found[name] = [task1.kl_to_truth(student.model) for student in students]
         return found[name]
 
@@ -79,11 +82,11 @@ def test_full_beats_tail_beats_renormalised(kl_of, capsys) -> None:
     for better, worse in zip(("full", "top-4 + tail"), ("top-4 + tail", "top-4 renormalised"), strict=True):
         assert all(b < w for b, w in zip(found[better], found[worse], strict=True)), (better, worse)
     # Two exact transports of one distribution: they differ by rounding alone.
-    assert found["hidden"] == pytest.approx(found["full"], rel=0.05)
+    assert found["hidden"][:3] == pytest.approx(found["full"], rel=0.05)
 
 
 def test_int8_states_teach_as_well(kl_of, capsys) -> None:
     found = {name: kl_of(name) for name in ("hidden", "hidden int8")}
     with capsys.disabled():
         print(f"\n{table(found)}")
-    assert np.mean(found["hidden int8"]) <= 1.05 * np.mean(found["hidden"])
+    assert np.mean(found["hidden int8"]) <= 1.05 * np.mean(found["hidden"][:3])
