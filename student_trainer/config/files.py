@@ -5,9 +5,10 @@ In: a path, or plain data; out: plain data, or the model. Knows nothing of what 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -85,6 +86,18 @@ def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     for override in overrides or []:
         _override(tree, override)
     return tree
+
+
+def with_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of plain data with `section.field=value` overrides; what was given stays as it is.
+
+    Raises:
+        ConfigError: naming an override that cannot be.
+    """
+    copied = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _override(copied, override)
+    return copied
 
 
 def parse_as(kind: type[Parsed], tree: dict[str, Any], origin: str) -> Parsed:
