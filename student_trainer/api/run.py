@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from student_trainer.config.files import read_tree, with_overrides
+from student_trainer.config.files import override_tree, read_tree
 from student_trainer.config.run import TrainConfig, parse_config
 from student_trainer.training.run_folder import RunResult
 
@@ -41,9 +42,9 @@ def train(
     """
     texts = [*overrides] if not isinstance(overrides, Mapping) else [_override(*item) for item in overrides.items()]
     if isinstance(config, TrainConfig):
-        parsed = parse_config(with_overrides(config.model_dump(mode="json"), texts), "config") if texts else config
+        parsed = parse_config(override_tree(config.model_dump(mode="json"), texts), "config") if texts else config
     elif isinstance(config, Mapping):
-        parsed = parse_config(with_overrides(config, texts), "config")
+        parsed = parse_config(override_tree(copy.deepcopy(dict(config)), texts), "config")
     else:
         path = Path(config).expanduser()
         parsed = parse_config(read_tree(path, texts), str(config))

@@ -5,10 +5,9 @@ In: a path, or plain data; out: plain data, or the model. Knows nothing of what 
 
 from __future__ import annotations
 
-import copy
 import difflib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -83,21 +82,18 @@ def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections, not {type(tree).__name__ if tree is not None else 'nothing'}")
-    for override in overrides or []:
-        _override(tree, override)
-    return tree
+    return override_tree(tree, overrides or [])
 
 
-def with_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of plain data with `section.field=value` overrides; what was given stays as it is.
+def override_tree(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`tree` with `section.field=value` overrides, which change it; of one given twice the last counts.
 
     Raises:
-        ConfigError: naming an override that cannot be.
+        ConfigError: one line that names the override.
     """
-    copied = copy.deepcopy(dict(tree))
     for override in overrides:
-        _override(copied, override)
-    return copied
+        _override(tree, override)
+    return tree
 
 
 def parse_as(kind: type[Parsed], tree: dict[str, Any], origin: str) -> Parsed:
@@ -200,7 +196,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     if not equals or not dotted:
-        raise ConfigError(f"override {override!r}: expected section.field=value")
+        raise ConfigError(
+            f"override {override!r}: expected section.field=value (one config file is read, which stands first or behind --config)"
+        )
     *parents, last = dotted.split(".")
     node: Any = tree
     for key in parents:
