@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see deploy/examples/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value, e.g. train.max_steps=100")]
 AsJson = Annotated[bool, typer.Option("--json", help="the result as one JSON object on standard output")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in output_dir, from its newest whole checkpoint")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="go on with the run in output_dir, from its newest whole checkpoint")
+]
 ResumeFrom = Annotated[
     Path | None,
-    typer.Option("--resume-from", help="go on from this checkpoint-N of the run; newer ones are set aside, not deleted"),
+    typer.Option(
+        "--resume-from", help="go on from this checkpoint-N of the run; newer ones are set aside, not deleted"
+    ),
 ]
 
 

@@ -181,7 +181,11 @@ def open_folder(
         if is_finished(folder, note):
             raise AlreadyFinished
         checkpoint.discard_unfinished(folder)
-        start = checkpoint.chosen(folder, resume, note) if isinstance(resume, Path) else checkpoint.newest_whole(folder, note)
+        start = (
+            checkpoint.chosen(folder, resume, note)
+            if isinstance(resume, Path)
+            else checkpoint.newest_whole(folder, note)
+        )
         identity |= {"history": before["history"]} if "history" in before else {}
         if others:
             begun_at = checkpoint.step_of(start) if start else 0

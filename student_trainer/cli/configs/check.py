@@ -26,9 +26,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def check(
-    config: ConfigFile, overrides: Overrides = None, resume: Resume = False, as_json: AsJson = False
-) -> None:
+def check(config: ConfigFile, overrides: Overrides = None, resume: Resume = False, as_json: AsJson = False) -> None:
     """Check a config, its files and this machine; ask no teacher, tokenise nothing, write nothing.
 
     `plan` checks all the rest. Exits with 2 if something must be changed.
@@ -83,7 +81,9 @@ def _source(findings: Findings, name: str, source: object) -> None:
     from student_trainer.data.rows.sources import HUB_ID, local_path, parse_source, read_source
 
     made = findings.attempt(
-        name, lambda: parse_source(source) if isinstance(source, str) else source_of(source), f"{name} is a source"  # type: ignore[arg-type]
+        name,
+        lambda: parse_source(source) if isinstance(source, str) else source_of(source),
+        f"{name} is a source",  # type: ignore[arg-type]
     )
     if made is None:
         return
@@ -150,4 +150,6 @@ def _show(found: list[Finding], name: str, bad: int) -> None:
         console.print(f"{mark} {escape(finding.setting)}: {escape(told)}")
     passed = sum(finding.ok for finding in found)
     end = f"[bold red]{bad} to be changed[/]" if bad else "[bold green]fine[/]"
-    console.print(f"{escape(name)}: {end} ({passed} of {len(found)} checks passed; `student-trainer plan` asks the teacher too)")
+    console.print(
+        f"{escape(name)}: {end} ({passed} of {len(found)} checks passed; `student-trainer plan` asks the teacher too)"
+    )

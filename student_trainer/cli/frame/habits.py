@@ -46,7 +46,9 @@ def _shown() -> dict[str, Any]:
         ] = None,
         overrides: Annotated[
             list[str] | None,
-            typer.Option(_SET, metavar="SECTION.FIELD=VALUE", help="a setting, as behind the config file; may be repeated"),
+            typer.Option(
+                _SET, metavar="SECTION.FIELD=VALUE", help="a setting, as behind the config file; may be repeated"
+            ),
         ] = None,
     ) -> None:
         """Only a way to have typer make the options."""
@@ -71,9 +73,7 @@ class ConfigCommand(typer.core.TyperCommand):
         return super().parse_args(ctx, plain)
 
 
-def positional(
-    args: Sequence[str], *, has_config: bool, has_overrides: bool, resume_is_flag: bool | None
-) -> list[str]:
+def positional(args: Sequence[str], *, has_config: bool, has_overrides: bool, resume_is_flag: bool | None) -> list[str]:
     """Arguments with the config first, overrides as plain arguments in their order, and `--resume` as the command takes it.
 
     Args:

@@ -13,12 +13,16 @@ from student_trainer.cli.frame.habits import adopt
 
 
 class Command(NamedTuple):
-    """A command: its name, the module whose `app` is its typer application, a line of help, and lines that one would type."""
+    """A command: its name, the module whose `app` is its typer application, a line of help, and lines that one would type.
+
+    A hidden one is called by a process of ours alone.
+    """
 
     name: str
     module: str
     help: str
     examples: tuple[str, ...] = ()
+    is_hidden: bool = False
 
 
 class CommandTable(typer.core.TyperGroup):
@@ -32,7 +36,9 @@ class CommandTable(typer.core.TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         for command in self.table:
-            self.add_command(typer.core.TyperCommand(command.name, help=command.help), command.name)
+            self.add_command(
+                typer.core.TyperCommand(command.name, help=command.help, hidden=command.is_hidden), command.name
+            )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, stub, rest = super().resolve_command(ctx, args)

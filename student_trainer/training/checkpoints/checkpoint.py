@@ -178,7 +178,9 @@ def check_chosen(run_folder: Path, named: Path) -> Path:
         there = ", ".join(found.name for found in _ours(run_folder)) or "none"
         raise RunError(f"--resume-from {named}: is no checkpoint of the run in {run_folder}; there are: {there}")
     if damage := damage_of(folder):
-        raise RunError(f"--resume-from {named}: is damaged: {damage}; choose another one, or the newest whole one by --resume")
+        raise RunError(
+            f"--resume-from {named}: is damaged: {damage}; choose another one, or the newest whole one by --resume"
+        )
     return folder
 
 

@@ -50,9 +50,29 @@ def _describe(section: dict[str, Any], model: type[BaseModel]) -> None:
         if issubclass(base, BaseModel) and base.__doc__ and base is not BaseModel:
             told |= fields_of(inspect.cleandoc(base.__doc__))
     section["description"] = inspect.cleandoc(model.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    short = _short_forms(model)
     for name, field in section.get("properties", {}).items():
+        if name in short:
+            field = section["properties"][name] = _or_text(field)
         if name in told:
             field.setdefault("description", told[name])
+
+
+def _short_forms(model: type[BaseModel]) -> set[str]:
+    """Fields whose sections may stand as a text, such as a path: those that a validator reads before their type does."""
+    validators = model.__pydantic_decorators__.field_validators.values()
+    return {name for validator in validators if validator.info.mode == "before" for name in validator.info.fields}
+
+
+def _or_text(node: Any) -> Any:
+    """The same schema where each section may also be a text."""
+    if isinstance(node, list):
+        return [_or_text(inner) for inner in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return {"anyOf": [node, {"type": "string"}]}
+    return {name: _or_text(inner) for name, inner in node.items()}
 
 
 def fields_of(docstring: str) -> dict[str, str]:
