@@ -11,7 +11,7 @@ STUBS := proto/teacher_wire/v2/teacher.proto
 REAL ?= $(HOME)/.cache/lyceum-real
 REAL_TESTS ?= tests/real
 
-.PHONY: setup setup-vllm demo test real lint format bench soak extras stubs clean
+.PHONY: setup setup-vllm demo test real lint format bench soak extras stubs schemas clean
 
 setup: $(STAMP)
 
@@ -73,6 +73,12 @@ soak: $(STAMP)
 # Each house installed alone; by hand, it needs a few minutes and 3 GB.
 extras: $(STAMP)
 	@$(BIN)/python -m tests.e2e.check_extras
+
+# The JSON schemas that editors read; tests/deploy/test_schemas.py says when they are old.
+schemas: # not of $(STAMP), as `stubs`
+	@PYTHONPATH=.:proto $(BIN)/python -m student_trainer.cli config schema >deploy/schema/run.schema.json
+	@PYTHONPATH=.:proto $(BIN)/python -m student_trainer.cli config schema --kind traces >deploy/schema/traces.schema.json
+	@PYTHONPATH=.:proto $(BIN)/python -m teacher_server.cli config schema >deploy/schema/server.schema.json
 
 # The generator is pinned apart from the runtime: its stubs import under protobuf 5.29 and newer, those of later
 # generators demand 7.35 or newer; and it needs a protobuf older than the one we run with.

@@ -7,12 +7,16 @@
     └── RunError      a run cannot start, continue or be resumed
         ├── NonFiniteError  the numbers of a run are no numbers any more; exit code 1
         ├── RolloutError    the student's own samples cannot be written
-        └── TeacherAwayError  one of several teachers does not answer; exit code 3, and the run can be resumed
+        └── TeacherAwayError  one of several teachers does not answer; exit code 75, and the run can be resumed
 
 The text of each is one clear line naming what and where; the CLI prints it and exits with its `exit_code`.
 """
 
 from __future__ import annotations
+
+from teacher_wire.core.errors import DeadlineError, OverloadedError, UnavailableError
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing needs to be changed before the same command is tried again
 
 
 class StudentError(Exception):
@@ -75,9 +79,16 @@ class RolloutError(RunError):
 
 
 class TeacherAwayError(RunError):
-    """A teacher of the list `teachers` does not answer, and its labels cannot be done without: the run goes on later, by --resume auto."""
+    """A teacher of the list `teachers` does not answer, and its labels cannot be done without: the run goes on later, by --resume."""
 
-    exit_code = 3
+    exit_code = TRY_AGAIN
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Of the command that an error ends: its own; 75 if the teacher is away, too busy or too slow; else 2, since something must be changed."""
+    if isinstance(error, UnavailableError | OverloadedError | DeadlineError):
+        return TRY_AGAIN
+    return int(getattr(error, "exit_code", 2))
 
 
 def _shown(value: object, limit: int = 80) -> str:

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from student_trainer.cli.asking import ConfigFile, Overrides, going_on, progress_console
-from student_trainer.config.run import load_config
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,6 +20,8 @@ def label(
     ] = False,
 ) -> None:
     """Ask for the labels of a run ahead of it; those that are on disk already are skipped."""
+    from student_trainer.config.run import load_config
+
     loaded = load_config(config, overrides)
     console = progress_console()
     if generate:

@@ -1,24 +1,52 @@
 """`student-trainer`: every command of a user's way, each in a file of its own that is read when it is called.
 
-Exit codes: 0 done; 1 numbers of a run that are not finite (one line), or a fault of ours (a traceback); 2 something the user can mend
-(one line says what and where); 3 one of several teachers is away, and the run can be resumed when it is back; 130 interrupted.
+Exit codes: 0 done; 1 numbers of a run that are not finite (one line), or a fault of ours (a traceback); 2 something must be changed
+(one line says what and where); 75 the same command may be tried again as it is: a teacher is away, too busy or too slow;
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
-from student_trainer.cli.table import Command, CommandTable
+from student_trainer.cli.frame.table import Command, CommandTable
 
 COMMANDS = (
-    Command("train", "student_trainer.cli.train", "Train a student."),
-    Command("label", "student_trainer.cli.label", "Ask for the labels of a run ahead of it; or let the teacher write."),
-    Command("plan", "student_trainer.cli.plan", "Show what a run would do, without starting it."),
-    Command("traces", "student_trainer.cli.traces", "Ask a teacher for reasoning traces, and verify them."),
-    Command("cache", "student_trainer.cli.cache", "Look after the labels on this machine's disk."),
-)
+    Command(
+        "plan", "student_trainer.cli.plan", "Show what a run would do, without starting it.",
+        ("student-trainer plan student.yaml", "student-trainer plan student.yaml train.batch_size=4"),
+    ),
+    Command(
+        "train", "student_trainer.cli.train", "Train a student.",
+        (
+            "student-trainer train student.yaml", "student-trainer train student.yaml train.max_steps=100 run.output_dir=runs/short",
+            "student-trainer train --config student.yaml --set train.learning_rate=2e-5 --resume",
+        ),
+    ),
+    Command(
+        "label", "student_trainer.cli.label", "Ask for the labels of a run ahead of it; or let the teacher write.",
+        ("student-trainer label student.yaml", "student-trainer label --generate student.yaml generate.output_dir=runs/answers"),
+    ),
+    Command(
+        "traces", "student_trainer.cli.traces", "Ask a teacher for reasoning traces, and verify them.",
+        ("student-trainer traces traces.yaml", "student-trainer traces traces.yaml sampling.samples=8 --resume"),
+    ),
+    Command(
+        "cache", "student_trainer.cli.cache", "Look after the labels on this machine's disk.",
+        ("student-trainer cache stats", "student-trainer cache prune --max-gb 20 --dry-run"),
+    ),
+    Command(
+        "check", "student_trainer.cli.configs.check", "Check a config, its files and this machine; ask nobody.",
+        ("student-trainer check student.yaml", "student-trainer check student.yaml --json"),
+    ),
+    Command(
+        "config", "student_trainer.cli.configs.config", "Show a resolved config, or the schema of all settings.",
+        ("student-trainer config show student.yaml train.epochs=2", "student-trainer config schema > student.schema.json"),
+    ),
+)  # fmt: skip
 
 
 class _Commands(CommandTable):
@@ -28,25 +56,39 @@ class _Commands(CommandTable):
 app = typer.Typer(
     cls=_Commands,
     help="Train a student on a served teacher's labels.",
+    epilog="Examples:\n\nstudent-trainer plan student.yaml\n\nstudent-trainer train student.yaml train.max_steps=100\n\n"
+    "student-trainer COMMAND --help shows more of each",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"student-trainer {version('lyceum')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show it and exit")
+    ] = False,
+) -> None:
     pass
 
 
 def main() -> None:
     """The console script: one line and an exit code for what is known to go wrong."""
-    from student_trainer.errors import StudentError
+    from student_trainer.errors import StudentError, exit_code_of
     from teacher_wire.core.errors import TeacherWireError
 
     try:
-        app()
+        app(prog_name="student-trainer")
     except (StudentError, TeacherWireError) as error:
         notes = "; ".join(getattr(error, "__notes__", []))
         print(f"student-trainer: {error}{f' ({notes})' if notes else ''}", file=sys.stderr)
-        raise SystemExit(getattr(error, "exit_code", 2)) from None
+        raise SystemExit(exit_code_of(error)) from None

@@ -5,16 +5,14 @@ Loads no torch before the command runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from student_trainer.cli.asking import ConfigFile, Overrides, progress_console
-from student_trainer.config.run import load_config
-from student_trainer.errors import ConfigError
+from student_trainer.cli.asking import ConfigFile, Overrides, Resume, progress_console
 
 if TYPE_CHECKING:
     from student_trainer.findings import Finding
@@ -28,21 +26,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[str, typer.Option(help="auto: plan to go on from the newest complete checkpoint")] = "no",
+    resume: Resume = False,
 ) -> None:
     """Show what a run would do: its resolved config, every finding, and what teachers of another tokenizer can teach.
 
     Asks the teachers, loads no weights, and writes nothing but the cache. Exits with 2 if the run could not start.
     """
-    if resume not in ("auto", "no"):
-        raise ConfigError(f"--resume {resume}: choose auto or no")
+    from student_trainer.config.run import load_config
+
     loaded = load_config(config, overrides)
     progress = progress_console()
     from rich.syntax import Syntax
 
     from student_trainer.training.planning.plan import plan as make
 
-    made = make(loaded, progress, resume=resume == "auto")
+    made = make(loaded, progress, resume=resume)
     console = Console(highlight=False, soft_wrap=True)
     console.print(Syntax(made.config, "yaml", background_color="default") if console.is_terminal else made.config)
     for finding in made.findings:

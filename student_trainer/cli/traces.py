@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from student_trainer.cli.asking import ConfigFile, Overrides, going_on, progress_console
-from student_trainer.errors import ConfigError
+from student_trainer.cli.asking import ConfigFile, Overrides, Resume, going_on, progress_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -16,17 +13,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def traces(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[str, typer.Option(help="auto: go on with the run in output_dir")] = "no",
+    resume: Resume = False,
 ) -> None:
     """Ask a teacher for reasoning traces, verify them, and write them as rows to train on."""
-    if resume not in ("auto", "no"):
-        raise ConfigError(f"--resume {resume}: choose auto or no")
     from student_trainer.config.traces import load_traces_config
 
     loaded = load_traces_config(config, overrides)
     console = progress_console()
     from student_trainer.traces.run import make_traces
 
-    with going_on(console, "traces", config, overrides, "--resume auto"):
-        result = make_traces(loaded, resume=resume == "auto", console=console)
+    with going_on(console, "traces", config, overrides, "--resume"):
+        result = make_traces(loaded, resume=resume, console=console)
     console.print(f"[bold green]done[/] {result.output_dir / 'traces.jsonl'}")

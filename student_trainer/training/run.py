@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ log = logging.getLogger(__name__)
 def train(
     config: TrainConfig,
     *,
-    resume: bool = False,
+    resume: bool | Path = False,
     console: Console | None = None,
     allow_other_teachers: bool = False,
 ) -> RunResult:
@@ -83,7 +84,8 @@ def train(
 
     Args:
         config: the run.
-        resume: go on from the newest complete checkpoint in `run.output_dir`, if there is one.
+        resume: go on from the newest complete checkpoint in `run.output_dir`, if there is one; or from this checkpoint of it: newer ones
+            are set aside.
         console: where progress is shown.
         allow_other_teachers: go on although the teachers, or what they are, have changed since the run was started.
 
@@ -101,7 +103,9 @@ def train(
     trackers = make_trackers(config.train.report_to, note)
     folder = config.run.output_dir
     with FolderLock(folder, note) as lock:
-        findings.add(check_folder(config, resume))
+        findings.add(check_folder(config, bool(resume)))
+        if isinstance(resume, Path):
+            checkpoint.check_chosen(folder, resume)
         if folder.is_dir():
             lock.acquire()
         with connections(config.every_teacher, console) as reached:
@@ -140,7 +144,7 @@ def _run(
     held_out: TokenizedDataset | None,
     sessions: list[TeacherSession],
     reached: list[Connection],
-    resume: bool,
+    resume: bool | Path,
     console: Console,
     lock: FolderLock,
     trackers: list[TrainerCallback],
@@ -186,7 +190,7 @@ def _run(
     try:
         with disk_trouble_named(f"run.output_dir {folder}"):
             lock.acquire()
-        findings.add(check_folder(config, resume))  # another run may have been here since
+        findings.add(check_folder(config, bool(resume)))  # another run may have been here since
     except BaseException:
         if rollouts:
             rollouts.close()  # its engine may be a process

@@ -140,7 +140,7 @@ def pinned_date(config: TrainConfig) -> datetime.date | None:
 def open_folder(
     config: TrainConfig,
     learned_from: dict[str, str],
-    resume: bool,
+    resume: bool | Path,
     console: Console,
     steps: int,
     *,
@@ -152,7 +152,7 @@ def open_folder(
         config: the run.
         learned_from: digests under `teacher`, `data`, `held_out` and `student`, which must not change over a run; the `labels` it was
             started with; and how it is `computed`, which may change and is told of, since other kernels round otherwise.
-        resume: whether a run that is there may be taken up.
+        resume: whether a run that is there may be taken up; or by which of its checkpoints.
         console: told what was found.
         steps: of the whole run.
         allow_other_teachers: whether it may be taken up with other teachers than it was started with; it is told of, and recorded under
@@ -181,7 +181,11 @@ def open_folder(
         if is_finished(folder, note):
             raise AlreadyFinished
         checkpoint.discard_unfinished(folder)
-        start = checkpoint.newest_whole(folder, note)
+        start = (
+            checkpoint.chosen(folder, resume, note)
+            if isinstance(resume, Path)
+            else checkpoint.newest_whole(folder, note)
+        )
         identity |= {"history": before["history"]} if "history" in before else {}
         if others:
             begun_at = checkpoint.step_of(start) if start else 0

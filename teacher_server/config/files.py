@@ -189,7 +189,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     if not equals or not dotted:
-        raise ServerConfigError(f"override {override!r}: expected section.field=value")
+        raise ServerConfigError(
+            f"override {override!r}: expected section.field=value (one config file is read, which stands first or behind --config)"
+        )
     *parents, last = dotted.split(".")
     node: Any = tree
     for key in parents:

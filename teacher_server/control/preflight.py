@@ -22,6 +22,7 @@ from teacher_server.errors import ServerConfigError
 
 _SOCKET_PATH_BYTES = 107  # Linux's limit of a Unix socket's name
 _RAY_SESSION = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+_GPU_DEVICES = ("nvidia[0-9]*", "nvgpu/*", "nvhost-gpu", "kfd", "dxg")  # of NVIDIA, its boards, AMD, and Windows' Linux
 _EDGE_PROCESS = "ray::ServeReplica:lyceum-edge:"
 
 
@@ -42,6 +43,7 @@ def check(config: ServerConfig) -> bool:
         )
     if config.ray.own:
         check_machine(config.ray)
+        check_gpus(config)
     return check_port(edge)
 
 
@@ -97,6 +99,27 @@ def check_machine(ray: RayConfig) -> None:
         os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     ):
         _check_home()
+
+
+def check_gpus(config: ServerConfig) -> None:
+    """Refuses a teacher that asks for a GPU where there is no device of one: on a cluster of our own it would wait for ever.
+
+    Raises:
+        ServerConfigError: naming the teacher, the setting and what would do without a GPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if not hidden and any(path for pattern in _GPU_DEVICES for path in Path("/dev").glob(pattern)):
+        return
+    why = "CUDA_VISIBLE_DEVICES is empty" if hidden else "this machine has none"
+    for teacher in config.teachers:
+        device = str(getattr(teacher.backend, "device", ""))
+        asked = f"num_gpus={teacher.num_gpus:g}" if teacher.num_gpus else ""
+        asked = asked or (f"backend.device={device}" if device.startswith("cuda") else "")
+        if asked:
+            raise ServerConfigError(
+                f"teachers.{teacher.name}.{asked}: asks for a GPU, and {why}; set num_gpus=0 and backend.device=cpu for a trial on "
+                "the CPU, or ray.address of a cluster that has GPUs"
+            )
 
 
 def _check_home() -> None:

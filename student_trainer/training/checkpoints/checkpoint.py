@@ -7,6 +7,7 @@ our marker, and of any other name, are somebody else's: they are never touched.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -164,6 +165,45 @@ def newest_whole(run_folder: Path, tell: Callable[[str], None] = lambda _: None)
             return folder
         tell(f"{folder.name} is damaged and not used: {damage}")
     return None
+
+
+def check_chosen(run_folder: Path, named: Path) -> Path:
+    """The checkpoint of a run that somebody has named, by its place in the run's folder.
+
+    Raises:
+        RunError: it is not one of this run, or cannot be read.
+    """
+    folder = run_folder / named.name
+    if named.resolve() != folder.resolve() or not is_ours(folder):
+        there = ", ".join(found.name for found in _ours(run_folder)) or "none"
+        raise RunError(f"--resume-from {named}: is no checkpoint of the run in {run_folder}; there are: {there}")
+    if damage := damage_of(folder):
+        raise RunError(
+            f"--resume-from {named}: is damaged: {damage}; choose another one, or the newest whole one by --resume"
+        )
+    return folder
+
+
+def chosen(run_folder: Path, named: Path, tell: Callable[[str], None] = lambda _: None) -> Path:
+    """The checkpoint that somebody has named; newer ones get another name, so that no later resumption takes them for this branch's.
+
+    Args:
+        tell: called with a sentence about each of these.
+
+    Raises:
+        RunError: as `check_chosen`.
+    """
+    folder = check_chosen(run_folder, named)
+    for newer in _ours(run_folder):
+        if step_of(newer) > step_of(folder):
+            aside = next(
+                place
+                for number in itertools.count()
+                if not (place := run_folder / f"before-{newer.name}{f'.{number}' if number else ''}").exists()
+            )
+            os.replace(newer, aside)
+            tell(f"{newer.name} is newer than {folder.name}, from which the run goes on: it is kept as {aside.name}")
+    return folder
 
 
 def damage_of(folder: Path) -> str:

@@ -334,7 +334,7 @@ def test_who_cannot_be_waited_for_ends_the_run_which_goes_on_later(
         config = config_for(tmp_path, model_factory("qwen2"), rows_file, addresses, **settings)
         with pytest.raises(TeacherAwayError, match="'b' has not answered") as caught:
             train(config, console=QUIET)
-        assert caught.value.exit_code == 3
+        assert caught.value.exit_code == 75
         folder = config.run.output_dir
         kept = checkpoint.newest_whole(folder)
         assert kept is not None and 0 < checkpoint.step_of(kept) < 6
@@ -432,7 +432,7 @@ def test_a_killed_process_ends_the_command_with_code_3_and_the_run_goes_on(
         process.kill()
         process.wait()
         _, said = command.communicate(timeout=120)
-        assert command.wait() == 3
+        assert command.wait() == 75
         (line,) = [line for line in said.splitlines() if line.startswith("student-trainer: ")]
         assert "teacher 'b' has not answered (when_missing=fail)" in line and "--resume auto (from checkpoint-" in line
         again, _ = start_fake(fakes["b"], port)

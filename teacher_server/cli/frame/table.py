@@ -9,13 +9,20 @@ import typer
 import typer.core
 import typer.main
 
+from teacher_server.cli.frame.habits import adopt
+
 
 class Command(NamedTuple):
-    """A command: its name, the module whose `app` is its typer application, and a line of help."""
+    """A command: its name, the module whose `app` is its typer application, a line of help, and lines that one would type.
+
+    A hidden one is called by a process of ours alone.
+    """
 
     name: str
     module: str
     help: str
+    examples: tuple[str, ...] = ()
+    is_hidden: bool = False
 
 
 class CommandTable(typer.core.TyperGroup):
@@ -29,13 +36,16 @@ class CommandTable(typer.core.TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         for command in self.table:
-            self.add_command(typer.core.TyperCommand(command.name, help=command.help), command.name)
+            self.add_command(
+                typer.core.TyperCommand(command.name, help=command.help, hidden=command.is_hidden), command.name
+            )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, stub, rest = super().resolve_command(ctx, args)
-        module = next((command.module for command in self.table if command.name == name), None)
-        if module is None:
+        command = next((command for command in self.table if command.name == name), None)
+        if command is None:
             return name, stub, rest
-        found = typer.main.get_command(importlib.import_module(module).app)
+        found = typer.main.get_command(importlib.import_module(command.module).app)
         found.name = name
+        adopt(found, command.examples)
         return name, found, rest

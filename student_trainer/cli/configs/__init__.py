@@ -1,0 +1,1 @@
+"""Commands about configs alone: `check` and `config show|schema`."""

@@ -1,0 +1,155 @@
+"""`student-trainer check`: what can be told of a config without asking its teacher and without tokenising its rows.
+
+Loads torch only to see the student's architecture and this machine's device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from student_trainer.cli.asking import AsJson, ConfigFile, Overrides, Resume, print_json
+from student_trainer.cli.configs.kinds import load_any
+
+if TYPE_CHECKING:
+    from student_trainer.config.run import TrainConfig
+    from student_trainer.config.teachers import TeacherConfig
+    from student_trainer.config.traces import TracesConfig
+    from student_trainer.findings import Finding, Findings
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None, resume: Resume = False, as_json: AsJson = False) -> None:
+    """Check a config, its files and this machine; ask no teacher, tokenise nothing, write nothing.
+
+    `plan` checks all the rest. Exits with 2 if something must be changed.
+    """
+    loaded = load_any(config, overrides)
+    from student_trainer.config.run import TrainConfig
+
+    found = _of_run(loaded, resume) if isinstance(loaded, TrainConfig) else _of_traces(loaded)
+    bad = [finding for finding in found if not finding.ok]
+    if as_json:
+        rows = [{"ok": one.ok, "setting": one.setting, "what": one.what, "fix": one.fix} for one in found]
+        print_json({"config": config, "ok": not bad, "findings": rows})
+    else:
+        _show(found, str(config), len(bad))
+    if bad:
+        raise typer.Exit(2)
+
+
+def _of_run(config: TrainConfig, resume: bool) -> list[Finding]:
+    from student_trainer.findings import Findings
+    from student_trainer.model.load import load_outline
+    from student_trainer.training.checks import check_folder, check_settings
+    from student_trainer.training.reporting.trackers import make_trackers
+
+    findings = Findings(stops=False)
+    findings.add(check_settings(config))
+    findings.attempt("train.report_to", lambda: make_trackers(config.train.report_to, lambda _: None), "trackers work")
+    findings.add(check_folder(config, resume))
+    findings.attempt("model.path", lambda: load_outline(config.model), f"{config.model.path} can be read")
+    findings.add(_device(config))
+    for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for number, source in enumerate(sources):
+            _source(findings, f"{name}[{number}]", source)
+    for teacher in config.every_teacher:
+        _teacher(findings, teacher)
+    return findings.all
+
+
+def _of_traces(config: TracesConfig) -> list[Finding]:
+    from student_trainer.findings import Findings
+
+    findings = Findings(stops=False)
+    for number, source in enumerate(config.data.sources):
+        _source(findings, f"data.sources[{number}]", source)
+    _teacher(findings, config.teacher)
+    return findings.all
+
+
+def _source(findings: Findings, name: str, source: object) -> None:
+    """Whether the rows of a source are there; a hub id is left to `plan`, which may fetch it."""
+    from student_trainer.data.inputs import source_of
+    from student_trainer.data.rows.sources import HUB_ID, local_path, parse_source, read_source
+
+    made = findings.attempt(
+        name,
+        lambda: parse_source(source) if isinstance(source, str) else source_of(source),
+        f"{name} is a source",  # type: ignore[arg-type]
+    )
+    if made is None:
+        return
+    if HUB_ID.fullmatch(made.path) and not local_path(made.path).exists() and not Path(made.path).suffix:
+        return
+    findings.attempt(name, partial(read_source, made), f"the rows of {made.path} can be read")
+
+
+def _teacher(findings: Findings, teacher: TeacherConfig) -> None:
+    from student_trainer.errors import ConfigError
+    from student_trainer.teachers.connect import check_way
+
+    def look() -> None:
+        if teacher.embedded is not None and not teacher.embedded.is_file():
+            raise ConfigError(f"teacher.embedded {teacher.embedded}: no such file")
+        check_way(teacher)
+
+    findings.attempt("teacher", look, "what connecting to the teacher needs is there; `plan` asks whether it answers")
+
+
+def _device(config: TrainConfig) -> Iterator[Finding]:
+    """Says of a config that is made for a GPU that this machine has none."""
+    import torch
+
+    from student_trainer.findings import Finding
+
+    if torch.cuda.is_available():
+        yield Finding.good("model", f"{torch.cuda.device_count()} GPU(s): {torch.cuda.get_device_name(0)}")
+        return
+    signs = [
+        name
+        for name, is_set in (
+            (f"model.dtype={config.model.dtype}", config.model.dtype != "float32"),
+            ("train.bf16=true", config.train.bf16),
+            (f"model.attention={config.model.attention}", config.model.attention == "flash_attention_2"),
+            ("model.compiled=true", config.model.compiled is True),
+            ("model.graphs=true", config.model.graphs is True),
+        )
+        if is_set
+    ]
+    hidden = " (CUDA_VISIBLE_DEVICES is empty)" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else ""
+    if not signs:
+        yield Finding.good("model", f"no GPU here{hidden}; the config asks for none")
+        return
+    told = f"this machine has no GPU{hidden}, and {', '.join(signs)} {'are' if len(signs) > 1 else 'is'} meant for one"
+    advice = f"{told}: it would run on the CPU, slowly; for a trial set model.dtype=float32 train.bf16=false"
+    impossible = config.model.attention == "flash_attention_2" or config.model.graphs is True
+    if impossible:
+        yield Finding.bad("model", told, "run it where there is a GPU, or leave these out")
+    else:
+        yield Finding.good("model", told, advice)
+
+
+def _show(found: list[Finding], name: str, bad: int) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(soft_wrap=True, highlight=False)
+    for finding in found:
+        if finding.ok and not finding.fix:
+            continue
+        mark = "[yellow]note[/]" if finding.ok else "[red]bad [/]"
+        told = finding.fix if finding.ok else finding.what + (f": {finding.fix}" if finding.fix else "")
+        console.print(f"{mark} {escape(finding.setting)}: {escape(told)}")
+    passed = sum(finding.ok for finding in found)
+    end = f"[bold red]{bad} to be changed[/]" if bad else "[bold green]fine[/]"
+    console.print(
+        f"{escape(name)}: {end} ({passed} of {len(found)} checks passed; `student-trainer plan` asks the teacher too)"
+    )
