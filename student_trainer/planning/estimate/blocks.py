@@ -51,6 +51,10 @@ class BlockBytes:
         pairs = zip(vars(self).values(), vars(double).values(), strict=True)
         return BlockBytes(*(max(0, one + (two - one) * (sequences - 1)) for one, two in pairs))
 
+    def scaled(self, times: int) -> BlockBytes:
+        """Of `times` as many sequences, where nothing is there that does not grow with them."""
+        return BlockBytes(*(value * times for value in vars(self).values()))
+
     def less(self, base: BlockBytes) -> BlockBytes:
         """Of the block alone, if `base` is of the body without it; `passing` is a maximum and stays."""
         return BlockBytes(
@@ -80,7 +84,9 @@ def kinds_of(body: Any) -> list[Kind]:
     return [Kind(indices[0], len(indices)) for indices in groups.values()]
 
 
-def trace(model: nn.Module, body: Any, kind: Kind | None, sequences: int, length: int, narrowed: torch.dtype | None) -> BlockBytes:
+def trace(
+    model: nn.Module, body: Any, kind: Kind | None, sequences: int, length: int, narrowed: torch.dtype | None
+) -> BlockBytes:
     """Bytes of the body with one block of a kind, or with none, in a pass forth and back over [sequences, length].
 
     Args:

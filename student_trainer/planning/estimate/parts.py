@@ -158,7 +158,9 @@ def estimate(shapes: Shapes, step: Step, *, on_gpu: bool) -> Estimate:
         "allocator slack": slack,
         "CUDA context": CONTEXT_BYTES if on_gpu else 0,
     }
-    return Estimate(parts, moment, in_use, in_use + slack + tried, checkpointed + pass_.base.saved, plain + pass_.base.saved)
+    return Estimate(
+        parts, moment, in_use, in_use + slack + tried, checkpointed + pass_.base.saved, plain + pass_.base.saved
+    )
 
 
 def _of_block(block: BlockBytes, compiled: bool) -> int:

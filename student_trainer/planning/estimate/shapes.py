@@ -63,7 +63,9 @@ class Shapes:
     blocks: int
     _model: Any
     _narrowed: torch.dtype | None
-    _traced: dict[int, tuple[tuple[BlockBytes, BlockBytes], list[tuple[BlockBytes, BlockBytes, int]]]] = field(default_factory=dict)
+    _traced: dict[int, tuple[tuple[BlockBytes, BlockBytes], list[tuple[BlockBytes, BlockBytes, int]]]] = field(
+        default_factory=dict
+    )
 
     @property
     def computed_bytes(self) -> int:
@@ -98,7 +100,8 @@ class Shapes:
             return one, two
 
         with blocks.fake(model):
-            base, found = of(None), []
+            alone = blocks.trace(model, body, None, 1, length, self._narrowed)
+            base, found = (alone, alone.scaled(2)), []  # a norm keeps nothing that does not grow with the sequences
             for kind in blocks.kinds_of(body):
                 one, two = of(kind)
                 found.append((one.less(base[0]), two.less(base[1]), kind.count))
@@ -143,7 +146,11 @@ def shapes_of(model_config: Any, config: ModelConfig, *, bfloat16: bool) -> Shap
     frozen = sum(p.nbytes for p in parameters if not p.requires_grad) + sum(b.nbytes for b in adapted.buffers())
     dequantized = 0
     if (quantize := getattr(config, "quantize", None)) is not None:
-        linear = [m.weight for m in logit_probe.body_of(causal).modules() if type(m) is nn.Linear and not m.weight.requires_grad]
+        linear = [
+            m.weight
+            for m in logit_probe.body_of(causal).modules()
+            if type(m) is nn.Linear and not m.weight.requires_grad
+        ]
         frozen -= sum(w.nbytes - _packed(w.numel(), bool(getattr(quantize, "double", True))) for w in linear)
         dequantized = max((w.nbytes for w in linear), default=0)
     head = getattr(causal.get_output_embeddings(), "base_layer", causal.get_output_embeddings()).weight
