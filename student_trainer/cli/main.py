@@ -15,9 +15,10 @@ from student_trainer.cli.table import Command, CommandTable
 COMMANDS = (
     Command("train", "student_trainer.cli.train", "Train a student."),
     Command("label", "student_trainer.cli.label", "Ask for the labels of a run ahead of it; or let the teacher write."),
-    Command("plan", "student_trainer.cli.plan", "Show what a run would do, without starting it."),
+    Command("plan", "student_trainer.cli.plan", "Show what a run would do and take, without starting it."),
     Command("traces", "student_trainer.cli.traces", "Ask a teacher for reasoning traces, and verify them."),
     Command("cache", "student_trainer.cli.cache", "Look after the labels on this machine's disk."),
+    Command("doctor", "student_trainer.cli.doctor", "Look what is wrong around a run, and how to mend it."),
 )
 
 

@@ -27,7 +27,6 @@ from student_trainer.planning.step_time import StepTime, measure_step
 from student_trainer.planning.traffic import Traffic, traffic_of
 from student_trainer.teachers.session import TeacherSession
 from student_trainer.training.checks import all_findings
-from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.core.info import TeacherInfo
 
 _NAMED = 5  # rows left out that are named

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -141,7 +142,7 @@ def _cut(mask_L: np.ndarray, is_special_L: np.ndarray, text: Any) -> list[Piece]
     kind_L = mask_L.astype(np.int8) * 2 + is_special_L
     borders = [0, *(np.flatnonzero(np.diff(kind_L)) + 1).tolist(), len(kind_L)]
     found = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         if start == end:
             continue
         special = bool(is_special_L[start])

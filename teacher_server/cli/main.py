@@ -1,4 +1,4 @@
-"""`teacher-server`: up, check, describe, status. Loads neither torch nor ray before a command needs them.
+"""`teacher-server`: up, check, describe, status, doctor. Loads neither torch nor ray before a command needs them.
 
 Exit codes: 0 done, 1 a fault of ours, 2 something the user can mend (one line says what and where).
 """
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from teacher_server.cli.doctor import doctor
 from teacher_server.config.server import ServerConfig, load_config
 from teacher_server.control.config_watch import ConfigFile
 from teacher_server.errors import RayEndedError, ServerConfigError
@@ -209,6 +210,9 @@ def status(
                 asyncio.run(show(lambda found: live.update(render(found), refresh=True)))
         else:
             asyncio.run(show(lambda found: Console().print(render(found))))
+
+
+app.command()(doctor)
 
 
 @contextlib.contextmanager

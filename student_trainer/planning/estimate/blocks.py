@@ -117,27 +117,28 @@ def _traced(model: nn.Module, body: Any, sequences: int, length: int, narrowed: 
     ids_BL = torch.empty((sequences, length), dtype=torch.long)
     lasting = {_key(tensor) for tensor in (*model.parameters(), *model.buffers(), ids_BL)}
     norms = _count_norms(body)
-    found: dict[int, tuple[Tensor, int]] = {}
+    seen: dict[int, tuple[Tensor, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if _key(tensor) not in lasting:
-            found[_key(tensor)] = tensor, tensor.untyped_storage().nbytes()
+            seen[_key(tensor)] = tensor, tensor.untyped_storage().nbytes()
         return tensor
 
     ops = _Operations()
     with _narrowing(narrowed), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), ops:
         states_BLD = run_body(body, ids_BL).final_BLD
-    saved = sum(size for _, size in found.values())
+    saved = sum(size for _, size in seen.values())
     width, stream = states_BLD.shape[-1], states_BLD.element_size()
     computed = stream if narrowed is None else narrowed.itemsize
     kept: dict[Any, int] = {}
-    for key, (tensor, size) in found.items():
+    for key, (_, size) in seen.items():
         if key in ops.called:
             kept[ops.cast_of.get(key, key)] = size
     tokens = sequences * length
     read_by_norms = tokens * width * (stream + max(0, norms - 1) * computed) if len(blocks_of(body)) else 0
-    attention = sum(size for key, (_, size) in found.items() if key in ops.attention)
-    del found, states_BLD
+    attention = sum(size for key, (_, size) in seen.items() if key in ops.attention)
+    seen.clear()
+    del states_BLD
     ops.clear()
     passing = _passing(model, lambda: run_body(body, ids_BL).final_BLD, narrowed)
     return BlockBytes(saved, sum(kept.values()) + read_by_norms, tokens * width * stream, attention, passing)
@@ -165,16 +166,16 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-@contextlib.contextmanager
-def fake(model: nn.Module) -> Iterator[None]:
-    """Gives a model on the meta device parameters that claim to lie on the CPU and have no memory, for as long as the block runs.
+def fake(model: nn.Module) -> FakeTensorMode:
+    """Gives a model on the meta device parameters that claim to lie on the CPU and have no memory; it is run under what this returns.
 
     The CPU, since a build of torch without CUDA cannot run autograd on tensors that claim to be elsewhere; the bytes are the same.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
         model.to_empty(device="cpu")
         model.train()
-        yield
+    return mode
 
 
 @contextlib.contextmanager

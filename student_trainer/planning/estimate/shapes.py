@@ -67,6 +67,8 @@ class Shapes:
         default_factory=dict
     )
 
+    _mode: Any = None  # under which the model's tensors have no memory, once it has been traced
+
     @property
     def computed_bytes(self) -> int:
         """Of a number in a pass."""
@@ -99,7 +101,9 @@ class Shapes:
             one, two = (blocks.trace(model, body, kind, count, length, self._narrowed) for count in (1, 2))
             return one, two
 
-        with blocks.fake(model):
+        if self._mode is None:
+            self._mode = blocks.fake(model)
+        with self._mode:
             alone = blocks.trace(model, body, None, 1, length, self._narrowed)
             base, found = (alone, alone.scaled(2)), []  # a norm keeps nothing that does not grow with the sequences
             for kind in blocks.kinds_of(body):

@@ -54,7 +54,9 @@ def test_weights_gradients_and_optimizer_are_those_of_a_trainer_to_the_byte(tmp_
     trainer = DistillationTrainer(config, student, windows, Objective(config.loss, V).terms(student), callbacks=[watch])
     trainer.train()
     trainer.close()
-    found = estimate(load_shapes(config.model, bfloat16=False), Step(B, L, B * (L - 1), compiled=False), on_gpu=False).parts
+    found = estimate(
+        load_shapes(config.model, bfloat16=False), Step(B, L, B * (L - 1), compiled=False), on_gpu=False
+    ).parts
     everything = storages([*student.model.parameters(), *student.model.buffers()])
     assert found["weights"] + found["float32 masters"] == sum(everything.values())
     assert found["gradients"] == watch.gradients
@@ -120,7 +122,10 @@ def test_float32_weights_that_compute_in_bfloat16_keep_casts_of_themselves(model
         seen.update(storages([tensor]))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    ):
         held = student.body(input_ids=ids_BL, use_cache=False).last_hidden_state
     real = sum(size for place, size in seen.items() if place not in lasting | storages([ids_BL]))
     found = estimate(load_shapes(config, bfloat16=True), Step(B, L, B * L, compiled=False), on_gpu=False)
@@ -131,7 +136,9 @@ def test_sizes_follow_the_formulas(model_factory):
     shapes = load_shapes(settings(model_factory("qwen2"), True), bfloat16=True)
     one = shapes.activations(1, L).kinds[0][0]
     assert shapes.activations(4, L).kinds[0][0].saved == pytest.approx(4 * one.saved, rel=0.03)
-    assert shapes.activations(1, 2 * L).kinds[0][0].saved == pytest.approx(2 * one.saved, rel=0.01), "flash attention is linear"
+    assert shapes.activations(1, 2 * L).kinds[0][0].saved == pytest.approx(2 * one.saved, rel=0.01), (
+        "flash attention is linear"
+    )
     plain = Step(B, L, B * L, vocab_rows=V, chunk_bytes=1 << 30)
     assert chunk_bytes(plain, 2) == B * L * V * 10 and chunk_bytes(plain, 4) == B * L * V * 12
     assert chunk_bytes(replace(plain, teacher_logits=0), 2) == B * L * V * 6
@@ -151,7 +158,9 @@ def test_a_base_in_four_bit_is_counted_as_it_lies_in_memory(model_factory):
     class Four(ModelConfig):
         quantize: object = None
 
-    four = load_shapes(Four(**config.model_dump(exclude={"quantize"}), quantize=type("Q", (), {"double": False})()), bfloat16=True)
+    four = load_shapes(
+        Four(**config.model_dump(exclude={"quantize"}), quantize=type("Q", (), {"double": False})()), bfloat16=True
+    )
     linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # two blocks: q, o; k, v; gate, up, down
     assert plain.frozen_bytes - four.frozen_bytes == 4 * linear - linear // 2 - 4 * linear // 64
     assert four.dequantized_bytes == 4 * 64 * 128 and four.trained == plain.trained
