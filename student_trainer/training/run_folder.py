@@ -164,7 +164,7 @@ def open_folder(
         AlreadyFinished: there is nothing left to do.
     """
     folder = config.run.output_dir
-    identity: dict[str, Any] = {"settings": _decisive(config), **learned_from}
+    identity = identity_of(config, learned_from)
     identity_file = folder / IDENTITY_NAME
     start = None
 
@@ -236,6 +236,11 @@ def is_finished(folder: Path, note: Callable[[str], None] = lambda _: None) -> b
     except (OSError, ValueError, KeyError) as error:
         note(f"{RESULT_NAME} is damaged ({error}): the end of the run is made again")
         return False
+
+
+def identity_of(config: TrainConfig, learned_from: dict[str, str]) -> dict[str, Any]:
+    """What run.json says of a run that is begun now."""
+    return {"settings": _decisive(config), **learned_from}
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:

@@ -31,6 +31,10 @@ COMMANDS = (
         ("teacher-server status --address 127.0.0.1:50051 --watch",),
     ),
     Command(
+        "doctor", "teacher_server.cli.doctor", "Look what is wrong around a server, and how to mend it.",
+        ("teacher-server doctor", "teacher-server doctor teacher.yaml --json"),
+    ),
+    Command(
         "config", "teacher_server.cli.config", "Show a resolved config, or the schema of all settings.",
         ("teacher-server config show teacher.yaml", "teacher-server config schema > teacher.schema.json"),
     ),

@@ -1,27 +1,25 @@
-"""A run before it is one: its resolved config, all that is wrong with it, and what its teachers of another tokenizer can teach.
+"""What a teacher with another tokenizer can teach: how much of the rows, and how much of both vocabularies.
 
-In: a config; out: a `Plan`. Its teachers are asked for the tokens of the rows; no weights are loaded, and nothing is written but the cache.
+In: a session and the rows; out: a `TeacherCoverage`. The teacher is asked for what the session has not kept: the classes of ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 
-from student_trainer.config.run import TrainConfig, dump_config
+from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import TeacherConfig
 from student_trainer.data.cross_tokenizer.classes import Partition
 from student_trainer.data.cross_tokenizer.coverage import ClassFigures, Coverage, class_figures
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.findings import Finding, Findings
 from student_trainer.labels import event_loop
 from student_trainer.model.load import Outline
 from student_trainer.teachers.rows.bridged_rows import answer_of
 from student_trainer.teachers.rows.bridging import Bridging, cut, teacher_rows
 from student_trainer.teachers.session import TeacherSession
-from student_trainer.training.checks import all_findings
+from teacher_wire.vocabulary.byte_table import ByteTable
 
 
 @dataclass(frozen=True)
@@ -32,73 +30,26 @@ class TeacherCoverage:
         name: what the run calls it.
         rows: of `data.train`, those that it is asked about.
         classes: of both vocabularies.
+        table: which bytes the teacher's ids stand for.
     """
 
     name: str
     rows: Coverage
     classes: ClassFigures
+    table: ByteTable
 
     def figures(self) -> dict[str, float]:
         """All of them by name."""
         return self.rows.figures() | self.classes.figures()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """See module.
-
-    Attributes:
-        config: resolved, as YAML with every default written out.
-        findings: good and bad, in the order of the checks.
-        coverage: of every teacher with another tokenizer.
-    """
-
-    config: str
-    findings: tuple[Finding, ...]
-    coverage: tuple[TeacherCoverage, ...]
-
-    @property
-    def can_start(self) -> bool:
-        """Whether no finding is bad."""
-        return all(finding.ok for finding in self.findings)
-
-
-def plan(config: TrainConfig, console: Console, *, resume: bool = False) -> Plan:
-    """Makes every check of a run that it can.
-
-    Args:
-        config: the run.
-        console: told of the data and the teachers.
-        resume: whether it is to go on from a checkpoint.
-    """
-    coverage: list[TeacherCoverage] = []
-
-    def look(
-        findings: Findings,
-        student: Outline,
-        data: TokenizedDataset,
-        held_out: TokenizedDataset | None,
-        sessions: Sequence[TeacherSession],
-    ) -> None:
-        for session in sessions:
-            if session.bridge is not None:
-                looked = _Looking(config, _settings(config, session), student, data, held_out, session, console)
-                found = findings.attempt(
-                    "cross_tokenizer", looked.coverage, f"what teacher {session.name!r} can teach is known"
-                )
-                coverage.extend([] if found is None else [found])
-
-    findings = all_findings(config, console, resume=resume, look=look)
-    return Plan(dump_config(config), tuple(findings), tuple(coverage))
-
-
-def _settings(config: TrainConfig, session: TeacherSession) -> TeacherConfig:
+def settings_of(config: TrainConfig, session: TeacherSession) -> TeacherConfig:
     """The section of a session's teacher; the only one may be called as its server calls it."""
     return next((one for one in config.every_teacher if one.called == session.name), config.every_teacher[0])
 
 
 @dataclass(frozen=True)
-class _Looking:
+class Looking:
     """What is known when a teacher's coverage is made."""
 
     config: TrainConfig
@@ -111,10 +62,10 @@ class _Looking:
 
     def coverage(self) -> TeacherCoverage:
         """Asks the teacher for what the session has not kept: the classes."""
-        partition, figures = event_loop.run(self._classes())
-        return TeacherCoverage(self.session.name, self._rows(partition), figures)
+        partition, figures, theirs = event_loop.run(self._classes())
+        return TeacherCoverage(self.session.name, self._rows(partition), figures, theirs)
 
-    async def _classes(self) -> tuple[Partition, ClassFigures]:
+    async def _classes(self) -> tuple[Partition, ClassFigures, ByteTable]:
         session, info = self.session, self.session.info
         both = [row.example for rows in (self.data, self.held_out) if rows is not None for row in rows]
         bridging = Bridging(
@@ -125,7 +76,7 @@ class _Looking:
             ours, theirs = await bridging.tables(client, info)
             ours, theirs = cut(ours, session.vocab_rows), cut(theirs, teacher_rows(info))
             partition = await bridging.partition(client, info, ours, theirs)
-        return partition, class_figures(partition, ours, theirs)
+        return partition, class_figures(partition, ours, theirs), theirs
 
     def _rows(self, partition: Partition) -> Coverage:
         found, bridge = Coverage(), self.session.bridge

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from student_trainer.cli.main import app
 from student_trainer.config.run import dump_config, parse_config
-from student_trainer.training.planning.plan import plan
+from student_trainer.planning.plan import plan
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import serve

@@ -1,0 +1,1 @@
+"""What a run would do, take and cost, told before it does it."""
