@@ -13,10 +13,12 @@ import typer
 from student_trainer.cli.table import Command, CommandTable
 
 COMMANDS = (
+    Command("new", "student_trainer.cli.new", "Make a student from a teacher, with a starter config."),
     Command("train", "student_trainer.cli.train", "Train a student."),
     Command("label", "student_trainer.cli.label", "Ask for the labels of a run ahead of it; or let the teacher write."),
     Command("plan", "student_trainer.cli.plan", "Show what a run would do, without starting it."),
     Command("traces", "student_trainer.cli.traces", "Ask a teacher for reasoning traces, and verify them."),
+    Command("export", "student_trainer.cli.export", "Make a trained student ready to be served, and prove that it answers as before."),
     Command("cache", "student_trainer.cli.cache", "Look after the labels on this machine's disk."),
 )
 
