@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.files import disk_trouble_named, free_bytes, sync_tree
@@ -127,7 +128,7 @@ def _shallower(asked: NewStudent, teacher: TeacherFiles, whole: Any, console: Co
         kept = depth.most_influential(influence, asked.layers)
     else:
         kept = depth.even_layers(asked.layers, count)
-    types = getattr(config, "layer_types", None)
+    types = config.to_dict().get("layer_types")  # some families derive it, and take none
     made = depth.student_config(
         teacher.config, kept, outline.depth_field(config), None if types is None else [types[i] for i in kept]
     )
@@ -191,12 +192,10 @@ def _dtype(asked: NewStudent, teacher: TeacherFiles) -> torch.dtype:
 
 
 def _parsed(made: dict[str, Any], name: str) -> Any:
-    """transformers' config of a student's config.json."""
-    settings = {key: value for key, value in made.items() if key != "model_type"}
-    try:
-        return AutoConfig.for_model(made["model_type"], **settings)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"--from {name}: no config can be made of fewer layers: {str(error)[:300]}") from error
+    """transformers' config of a student's config.json, read from a file as everybody will read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(made), encoding="utf-8")
+        return outline.read_config(Path(folder), name)
 
 
 def _check_tensors(names: outline.LayerNames, tensors: Sequence[str], teacher: str) -> None:

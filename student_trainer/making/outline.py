@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,8 +68,8 @@ def read_config(folder: Path, name: str) -> Any:
     internlm.register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"--from {name}: its family is not known: {str(error)[:300]}") from error
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
+        raise ModelError(f"--from {name}: its config cannot be read, or its family is not known: {str(error)[:300]}") from error
     if config.get_text_config() is not config:
         raise ModelError(f"--from {name}: {config.model_type} reads more than text; students are made of text models alone")
     return config

@@ -58,7 +58,7 @@ def without(folder, kept):
     setattr(parent, last, nn.ModuleList([getattr(parent, last)[i] for i in kept]))
     for part in (model.config, parent.config):
         part.num_hidden_layers = len(kept)
-        if getattr(part, "layer_types", None) is not None and len(part.layer_types) > len(kept):
+        if len(part.to_dict().get("layer_types") or ()) > len(kept):
             part.layer_types = [part.layer_types[i] for i in kept]
     return model
 
