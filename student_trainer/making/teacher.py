@@ -92,7 +92,7 @@ def copy_beside(teacher: TeacherFiles, target: Path) -> list[str]:
 
 def _fetched(name: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = [CONFIG_NAME, *COPIED, f"{_TEMPLATES}/*", "adapter_config.json"]
     wanted += ["*.safetensors", INDEX_NAME] if weights else []

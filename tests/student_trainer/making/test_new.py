@@ -1,5 +1,6 @@
 """A student with fewer layers computes what the teacher computes without the others; what cannot be is refused before a byte is written."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -133,7 +134,7 @@ def test_even_layers_are_even_with_both_ends():
     for of in range(2, 40):
         for layers in range(2, of):
             kept = depth.even_layers(layers, of)
-            gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+            gaps = [b - a for a, b in itertools.pairwise(kept)]
             assert kept[0] == 0 and kept[-1] == of - 1 and len(kept) == layers and max(gaps) - min(gaps) <= 1
     assert depth.even_layers(1, 9) == (0,)
     assert depth.most_influential([0.5, 0.1, 0.5, 0.4], 3) == (0, 2, 3) and depth.most_influential([1.0, 1.0, 1.0], 2) == (0, 1)
