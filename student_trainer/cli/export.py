@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,7 @@ def export(
         source.expanduser(), out.expanduser(), format_, dtype, rows, prompts, max_new_tokens, calibration_rows,  # type: ignore[arg-type]
         None if converter is None else converter.expanduser(), outtype, tolerance, unproven,
     )  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word: nothing is left behind, as on Ctrl-C
     try:
         exported = run(asked, console)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +46,7 @@ def new(
     from student_trainer.making.new import NewStudent, make_student
 
     asked = NewStudent(out.expanduser(), teacher, layers, by, sample, width, data, max_tokens, seed, dtype)  # type: ignore[arg-type]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word: nothing is left behind, as on Ctrl-C
     try:
         made = make_student(asked, console)
     except KeyboardInterrupt:

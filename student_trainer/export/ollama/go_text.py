@@ -46,7 +46,7 @@ def render(source: str, messages: Sequence[Mapping[str, str]]) -> str:
     nodes = iter(_pieces(source))
     parsed, ended = _parse(nodes)
     if ended:
-        raise GoTemplateError(f"{{{{{ended}}}}} without an if or range")
+        raise GoTemplateError(f"{ended} without an if or range")
     return _run(parsed, data, [{"$": data}])
 
 
@@ -146,9 +146,7 @@ def _act(text: str, dot: Any, scopes: list[dict[str, Any]]) -> str:
 
 
 def _value(expression: str, dot: Any, scopes: list[dict[str, Any]]) -> Any:
-    tokens = [token for token in _TOKEN.findall(expression) if token.strip()]
-    if "".join(tokens) != re.sub(r"\s+(?=(?:[^\"]|\"(?:\\.|[^\"\\])*\")*$)", "", expression) or "|" in tokens:
-        raise GoTemplateError(f"{expression!r} goes beyond what is supported")
+    tokens = _tokens(expression)
     place = 0
 
     def operand() -> Any:
@@ -157,6 +155,8 @@ def _value(expression: str, dot: Any, scopes: list[dict[str, Any]]) -> Any:
         place += 1
         if token == "(":
             value = call()
+            if place >= len(tokens):
+                raise GoTemplateError(f"{expression!r}: a bracket is not closed")
             place += 1
             return value
         return _operand(token, dot, scopes)
@@ -180,6 +180,17 @@ def _value(expression: str, dot: Any, scopes: list[dict[str, Any]]) -> Any:
     return found
 
 
+def _tokens(expression: str) -> list[str]:
+    found, place = [], 0
+    while place < len(expression):
+        token = _TOKEN.match(expression, place)
+        if token is None or token[0] in ("|", ",", "=", ":="):
+            raise GoTemplateError(f"{expression!r} goes beyond what is supported")
+        found.append(token[0])
+        place = token.end()
+    return [token for token in found if token.strip()]
+
+
 def _operand(token: str, dot: Any, scopes: list[dict[str, Any]]) -> Any:
     if token[0] == '"':
         return json.loads(token)
@@ -190,6 +201,8 @@ def _operand(token: str, dot: Any, scopes: list[dict[str, Any]]) -> Any:
     if re.fullmatch(r"-?\d+", token):
         return int(token)
     head, *fields = token.split(".")
+    if head and not head.startswith("$"):
+        raise GoTemplateError(f"{token} is no function that is supported")
     if head:
         scope = next((s for s in reversed(scopes) if head in s), None)
         if scope is None:
