@@ -17,6 +17,8 @@ COMMANDS = (
     Command("label", "student_trainer.cli.label", "Ask for the labels of a run ahead of it; or let the teacher write."),
     Command("plan", "student_trainer.cli.plan", "Show what a run would do, without starting it."),
     Command("traces", "student_trainer.cli.traces", "Ask a teacher for reasoning traces, and verify them."),
+    Command("evaluate", "student_trainer.cli.evaluate", "Measure a student before and after, and its teacher."),
+    Command("infer", "student_trainer.cli.infer", "Talk to a student, or have it answer a file of prompts."),
     Command("cache", "student_trainer.cli.cache", "Look after the labels on this machine's disk."),
 )
 
