@@ -77,10 +77,14 @@ def infer(
     from student_trainer.inference.chat import Chat
     from student_trainer.inference.prompt_file import read_prompts
     from student_trainer.inference.sampling import Sampling
-    from student_trainer.inference.speakers import Opening, open_speakers
+    from student_trainer.inference.speakers import Opening, is_address, open_speakers
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed)
     named = _named(models, compare=compare, base=base)
+    if top_k and any(is_address(where) for _, where in named):
+        raise ConfigError(
+            f"--top-k {top_k}: a served teacher samples by temperature and top-p alone; leave --top-k out"
+        )
     asked = read_prompts(prompts, system) if prompts is not None else []
     opening = Opening(
         base, device, dtype, batch_size, template, _variables(template_kwargs), teacher, teacher_tokenizer

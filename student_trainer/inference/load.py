@@ -110,6 +110,8 @@ def load(located: Located, device: str = "auto", dtype: str = "auto") -> Student
         ConfigError: an unknown device or dtype.
     """
     place = _device(device)
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     sources = _sources(located)
     transformers_logging.disable_progress_bar()
     internlm.register()
@@ -195,8 +197,6 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
-    if name not in DTYPES:
-        raise ConfigError(f"--dtype {name}: choose one of {', '.join(DTYPES)}")
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen

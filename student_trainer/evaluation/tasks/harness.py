@@ -10,8 +10,10 @@ import difflib
 import importlib.util
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from student_trainer.evaluation.tasks.engine import Engine
 
 _YAML = (".yaml", ".yml")
+_NAMES = re.compile(r"^(?:task|group|tag): *[\"']?([\w.-]+)", re.MULTILINE)
 _SHOTS_SEED = 1234  # lm-eval's own
 _FIRST = ("acc", "exact_match", "acc_norm", "f1", "pass@1", "bleu", "word_perplexity")  # which metric stands for a task
 
@@ -64,7 +67,10 @@ def load_tasks(names: Sequence[str], console: Console) -> Tasks:
         manager: Any = None
         asked, built = [], []
         with console.status("looking for the tasks"):
-            manager = TaskManager(include_path=[*_families(registered), *folders], include_defaults=False)
+            index = _TaskTexts()
+            for name in registered:
+                index.require(name)
+            manager = TaskManager(include_path=[*index.families(registered), *folders], include_defaults=False)
             if any(name not in manager.task_index for name in registered):
                 manager = TaskManager(include_path=folders or None)
         for name, spec in zip(names, specs, strict=True):
@@ -167,9 +173,7 @@ def _is_yaml(name: str) -> bool:
 
 def _load(manager: Any, name: str, spec: Any, *, is_whole: bool = False) -> Mapping[str, Any]:
     if isinstance(spec, str) and not _is_yaml(spec) and spec not in manager.task_index:
-        close = difflib.get_close_matches(spec, manager.all_tasks, 3)
-        meant = f"; did you mean {' or '.join(close)}?" if close else "; `lm-eval ls tasks` lists them"
-        raise ConfigError(f"--tasks {spec}: no task, group or tag of lm-eval has this name, nor is it a file{meant}")
+        raise ConfigError(_unknown(spec, difflib.get_close_matches(spec, manager.all_tasks, 3)))
     try:
         found: Mapping[str, Any] = manager.load([spec])
     except Exception as error:  # data sets and tasks raise what they like
@@ -182,17 +186,42 @@ def _load(manager: Any, name: str, spec: Any, *, is_whole: bool = False) -> Mapp
     return found
 
 
-def _families(names: Sequence[str]) -> list[str]:
-    """The folders of lm-eval's tasks in whose files one of the names stands: parsing them all takes most of a minute, reading them a second."""
-    import lm_eval.tasks
+class _TaskTexts:
+    """The texts of lm-eval's own task files. Parsing all ten thousand takes it most of a minute; reading them takes a second."""
 
-    root = Path(lm_eval.tasks.__file__).parent
-    found = set()
-    for path in root.rglob("*.y*ml") if names else ():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if any(name in text for name in names):
-            found.add(root / path.relative_to(root).parts[0])
-    return sorted(str(path) for path in found if path.is_dir())
+    def __init__(self) -> None:
+        import lm_eval.tasks
+
+        self._root = Path(lm_eval.tasks.__file__).parent
+
+    @cached_property
+    def _texts(self) -> dict[Path, str]:
+        return {path: path.read_text(encoding="utf-8", errors="replace") for path in self._root.rglob("*.y*ml")}
+
+    def require(self, name: str) -> None:
+        """
+        Raises:
+            ConfigError: no file names it; with what may be meant.
+        """
+        if any(name in text for text in self._texts.values()):
+            return
+        known = {found for text in self._texts.values() for found in _NAMES.findall(text)}
+        close = difflib.get_close_matches(name, sorted(known), 3)
+        raise ConfigError(_unknown(name, close))
+
+    def families(self, names: Sequence[str]) -> list[str]:
+        """The folders of tasks in whose files one of the names stands."""
+        found = {
+            self._root / path.relative_to(self._root).parts[0]
+            for path, text in (self._texts.items() if names else ())
+            if any(name in text for name in names)
+        }
+        return sorted(str(path) for path in found if path.is_dir())
+
+
+def _unknown(name: str, close: Sequence[str]) -> str:
+    meant = f"; did you mean {' or '.join(close)}?" if close else "; `lm-eval ls tasks` lists them"
+    return f"--tasks {name}: no task, group or tag of lm-eval has this name, nor is it a file{meant}"
 
 
 def _data_set(manager: Any, spec: Any) -> str:
