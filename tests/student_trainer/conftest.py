@@ -63,3 +63,55 @@ def config_of(tmp_path, model_factory, rows_file, server):
         return parse_config(tree, "test")
 
     return build
+
+
+@pytest.fixture(scope="session")
+def adapter(model_factory, tmp_path_factory):
+    """A LoRA adapter that changes what its tiny base says, as a run saves it."""
+    import torch
+
+    from student_trainer.config.model import ModelConfig
+    from student_trainer.model.load import load_student
+    from student_trainer.model.saving import save_student
+
+    folder = tmp_path_factory.mktemp("adapter")
+    settings = ModelConfig(path=str(model_factory("qwen2")), dtype="float32", lora={"rank": 4}, compiled=False)
+    student = load_student(settings, seed=0)
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    save_student(student, folder, exported=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(adapter, model_factory, tmp_path_factory):
+    """What a finished run leaves, as far as it is read by those who ask its student."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "final").symlink_to(adapter)
+    (folder / "config.yaml").write_text(
+        f"run: {{output_dir: {folder}, cache_dir: {folder / 'cache'}}}\nmodel: {{path: {model_factory('qwen2')}, dtype: float32}}\n"
+        "data: {train: [rows.jsonl]}\nloss: {output: null, sft_weight: 1.0}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(model_factory):
+    """Address of a teacher with the weights of `model_factory("qwen2", seed=5)`, behind the real engine and the real wire."""
+    from teacher_server.config.server import TeacherConfig
+    from teacher_server.replica.engine import TeacherEngine
+    from tests.e2e.classroom import EngineService
+
+    backend = {
+        "kind": "transformers",
+        "model": str(model_factory("qwen2", seed=5)),
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    engine = TeacherEngine(TeacherConfig.model_validate({"name": "big", "backend": backend, "deterministic": True}))
+    service = EngineService(engine)
+    with serve(service) as server:
+        yield server.address
+        service.stop()
