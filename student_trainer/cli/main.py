@@ -17,6 +17,8 @@ COMMANDS = (
     Command("label", "student_trainer.cli.label", "Ask for the labels of a run ahead of it; or let the teacher write."),
     Command("plan", "student_trainer.cli.plan", "Show what a run would do, without starting it."),
     Command("traces", "student_trainer.cli.traces", "Ask a teacher for reasoning traces, and verify them."),
+    Command("compare", "student_trainer.cli.compare", "Train arms of one config with several seeds, and compare them."),
+    Command("report", "student_trainer.cli.report", "Make one HTML page and Markdown of runs and comparisons."),
     Command("cache", "student_trainer.cli.cache", "Look after the labels on this machine's disk."),
 )
 

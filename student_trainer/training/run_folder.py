@@ -69,6 +69,7 @@ class RunResult:
         metrics: the last held-out figures, empty without held-out data; NaN where one was no number.
         curve: log entries, in order; NaN where the file has null.
         usage: where the labels came from; None without a teacher.
+        label_bytes: of these labels in the label store; None without one.
     """
 
     output_dir: Path
@@ -76,6 +77,7 @@ class RunResult:
     metrics: dict[str, float]
     curve: list[dict[str, float]]
     usage: LabelUsage | None = None
+    label_bytes: int | None = None
 
 
 class AlreadyFinished(Exception):  # noqa: N818
@@ -164,7 +166,7 @@ def open_folder(
         AlreadyFinished: there is nothing left to do.
     """
     folder = config.run.output_dir
-    identity: dict[str, Any] = {"settings": _decisive(config), **learned_from}
+    identity: dict[str, Any] = {"settings": decisive(config), **learned_from}
     identity_file = folder / IDENTITY_NAME
     start = None
 
@@ -234,7 +236,7 @@ def is_finished(folder: Path, note: Callable[[str], None] = lambda _: None) -> b
         return False
 
 
-def _decisive(config: TrainConfig) -> dict[str, Any]:
+def decisive(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide what a run computes, by dotted name."""
     flat: dict[str, Any] = {}
 
