@@ -100,7 +100,8 @@ def compare(
     folder = (out or loaded.run.output_dir.with_name(f"{loaded.run.output_dir.name}-compare")).expanduser().absolute()
     plan = _plan(config, overrides, arms or [], arm or [], loaded.run.seed, seeds, equal, minutes, folder)
     console = progress_console()
-    from student_trainer.comparison.run import MARKDOWN_NAME, compare as run
+    from student_trainer.comparison.run import MARKDOWN_NAME
+    from student_trainer.comparison.run import compare as run
     from student_trainer.evaluation.report import print_table
 
     more = _again(arms or [], arm or [], seeds, equal, minutes, folder)

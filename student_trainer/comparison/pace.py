@@ -11,21 +11,20 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-
 from student_trainer.comparison.arms import Arm
 from student_trainer.comparison.ledger import Watch
 from student_trainer.comparison.plan import Comparison
 from student_trainer.config.run import TrainConfig
 from student_trainer.errors import RunError
 from student_trainer.files import read_object, write_whole
-from student_trainer.training.run import train
 
 PACE_NAME = "pace.json"
 PILOT_STEPS, WARM_STEPS = 24, 6  # of which the first are left out: loading kernels, compiling, the first labels
 
 
-def steps_of_arms(comparison: Comparison, console: Console, tell: Callable[[str], None]) -> dict[str, int]:
+def steps_of_arms(
+    comparison: Comparison, trains: Callable[[TrainConfig, Watch], Any], tell: Callable[[str], None]
+) -> dict[str, int]:
     """Optimizer steps of each arm within `comparison.minutes` of training, waiting for labels included; at least one.
 
     Raises:
@@ -42,7 +41,7 @@ def steps_of_arms(comparison: Comparison, console: Console, tell: Callable[[str]
             raise RunError(f"{file} is damaged ({error}): delete it, and steps are measured again") from error
     for arm in comparison.arms:
         if arm.name not in seconds:
-            seconds[arm.name] = _seconds_per_step(comparison, arm, console)
+            seconds[arm.name] = _seconds_per_step(comparison, arm, trains)
             write_whole(file, json.dumps({"seconds_per_step": seconds}, indent=1) + "\n")
     steps = {arm.name: max(1, int(comparison.minutes * 60 / seconds[arm.name])) for arm in comparison.arms}
     for name, count in steps.items():
@@ -50,14 +49,14 @@ def steps_of_arms(comparison: Comparison, console: Console, tell: Callable[[str]
     return steps
 
 
-def _seconds_per_step(comparison: Comparison, arm: Arm, console: Console) -> float:
+def _seconds_per_step(comparison: Comparison, arm: Arm, trains: Callable[[TrainConfig, Watch], Any]) -> float:
     """Of a run of `PILOT_STEPS` steps with the first seed, whose folder goes again."""
     config = comparison.config(arm, comparison.seeds[0], steps=PILOT_STEPS)
     folder = comparison.folder / "pilots" / arm.name
     shutil.rmtree(folder, ignore_errors=True)
     watch = Watch(lambda step: None, lambda step, seconds: None)
     try:
-        train(_pilot(config, folder), console=console, callbacks=[watch])
+        trains(_pilot(config, folder), watch)
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
     warm_s, all_s = watch.ended_s[WARM_STEPS - 1], watch.ended_s[-1]

@@ -11,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from student_trainer.comparison.ledger import Ledger, Watch
 from student_trainer.comparison.pace import steps_of_arms
 from student_trainer.comparison.plan import Comparison, changed, open_comparison, settings_of
 from student_trainer.comparison.reading import read_run
+from student_trainer.comparison.served import Served
 from student_trainer.comparison.showing import Showing
 from student_trainer.comparison.versions import gpus, versions
 from student_trainer.config.run import TrainConfig
@@ -35,7 +37,7 @@ from student_trainer.findings import Findings
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_settings
 from student_trainer.training.run import train
-from student_trainer.training.run_folder import IDENTITY_NAME, is_finished, read_identity
+from student_trainer.training.run_folder import IDENTITY_NAME, RunResult, is_finished, read_identity
 from teacher_wire.core.errors import TeacherWireError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -74,8 +76,16 @@ def compare(comparison: Comparison, console: Console, run_console: Console | Non
     with FolderLock(comparison.folder, note) as lock, disk_trouble_named(f"--out {comparison.folder}"):
         lock.acquire()
         open_comparison(comparison, configs)
-        steps = steps_of_arms(comparison, run_console or console, note) if comparison.equal == "time" else {}
-        return _Runs(comparison, configs, steps, console, run_console or console).make()
+        with Served(console) as served:
+            trains = partial(_train, served, run_console or console)
+            steps = steps_of_arms(comparison, trains, note) if comparison.equal == "time" else {}
+            return _Runs(comparison, configs, steps, console, trains).make()
+
+
+def _train(served: Served, console: Console, config: TrainConfig, watch: Watch) -> RunResult:
+    """A run, from its last checkpoint if it was begun before."""
+    resume = (config.run.output_dir / IDENTITY_NAME).is_file()
+    return train(served.config(config), resume=resume, console=console, callbacks=[watch])
 
 
 class _Runs:
@@ -84,6 +94,7 @@ class _Runs:
     Args:
         configs: of every arm with the first seed.
         steps: of every arm under equal time.
+        trains: makes one run.
     """
 
     def __init__(
@@ -92,10 +103,10 @@ class _Runs:
         configs: dict[str, TrainConfig],
         steps: dict[str, int],
         console: Console,
-        run_console: Console,
+        trains: Callable[[TrainConfig, Watch], RunResult],
     ) -> None:
         self._comparison, self._steps = comparison, steps
-        self._console, self._run_console = console, run_console
+        self._console, self._train = console, trains
         self._settings = {name: settings_of(config) for name, config in configs.items()}
         self._config = configs[comparison.base]
         self._all = [(arm, seed) for seed in comparison.seeds for arm in comparison.arms]
@@ -154,9 +165,7 @@ class _Runs:
         watch = Watch(lambda step: showing.step(step, steps) if steps else None, ledger.progress)
         error = ""
         try:
-            result = train(
-                config, resume=(folder / IDENTITY_NAME).is_file(), console=self._run_console, callbacks=[watch]
-            )
+            result = self._train(config, watch)
             ledger.end(result, watch.train_s)
             self._check_alike(arm, seed)
             if not self._keeps_checkpoints(arm):
