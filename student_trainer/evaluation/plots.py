@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from student_trainer.evaluation.report import METRICS, CurvePoint, Results
+from student_trainer.evaluation.report import CurvePoint, Results, shown_as
 from teacher_wire.labels.files import replacing
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def draw_heldout(results: Results, curves: Sequence[CurvePoint]) -> Figure | Non
                 _band(axes, points, _style(results, arm), label=arm)
         if name == "nll_per_byte" and name in results.teacher:
             axes.axhline(results.teacher[name], color="black", linewidth=1, linestyle=":", label="teacher")
-        axes.set_title(f"{METRICS[name].label} ({METRICS[name].unit})", loc="left")
+        axes.set_title(f"{shown_as(name).label} ({shown_as(name).unit})", loc="left")
         axes.margins(x=0.02)
         if name == "kl_to_teacher":
             axes.set_ylim(bottom=0)

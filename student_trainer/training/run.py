@@ -7,7 +7,7 @@ the folder, which one process has at a time, holds the resolved config, the log,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,7 @@ def train(
     resume: bool | Path = False,
     console: Console | None = None,
     allow_other_teachers: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Trains a student as `config` says.
 
@@ -88,6 +89,7 @@ def train(
             are set aside.
         console: where progress is shown.
         allow_other_teachers: go on although the teachers, or what they are, have changed since the run was started.
+        callbacks: transformers callbacks that watch the run, beside the trackers of `train.report_to`.
 
     Raises:
         StudentError, TeacherWireError: something a user can mend; nothing is left half-written.
@@ -100,7 +102,7 @@ def train(
     note = partial(_note, console)
     findings = Findings(on_advice=note)
     findings.add(check_settings(config))
-    trackers = make_trackers(config.train.report_to, note)
+    trackers = [*make_trackers(config.train.report_to, note), *callbacks]
     folder = config.run.output_dir
     with FolderLock(folder, note) as lock:
         findings.add(check_folder(config, bool(resume)))
@@ -276,7 +278,7 @@ def _run(
         if is_new and (trainer is None or not trainer.state.global_step):
             leave_no_trace(folder)  # of a run that has learned nothing
     result = finish(folder, trainer.state.global_step, metrics)
-    return replace(result, usage=_usage_of(sessions)) if sessions else result
+    return replace(result, usage=_usage_of(sessions), label_bytes=_label_bytes(sessions)) if sessions else result
 
 
 def _asking(session: TeacherSession, terms: list[LossTerm], data: TokenizedDataset) -> TeacherSession:
@@ -302,6 +304,12 @@ def _usage_of(sessions: list[TeacherSession]) -> LabelUsage:
     for session in sessions:
         usage.add(session.service.usage)
     return usage
+
+
+def _label_bytes(sessions: list[TeacherSession]) -> int | None:
+    """Bytes of the labels that this process has read from its label store or written to it; None where labels are not kept."""
+    stores = {id(store): store for session in sessions if (store := session.service.store) is not None}
+    return sum(store.stats.read_bytes + store.stats.written_bytes for store in stores.values()) if stores else None
 
 
 def _told_of_memory(config: TrainConfig, error: BaseException, trainer: DistillationTrainer | None) -> str:

@@ -69,6 +69,7 @@ class RunResult:
         metrics: the last held-out figures, empty without held-out data; NaN where one was no number.
         curve: log entries, in order; NaN where the file has null.
         usage: where the labels came from; None without a teacher.
+        label_bytes: of these labels in the label store; None without one.
     """
 
     output_dir: Path
@@ -76,6 +77,7 @@ class RunResult:
     metrics: dict[str, float]
     curve: list[dict[str, float]]
     usage: LabelUsage | None = None
+    label_bytes: int | None = None
 
 
 class AlreadyFinished(Exception):  # noqa: N818
@@ -240,10 +242,10 @@ def is_finished(folder: Path, note: Callable[[str], None] = lambda _: None) -> b
 
 def identity_of(config: TrainConfig, learned_from: dict[str, str]) -> dict[str, Any]:
     """What run.json says of a run that is begun now."""
-    return {"settings": _decisive(config), **learned_from}
+    return {"settings": decisive(config), **learned_from}
 
 
-def _decisive(config: TrainConfig) -> dict[str, Any]:
+def decisive(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide what a run computes, by dotted name."""
     flat: dict[str, Any] = {}
 
