@@ -30,6 +30,7 @@ from student_trainer.teachers.loss_checks import check_anneal, check_context, ch
 from student_trainer.teachers.meeting.described import meet
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.offline.held import check_offline
 from student_trainer.training.on_policy.checks import check_on_policy, check_rollouts
 from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
@@ -82,7 +83,7 @@ def all_findings(
     with contextlib.ExitStack() as stack:
         reached = findings.attempt(
             "teacher",
-            lambda: stack.enter_context(connections(config.every_teacher, console)),
+            lambda: stack.enter_context(connections(config.every_teacher, console, config.run.cache_dir)),
             "what connecting to the teachers needs is there",
         )
         if reached:
@@ -102,6 +103,7 @@ def all_findings(
                 config, reached, outline, data, held_out, console, findings, settled[0] if settled and resume else None,
                 only_stores=True, described=described,
             )  # fmt: skip
+            findings.add(check_offline(config, sessions, data, held_out))
             findings.add(check_requests(config, sessions, data, held_out))
             findings.add(check_rollouts(config, outline.positions, data, order_of(config, data), sessions))
             if look is not None:

@@ -47,6 +47,7 @@ from student_trainer.training.identity import learned_from
 from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary, who_is_away
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
+from student_trainer.training.offline.held import check_offline
 from student_trainer.training.on_policy.checks import check_rollouts, plan_of
 from student_trainer.training.on_policy.named import NamedAhead
 from student_trainer.training.on_policy.rollouts import Rollouts
@@ -104,7 +105,7 @@ def train(
         findings.add(check_folder(config, resume))
         if folder.is_dir():
             lock.acquire()
-        with connections(config.every_teacher, console) as reached:
+        with connections(config.every_teacher, console, config.run.cache_dir) as reached:
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
@@ -119,6 +120,7 @@ def train(
             sessions = open_sessions(
                 config, reached, outline, data, held_out, console, findings, settled, described=described
             )
+            findings.add(check_offline(config, sessions, data, held_out))
             try:
                 return _run(
                     config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings,

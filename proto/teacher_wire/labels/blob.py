@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -151,6 +153,21 @@ def read_summary(file: BinaryIO) -> LabelSummary:
         return LabelSummary(metadata["fingerprint"], name, header[_IDS]["shape"][0], rows)
     except _BROKEN as error:
         raise LabelError(f"not a blob of labels: {error}", field="header") from error
+
+
+def whole_size(path: Path) -> int:
+    """Bytes of the blob in a file; 0 if there is none, or it is shorter or longer than its header says: a torn one is found without reading it."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = _header(file.read(min(header_bytes, _HEADER_LIMIT)))
+            size = os.fstat(file.fileno()).st_size
+        tensors_bytes = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+        )
+    except (OSError, *_BROKEN):
+        return 0
+    return size if size == 8 + header_bytes + tensors_bytes else 0
 
 
 def _check(key: str, fingerprint: str, asked: str, sequence: TokenBatch, signals: TeacherSignals) -> None:
