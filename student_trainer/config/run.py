@@ -20,6 +20,7 @@ from student_trainer.config.files import Settings, parse_as, read_tree
 from student_trainer.config.losses import LossConfig
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.on_policy import OnPolicyConfig
+from student_trainer.config.order.curriculum import CurriculumConfig, check_curriculum
 from student_trainer.config.teachers import (
     CacheConfig,
     Combine,
@@ -69,6 +70,7 @@ class TrainConfig(Settings):
     labels: LabelConfig = LabelConfig()
     loss: LossConfig = LossConfig()
     on_policy: OnPolicyConfig | None = None
+    curriculum: CurriculumConfig | None = None
     generate: GenerateConfig | None = None
     train: OptimizationConfig = OptimizationConfig()
     feed: FeedConfig = FeedConfig()
@@ -85,6 +87,9 @@ class TrainConfig(Settings):
         check_teachers(self.teachers, self.combine, self.labels, self.loss)
         self._check_tags()
         self._check_offline()
+        if self.loss.output is not None:
+            every = self.every_teacher
+            check_curriculum(self.curriculum, [*map(self.labels_of, every)], [*map(self.keeps_labels, every)])
         if len(self.teachers) > 1 and self.on_policy is not None and self.on_policy.publish is not None:
             raise ValueError(
                 "on_policy.publish belongs to one teacher, and there are several: set the section teacher, or publish to null"

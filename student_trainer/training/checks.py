@@ -15,8 +15,9 @@ from pathlib import Path
 from rich.console import Console
 
 from student_trainer.config.run import TrainConfig
+from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import bytes_on_disk, load_run_data, order_of
+from student_trainer.data.inputs import asked_order, bytes_on_disk, load_run_data, order_of
 from student_trainer.data.routing import unclaimed
 from student_trainer.errors import RunError
 from student_trainer.files import LOCK_NAME, free_bytes
@@ -138,10 +139,18 @@ def check_rows(
 
 
 def check_requests(
-    config: TrainConfig, sessions: Sequence[TeacherSession], data: TokenizedDataset, held_out: TokenizedDataset | None
+    config: TrainConfig,
+    sessions: Sequence[TeacherSession],
+    data: TokenizedDataset,
+    held_out: TokenizedDataset | None,
+    order: RunOrder | None = None,
 ) -> Iterator[Finding]:
-    """Whether the teachers take every request of the run, with advice if the labels of one epoch do not fit into the label store."""
-    yield from check_sizes(config, sessions, data, held_out, order_of(config, data))
+    """Whether the teachers take every request of the run, with advice if the labels of one epoch do not fit into the label store.
+
+    Args:
+        order: of the run; None where it is not known yet, for the one in which labels are asked for ahead.
+    """
+    yield from check_sizes(config, sessions, data, held_out, order or asked_order(config, data))
     yield from check_taught(config, sessions, data)
     kept = [session for session in sessions if session.service.store is not None]
     if not kept or config.loss.output is None or config.labels.extra_ids:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from student_trainer.config.run import TrainConfig
-from student_trainer.data.inputs import bytes_on_disk, load_run_data, order_of
+from student_trainer.data.inputs import asked_order, bytes_on_disk, load_run_data
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.findings import Finding, Findings
 from student_trainer.labels.source import LabelUsage
@@ -77,7 +77,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
         if not sessions:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")
         sessions = [session for session in sessions if session.service.store is not None]  # others keep nothing
-        findings.add(check_sizes(config, sessions, data, held_out, order_of(config, data)))
+        findings.add(check_sizes(config, sessions, data, held_out, asked_order(config, data)))
         jobs = jobs_of(config, sessions, data, held_out)
         findings.add([_check_budget(config, jobs)])
         findings.add(check_artifacts(config, sessions))

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
@@ -28,6 +30,7 @@ from teacher_wire.labels.blob import (
     decode_labels,
     encode_labels,
     label_keys,
+    read_figures,
     read_summary,
     whole_size,
 )
@@ -96,6 +99,10 @@ class LabelStore:
             if one and (size := whole_size(self._path(one))):
                 return size
         return 0
+
+    def figures(self, key: str, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """Those of the named tensors that the labels under `key` have, read alone and not verified; None if there are no such labels."""
+        return read_figures(self._path(key), key, names)
 
     def keep(
         self, key: str, fingerprint: str, spec: SignalSpec, sequence: TokenBatch, signals: TeacherSignals

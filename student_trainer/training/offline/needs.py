@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.batch_plan import by_length
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import order_of
+from student_trainer.data.inputs import asked_order
 from student_trainer.data.teacher_view import TeacherView
 from student_trainer.evaluation.layer_similarity import MOST_ROWS
 from student_trainer.labels.source import LabelRequest
@@ -89,7 +89,7 @@ def artifacts_of(session: TeacherSession) -> Iterator[ArtifactInfo]:
 
 def _batches(config: TrainConfig, data: TokenizedDataset) -> Iterable[list[int]]:
     """The rows of every micro-batch of the run, in order; with a curriculum all rows."""
-    order = order_of(config, data)
+    order = asked_order(config, data)
     return (order.batch(number) for number in range(order.batches))
 
 

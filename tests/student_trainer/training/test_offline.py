@@ -39,8 +39,8 @@ class _Stop(Exception):
 def config_in(tmp_path, model_factory, rows_file):
     """Name of a run, an address and sections -> its config; `cache` names the cache folder."""
 
-    def build(name, address, cache="cache", model=None, **sections):
-        where = {"output_dir": str(tmp_path / name), "cache_dir": str(tmp_path / cache)}
+    def build(name, address, cache_name="cache", model=None, **sections):
+        where = {"output_dir": str(tmp_path / name), "cache_dir": str(tmp_path / cache_name)}
         tree = run_config(tmp_path, model or model_factory("qwen2"), rows_file, address, run=where, **sections)
         return parse_config(tree, "test")
 
