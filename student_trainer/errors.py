@@ -7,7 +7,8 @@
     └── RunError      a run cannot start, continue or be resumed
         ├── NonFiniteError  the numbers of a run are no numbers any more; exit code 1
         ├── RolloutError    the student's own samples cannot be written
-        └── TeacherAwayError  one of several teachers does not answer; exit code 75, and the run can be resumed
+        ├── TeacherAwayError  one of several teachers does not answer; exit code 75, and the run can be resumed
+        └── OfflineError    what a run needs of a teacher that is not to be asked is not kept on this machine
 
 The text of each is one clear line naming what and where; the CLI prints it and exits with its `exit_code`.
 """
@@ -82,6 +83,10 @@ class TeacherAwayError(RunError):
     """A teacher of the list `teachers` does not answer, and its labels cannot be done without: the run goes on later, by --resume."""
 
     exit_code = TRY_AGAIN
+
+
+class OfflineError(RunError):
+    """Something that only the teacher can give is not on this machine's disk, and `teacher.offline` says that it is not to be asked."""
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -19,7 +19,7 @@ from student_trainer.errors import ConfigError
 KINDS = ("constant", "linear", "cosine", "exponential")
 
 # What randomness is for -> second word of its key; append only, for a number that moves changes every past run.
-STREAMS = {"data": 0, "on_policy": 1, "rollout": 2}
+STREAMS = {"data": 0, "on_policy": 1, "rollout": 2, "curriculum": 3, "curriculum pack": 4}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,12 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
     Sorts n keyed random numbers; unlike `Generator.permutation` it cannot change with the release of numpy.
     """
-    return np.argsort(uniforms(seed, "data", epoch, np.arange(n)), kind="stable").astype(np.int64)
+    return keyed_permutation(seed, "data", epoch, n)
+
+
+def keyed_permutation(seed: int, stream: str, number: int, n: int) -> np.ndarray:
+    """int64 [n]: permutation `number` of n things in a stream of its own; as `permutation`."""
+    return np.argsort(uniforms(seed, stream, number, np.arange(n)), kind="stable").astype(np.int64)
 
 
 def philox_4x32(counter_N4: np.ndarray, key_2: tuple[int, int]) -> np.ndarray:

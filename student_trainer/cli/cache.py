@@ -23,6 +23,8 @@ from student_trainer.config.run import TOKENS, cache_folder, labels_folder
 from student_trainer.errors import ConfigError
 from student_trainer.progress import ProgressBar
 from student_trainer.teachers.artifact_files import artifact_files, artifact_folders
+from student_trainer.teachers.offline.record import TeacherRecord
+from student_trainer.teachers.offline.upkeep import drop_unlabelled, export_records, records_of, verify_records
 from teacher_wire.labels.budget import File
 from teacher_wire.labels.store import Amount, LabelStore, StoreStats
 
@@ -36,10 +38,11 @@ _DEFAULT = Path("~/.cache/lyceum")
 
 @app.command()
 def stats(cache_dir: CacheDir = _DEFAULT) -> None:
-    """List the labels by teacher and transport, the teachers' output heads, and the tokenised datasets."""
+    """List the labels by teacher and transport, the teachers that are known, their output heads, and the tokenised datasets."""
     with _named(cache_dir) as store:
         shelves, unreadable = store.scan()
         kept = _beside_labels(cache_dir)
+        records = records_of(cache_dir)
     console = Console(highlight=False, soft_wrap=True)
     for kind, files in kept.items():
         newest = datetime.fromtimestamp(files[-1].used_s).strftime("%Y-%m-%d %H:%M")
@@ -48,6 +51,8 @@ def stats(cache_dir: CacheDir = _DEFAULT) -> None:
             f"last used {newest}",
             markup=False,
         )
+    for record in records:
+        console.print(f"teacher {_told(cache_dir, record)}", markup=False)
     if not shelves and not unreadable:
         console.print(f"no labels in {store.folder}", markup=False)
         return
@@ -76,9 +81,11 @@ def verify(cache_dir: CacheDir = _DEFAULT) -> None:
     with _named(cache_dir) as store, _bar("verifying") as progress:
         whole, damaged = store.verify(progress)
         verified = _verify_artifacts(cache_dir, store)
+        verified["teacher_record"] = verify_records(cache_dir, store.drop_damaged)
     print(f"{_amount(whole)} are whole; {_damage(damaged, store.stats)}")
     for kind, (whole_files, damaged_files) in verified.items():
-        print(f"{whole_files:,} {_plural(kind)} are whole; {damaged_files:,} were damaged")
+        if whole_files or damaged_files:
+            print(f"{whole_files:,} {_plural(kind)} are whole; {damaged_files:,} were damaged")
     _complain(store.stats)
     if damaged.sequences or any(damaged_files for _, damaged_files in verified.values()) or store.stats.unreadable:
         raise typer.Exit(1)
@@ -129,10 +136,17 @@ def prune(
             dry_run=dry_run,
             beside=[file for files in kept.values() for file in files],
         )
+        forgotten = 0
+        if not dry_run:
+            shelves, unreadable = store.scan()
+            labelled = {shelf.fingerprint for shelf in shelves}
+            forgotten = 0 if unreadable else drop_unlabelled(cache_dir, labelled, teacher)
         left = {file.path for files in _beside_labels(cache_dir).values() for file in files}
     gone = {kind: sum(file.path not in left for file in files) for kind, files in kept.items()}
     told = "".join(f", {count:,} of them {_plural(kind)}" for kind, count in gone.items() if count)
     print(f"{'would free' if dry_run else 'freed'} {_mb(freed.bytes)} MB: {freed.sequences:,} sequences{told}")
+    if forgotten:
+        print(f"{forgotten:,} teachers have no labels left here and are forgotten")
 
 
 @app.command()
@@ -141,7 +155,7 @@ def export(
     cache_dir: CacheDir = _DEFAULT,
     teacher: Teacher = "",
 ) -> None:
-    """Copy labels, each verified, into another cache folder; what is there already stays."""
+    """Copy labels, each verified, into another cache folder, with what training without their teacher needs; what is there stays."""
     if labels_folder(to).absolute() == labels_folder(cache_dir).absolute():
         raise ConfigError(f"cache export: {to} is the cache itself")
     with _named(cache_dir) as store:
@@ -149,16 +163,37 @@ def export(
         try:
             with _bar("copying") as progress:
                 copied, damaged = store.export(LabelStore(labels_folder(to)), teacher=teacher, progress=progress)
+            beside = export_records(cache_dir, to, teacher)
         except OSError as error:  # what cannot be read here has been passed over
             raise ConfigError(
                 f"cache export: {error.filename or to}: cannot be written: {error.strerror or error}"
             ) from error
     print(f"copied {_amount(copied)} to {labels_folder(to)}")
+    parts = (
+        (beside.records, "teacher records"),
+        (beside.artifacts, "artifacts"),
+        (beside.others, "files that join tokenizers"),
+    )
+    if told := ", ".join(f"{count:,} {what}" for count, what in parts if count):
+        print(f"copied with them {told}")
+    if beside.lacking:
+        print(f"not here, and not copied: {', '.join(beside.lacking)}")
     if damaged.sequences:
         print(_damage(damaged, store.stats))
     _complain(store.stats)
     if damaged.sequences or store.stats.unreadable:
         raise typer.Exit(1)
+
+
+def _told(cache_dir: Path, record: TeacherRecord) -> str:
+    """A record in one line, with which of its teacher's artifacts are here."""
+    folders = artifact_folders(cache_folder(cache_dir))
+    here = [
+        artifact.kind.replace("_", " ")
+        for artifact in record.info.artifacts
+        if artifact.kind in folders and (folders[artifact.kind] / f"{artifact.sha256}.safetensors").is_file()
+    ]
+    return f"{record.told} on {record.day}, with its {', '.join(here)}" if here else f"{record.told} on {record.day}"
 
 
 def _damage(damaged: Amount, stats: StoreStats) -> str:

@@ -20,6 +20,7 @@ from student_trainer.config.files import Settings, parse_as, read_tree
 from student_trainer.config.losses import LossConfig
 from student_trainer.config.model import ModelConfig
 from student_trainer.config.on_policy import OnPolicyConfig
+from student_trainer.config.order.curriculum import CurriculumConfig, check_curriculum
 from student_trainer.config.teachers import (
     CacheConfig,
     Combine,
@@ -69,6 +70,7 @@ class TrainConfig(Settings):
     labels: LabelConfig = LabelConfig()
     loss: LossConfig = LossConfig()
     on_policy: OnPolicyConfig | None = None
+    curriculum: CurriculumConfig | None = None
     generate: GenerateConfig | None = None
     train: OptimizationConfig = OptimizationConfig()
     feed: FeedConfig = FeedConfig()
@@ -84,6 +86,10 @@ class TrainConfig(Settings):
             raise ValueError("combine and when_missing belong to the section teachers, which is empty")
         check_teachers(self.teachers, self.combine, self.labels, self.loss)
         self._check_tags()
+        self._check_offline()
+        if self.loss.output is not None:
+            every = self.every_teacher
+            check_curriculum(self.curriculum, [*map(self.labels_of, every)], [*map(self.keeps_labels, every)])
         if len(self.teachers) > 1 and self.on_policy is not None and self.on_policy.publish is not None:
             raise ValueError(
                 "on_policy.publish belongs to one teacher, and there are several: set the section teacher, or publish to null"
@@ -101,6 +107,25 @@ class TrainConfig(Settings):
     def every_teacher(self) -> tuple[TeacherConfig, ...]:
         """Every teacher that the run learns from: none, the one of the section `teacher`, or those of `teachers`."""
         return self.teachers if self.teacher is None else (self.teacher,)
+
+    def _check_offline(self) -> None:
+        """Refuses what a teacher that is not asked cannot do."""
+        for teacher in self.every_teacher:
+            if not teacher.offline:
+                continue
+            called = f" of teacher {teacher.called!r}" if self.teachers else ""
+            if not self.keeps_labels(teacher):
+                raise ValueError(f"teacher.offline=true{called} needs the labels on disk: set cache.labels to true")
+            if extra := self.labels_of(teacher).extra_ids:
+                raise ValueError(
+                    f"labels.extra_ids={extra}: the student names other ids at every step, and labels by them are not kept, but the teacher is "
+                    f"not asked (teacher.offline=true{called}): set it to 0, or offline to false"
+                )
+            if self.on_policy is not None:
+                raise ValueError(
+                    f"on_policy: only a teacher that is up can answer about what the student writes, and teacher.offline=true{called}: set "
+                    "on_policy to null, or offline to false"
+                )
 
     def _check_tags(self) -> None:
         """Refuses tags that decide nothing."""

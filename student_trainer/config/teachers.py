@@ -69,6 +69,9 @@ class TeacherConfig(Settings):
         retry_s: how long a request is retried while the server is away.
         answer_s: how long a request that the server has taken may stay without any part of its answer before it is made again.
         allow_template_mismatch: learn although the teacher's chat template differs from ours.
+        offline: never connect: who the teacher is, its output head and its labels are those that `student-trainer label`, or an earlier run, has
+            left in `run.cache_dir` (docs/one_card.md). `address` or `embedded` then only says which teacher is meant, and may be left out.
+        fingerprint: the teacher's must begin so; "" for any. Offline it chooses among the teachers on disk.
         context: what of each row the teacher alone is told; null for nothing.
         cross_tokenizer: how it is learned from if its tokenizer is another one.
     """
@@ -86,6 +89,8 @@ class TeacherConfig(Settings):
     retry_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 300.0
     answer_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 600.0
     allow_template_mismatch: bool = False
+    offline: bool = False
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]*$")] = ""
     context: ContextConfig | None = None
     cross_tokenizer: CrossTokenizerConfig = CrossTokenizerConfig()
 
@@ -94,6 +99,11 @@ class TeacherConfig(Settings):
         """Its name in the run; empty where the server's only teacher is meant and nobody else is asked."""
         return self.name
 
+    @property
+    def place(self) -> str:
+        """Where it is asked, in words; empty where an offline teacher does not say it."""
+        return self.address or (f"embedded {self.embedded}" if self.embedded is not None else "")
+
     @field_validator("proxy")
     @classmethod
     def _a_proxy(cls, value: str) -> str:
@@ -101,7 +111,7 @@ class TeacherConfig(Settings):
 
     @model_validator(mode="after")
     def _one_place(self) -> TeacherConfig:
-        if (self.address is None) == (self.embedded is None):
+        if (self.address is None) == (self.embedded is None) and not (self.offline and self.address is None):
             raise ValueError("set exactly one of address and embedded")
         if (self.cert_file is None) != (self.key_file is None):
             raise ValueError("set both of cert_file and key_file, or neither: a certificate needs its key")

@@ -52,6 +52,7 @@ class Example:
         tags: of its row, by which teachers are asked about it (`data.routing`).
         views: the row as one of several teachers reads it, by the teacher's name; who has none reads it as the student does.
         told: what a teacher with another tokenizer must be told to render the same prompt itself; None in a run without one.
+        trace_steps: steps of its row's trace, by which a curriculum calls it harder; 0 without one.
     """
 
     token_ids: np.ndarray
@@ -63,6 +64,7 @@ class Example:
     tags: tuple[str, ...] = ()
     views: Mapping[str, TeacherView] = field(default_factory=dict)
     told: Told | None = None
+    trace_steps: int = 0
 
     def asked_by(self, name: str) -> TeacherView:
         """What the teacher called `name`, which has the student's tokenizer, is asked about this row."""
@@ -362,7 +364,9 @@ def _example(made: TaskRow, sequence: TokenSequence, *, parted: bool) -> Example
     if not sequence.loss_mask.any():
         raise made.row.error("no target has a weight above 0")
     key = f"{made.key}[turn {sequence.turns[0]}]" if parted else made.key
-    return Example(sequence.token_ids, sequence.loss_mask, sequence.target_bytes, key, sequence.weights)
+    return Example(
+        sequence.token_ids, sequence.loss_mask, sequence.target_bytes, key, sequence.weights, trace_steps=made.steps
+    )
 
 
 def _with(example: Example, held: ForTeachers) -> Example:

@@ -196,7 +196,7 @@ def _tell_rendering(name: str, rows: TokenizedDataset, console: Console) -> None
 
 
 def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
-    """Which rows each micro-batch of the run holds."""
+    """Which rows each micro-batch of the run holds; with a curriculum only its length is the run's (`training.curriculum.ranking`)."""
     settings = config.train
     return RunOrder(
         len(data),
@@ -206,6 +206,14 @@ def order_of(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
         max_steps=settings.max_steps,
         seed=config.run.seed,
     )
+
+
+def asked_order(config: TrainConfig, data: TokenizedDataset) -> RunOrder:
+    """The micro-batches in which labels are asked for ahead of a run: its own; with a curriculum, whose order follows from them, every row once."""
+    if config.curriculum is None:
+        return order_of(config, data)
+    size = config.train.batch_size
+    return RunOrder(len(data), batch_size=size, accumulation=1, epochs=1.0, max_steps=None, seed=config.run.seed)
 
 
 def bytes_on_disk(info: TeacherInfo, spec: SignalSpec, views: Iterable[TeacherView]) -> int:

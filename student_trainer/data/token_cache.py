@@ -240,6 +240,8 @@ def _save(path: Path, key: str, entry: _Entry) -> None:
     }
     if any(example.tags for example in examples):
         facts["tags"] = [list(example.tags) for example in examples]
+    if any(example.trace_steps for example in examples):
+        facts["trace_steps"] = [example.trace_steps for example in examples]
     if all(example.told is not None for example in examples):
         told = [example.told for example in examples if example.told is not None]
         facts["answer_starts"] = [one.answer_start for one in told]
@@ -308,6 +310,8 @@ def _load(path: Path, key: str) -> _Entry:
         ids, masks = (np.split(tensors[name], parts) for name in ("teacher_ids_T", "teacher_mask_T"))
         for b, ids_L, mask_L in zip(tensors["seen_by_teacher_S"].tolist(), ids, masks, strict=True):
             examples[b] = replace(examples[b], teacher=TeacherView(ids_L, mask_L))
+    if "trace_steps" in facts:
+        examples = [replace(one, trace_steps=n) for one, n in zip(examples, facts["trace_steps"], strict=True)]
     examples = _with_readers(examples, facts, tensors)
     dropped = [Overlength(*row) for row in facts["dropped"]]
     bad = [BadRow(**row) for row in facts["bad"]]

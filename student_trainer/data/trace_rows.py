@@ -48,11 +48,12 @@ class TraceTasks:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A conversation, the row it is from, and the task it is ("" for rows of other formats)."""
+    """A conversation, the row it is from, the task it is ("" for rows of other formats), and how many steps the row's trace has."""
 
     row: Row
     task: str
     conversation: Conversation
+    steps: int = 0
 
     @property
     def key(self) -> str:
@@ -98,7 +99,8 @@ def _tasks_of(row: Row, conversation: Conversation, tasks: TraceTasks) -> Iterat
         else:
             share = confidence * tasks.reason_share
             pieces = [(text, weight * share) for text, weight in render(trace, answer.content, tasks)]
-        yield TaskRow(row, task, replace(conversation, turns=(*asked, _weighted(pieces))))
+        steps = len(trace.steps) if trace else 0
+        yield TaskRow(row, task, replace(conversation, turns=(*asked, _weighted(pieces))), steps)
 
 
 def render(trace: Trace, answer: str, tasks: TraceTasks) -> list[tuple[str, float]]:

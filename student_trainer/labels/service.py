@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from student_trainer.config.run import TrainConfig, labels_folder
 from student_trainer.labels.lineage import FollowingSource, Lineage
 from student_trainer.labels.source import LabelRequest, LabelSource, LabelUsage
 from student_trainer.labels.verify import check_signals
@@ -65,3 +66,10 @@ class LabelService:
             # clocks of disks are coarse
             gone += self.store.prune(teacher=fingerprint, used_since_s=self.opened_s - 1).sequences
         return f"the labels of {gone:,} sequences that this run has used were deleted from {self.store.folder}"
+
+
+def store_of(config: TrainConfig, on_trouble: Callable[[str], None]) -> LabelStore | None:
+    """The labels on this machine's disk, if any teacher's are kept."""
+    if not any(map(config.keeps_labels, config.every_teacher)):
+        return None
+    return LabelStore(labels_folder(config.run.cache_dir), round(config.cache.max_gb * 2**30), on_trouble)

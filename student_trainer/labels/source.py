@@ -12,11 +12,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
+from student_trainer.errors import OfflineError
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.core.signals import SignalSpec, TeacherSignals, Timing
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore, label_keys
+
+_SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,10 @@ class LabelSource:
             missing = {key: b for key, b in own.items() if found[key] is None}
             if missing:
                 part = request.select(list(missing.values()))
-                answer = await self._ask(part.batch)
+                try:
+                    answer = await self._ask(part.batch)
+                except OfflineError as error:  # a file that was there before step 0 is damaged, or was deleted since
+                    raise OfflineError(f"{', '.join(part.names[:_SHOWN_NAMES])}: {error}") from error
                 kept = await asyncio.to_thread(self._keep, store, list(missing), part, answer)
                 for key, signals in kept.items():
                     flights[key].set_result(signals)

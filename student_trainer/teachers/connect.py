@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from student_trainer.config.teachers import TeacherConfig
+from student_trainer.errors import ConfigError
 from student_trainer.teachers.embedded import embedded_teacher
-from teacher_wire.core.errors import TeacherWireError
+from student_trainer.teachers.offline.client import OfflineTeacher
+from teacher_wire.core.errors import MismatchError, TeacherWireError
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import DEFAULT_WINDOW_BYTES, TeacherClient
 from teacher_wire.transport.channel import Credentials, check_connection
@@ -44,23 +47,40 @@ class Connection:
         address: HOST:PORT of the server, or several with commas.
         credentials: TLS files, token, tenant and proxy.
         policy: for the time in which the server is away.
+        fingerprint: the teacher's must begin so; empty for any.
+        offline: answers in place of a server that is never asked; None for one that is.
+        place: where it is, in the words of its section, by which its record is found again.
     """
 
     name: str
     address: str
     credentials: Credentials
     policy: AwayPolicy
+    fingerprint: str = ""
+    offline: OfflineTeacher | None = None
+    place: str = ""
 
     @classmethod
     def of(cls, teacher: TeacherConfig, address: str) -> Connection:
         """The connection that a teacher section describes to a server at `address`."""
         policy = AwayPolicy(teacher.wait_s, teacher.retry_s, teacher.answer_s)
-        return cls(teacher.name, address, credentials_of(teacher), policy)
+        return cls(
+            teacher.name, address, credentials_of(teacher), policy, teacher.fingerprint, place=teacher.place or address
+        )
+
+    @classmethod
+    def without(cls, teacher: TeacherConfig, cache_dir: Path) -> Connection:
+        """In place of a connection: what is kept of a teacher that is not to be asked."""
+        policy = AwayPolicy(0.0, 0.0, teacher.answer_s)
+        kept = OfflineTeacher(teacher, cache_dir)
+        return cls(teacher.name, kept.address, Credentials(), policy, teacher.fingerprint, kept, teacher.place)
 
     def client(
         self, on_trouble: Callable[[TeacherWireError], None], window_bytes: int = DEFAULT_WINDOW_BYTES
     ) -> TeacherClient:
         """A client on the running event loop; `on_trouble` is called with each error that is retried."""
+        if self.offline is not None:
+            return self.offline
         return TeacherClient(
             self.address,
             credentials=self.credentials,
@@ -71,8 +91,19 @@ class Connection:
         )
 
     async def describe(self, client: TeacherClient) -> TeacherInfo:
-        """What the teacher says of itself; waits for the server as the policy allows."""
-        return await client.teacher(self.name, wait_for_s=self.policy.wait_s)
+        """What the teacher says of itself; waits for the server as the policy allows.
+
+        Raises:
+            MismatchError: it is not the one that the section's `fingerprint` names.
+            OfflineError: it is offline, and not known.
+        """
+        info = await client.teacher(self.name, wait_for_s=self.policy.wait_s)
+        if not info.fingerprint.startswith(self.fingerprint):
+            raise MismatchError(
+                f"teacher {info.name!r} is not the one that the config names by its fingerprint: its weights, or how they are run, are others",
+                field="teacher.fingerprint", value=info.fingerprint[:16], limit=self.fingerprint[:16],
+            )  # fmt: skip
+        return info
 
 
 def credentials_of(teacher: TeacherConfig) -> Credentials:
@@ -92,15 +123,34 @@ def check_way(teacher: TeacherConfig) -> None:
 
 
 @contextlib.contextmanager
-def connections(teachers: Sequence[TeacherConfig], console: Console) -> Iterator[list[Connection]]:
+def connections(
+    teachers: Sequence[TeacherConfig], console: Console, cache_dir: Path | None = None
+) -> Iterator[list[Connection]]:
     """A connection to each teacher while the block runs; embedded servers are started, and stopped at the end.
+
+    Args:
+        teachers: their sections.
+        console: told while a server starts.
+        cache_dir: where offline teachers are known from; None for a command that can do nothing without a teacher that answers.
 
     Raises:
         RequestError: as `check_way`.
-        ConfigError, RunError: as `embedded_teacher`.
+        ConfigError, RunError: as `embedded_teacher`; or a teacher is offline and must be asked.
     """
     with contextlib.ExitStack() as servers:
-        yield [Connection.of(teacher, _address(teacher, servers, console)) for teacher in teachers]
+        yield [_connection(teacher, servers, console, cache_dir) for teacher in teachers]
+
+
+def _connection(
+    teacher: TeacherConfig, servers: contextlib.ExitStack, console: Console, cache_dir: Path | None
+) -> Connection:
+    if not teacher.offline:
+        return Connection.of(teacher, _address(teacher, servers, console))
+    if cache_dir is None:
+        raise ConfigError(
+            "teacher.offline=true: the teacher is to write, and cannot while it is not asked; set offline=false"
+        )
+    return Connection.without(teacher, cache_dir)
 
 
 def _address(teacher: TeacherConfig, servers: contextlib.ExitStack, console: Console) -> str:

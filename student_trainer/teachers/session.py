@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from student_trainer.config.features import FeatureConfig
-from student_trainer.config.run import TrainConfig, labels_folder
+from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import LabelConfig, OneOfTeachersConfig, TeacherConfig, WhenMissing
 from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.data.inputs import routing_of
@@ -22,7 +22,7 @@ from student_trainer.data.teacher_view import TeacherView
 from student_trainer.findings import Finding, Findings
 from student_trainer.labels import event_loop
 from student_trainer.labels.rows_on_device import head_on
-from student_trainer.labels.service import LabelService
+from student_trainer.labels.service import LabelService, store_of
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.head import Head
 from student_trainer.model.load import Outline
@@ -35,12 +35,15 @@ from student_trainer.teachers.loss_checks import check_loss
 from student_trainer.teachers.meeting.bridges import check_bridged
 from student_trainer.teachers.meeting.described import (
     Described,
+    DiskTrouble,
     Trouble,
     describe_all,
     facts_of,
     layers_of,
     student_rows,
 )
+from student_trainer.teachers.offline.checks import check_offline_labels
+from student_trainer.teachers.offline.record import keep_record
 from student_trainer.teachers.rows.bridging import Bridging, teacher_rows, tell_coverage
 from student_trainer.teachers.rows.reading import AskedRows, BridgePlan, Reading
 from student_trainer.teachers.trial import choose_labels, try_labels
@@ -49,7 +52,6 @@ from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.core.info import LAYER_BASIS, TeacherInfo
 from teacher_wire.core.signals import SignalSpec
 from teacher_wire.endpoint.client import TeacherClient
-from teacher_wire.labels.store import LabelStore
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def open_sessions(
     settled: Sequence[LabelConfig | None] | None = None,
     *,
     only_stores: bool = False,
+    keeps: bool = False,
     described: Sequence[Described] | None = None,
 ) -> list[TeacherSession]:
     """Opens a session with each teacher that the run asks anything.
@@ -141,6 +144,7 @@ def open_sessions(
         findings: of the checks made here.
         settled: what `labels.transport: auto` chose for each teacher before; None for one of which nothing was.
         only_stores: nothing will be computed with the labels, so that no output head is needed.
+        keeps: with `only_stores`: fetch all the same what a run needs beside labels, so that it is on disk; offline teachers are passed over.
         described: what each teacher said of itself, if it was asked already (`describe_all`).
 
     Returns:
@@ -152,8 +156,8 @@ def open_sessions(
     """
     if not connections:
         return []
-    on_disk_trouble = _Once(console)
-    store = _store(config, on_disk_trouble)
+    on_disk_trouble = DiskTrouble(console)
+    store = store_of(config, on_disk_trouble)
     routing = routing_of(config)
     chosen: list[LabelConfig | None] = [*settled] if settled else [None] * len(connections)
     sessions = []
@@ -162,18 +166,22 @@ def open_sessions(
     scaffold = layers_of(config, every, facts)
     own_rows = student_rows(every, facts)
     for settings, connection, labels, found in zip(config.every_teacher, connections, chosen, every, strict=True):
+        if keeps and settings.offline:
+            continue
         several = settings.called if len(connections) > 1 else ""
         connect = partial(connection.client, Trouble(console, several), config.feed.window_mb << 20)
         name = settings.called or (found.name if isinstance(found, TeacherInfo) else "")
         opening = _Opening(
             config, settings, connection, student, facts, data, held_out, console, findings,
-            LabelService(connect, store if config.keeps_labels(settings) else None), on_disk_trouble, only_stores,
+            LabelService(connect, store if config.keeps_labels(settings) else None), on_disk_trouble, only_stores, keeps,
             found, Reading(name, routing), scaffold.get(settings.called, {}), own_rows,
         )  # fmt: skip
         opened = findings.attempt(
             f"teachers.{several}" if several else "teacher",
             partial(_run, opening, labels, several),
-            f"the server at {connection.address} answers",
+            "the teacher is known by its record"
+            if connection.offline
+            else f"the server at {connection.address} answers",
         )
         sessions += [opened] if opened is not None else []
     return sessions
@@ -205,6 +213,7 @@ class _Opening:
     service: LabelService
     on_disk_trouble: Callable[[str], None]
     only_stores: bool
+    keeps: bool
     described: Described
     reading: Reading
     layers: Mapping[str, FeatureConfig]
@@ -212,7 +221,7 @@ class _Opening:
 
     async def run(self, settled: LabelConfig | None) -> TeacherSession | None:
         """The session; None if nothing asks this teacher, or a finding says why it cannot be."""
-        if isinstance(self.described, TeacherWireError):
+        if not isinstance(self.described, TeacherInfo):
             raise self.described
         info = self.described
         async with self.service.connect() as client:
@@ -223,6 +232,11 @@ class _Opening:
                 opening = await self._bridged(client, info, labels)
                 return None if opening is None else await opening._agreed(client, info, labels)
             return await self._agreed(client, info, labels)
+
+    @property
+    def _only_looks(self) -> bool:
+        """Whether nothing is needed but labels: neither here, nor on disk."""
+        return self.only_stores and not self.keeps
 
     @property
     def is_bridged(self) -> bool:
@@ -240,12 +254,14 @@ class _Opening:
             self.config, self.settings.cross_tokenizer, self.student, self.own_rows, claimed, self.console,
             self.on_disk_trouble,
         )  # fmt: skip
-        plan = await bridging.build(client, info, only_rows=self.only_stores)
+        plan = await bridging.build(client, info, only_rows=self._only_looks)
         tell_coverage(name, plan, claimed, self.settings.cross_tokenizer.min_coverage, self.console)
         return replace(self, reading=replace(self.reading, bridge=plan))
 
     async def _agreed(self, client: TeacherClient, info: TeacherInfo, labels: LabelConfig) -> TeacherSession | None:
         output, asked_for = self.config.loss.output, labels.transport
+        if not self.findings.add(check_offline_labels(self.settings, info, labels)):
+            return None
         if labels.transport == "auto":
             labels, why = await choose_labels(
                 client, self.service, info, self._rows(info), self.config, self.data, self.student.device, self.reading
@@ -272,10 +288,13 @@ class _Opening:
                 return None
             spec = replace(spec, signals=(*spec.signals, *features.signals.values()))
         head = None
-        if not self.only_stores and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
+        if not self._only_looks and "hidden" in (*spec.kinds, *(measuring.kinds if measuring else ())):
             head = await self._head(client, info, spec)
-        tried_on = self.data if output is not None or self.held_out is None else self.held_out
-        await try_labels(partial(self.service.source, info, connect=lambda: client), spec, tried_on, self.reading)
+        if self.connection.offline is None:  # else it is tried once its labels have been seen to be there
+            tried_on = self.data if output is not None or self.held_out is None else self.held_out
+            await try_labels(partial(self.service.source, info, connect=lambda: client), spec, tried_on, self.reading)
+            if self.service.store is not None:
+                keep_record(self.config.run.cache_dir, info, self.connection.place, self.on_disk_trouble)
         self._tell(info, spec)
         weight = self.settings.weight if isinstance(self.settings, OneOfTeachersConfig) else 1.0
         return TeacherSession(
@@ -333,7 +352,7 @@ class _Opening:
             lambda: plan_features(self.layers, info, vocab_rows, self.student.blocks),
             f"teacher {info.name!r} gives what {', '.join(f'loss.{name}' for name in self.layers)} ask for",
         )
-        if plan is None or self.only_stores or not plan.needs_basis:
+        if plan is None or self._only_looks or not plan.needs_basis:
             return plan
         with self.console.status(f"fetching the basis of the layers of {info.name}"):
             fetched = await fetch_artifact(
@@ -346,7 +365,7 @@ class _Opening:
             )
         return replace(plan, basis=LayerBasis.of(fetched))
 
-    async def _head(self, client: TeacherClient, info: TeacherInfo, spec: SignalSpec) -> Head:
+    async def _head(self, client: TeacherClient, info: TeacherInfo, spec: SignalSpec) -> Head | None:
         with self.console.status(f"fetching the output head of {info.name}"):
             fetched = await fetch_head(
                 client,
@@ -355,35 +374,15 @@ class _Opening:
                 on_trouble=self.on_disk_trouble,
                 max_bytes=round(self.config.cache.heads_gb * 2**30),
             )
-        return head_on(fetched, spec.vocab_rows, self.student.device)
+        return None if self.only_stores else head_on(fetched, spec.vocab_rows, self.student.device)
 
     def _tell(self, info: TeacherInfo, spec: SignalSpec) -> None:
         if self.facts.tokens and info.tokenizer_sha256 != self.facts.tokenizer_sha256 and not self.is_bridged:
             self.console.print(f"[yellow]note:[/] teacher {info.name}: {escape(self.facts.tokens.same_as(info))}")
         self.console.print(
-            f"teacher [bold]{self.reading.name}[/] at {self.connection.address}: {info.architecture} {info.dtype}, "
+            f"teacher [bold]{self.reading.name}[/] {'offline' if self.connection.offline else f'at {self.connection.address}'}: {info.architecture} {info.dtype}, "
             f"labels by {spec.name}"
         )
-
-
-class _Once:
-    """Shows the first trouble with the cache: a disk that is full or read-only has many ways to say so."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._told = False
-
-    def __call__(self, message: str) -> None:
-        if not self._told:
-            self._told = True
-            self._console.print(f"[yellow]cache:[/] {escape(message)}", highlight=False)
-
-
-def _store(config: TrainConfig, on_trouble: Callable[[str], None]) -> LabelStore | None:
-    """The labels on this machine's disk, if any teacher's are kept."""
-    if not any(map(config.keeps_labels, config.every_teacher)):
-        return None
-    return LabelStore(labels_folder(config.run.cache_dir), round(config.cache.max_gb * 2**30), on_trouble)
 
 
 def _longest(reading: Reading, data: TokenizedDataset, held_out: TokenizedDataset | None) -> tuple[str, int]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from rich.console import Console
 
 from student_trainer.config.run import TrainConfig
+from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import bytes_on_disk, load_run_data, order_of
+from student_trainer.data.inputs import asked_order, bytes_on_disk, load_run_data, order_of
 from student_trainer.data.routing import unclaimed
 from student_trainer.errors import RunError
 from student_trainer.files import LOCK_NAME, free_bytes
@@ -30,6 +31,7 @@ from student_trainer.teachers.loss_checks import check_anneal, check_context, ch
 from student_trainer.teachers.meeting.described import meet
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.offline.held import check_offline
 from student_trainer.training.on_policy.checks import check_on_policy, check_rollouts
 from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
@@ -82,7 +84,7 @@ def all_findings(
     with contextlib.ExitStack() as stack:
         reached = findings.attempt(
             "teacher",
-            lambda: stack.enter_context(connections(config.every_teacher, console)),
+            lambda: stack.enter_context(connections(config.every_teacher, console, config.run.cache_dir)),
             "what connecting to the teachers needs is there",
         )
         if reached:
@@ -102,6 +104,7 @@ def all_findings(
                 config, reached, outline, data, held_out, console, findings, settled[0] if settled and resume else None,
                 only_stores=True, described=described,
             )  # fmt: skip
+            findings.add(check_offline(config, sessions, data, held_out))
             findings.add(check_requests(config, sessions, data, held_out))
             findings.add(check_rollouts(config, outline.positions, data, order_of(config, data), sessions))
             if look is not None:
@@ -136,10 +139,18 @@ def check_rows(
 
 
 def check_requests(
-    config: TrainConfig, sessions: Sequence[TeacherSession], data: TokenizedDataset, held_out: TokenizedDataset | None
+    config: TrainConfig,
+    sessions: Sequence[TeacherSession],
+    data: TokenizedDataset,
+    held_out: TokenizedDataset | None,
+    order: RunOrder | None = None,
 ) -> Iterator[Finding]:
-    """Whether the teachers take every request of the run, with advice if the labels of one epoch do not fit into the label store."""
-    yield from check_sizes(config, sessions, data, held_out, order_of(config, data))
+    """Whether the teachers take every request of the run, with advice if the labels of one epoch do not fit into the label store.
+
+    Args:
+        order: of the run; None where it is not known yet, for the one in which labels are asked for ahead.
+    """
+    yield from check_sizes(config, sessions, data, held_out, order or asked_order(config, data))
     yield from check_taught(config, sessions, data)
     kept = [session for session in sessions if session.service.store is not None]
     if not kept or config.loss.output is None or config.labels.extra_ids:

@@ -7,21 +7,18 @@ same requests, each distinct sequence once; no weight of the student is loaded.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
 
 from student_trainer.config.run import TrainConfig
-from student_trainer.data.batch_plan import by_length
-from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import bytes_on_disk, load_run_data, order_of
-from student_trainer.data.teacher_view import TeacherView
+from student_trainer.data.inputs import asked_order, bytes_on_disk, load_run_data
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.findings import Finding, Findings
-from student_trainer.labels.source import LabelRequest, LabelUsage
+from student_trainer.labels.source import LabelUsage
 from student_trainer.model.load import load_outline
 from student_trainer.progress import ProgressBar
 from student_trainer.teachers.connect import connections
@@ -29,11 +26,12 @@ from student_trainer.teachers.feeds import open_any_feed
 from student_trainer.teachers.limits import check_sizes
 from student_trainer.teachers.loss_checks import check_loss
 from student_trainer.teachers.meeting.described import meet
-from student_trainer.teachers.session import TeacherSession, open_sessions
+from student_trainer.teachers.session import open_sessions
 from student_trainer.training.checks import check_cache, check_rows
+from student_trainer.training.offline.held import check_artifacts
+from student_trainer.training.offline.needs import Job, jobs_of
 from student_trainer.training.run_folder import pinned_date, settled_labels
-from teacher_wire.core.signals import SignalSpec
-from teacher_wire.labels.store import LabelStore, label_keys
+from teacher_wire.labels.store import LabelStore
 
 _LINES = 10  # progress lines where there is no live display
 
@@ -51,27 +49,6 @@ class Filled:
     bytes: int
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Requests of one signal of one teacher over one dataset: the distinct sequences of each micro-batch that none before has had."""
-
-    title: str
-    session: TeacherSession
-    spec: SignalSpec
-    data: TokenizedDataset
-    groups: list[list[int]]
-
-    def request(self, number: int) -> LabelRequest:
-        asked = self.session.request([self.data[index].example for index in self.groups[number]])
-        assert asked is not None, "a teacher is asked about all rows of its groups"
-        return asked
-
-    @property
-    def views(self) -> list[TeacherView]:
-        """What the teacher is asked about, as it reads it."""
-        return [self.session.reading.view(self.data[index].example) for group in self.groups for index in group]
-
-
 def label(config: TrainConfig, console: Console) -> Filled:
     """Fills the cache with the labels that training and measuring will need.
 
@@ -85,7 +62,7 @@ def label(config: TrainConfig, console: Console) -> Filled:
     chosen = [labels for labels in settled or () if labels is not None]
     automatic = [teacher for teacher in config.every_teacher if config.labels_of(teacher).transport == "auto"]
     findings.add(check_labelling(config, len(chosen) >= len(automatic)))
-    with connections(config.every_teacher, console) as reached:
+    with connections(config.every_teacher, console, config.run.cache_dir) as reached:
         student = load_outline(config.model)
         load = partial(load_run_data, config, student.tokenizer, console, pinned_date(config))
         read = load()
@@ -94,14 +71,16 @@ def label(config: TrainConfig, console: Console) -> Filled:
         if data is not read[0]:
             findings.add(check_rows(config, student, data, held_out))
         sessions = open_sessions(
-            config, reached, student, data, held_out, console, findings, settled, only_stores=True, described=described
-        )
+            config, reached, student, data, held_out, console, findings, settled, only_stores=True, keeps=True,
+            described=described,
+        )  # fmt: skip
         if not sessions:
             raise ConfigError("loss.output is null and there is no data.eval: the run needs no labels")
         sessions = [session for session in sessions if session.service.store is not None]  # others keep nothing
-        findings.add(check_sizes(config, sessions, data, held_out, order_of(config, data)))
-        jobs = _jobs(config, sessions, data, held_out)
+        findings.add(check_sizes(config, sessions, data, held_out, asked_order(config, data)))
+        jobs = jobs_of(config, sessions, data, held_out)
         findings.add([_check_budget(config, jobs)])
+        findings.add(check_artifacts(config, sessions))
         return _fill(config, jobs, console)
 
 
@@ -116,6 +95,13 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
         yield Finding.bad("teacher", "label needs a teacher", "set the section teacher", joint=": ")
     if not any(map(config.keeps_labels, config.every_teacher)) and not (config.cache.labels and not config.teachers):
         yield Finding.bad("cache.labels", "cache.labels=false: there is nothing to fill")
+    offline = [teacher.called for teacher in config.every_teacher if teacher.offline]
+    if config.every_teacher and len(offline) == len(config.every_teacher):
+        told = "teacher.offline=true: label asks the teacher"
+        yield Finding.bad("teacher.offline", told, "start it, and say teacher.offline=false", joint=": ")
+    elif offline:
+        told = f"{', '.join(offline)}: offline, and not asked for labels here"
+        yield Finding.good("teachers", told, told)
     every = [config.labels_of(teacher) for teacher in config.every_teacher] or [config.labels]
     extra_ids = max(labels.extra_ids for labels in every)
     if extra_ids:
@@ -139,7 +125,7 @@ def check_labelling(config: TrainConfig, settled: bool) -> Iterator[Finding]:
     yield from check_cache(config)
 
 
-def _check_budget(config: TrainConfig, jobs: list[_Job]) -> Finding:
+def _check_budget(config: TrainConfig, jobs: list[Job]) -> Finding:
     """Whether the labels of the run fit into the label store all together."""
     needed = sum(bytes_on_disk(job.session.info, job.spec, job.views) for job in jobs)
     what = f"cache.max_gb={config.cache.max_gb:g}: the labels of this run take about {needed / 2**30:,.2f}"
@@ -148,50 +134,7 @@ def _check_budget(config: TrainConfig, jobs: list[_Job]) -> Finding:
     return Finding.good("cache.max_gb", what)
 
 
-def _jobs(
-    config: TrainConfig, sessions: list[TeacherSession], data: TokenizedDataset, held_out: TokenizedDataset | None
-) -> list[_Job]:
-    """Measuring first: its labels are checked in every row, and serve training too where a sequence is in both datasets."""
-    seen: set[str] = set()
-    order = order_of(config, data)
-    jobs = []
-    for session in sessions:
-        if held_out is not None and session.measuring is not None:
-            by_size = by_length(held_out, config.train.eval_batch_size)
-            groups = _distinct(session, session.measuring, held_out, by_size, seen)
-            jobs.append(_Job("eval", session, session.measuring, held_out, groups))
-        if config.loss.output is not None:
-            batches = (order.batch(number) for number in range(order.batches))
-            groups = _distinct(session, session.spec, data, batches, seen)
-            jobs.append(_Job("train", session, session.spec, data, groups))
-    return jobs
-
-
-def _distinct(
-    session: TeacherSession, spec: SignalSpec, data: TokenizedDataset, batches: Iterable[list[int]], seen: set[str]
-) -> list[list[int]]:
-    """Each batch without the sequences that are in `seen`, where all are put; no empty one."""
-    key_of: dict[int, str] = {}
-    every_row = replace(spec, check="all")  # whichever rows are checked, the labels are the same
-    groups = []
-    for group in batches:
-        fresh = []
-        for index in group:
-            if index not in key_of:
-                asked = session.request([data[index].example])
-                if asked is None:  # somebody else's row
-                    key_of[index] = ""
-                    continue
-                key_of[index] = label_keys(session.info.fingerprint, every_row, asked.batch)[0]
-                if key_of[index] not in seen:
-                    fresh.append(index)
-                    seen.add(key_of[index])
-        if fresh:
-            groups.append(fresh)
-    return groups
-
-
-def _fill(config: TrainConfig, jobs: list[_Job], console: Console) -> Filled:
+def _fill(config: TrainConfig, jobs: list[Job], console: Console) -> Filled:
     store, usage = jobs[0].session.service.store, LabelUsage()  # one store of all sessions
     assert store is not None
     before = store.stats.read_bytes + store.stats.written_bytes

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
-from student_trainer.data.inputs import keep_bad_rows, load_run_data, order_of
+from student_trainer.data.inputs import keep_bad_rows, load_run_data
 from student_trainer.errors import RunError
 from student_trainer.evaluation.measuring import measuring
 from student_trainer.files import FolderLock, disk_trouble_named
@@ -44,10 +44,13 @@ from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
+from student_trainer.training.curriculum.ranking import IDENTITY as RANKING
+from student_trainer.training.curriculum.ranking import read_ranking, run_order, run_ranking
 from student_trainer.training.identity import learned_from
 from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary, who_is_away
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
+from student_trainer.training.offline.held import check_offline
 from student_trainer.training.on_policy.checks import check_rollouts, plan_of
 from student_trainer.training.on_policy.named import NamedAhead
 from student_trainer.training.on_policy.rollouts import Rollouts
@@ -110,7 +113,7 @@ def train(
             checkpoint.check_chosen(folder, resume)
         if folder.is_dir():
             lock.acquire()
-        with connections(config.every_teacher, console) as reached:
+        with connections(config.every_teacher, console, config.run.cache_dir) as reached:
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
@@ -125,6 +128,7 @@ def train(
             sessions = open_sessions(
                 config, reached, outline, data, held_out, console, findings, settled, described=described
             )
+            findings.add(check_offline(config, sessions, data, held_out))
             try:
                 return _run(
                     config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings,
@@ -153,7 +157,9 @@ def _run(
     findings: Findings,
     allow_other_teachers: bool,
 ) -> RunResult:
-    order = order_of(config, data)
+    kept = read_ranking(config.run.output_dir) if resume else None
+    ranking = run_ranking(config, sessions, data, console, kept)
+    order = run_order(config, data, ranking, console)
     vocab_rows = shared_vocabulary(sessions, _own_rows(student))
     joined = JoinedTeachers.of(config, sessions, config.run.output_dir, partial(_note, console))
     # A run with one teacher learns from the feed of its session, one with several from a feed of all sessions.
@@ -175,7 +181,7 @@ def _run(
     if learned and not joined:
         learned = _asking(learned, terms, data)
         sessions = [learned, *sessions[1:]]
-    findings.add(check_requests(config, sessions, data, held_out))
+    findings.add(check_requests(config, sessions, data, held_out, order))
     publishing = open_publishing(config, student, learned, reached, partial(_note, console))
     findings.add(check_rollouts(config, student.outline.positions, data, order, sessions))
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
@@ -184,6 +190,7 @@ def _run(
     findings.add(check_room(folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints))
     moved = partial(publishing.origin, config.run.output_dir) if publishing else _fingerprint
     identity = learned_from(config, student, data, held_out, sessions, moved)
+    identity |= {RANKING: ranking.identity} if ranking else {}
     rollouts, plan = None, plan_of(config, order)
     if learned and plan and plan.has_any:
         rollouts = Rollouts(config, student, data, order, plan, sessions, vocab_rows, partial(_note, console))
@@ -203,6 +210,9 @@ def _run(
     try:
         start = open_folder(config, identity, resume, console, order.steps, allow_other_teachers=allow_other_teachers)
         keep_bad_rows(folder, data, held_out, console)
+        if ranking and ranking is not kept:
+            with disk_trouble_named(f"run.output_dir {folder}"):
+                ranking.keep(folder)
         if publishing:
             begun = checkpoint.step_of(start) * order.accumulation if start else 0
             publisher, learned = publishing.begin(folder, learned, begun, partial(_note, console))

@@ -30,6 +30,7 @@ from student_trainer.labels.lineage import REVISIONS_NAME
 from student_trainer.labels.source import LabelUsage
 from student_trainer.rollout.ledger import LEDGER_NAME
 from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.curriculum.ranking import FILE_NAME as CURRICULUM_NAME
 from student_trainer.training.identity import (
     TEACHERS_FIX,
     fingerprints_of,
@@ -55,6 +56,11 @@ _DIGESTS = (
     ("data", "the training rows", "data"),
     ("held_out", "the held-out rows", "data"),
     ("student", "the student's weights", "model"),
+    (
+        "curriculum",
+        "the order of the rows, or the pace at which harder ones are let in,",
+        "curriculum",
+    ),  # only in runs that have one
     ("basis", "the principal components of the teacher's layers", "loss"),  # only in runs that learn from it
 )
 
@@ -220,7 +226,16 @@ def open_folder(
 
 def leave_no_trace(folder: Path) -> None:
     """Takes away what `open_folder` has made, for a run that has come to nothing: the same folder may be tried again."""
-    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, LAYERS_NAME, LEDGER_NAME, REVISIONS_NAME, TEACHERS_NAME):
+    for name in (
+        CONFIG_NAME,
+        IDENTITY_NAME,
+        LOCK_NAME,
+        LAYERS_NAME,
+        LEDGER_NAME,
+        REVISIONS_NAME,
+        TEACHERS_NAME,
+        CURRICULUM_NAME,
+    ):
         (folder / name).unlink(missing_ok=True)
     checkpoint.discard_unfinished(folder)
     with contextlib.suppress(OSError):  # others' files stay, and with them the folder

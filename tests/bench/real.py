@@ -45,6 +45,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "gkd": {"loss": {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0}},
     "gkd + 0.5 hard labels": {"loss": {"output": {"divergence": "forward_kl"}, "sft_weight": 0.5}},
     "skew KL 0.1": {"loss": SKEW},
+    "gkd, curriculum": {"loss": {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0}, "curriculum": {}},
+    "sft, curriculum by length": {"loss": {"output": None, "sft_weight": 1.0}, "curriculum": {}},
 }
 SHORT = "sft, schedule of a third"
 Evaluations = list[dict[str, float]]  # of one run, by step
@@ -289,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = arguments_of("Distillation of a real pair beside hard labels.")
     parser.add_argument("--write-rows", type=Path, help="only write train.jsonl and heldout.jsonl into this folder")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument(
+        "--arms", nargs="*", default=[arm for arm in ARMS if "curriculum" not in arm], choices=list(ARMS)
+    )
     options = parser.parse_args(arguments)
     if options.write_rows is not None:
         write_rows(options.write_rows)

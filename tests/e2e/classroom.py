@@ -298,11 +298,18 @@ class StudentRecipe:
     batch_size: int
 
 
-def train_student(recipe: StudentRecipe, examples: Sequence[Example], arm: Arm, seed: int, room: Classroom) -> Student:
-    """A student after its steps; arms of one seed differ in nothing but their labels and loss."""
+def train_student(
+    recipe: StudentRecipe,
+    examples: Sequence[Example],
+    arm: Arm,
+    seed: int,
+    room: Classroom,
+    order: RunOrder | None = None,
+) -> Student:
+    """A student after its steps; arms of one seed differ in nothing but their labels and loss, or the order of the rows where one is given."""
     student = Student(recipe.shape.build(1000 + seed), None)
     head_rows = recipe.shape.vocab
-    order = RunOrder(
+    order = order or RunOrder(
         len(examples), batch_size=recipe.batch_size, accumulation=1, epochs=1, max_steps=recipe.steps, seed=seed
     )
     spec = OutputLossSpec() if arm.spec else OutputLossSpec(kd_weight=0.0, sft_weight=1.0)

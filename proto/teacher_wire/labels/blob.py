@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from teacher_wire.core.axes import Axis, Entries, axis_of
@@ -151,6 +153,36 @@ def read_summary(file: BinaryIO) -> LabelSummary:
         return LabelSummary(metadata["fingerprint"], name, header[_IDS]["shape"][0], rows)
     except _BROKEN as error:
         raise LabelError(f"not a blob of labels: {error}", field="header") from error
+
+
+def read_figures(path: Path, key: str, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Those of the named float tensors that the blob of `key` in a file has, without its others: states are a thousand times as large.
+
+    The checksum, which is over all of them, is not verified; None if the file is not that blob.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = json.loads((file.metadata() or {})[_ENTRY])
+            if metadata["format"] != FORMAT or metadata["key"] != key:
+                return None
+            return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, *_BROKEN):
+        return None
+
+
+def whole_size(path: Path) -> int:
+    """Bytes of the blob in a file; 0 if there is none, or it is shorter or longer than its header says: a torn one is found without reading it."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = _header(file.read(min(header_bytes, _HEADER_LIMIT)))
+            size = os.fstat(file.fileno()).st_size
+        tensors_bytes = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+        )
+    except (OSError, *_BROKEN):
+        return 0
+    return size if size == 8 + header_bytes + tensors_bytes else 0
 
 
 def _check(key: str, fingerprint: str, asked: str, sequence: TokenBatch, signals: TeacherSignals) -> None:

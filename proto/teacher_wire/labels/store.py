@@ -18,11 +18,22 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import SignalSpec, TeacherSignals
 from teacher_wire.labels.amounts import Amount, Shelf, StoreStats
-from teacher_wire.labels.blob import LabelEntry, LabelSummary, decode_labels, encode_labels, label_keys, read_summary
+from teacher_wire.labels.blob import (
+    LabelEntry,
+    LabelSummary,
+    decode_labels,
+    encode_labels,
+    label_keys,
+    read_figures,
+    read_summary,
+    whole_size,
+)
 from teacher_wire.labels.budget import SUFFIX, Budget, File, files_of, unlink
 from teacher_wire.labels.files import write_first
 
@@ -78,6 +89,20 @@ class LabelStore:
             found = self._read(instead)
         self._count(hits=1) if found is not None else self._count(misses=1)
         return found
+
+    def held(self, key: str, instead: str = "") -> int:
+        """Bytes of the file under `key`, or else of that under `instead`; 0 if neither is there in its whole length.
+
+        Of its content nothing is read but the header: `get` verifies the rest. Not marked as used.
+        """
+        for one in (key, instead):
+            if one and (size := whole_size(self._path(one))):
+                return size
+        return 0
+
+    def figures(self, key: str, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """Those of the named tensors that the labels under `key` have, read alone and not verified; None if there are no such labels."""
+        return read_figures(self._path(key), key, names)
 
     def keep(
         self, key: str, fingerprint: str, spec: SignalSpec, sequence: TokenBatch, signals: TeacherSignals

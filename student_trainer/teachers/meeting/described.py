@@ -16,6 +16,7 @@ from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import TeacherConfig
 from student_trainer.data.dataset import TokenizedDataset
 from student_trainer.data.inputs import check_date
+from student_trainer.errors import OfflineError
 from student_trainer.labels import event_loop
 from student_trainer.model.load import Outline
 from student_trainer.teachers.connect import Connection
@@ -23,7 +24,7 @@ from student_trainer.teachers.handshake import StudentFacts, is_bridged, shared_
 from teacher_wire.core.errors import TeacherWireError
 from teacher_wire.core.info import TeacherInfo
 
-Described = TeacherInfo | TeacherWireError
+Described = TeacherInfo | TeacherWireError | OfflineError
 Data = tuple[TokenizedDataset, TokenizedDataset | None]
 
 
@@ -45,6 +46,19 @@ class Trouble:
             self._console.print(f"[yellow]{self._whose}:[/] {escape(str(error))}; trying again", highlight=False)
 
 
+class DiskTrouble:
+    """Shows the first trouble with the cache: a disk that is full or read-only has many ways to say so."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told = False
+
+    def __call__(self, message: str) -> None:
+        if not self._told:
+            self._told = True
+            self._console.print(f"[yellow]cache:[/] {escape(message)}", highlight=False)
+
+
 def describe_all(config: TrainConfig, connections: Sequence[Connection], console: Console) -> list[Described]:
     """What each teacher says of itself, in the order of the config; why not, of one that does not answer."""
 
@@ -53,7 +67,7 @@ def describe_all(config: TrainConfig, connections: Sequence[Connection], console
         try:
             async with connection.client(Trouble(console, several), config.feed.window_mb << 20) as client:
                 return await connection.describe(client)
-        except TeacherWireError as error:
+        except (TeacherWireError, OfflineError) as error:
             return error
 
     async def every() -> list[Described]:

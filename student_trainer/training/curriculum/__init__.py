@@ -1,0 +1,1 @@
+"""Rows from easy to hard: how hard each is, which come when, and what of that is kept with the run."""
