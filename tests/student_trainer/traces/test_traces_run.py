@@ -256,7 +256,7 @@ def test_the_command(world, capsys, monkeypatch, tmp_path):
     file = tmp_path / "traces.yaml"
     file.write_text(yaml.safe_dump(tree))
     code, said = call_cli(capsys, monkeypatch, "traces", file)
-    assert code == 0 and "accepted 12 (100.0%)" in said and "traces.jsonl" in said
+    assert code == 0 and "accepted 12 (100.0%)" in said and "traces.jsonl" in said, said
     code, said = call_cli(capsys, monkeypatch, "traces", file)
     assert code == 2 and "holds a run already; go on with --resume auto" in said
     assert call_cli(capsys, monkeypatch, "traces", file, "--resume", "auto")[0] == 0
