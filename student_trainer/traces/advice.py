@@ -6,6 +6,8 @@ stands out. It reads counts alone and changes nothing.
 
 from __future__ import annotations
 
+from typing import cast
+
 from student_trainer.config.traces import TracesConfig
 from student_trainer.data.trace_schema import Reason
 from student_trainer.errors import RunError
@@ -23,7 +25,7 @@ def advice(stats: Stats, config: TracesConfig) -> str:
     reason, count = max(stats.rejected.items(), key=lambda pair: pair[1])
     if count < DOMINANT_SHARE * rejected:
         return ""
-    return f"{count:,} of {rejected:,} rejected samples are {reason}: {_help(reason, config)}"  # type: ignore[arg-type]
+    return f"{count:,} of {rejected:,} rejected samples are {reason}: {_help(cast(Reason, reason), config)}"
 
 
 def nothing_accepted(teacher: str, stats: Stats, config: TracesConfig) -> RunError:

@@ -7,7 +7,7 @@ It decides what the text says and never whether that is right: that is `student_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from student_trainer.config.traces import Style, TagsConfig
 from student_trainer.data.trace_schema import UNCLAIMED, Answer, Evidence, Kind, Step, Trace
@@ -49,7 +49,7 @@ class Reading:
     """
 
     style: Style = "quotes"
-    tags: TagsConfig = TagsConfig()
+    tags: TagsConfig = field(default_factory=TagsConfig)
     control: tuple[str, ...] = ()
 
 

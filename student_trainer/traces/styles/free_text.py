@@ -26,9 +26,10 @@ _TAGGED_END = re.compile(r"[ \t]{0,4}</answer>[ \t]{0,12}\Z", re.IGNORECASE)
 _BOXED = re.compile(r"\\f?box(?:ed)?\s{0,4}\{")
 _ENUMERATED = re.compile(r"[ \t>]{0,12}(?:[-*•]|\(?\d{1,3}[.)]|(?:\*\*)?step \d{1,3}(?:\*\*)?[:.)](?:\*\*)?)[ \t]{1,12}", re.IGNORECASE)
 _EVIDENCE = re.compile(r"[ \t]{0,4}\[ev: ?((?:\"[^\"\n]{1,1024}\"(?:, ?)?){1,64})\][ \t]{0,4}\Z")
-_QUOTED = re.compile(r"(?<!\w)\"([^\s\"](?:[^\"\n]{0,1022}[^\s\"])?)\"(?!\w)|“([^”\n]{1,1024})”")
+_QUOTED = re.compile(r"(?<!\w)\"([^\s\"](?:[^\"\n]{0,1022}[^\s\"])?)\"(?!\w)|“([^“”\n]{1,1024})”")
 
 _MAX_ANSWERS = 64
+_MAX_LINES = 4_096  # that are not blank
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def read_free(text: str, reading: Reading) -> Draft:
         raise TraceError("too_long", f"{len(text)} characters, limit {MAX_TEXT_BYTES}")
     if "\0" in text:
         raise TraceError("nul", f"at character {text.index(chr(0))}")
+    if sum(1 for line in text.split("\n") if line.strip()) > _MAX_LINES:
+        raise TraceError("too_long", f"more than {_MAX_LINES} lines")
     tags = reading.tags
     for control in reading.control:
         if control not in (tags.open, tags.close) and control in text:
@@ -123,20 +126,24 @@ def _answers(lines: list[_Line]) -> list[_Stated]:
     """Every answer that a line states."""
     found = []
     for number, line in enumerate(lines):
-        marker = _ANSWER.match(line.text) or _MARKED.match(line.text) or _TAGGED.match(line.text)
+        marker = _marker(line)
         if marker is None:
             boxed = _boxed(line)
             found += [boxed] if boxed else []
             continue
         body = _Line(line.text[marker.end() :], line.start + marker.end())
-        if not body.text.strip("*_ ") and number + 1 < len(lines):  # "Answer:", and the answer in the next line
-            body = lines[number + 1]
+        if not body.text.strip("*_ ") and number + 1 < len(lines) and not _marker(lines[number + 1]):
+            body = lines[number + 1]  # behind "Answer:" on a line of its own
         stated = _TAGGED_END.sub("", body.text)
         if stated.endswith("**") and stated.count("**") == 1:  # **Answer: 12**
             stated = stated.removesuffix("**").rstrip()
         if stated.strip("*_ "):
             found.append(_Stated(stated, (body.start, body.start + len(stated)), line.start))
     return found
+
+
+def _marker(line: _Line) -> re.Match[str] | None:
+    return _ANSWER.match(line.text) or _MARKED.match(line.text) or _TAGGED.match(line.text)
 
 
 def _boxed(line: _Line) -> _Stated | None:
