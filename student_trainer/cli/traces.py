@@ -24,4 +24,12 @@ def traces(
 
     with going_on(console, "traces", config, overrides, "--resume"):
         result = make_traces(loaded, resume=resume, console=console)
-    console.print(f"[bold green]done[/] {result.output_dir / 'traces.jsonl'}")
+    file = result.output_dir / "traces.jsonl"
+    if result.poor:
+        stats = result.stats
+        console.print(
+            f"[bold red]ended with little[/]: only {stats.accepted:,} of {stats.samples:,} samples were accepted ({stats.rate:.1%}; "
+            f"accept.min_rate is {loaded.accept.min_rate:.0%}); read quarantine.jsonl before you train on {file}"
+        )
+    else:
+        console.print(f"[bold green]done[/] {file}")

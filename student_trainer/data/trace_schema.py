@@ -22,7 +22,10 @@ Reason = Literal[
     "unfinished",
     "nul",
     "broken_json",
+    "broken_form",
+    "no_answer",
     "schema",
+    "cut_text",
     "wrong_prompt",
     "invented_evidence",
     "bad_reference",
@@ -35,6 +38,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 TRACE_VERSION = "1"
 MAX_TEXT_BYTES = 1 << 20  # of a whole trace, before anybody parses it
+UNCLAIMED = -1  # start and end of a quote whose place the teacher was not asked for
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _FENCE = re.compile(r"\A\s*```[A-Za-z]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
@@ -64,18 +68,17 @@ def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) ->
     }
 
 
-def _list(items: dict[str, Any], most: int | None = None, least: int = 0) -> dict[str, Any]:
-    bounds = {"minItems": least} if least else {}
-    return {"type": "array", "items": items} | bounds | ({} if most is None else {"maxItems": most})
+def _list(items: dict[str, Any], least: int = 0) -> dict[str, Any]:
+    return {"type": "array", "items": items} | ({"minItems": least} if least else {})
 
 
-def _text(most: int | None = None) -> dict[str, Any]:
-    return {"type": "string", "minLength": 1} | ({} if most is None else {"maxLength": most})
+def _text() -> dict[str, Any]:
+    return {"type": "string", "minLength": 1}
 
 
 @dataclass(frozen=True)
 class Caps:
-    """The longest trace that is accepted; text lengths are UTF-8 bytes (characters, in the grammar)."""
+    """The longest trace that is accepted; text lengths are UTF-8 bytes."""
 
     steps: int = 32
     step_bytes: int = 1024
@@ -125,26 +128,9 @@ DRAFT_SCHEMA: dict[str, Any] = {"$schema": _DIALECT} | _object(
 )
 
 
-def generation_schema(caps: Caps) -> dict[str, Any]:
-    """What a grammar holds a teacher to: the parts it must write, in this order, bounded so that it comes to an end."""
-    evidence = _EVIDENCE | {"text": _text(caps.evidence_bytes)}
-    step = _STEP | {
-        "text": _text(caps.step_bytes),
-        "evidence": _list(_ID, caps.evidence),
-        "depends_on": _list(_ID, caps.steps),
-    }
-    return _object(
-        {
-            "evidence": _list(_object(evidence), caps.evidence),
-            "steps": _list(_object(step), caps.steps, least=1),
-            "answer": _object({"text": _text(caps.answer_bytes)}),
-        }
-    )
-
-
 @dataclass(frozen=True)
 class Evidence:
-    """A quote: bytes start..end of the user content, which are `text`."""
+    """A quote: bytes start..end of the user content, which are `text`; start is `UNCLAIMED` while nobody has looked for it."""
 
     id: int
     start: int

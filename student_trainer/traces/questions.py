@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.config.data import SourceConfig
-from student_trainer.config.traces import QuestionConfig
+from student_trainer.config.traces import ExampleConfig, QuestionConfig, TracesConfig
 from student_trainer.data.inputs import source_of
 from student_trainer.data.rows.formats import ANSWERS, Conversation, Row, Turn, parse_rows
 from student_trainer.data.rows.sources import read_source
@@ -99,18 +99,19 @@ def _question(row: Row, config: QuestionConfig) -> Question:
 
 
 def encode_questions(
-    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: QuestionConfig
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: TracesConfig
 ) -> list[list[int]]:
-    """The ids that each question is asked by, with the instruction in its system turn.
+    """The ids that each question is asked by, with the instruction in its system turn and the worked examples behind that.
 
     Raises:
         DataError: naming the row.
     """
-    template = choose(config.template, tokenizer)
+    template = choose(config.data.template, tokenizer)
     prompts = []
     for question in questions:
+        turns = _with_examples(_instructed(question.turns, config.instruction), config.examples)
         try:
-            prompts.append(template.prompt(Conversation(_instructed(question.turns, config.instruction))))
+            prompts.append(template.prompt(Conversation(turns)))
         except DataError as error:
             raise DataError(f"{question.key}: {error}") from error
     return Encoder(tokenizer, template).prompts(prompts)
@@ -122,3 +123,9 @@ def _instructed(turns: tuple[Turn, ...], instruction: str) -> tuple[Turn, ...]:
     if turns[0].role == "system":
         return (Turn("system", f"{turns[0].content}\n\n{instruction}"), *turns[1:])
     return (Turn("system", instruction), *turns)
+
+
+def _with_examples(turns: tuple[Turn, ...], examples: Sequence[ExampleConfig]) -> tuple[Turn, ...]:
+    shown = [turn for one in examples for turn in (Turn("user", one.prompt), Turn("assistant", one.reply))]
+    begin = 1 if turns[0].role == "system" else 0
+    return (*turns[:begin], *shown, *turns[begin:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,20 @@ from rich.markup import escape
 
 from student_trainer.config.traces import TracesConfig
 from student_trainer.data.text.tokenizer_file import load_tokenizer
-from student_trainer.data.trace_schema import Caps, generation_schema
+from student_trainer.data.trace_schema import Caps
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.findings import Finding, Findings
 from student_trainer.labels import event_loop
 from student_trainer.progress import ProgressBar
 from student_trainer.teachers.connect import Connection, check_way, connections
+from student_trainer.traces.advice import advice, nothing_accepted
 from student_trainer.traces.asking import Asking
 from student_trainer.traces.folder import Stats, TracesFolder
 from student_trainer.traces.questions import Question, digest, encode_questions, read_questions
-from student_trainer.traces.selection import judge
+from student_trainer.traces.selection import judge, reading_of
+from student_trainer.traces.styles.bounds import Bounds
+from student_trainer.traces.styles.fitting import caps_as_bounds, fit_bounds, too_long_answers
+from student_trainer.traces.styles.json_text import grammar_schema
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError, TeacherWireError
 from teacher_wire.core.identity import template_sha256, tokenizer_sha256
 from teacher_wire.core.info import TeacherInfo
@@ -38,10 +42,15 @@ _SHOWN_EVERY_S = 10.0  # where there is no terminal
 
 @dataclass(frozen=True)
 class TracesResult:
-    """What a finished run leaves."""
+    """What a finished run leaves.
+
+    Attributes:
+        poor: fewer samples were accepted than `accept.min_rate` asks for, of too few to stop for it.
+    """
 
     output_dir: Path
     stats: Stats
+    poor: bool = False
 
 
 def make_traces(config: TracesConfig, *, resume: bool = False, console: Console | None = None) -> TracesResult:
@@ -53,79 +62,115 @@ def make_traces(config: TracesConfig, *, resume: bool = False, console: Console 
         console: where progress is shown.
 
     Raises:
-        StudentError, TeacherWireError: something a user can mend; what is done stays done.
+        StudentError, TeacherWireError: something a user can mend; what is done stays done. A run that accepted nothing ends so too.
     """
     console = console or Console(stderr=True)
     check_way(config.teacher)
     tokenizer = _load_tokenizer(config.tokenizer)
     questions = read_questions(config.data)
-    prompts = encode_questions(questions, tokenizer, config.data)
+    prompts = encode_questions(questions, tokenizer, config)
     console.print(f"{len(questions):,} questions, {sum(map(len, prompts)):,} tokens")
+    bounds = draft_bounds(config, tokenizer, questions)
+    if bounds is not None:
+        _tell_bounds(bounds, config, questions, console)
+    job = _Job(config, tokenizer, questions, prompts, bounds)
     with connections([config.teacher], console) as (connection,):
-        return event_loop.run(_run(config, connection, tokenizer, questions, prompts, resume, console))
+        return event_loop.run(_run(job, connection, resume, console))
 
 
-async def _run(
-    config: TracesConfig,
-    connection: Connection,
-    tokenizer: Any,
-    questions: list[Question],
-    prompts: list[list[int]],
-    resume: bool,
-    console: Console,
-) -> TracesResult:
+@dataclass(frozen=True)
+class _Job:
+    """What is asked, and how; prompts are ids."""
+
+    config: TracesConfig
+    tokenizer: Any
+    questions: list[Question]
+    prompts: list[list[int]]
+    bounds: Bounds | None
+
+
+def draft_bounds(config: TracesConfig, tokenizer: Any, questions: list[Question]) -> Bounds | None:
+    """How long a draft may be under the grammar; None without one.
+
+    Raises:
+        ConfigError: `sampling.max_new_tokens` holds no draft.
+    """
+    if config.style == "free" or not config.held_to_schema:
+        return None
+    caps = Caps(**config.caps.model_dump())
+    if not config.sampling.fit_budget:
+        return caps_as_bounds(config.style, questions, caps)
+    return fit_bounds(config.style, config.sampling.max_new_tokens, tokenizer, questions, caps)
+
+
+def _tell_bounds(bounds: Bounds, config: TracesConfig, questions: list[Question], console: Console) -> None:
+    said = f"the grammar admits {bounds.describe()}"
+    if bounds.needed_tokens:
+        said += f": {bounds.needed_tokens:,} of sampling.max_new_tokens={config.sampling.max_new_tokens:,}"
+    console.print(said, highlight=False)
+    if longer := too_long_answers(questions, bounds):
+        console.print(
+            f"[yellow]{longer:,} known answers are longer than {bounds.answer_chars} characters and cannot be written[/]: raise "
+            "sampling.max_new_tokens (and caps.answer_bytes), or choose style=free",
+            highlight=False,
+        )
+
+
+async def _run(job: _Job, connection: Connection, resume: bool, console: Console) -> TracesResult:
+    config, questions = job.config, job.questions
+
     def tell(error: TeacherWireError) -> None:
         console.print(f"[yellow]{escape(str(error))}[/]; trying again")
 
     async with connection.client(tell) as client:
         info = await connection.describe(client)
-        spec = _spec(config)
+        spec = _spec(config, job.bounds)
         findings = Findings()
-        findings.add(check_teacher(info, tokenizer, config))
-        findings.add(check_questions(info, spec, questions, prompts))
-        identity = _identity(config, info, questions)
-        folder = TracesFolder(config.output_dir, identity, resume=resume)
+        findings.add(check_teacher(info, job.tokenizer, config))
+        findings.add(check_questions(info, spec, questions, job.prompts))
+        folder = TracesFolder(config.output_dir, _identity(job, info), resume=resume)
         shown = _Shown(console, config.output_dir.name, len(questions), folder)
         try:
-            asking = Asking(client, info, spec, prompts, config.prompts_per_call, config.calls)
-            await _work(asking, folder, questions, tokenizer, config, shown)
+            asking = Asking(client, info, spec, job.prompts, config.prompts_per_call, config.calls)
+            await _work(asking, folder, job, shown)
         finally:
             shown.close()
             folder.close()
-    console.print(f"teacher {info.name}: {folder.stats.describe()}")
-    return TracesResult(config.output_dir, folder.stats)
+    stats = folder.stats
+    console.print(f"teacher {info.name}: {stats.describe()}")
+    if said := advice(stats, config):
+        console.print(f"[yellow]{escape(said)}[/]", highlight=False)
+    if stats.samples and not stats.accepted:
+        raise nothing_accepted(info.name, stats, config)
+    return TracesResult(config.output_dir, stats, poor=stats.rate < config.accept.min_rate)
 
 
-async def _work(
-    asking: Asking,
-    folder: TracesFolder,
-    questions: list[Question],
-    tokenizer: Any,
-    config: TracesConfig,
-    shown: _Shown,
-) -> None:
+async def _work(asking: Asking, folder: TracesFolder, job: _Job, shown: _Shown) -> None:
+    config = job.config
     caps = Caps(**config.caps.model_dump())
+    reading = reading_of(config, job.tokenizer)
     _check_rate(folder.stats, asking.info, config)
     began_s = time.perf_counter()
     async for number, samples in asking.answers(folder.done):
         now_s = time.perf_counter()
-        judgement = judge(questions[number], samples, tokenizer, asking.spec, asking.info, caps)
+        judgement = judge(
+            job.questions[number], samples, job.tokenizer, asking.spec, asking.info, caps, reading, job.bounds
+        )
         folder.add(judgement, now_s - began_s)
         began_s = now_s
         shown.update()
         _check_rate(folder.stats, asking.info, config)
 
 
-def _spec(config: TracesConfig) -> SamplingSpec:
+def _spec(config: TracesConfig, bounds: Bounds | None) -> SamplingSpec:
     sampling = config.sampling
-    schema = generation_schema(Caps(**config.caps.model_dump())) if sampling.json_schema else None
     return SamplingSpec(
         samples=sampling.samples,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         max_new_tokens=sampling.max_new_tokens,
         seed=sampling.seed,
-        json_schema=json.dumps(schema) if schema else "",
+        json_schema=json.dumps(grammar_schema(bounds)) if bounds else "",
     )
 
 
@@ -144,9 +189,10 @@ def check_teacher(info: TeacherInfo, tokenizer: Any, config: TracesConfig) -> It
             f"teacher {info.name!r} has another chat template; set teacher.allow_template_mismatch=true if you want ours",
             field="chat_template_sha256", value=info.chat_template_sha256[:16] or "none", limit=template[:16],
         ))  # fmt: skip
-    if config.sampling.json_schema and "json_schema" not in info.generates:
+    if config.held_to_schema and "json_schema" not in info.generates:
         yield Finding.of("sampling.json_schema", CapabilityError(
-            f"teacher {info.name!r} holds to no JSON schema; set sampling.json_schema=false if it knows the form by itself",
+            f"teacher {info.name!r} holds to no JSON schema; set sampling.json_schema=false if it knows the form by itself, or "
+            "style=free",
             field="generates", value="json_schema", limit="|".join(info.generates) or "nothing",
         ))  # fmt: skip
 
@@ -169,14 +215,25 @@ def _check_rate(stats: Stats, info: TeacherInfo, config: TracesConfig) -> None:
         raise RunError(
             f"teacher {info.name!r}: only {stats.accepted} of {stats.samples} samples were accepted "
             f"({stats.rate:.1%}, accept.min_rate is {accept.min_rate:.0%}); most likely the prompt or the schema does not suit "
-            f"it: {stats.describe()}; see {config.output_dir}/quarantine.jsonl"
+            f"it: {stats.describe()}; {advice(stats, config)}; see {config.output_dir}/quarantine.jsonl"
         )
 
 
-def _identity(config: TracesConfig, info: TeacherInfo, questions: list[Question]) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", include={"sampling", "caps"})
-    settings |= {"instruction": config.data.instruction, "template": config.data.template}
-    return {"teacher": info.fingerprint, "tokenizer": info.tokenizer_sha256, "questions": digest(questions), **settings}
+def _identity(job: _Job, info: TeacherInfo) -> dict[str, Any]:
+    config = job.config
+    settings = config.model_dump(mode="json", include={"style", "tags", "sampling", "caps"})
+    settings |= {
+        "instruction": config.instruction,
+        "examples": [example.model_dump() for example in config.examples],
+        "template": config.data.template,
+        "bounds": asdict(job.bounds) if job.bounds else None,
+    }
+    return {
+        "teacher": info.fingerprint,
+        "tokenizer": info.tokenizer_sha256,
+        "questions": digest(job.questions),
+        **settings,
+    }
 
 
 def _load_tokenizer(name: str) -> Any:

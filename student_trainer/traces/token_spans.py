@@ -50,17 +50,17 @@ def _next(text: str, at: int) -> re.Match[str]:
     return token
 
 
-def token_spans(token_ids: Sequence[int], text: str, tokenizer: Any) -> list[Span]:
-    """Where each token stands in `text`, which is all of them decoded (special tokens left out).
+def token_spans(token_ids: Sequence[int], text: str, tokenizer: Any, *, skip_special: bool = True) -> list[Span]:
+    """Where each token stands in `text`, which is all of them decoded (special tokens left out, if `skip_special`).
 
     Tokens that hold a part of a character meet at that character.
     """
-    pieces = tokenizer.batch_decode([[token_id] for token_id in token_ids], skip_special_tokens=True)
+    pieces = tokenizer.batch_decode([[token_id] for token_id in token_ids], skip_special_tokens=skip_special)
     if "".join(pieces) == text:
         ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     else:
         prefixes = tokenizer.batch_decode(
-            [list(token_ids[: count + 1]) for count in range(len(token_ids))], skip_special_tokens=True
+            [list(token_ids[: count + 1]) for count in range(len(token_ids))], skip_special_tokens=skip_special
         )
         ends = [min(len(prefix), len(text)) for prefix in prefixes]
     return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,6 +1,6 @@
 """Whether a trace may be learned from: the deterministic order of algorithms.md 7.2, with a reason for every no.
 
-In: the text a teacher wrote and the exact user content; out: a `Verdict`. The same text gets the same verdict for ever;
+In: the text a teacher wrote, in whatever style, and the exact user content; out: a `Verdict`. The same text gets the same verdict for ever;
 nothing here samples, asks a model, or lets anything through that it could not check.
 """
 
@@ -9,21 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from student_trainer.data.trace_schema import (
+    UNCLAIMED,
     Caps,
     Evidence,
     Reason,
     Step,
     Trace,
     TraceError,
-    parse_draft,
     prompt_sha256,
 )
 from student_trainer.data.trace_spans import find_span
 from student_trainer.traces.answers import normalize_answer, same_answer
 from student_trainer.traces.arithmetic import false_equation
+from student_trainer.traces.styles.bounds import Bounds
+from student_trainer.traces.styles.draft import Draft, Reading
+from student_trainer.traces.styles.reading import read_draft
 
 # More steps than this share with nothing left of their evidence, and the whole trace is invented (algorithms.md 7.2).
 MAX_LOST_SHARE = 0.5
+_ENDS = (".", "!", "?", "。", "！", "？", ")")  # of a sentence
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,9 @@ class Verdict:
     Attributes:
         trace: the checked trace, its spans exact; None if rejected.
         reason, detail: why it was rejected; both empty if it was not.
-        repaired: spans whose offsets were mended.
+        repaired: spans whose claimed offsets were mended.
         dropped: spans that stand nowhere in the prompt and were left out.
+        draft: what the text was read as; None if it could not be read. Its steps are those of `trace`, in the same order.
     """
 
     trace: Trace | None
@@ -42,6 +47,7 @@ class Verdict:
     detail: str = ""
     repaired: int = 0
     dropped: int = 0
+    draft: Draft | None = None
 
     @property
     def accepted(self) -> bool:
@@ -56,6 +62,8 @@ def verify(
     gold: str | None = None,
     majority: str | None = None,
     caps: Caps | None = None,
+    reading: Reading | None = None,
+    bounds: Bounds | None = None,
 ) -> Verdict:
     """Checks one trace.
 
@@ -66,12 +74,17 @@ def verify(
         gold: the known answer, if there is one; else `majority` decides.
         majority: normalised answer of most samples of this prompt; "" if they are at odds.
         caps: the longest accepted trace.
+        reading: the style in which the text is read; JSON if None.
+        bounds: what the grammar held the teacher to, if it did: a text that fills its bound and ends amid a sentence was cut there.
     """
     caps = caps or Caps()
     if not finished:
         return Verdict(None, "unfinished", "the teacher ran out of tokens")
+    draft = None
     try:
-        trace = parse_draft(text)
+        draft = read_draft(text, reading or Reading())
+        trace = draft.trace
+        _check_cuts(trace, bounds)
         _check_counts(trace, caps)
         _check_prompt(trace, prompt)
         trace, repaired, dropped = _check_evidence(trace, prompt)
@@ -81,8 +94,19 @@ def verify(
         _check_arithmetic(trace)
         _check_lengths(trace, caps)
     except TraceError as error:
-        return Verdict(None, error.reason, error.detail)
-    return Verdict(replace(trace, prompt_sha256=prompt_sha256(prompt)), repaired=repaired, dropped=dropped)
+        return Verdict(None, error.reason, error.detail, draft=draft)
+    checked = replace(trace, prompt_sha256=prompt_sha256(prompt))
+    return Verdict(checked, repaired=repaired, dropped=dropped, draft=draft)
+
+
+def _check_cuts(trace: Trace, bounds: Bounds | None) -> None:
+    """Refuses what the grammar ended, not the teacher: it would teach half sentences. A quote that was cut is still a quote."""
+    if bounds is None:
+        return
+    texts = [(f"step {step.id}", step.text, bounds.step_chars) for step in trace.steps]
+    for name, text, limit in (*texts, ("the answer", trace.answer.text, bounds.answer_chars)):
+        if len(text) == limit and not text.rstrip().endswith(_ENDS):
+            raise TraceError("cut_text", f"{name} was cut at {limit} characters")
 
 
 def _check_prompt(trace: Trace, prompt: str) -> None:
@@ -100,7 +124,7 @@ def _check_evidence(trace: Trace, prompt: str) -> tuple[Trace, int, int]:
         span = find_span(prompt, quote.text, quote.start, quote.end)
         if span is not None:
             found = Evidence(quote.id, *span, data[span[0] : span[1]].decode())
-            repaired += found != quote
+            repaired += found != quote and quote.start != UNCLAIMED
             kept.append(found)
     known = {quote.id for quote in kept}
     bearing = [step for step in trace.steps if step.evidence]

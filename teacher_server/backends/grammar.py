@@ -19,7 +19,8 @@ from teacher_wire.core.errors import LimitError, RequestError
 _CACHE_BYTES = 256 << 20  # of compiled grammars; the one in use may be as large again
 _MAX_GRAMMAR_BYTES = 128 << 20
 _PLACE_IN_XGRAMMAR = re.compile(r"^\[[\d:]+\] \S+: ")
-_MAX_WHITESPACE = 4  # between two tokens of JSON: room for a habit, not for an endless loop
+# JSON without white space between its parts, as vLLM writes it with `disable_any_whitespace`: a model that may put some puts it without end.
+_SEPARATORS = (",", ":")
 
 
 def available() -> bool:
@@ -60,7 +61,7 @@ class Grammars:
         """
         with self._lock:
             try:
-                compiled = self._compiler.compile_json_schema(schema, max_whitespace_cnt=_MAX_WHITESPACE)
+                compiled = self._compiler.compile_json_schema(schema, any_whitespace=False, separators=_SEPARATORS)
             except Exception as error:  # xgrammar raises what its C++ throws
                 said = _PLACE_IN_XGRAMMAR.sub("", " ".join(str(error).split()))[:200]
                 raise RequestError(f"no grammar can be made of the schema: {said}", field="json_schema") from error

@@ -60,8 +60,8 @@ def made(folder):
         tree = {
             "output_dir": str(folder / "out"), "tokenizer": backend["model"], "teacher": {"address": server.address},
             "data": {"sources": [str(rows)], "instruction": ""}, "prompts_per_call": 32, "calls": 3,
-            "sampling": {"samples": SAMPLES, "temperature": 0.7, "max_new_tokens": 120},
-            "caps": {"steps": 6, "evidence": 4, "step_bytes": 32, "evidence_bytes": 8, "answer_bytes": 8},
+            "sampling": {"samples": SAMPLES, "temperature": 0.7, "max_new_tokens": 120, "fit_budget": False},
+            "style": "offsets", "caps": {"steps": 6, "evidence": 4, "step_bytes": 32, "evidence_bytes": 8, "answer_bytes": 8},
         }  # fmt: skip
         result = make_traces(parse_as(TracesConfig, tree, "test"), console=QUIET)
         service.stop()

@@ -190,7 +190,9 @@ def start(role: Role, loop: Loop, arguments: dict[str, Any]) -> Engine:
             "hf_overrides": {"head_dtype": "model"},
         }
     else:
-        arguments = {**arguments, "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar")}
+        # The grammar is that of `backends.grammar`, white space included.
+        structured = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
+        arguments = {**arguments, "structured_outputs_config": structured}
     load = Load()
     try:
         return Engine(loop.run(_start(arguments, load)), loop, load)

@@ -15,11 +15,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from student_trainer.config.data import SourceConfig
 from student_trainer.config.files import parse_as
 from student_trainer.config.traces import TracesConfig
-from student_trainer.data.trace_schema import parse
+from student_trainer.data.inputs import source_of
+from student_trainer.data.rows.intake import Intake
+from student_trainer.data.rows.sources import read_source
+from student_trainer.data.trace_rows import TraceTasks, task_rows
+from student_trainer.data.trace_schema import REASONS, parse
 from student_trainer.errors import ConfigError, DataError, RunError
+from student_trainer.traces.advice import advice
 from student_trainer.traces.asking import groups as _groups
+from student_trainer.traces.folder import Stats
+from student_trainer.traces.questions import encode_questions, read_questions
 from student_trainer.traces.run import make_traces
 from student_trainer.traces.token_spans import mean_probability, token_spans, value_spans
 from teacher_wire.core.errors import CapabilityError, LimitError, MismatchError, ServerError
@@ -256,12 +264,121 @@ def test_the_command(world, capsys, monkeypatch, tmp_path):
     file = tmp_path / "traces.yaml"
     file.write_text(yaml.safe_dump(tree))
     code, said = call_cli(capsys, monkeypatch, "traces", file)
-    assert code == 0 and "accepted 12 (100.0%)" in said and "traces.jsonl" in said
+    assert code == 0 and "accepted 12 (100.0%)" in said and "traces.jsonl" in said, said
     code, said = call_cli(capsys, monkeypatch, "traces", file)
     assert code == 2 and "holds a run already; go on with --resume auto" in said
     assert call_cli(capsys, monkeypatch, "traces", file, "--resume", "auto")[0] == 0
     code, said = call_cli(capsys, monkeypatch, "traces", file, "sampling.sample=3")
     assert code == 2 and "sampling.sample: unknown key" in said
+
+
+def short(number):
+    """The right trace of a question as style `quotes` has it."""
+    steps = [{"text": "apples", "quotes": [f"苹果 {number}"]}, {"text": f"{number}+{number + 1}={2 * number + 1}", "quotes": []}]
+    return json.dumps({"steps": steps, "answer": str(2 * number + 1)}, ensure_ascii=False, separators=(",", ":"))
+
+
+def free(number):
+    return f'Nr. {number} has "苹果 {number}".\n{number}+{number + 1}={2 * number + 1}\nAnswer: {2 * number + 1}'
+
+
+def rows_for(world, style, write):
+    world.texts |= {number: write(number) for number in range(QUESTIONS)}
+    stats = run(world, style=style, output_dir=str(world.folder / style)).stats
+    assert (stats.accepted, stats.repaired, stats.with_trace) == (QUESTIONS, 0, QUESTIONS), stats.describe()
+    return lines(world.folder / style / "traces.jsonl")
+
+
+def test_every_style_leaves_rows_that_train_alike(world):
+    world.folder.mkdir()
+    for style, write in (("quotes", short), ("free", free), ("offsets", right)):
+        for number, row in enumerate(rows_for(world, style, write)):
+            trace = parse(json.dumps(row["trace"]))
+            assert trace.answer.normalized == str(2 * number + 1) and trace.steps[1].kind == "compute"
+            assert 0.2 <= trace.steps[0].confidence < 1 and trace.answer.confidence < 1, "probabilities of the tokens"
+            (quote,) = trace.evidence
+            assert prompt_of(number).encode()[quote.start : quote.end].decode() == quote.text
+        rows = parse_rows_of(world.folder / style / "traces.jsonl")
+        assert [row.task for row in rows] == ["reason", "answer"] * QUESTIONS
+        assert ("[ev: " in rows[0].conversation.turns[-1].content) and rows[0].conversation.turns[-1].content.endswith("\n1.0")
+
+
+def parse_rows_of(path):
+    """The rows as a training run reads them."""
+    found = read_source(source_of(SourceConfig(path=str(path))))
+    return task_rows(found, "trace", "", TraceTasks(), Intake("fail"))
+
+
+def test_samples_of_free_text_are_counted_by_reason(world):
+    world.texts |= {number: free(number) for number in range(QUESTIONS)}
+    world.texts |= {0: "I do not know.", 1: "<think>1+2", 2: free(2).replace("Answer: 5", "Answer: 6"), 3: free(3) + "\nAnswer: 9"}
+    stats = run(world, style="free").stats
+    assert stats.rejected == {"broken_form": 1, "no_answer": 2, "wrong_answer": 1} and stats.accepted == QUESTIONS - 4
+
+
+def test_the_teacher_reads_instruction_and_examples_and_the_student_does_not(world):
+    world.texts |= {number: free(number) for number in range(QUESTIONS)}
+    tokenizer = AutoTokenizer.from_pretrained(world.config().tokenizer)
+    config = world.config(style="free", data={"examples": [{"prompt": "One?", "reply": "Two."}], "instruction": "Be short."})
+    asked = [tokenizer.decode(ids) for ids in encode_questions(read_questions(config.data), tokenizer, config)]
+    assert all(text.index("Be short.") < text.index("One?") < text.index("Two.") < text.index("Nr.") for text in asked)
+    make_traces(config, console=QUIET)
+    assert "Two." not in (world.folder / "traces.jsonl").read_text()
+
+
+def test_a_run_that_accepts_nothing_ends_with_an_error_and_advice(world, capsys, monkeypatch, tmp_path):
+    world.texts |= {number: faulty(number, "invented_evidence") for number in range(QUESTIONS)}
+    file = tmp_path / "traces.yaml"
+    file.write_text(yaml.safe_dump(world.config().model_dump(mode="json")))
+    code, said = call_cli(capsys, monkeypatch, "traces", file)
+    assert code == 2 and "none of 12 samples was accepted (invented_evidence 12)" in said and "done" not in said
+    assert "12 of 12 rejected samples are invented_evidence" in said and "style=steps" in said
+    assert len(lines(world.folder / "quarantine.jsonl")) == QUESTIONS, "what was written is there to be read"
+    assert call_cli(capsys, monkeypatch, "traces", file, "--resume", "auto")[0] == 2, "a finished run has not got better"
+
+
+def test_a_run_that_accepts_little_says_so_last(world, capsys, monkeypatch, tmp_path):
+    world.texts |= {number: faulty(number, "wrong_answer") for number in range(2, QUESTIONS)}
+    world.texts |= {0: "no JSON"}
+    file = tmp_path / "traces.yaml"
+    file.write_text(yaml.safe_dump(world.config().model_dump(mode="json")))
+    code, said = call_cli(capsys, monkeypatch, "traces", file)
+    assert code == 0 and "ended with little: only 1 of 12 samples were accepted (8.3%; accept.min_rate is 20%)" in said
+    assert "10 of 11 rejected samples are wrong_answer: " in said and "\ndone" not in said
+
+
+def test_advice_speaks_of_one_reason_that_stands_out(world):
+    def said(accepted, style="quotes", sampling=None, **rejected):
+        stats = Stats(samples=accepted + sum(rejected.values()), accepted=accepted, rejected=rejected)
+        return advice(stats, world.config(style=style, sampling=sampling or {}))
+
+    assert said(100) == said(90, wrong_answer=10) == "" and said(0) == ""
+    assert said(10, schema=5, wrong_answer=5, nul=5) == "", "none stands out"
+    assert "raise sampling.max_new_tokens (now 1,024)" in said(0, unfinished=5)
+    assert "sampling.fit_budget=true" in said(0, unfinished=5, sampling={"fit_budget": False})
+    assert "style=steps or quotes" in said(0, style="free", no_answer=5) and "builtin_examples" in said(0, style="free", no_answer=5)
+    assert "builtin_examples" not in said(0, invented_evidence=5), "they are shown already"
+    for reason in REASONS:
+        for style in ("quotes", "free"):
+            assert said(0, style=style, **{reason: 5}).startswith(f"5 of 5 rejected samples are {reason}: ")
+
+
+def test_bounds_are_told_and_known_answers_that_do_not_fit(world):
+    world.rows.write_text(json.dumps({"prompt": prompt_of(0), "answer": "1 " * 300}))
+    console = Console(file=io.StringIO(), width=300)
+    with pytest.raises(RunError, match=r"none of 1 samples was accepted"):
+        make_traces(world.config(sampling={"max_new_tokens": 300}), console=console)
+    said = console.file.getvalue()
+    assert "the grammar admits at most " in said and "of sampling.max_new_tokens=300" in said
+    assert "1 known answers are longer than " in said
+    with pytest.raises(ConfigError, match=r"max_new_tokens=20 is too few"):
+        run(world, sampling={"max_new_tokens": 20})
+
+
+def test_another_style_is_another_run(world):
+    run(world)
+    with pytest.raises(RunError, match=r"style: quotes -> offsets"):
+        run(world, resume=True, style="offsets")
 
 
 def test_training_rows_are_questions_too(world):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from student_trainer.data.rows.formats import Turn
 from student_trainer.data.trace_schema import (
     DRAFT_SCHEMA,
     KINDS,
@@ -22,7 +23,6 @@ from student_trainer.data.trace_schema import (
     TraceError,
     dump,
     first_problem,
-    generation_schema,
     parse,
     prompt_sha256,
     to_fields,
@@ -30,9 +30,13 @@ from student_trainer.data.trace_schema import (
 from student_trainer.data.trace_spans import find_span
 from student_trainer.traces.answers import majority_answer, normalize_answer
 from student_trainer.traces.arithmetic import false_equation
+from student_trainer.traces.questions import Question
+from student_trainer.traces.styles.fitting import caps_as_bounds
+from student_trainer.traces.styles.json_text import grammar_schema
 from student_trainer.traces.verify import verify
 
 PROMPT = "Fünf Äpfel 🍎 und\r\n七個梨: 5 + 7 = ? Fünf!"
+QUESTION = Question((Turn("user", PROMPT),), "12", "test:1")
 # Anything a prompt may hold: CJK, emoji with joiners, combining marks, Hangul jamo, line ends.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 TRICKY = st.lists(
@@ -76,7 +80,7 @@ def test_a_right_trace_is_accepted_and_completed():
     assert trace.prompt_sha256 == prompt_sha256(PROMPT) and trace.answer.normalized == "12"
     assert parse(dump(trace)) == trace
     jsonschema.Draft202012Validator(TRACE_SCHEMA).validate(json.loads(dump(trace)))
-    jsonschema.Draft202012Validator(generation_schema(Caps())).validate(draft())
+    jsonschema.Draft202012Validator(grammar_schema(caps_as_bounds("offsets", [QUESTION], Caps()))).validate(draft())
     assert [quote.text for quote in trace.evidence_of(trace.steps[0])] == ["Fünf Äpfel 🍎"]
     assert verify(f"```json\n{json.dumps(draft())}\n```", PROMPT, gold="12").trace == trace
 

@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_trainer.data.trace_schema import Caps, generation_schema
+from student_trainer.data.rows.formats import Turn
+from student_trainer.data.trace_schema import Caps
+from student_trainer.traces.questions import Question
+from student_trainer.traces.styles.fitting import caps_as_bounds
+from student_trainer.traces.styles.json_text import grammar_schema
 from teacher_wire.core.errors import (
     CapabilityError,
     DeadlineError,
@@ -201,7 +205,9 @@ def test_size_and_depth_of_schemas():
     with pytest.raises(LimitError, match="deep"):
         check_schema('{"items":' * 100_000, 1 << 24)
     check_schema(json.dumps({"const": '[[{"' * 100}), 65_536)
-    check_schema(json.dumps(generation_schema(Caps())), 65_536)
+    question = Question((Turn("user", "5 + 7 = ?"),), "12", "test:1")
+    for style in ("quotes", "offsets"):
+        check_schema(json.dumps(grammar_schema(caps_as_bounds(style, [question], Caps()))), 65_536)
     check_schema(json.dumps({"$defs": {"a": {"type": "null"}}, "prefixItems": [{"$ref": "#/$defs/a"}] * 2}), 65_536)
 
 
