@@ -29,6 +29,7 @@ from student_trainer.losses.term import StudentOutputs, Tap
 from student_trainer.model import adapters, internlm, logit_probe, precision
 from student_trainer.model.forward import run_body
 from student_trainer.model.limits import position_limit
+from student_trainer.model.quantized import weights as quantized
 from student_trainer.model.saving import not_finite
 from student_trainer.model.speed import compiled
 
@@ -98,6 +99,7 @@ class Student:
         device = self.outline.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         ways = (
+            ("a base in 4 bit", quantized.is_quantized(self.model)),
             ("compiled layers", compiled.is_installed(self.model)),
             ("recorded passes", self.is_graphed),
             (f"float32 weights narrowed to {str(self.narrowed).removeprefix('torch.')}", self.narrowed is not None),
@@ -205,6 +207,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
             are not those of the head, a dtype or a size that cannot be trained.
     """
     precision.check_trained_in(config)
+    quantized.check_quantizable(config)
     sources = adapters.find(config)
     torch.manual_seed(seed)  # adapters start from it
     transformers_logging.disable_progress_bar()
@@ -212,6 +215,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     dtype = getattr(torch, config.dtype)
     with _named(config, sources):
         model_config = AutoConfig.from_pretrained(sources.model, revision=sources.revision, trust_remote_code=False)
+        quantized.check_as_stored(config, getattr(model_config, "quantization_config", None))
         attention = _attention(config, model_config)
         model, loading = AutoModelForCausalLM.from_pretrained(
             sources.model,
@@ -221,6 +225,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized.loading_options(config),
         )
         tokenizer = load_tokenizer(sources.tokenizer, revision=sources.tokenizer_revision)
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
@@ -229,6 +234,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     _check_tokenizer(config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    in_4_bit = quantized.prepare(model, config)
     model = adapters.adapt(model, config, sources.adapter)
     digest = _sha256(model)
     if torch.cuda.is_available():  # now: whatever goes beside it, such as the teacher's head, asks where it is
@@ -247,7 +253,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
         digest,
         narrowed=precision.narrowed(config, torch.cuda.is_available()),
         exported=dtype if masters else None,
-        notes=(*_adapter_notes(config, sources), *precision.notes(config, model)),
+        notes=(*_adapter_notes(config, sources), *in_4_bit, *precision.notes(config, model)),
     )
     if broken := not_finite(model):
         raise ModelError(f"model.path {config.path}: its weights are not finite, {broken} first")
@@ -305,8 +311,8 @@ def quicken(model: Any, config: ModelConfig) -> bool:
         if config.compiled is True:
             raise ModelError(f"model.compiled=true: {type(model).__name__} has no decoder layers that can be compiled")
         is_compiled = False
-    if not config.graphs:
-        return False
+    if not config.graphs or (config.graphs == "auto" and config.quantize is not None):
+        return False  # recordings of 4-bit layers have not been proven on a GPU: they are made where they are asked for
     hindrance = _not_recorded(model, config, on_gpu=on_gpu, is_compiled=is_compiled)
     if hindrance and config.graphs is True:
         raise ModelError(f"model.graphs=true {hindrance}")
@@ -368,4 +374,5 @@ def _sha256(model: Any) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        quantized.digest_into(digest, parameter)
     return digest.hexdigest()
