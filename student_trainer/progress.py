@@ -31,6 +31,7 @@ class ProgressBar:
             TextColumn("{task.fields[figures]}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(title, total=total, completed=done, figures="")
         self._progress.start()

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import TrainerCallback
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
@@ -53,7 +52,6 @@ from student_trainer.training.on_policy.rollouts import Rollouts
 from student_trainer.training.reporting.console import ConsoleProgress
 from student_trainer.training.reporting.layers import LayerReport
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
-from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
     FINAL_NAME,
     IDENTITY_NAME,
@@ -66,6 +64,7 @@ from student_trainer.training.run_folder import (
     result_of,
     settled_labels,
 )
+from student_trainer.training.tracking.trackers import Tracker, make_trackers
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
 
@@ -98,7 +97,7 @@ def train(
     note = partial(_note, console)
     findings = Findings(on_advice=note)
     findings.add(check_settings(config))
-    trackers = make_trackers(config.train.report_to, note)
+    trackers = make_trackers(config, note)
     folder = config.run.output_dir
     with FolderLock(folder, note) as lock:
         findings.add(check_folder(config, resume))
@@ -143,7 +142,7 @@ def _run(
     resume: bool,
     console: Console,
     lock: FolderLock,
-    trackers: list[TrainerCallback],
+    trackers: list[Tracker],
     findings: Findings,
     allow_other_teachers: bool,
 ) -> RunResult:
@@ -175,7 +174,12 @@ def _run(
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
-    findings.add(check_room(folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints))
+    keeps_best = held_out is not None and settings.eval_steps > 0
+    findings.add(
+        check_room(
+            folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints, keeps_best=keeps_best
+        )
+    )
     moved = partial(publishing.origin, config.run.output_dir) if publishing else _fingerprint
     identity = learned_from(config, student, data, held_out, sessions, moved)
     rollouts, plan = None, plan_of(config, order)
@@ -247,6 +251,8 @@ def _run(
             publisher.close(wait=True)
             publisher.check()
         metrics = trainer.last_metrics() if held_out else {}
+        if keeps_best:
+            trainer.point_links()  # the last step may be the best, and is measured now
         if layers:
             layers.end()
         if joined:
@@ -263,6 +269,8 @@ def _run(
         raise
     finally:
         progress.close()
+        for tracker in trackers:
+            tracker.close()
         if publisher is not None:
             publisher.close(wait=False)
         if trainer is not None:

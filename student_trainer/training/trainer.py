@@ -92,7 +92,7 @@ class DistillationTrainer(KeepingTrainer):
         self._evidence: tuple[Integrity, ...] = ()
         self._meter = Meter()
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
-        self._on_trouble = on_trouble
+        self._on_trouble, self._told = on_trouble, set[str]()
         self.batch_shape = ""
         self._window: list[tuple[Tensor, tuple[str, ...]]] = []
         self._learner = Learner(
@@ -375,7 +375,7 @@ def _arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> TrainingA
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=None,  # ours are rotated only after the new one counts
-        report_to="none",  # `trackers.py`
+        report_to="none",  # `tracking/trackers.py`
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
