@@ -42,6 +42,7 @@ from student_trainer.training.run_folder import (
     read_identity,
     settled_labels,
 )
+from student_trainer.training.tracking.hub import check_hub
 from student_trainer.training.tracking.trackers import make_trackers
 from student_trainer.training.trainer import check_single_process
 
@@ -123,6 +124,10 @@ def check_settings(config: TrainConfig) -> Iterator[Finding]:
     yield from check_policy_gradient(config.loss, every[0], config.on_policy)
     for teacher in config.every_teacher:
         yield from check_context(config.loss, teacher.context)
+    if config.train.push_to_hub:
+        yield checked(
+            "train.push_to_hub", lambda: check_hub(config), f"the hub knows us, and takes {config.train.hub_id}"
+        )
     yield checked("run", check_single_process, "the environment speaks of one process")
 
 

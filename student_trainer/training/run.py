@@ -64,6 +64,8 @@ from student_trainer.training.run_folder import (
     result_of,
     settled_labels,
 )
+from student_trainer.training.tracking.card import write_card
+from student_trainer.training.tracking.hub import push
 from student_trainer.training.tracking.trackers import Tracker, make_trackers
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
@@ -119,13 +121,16 @@ def train(
                 config, reached, outline, data, held_out, console, findings, settled, described=described
             )
             try:
-                return _run(
+                result = _run(
                     config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings,
                     allow_other_teachers,
                 )  # fmt: skip
             except AlreadyFinished:
                 console.print("the run is finished: nothing to resume")
-                return result_of(folder)
+                result = result_of(folder)
+    if config.train.push_to_hub:
+        console.print(f"on the hub: {push(config, folder / FINAL_NAME)}", markup=False)
+    return result
 
 
 def _note(console: Console, told: str) -> None:
@@ -279,6 +284,9 @@ def _run(
             rollouts.close()
         if is_new and (trainer is None or not trainer.state.global_step):
             leave_no_trace(folder)  # of a run that has learned nothing
+    with disk_trouble_named(f"the model card in {folder / FINAL_NAME}"):
+        curve = trainer.state.log_history
+        write_card(folder / FINAL_NAME, config, student, data, held_out, sessions, curve, metrics)
     result = finish(folder, trainer.state.global_step, metrics)
     return replace(result, usage=_usage_of(sessions)) if sessions else result
 

@@ -113,7 +113,7 @@ class TrackioCallback(_OwnCallback):
         self._run.log(figures, step=step)
 
     def _end(self, code: int) -> None:
-        self._run.finish()
+        self._library.finish()  # else it would be ended once more, aloud, when the process ends
 
 
 class WandbCallback(_OwnCallback):

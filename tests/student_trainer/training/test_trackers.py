@@ -47,7 +47,8 @@ def test_trackio_is_told_the_run_and_a_resumed_one_goes_on_there(config_of, tmp_
     assert set(runs) == {name}
     database = Path(os.environ["TRACKIO_DIR"]) / "of-a-test.db"
     with sqlite3.connect(database) as connection:
-        rows = connection.execute("select step, metrics from metrics order by id").fetchall()
+        found = connection.execute("select step, metrics from metrics order by id").fetchall()
+    rows = [(step, figures if isinstance(figures, str) else bytes(figures).decode()) for step, figures in found]
     logged = {step: json.loads(figures) for step, figures in rows if "train/loss" in figures}
     assert (
         set(logged) == {1, 2, 3, 4} and {"train/kd_loss", "train/tokens_per_s", "train/wait_share"} <= logged[1].keys()
