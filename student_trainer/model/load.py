@@ -27,7 +27,7 @@ from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head
 from student_trainer.losses.term import StudentOutputs, Tap
 from student_trainer.model import adapters, internlm, logit_probe, precision
-from student_trainer.model.forward import run_body
+from student_trainer.model.forward import SharedRows, run_body
 from student_trainer.model.limits import position_limit
 from student_trainer.model.quantized import weights as quantized
 from student_trainer.model.saving import not_finite
@@ -74,6 +74,7 @@ class Student:
         tokenizer: its tokenizer.
         sha256: of the weights it started from, adapters included.
         is_graphed: its passes may be recorded (`speed/cuda_graphs.py`).
+        shares_rows: several sequences stand in one row while it trains (`train.packing`).
         narrowed: what float32 weights compute in while they are trained whole; None: in their own dtype.
         exported: dtype of the weights in a finished run; None: as they are.
         notes: what a user should know of how it was loaded, a sentence each.
@@ -83,6 +84,7 @@ class Student:
     tokenizer: Any
     sha256: str = ""
     is_graphed: bool = False
+    shares_rows: bool = False
     narrowed: torch.dtype | None = None
     exported: torch.dtype | None = None
     notes: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ class Student:
             ("a base in 4 bit", quantized.is_quantized(self.model)),
             ("compiled layers", compiled.is_installed(self.model)),
             ("recorded passes", self.is_graphed),
+            ("shared rows", self.shares_rows),
             (f"float32 weights narrowed to {str(self.narrowed).removeprefix('torch.')}", self.narrowed is not None),
         )
         return ", ".join([where, *(way for way, is_so in ways if is_so)])
@@ -127,10 +130,12 @@ class Student:
         """V, rows of the output head."""
         return int(self.causal_lm.get_output_embeddings().weight.shape[0])
 
-    def forward(self, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
+    def forward(
+        self, input_ids_BL: Tensor, taps: Sequence[Tap] = (), shared: SharedRows | None = None
+    ) -> StudentOutputs:
         """A pass over right-padded sequences, with gradients if training (`forward.run_body`)."""
         with self.computing():
-            outputs = run_body(self.body, input_ids_BL, taps)
+            outputs = run_body(self.body, input_ids_BL, taps, shared)
         if self.narrowed is None:
             return outputs
         # as the head is: two dtypes would keep its product from the tensor cores

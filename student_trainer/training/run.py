@@ -32,6 +32,7 @@ from student_trainer.losses.term import FfnTap, LossTerm
 from student_trainer.losses.total import check_needs, signals_of, taps_of
 from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import Student, load_student
+from student_trainer.model.packing_probe import check_packing
 from student_trainer.model.saving import saved_bytes, state_bytes
 from student_trainer.model.speed import compiled
 from student_trainer.rollout.publication.publishing import PublishAfterSteps, open_publishing
@@ -109,6 +110,9 @@ def train(
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
+            if config.train.packing:
+                check_packing(student)
+                student.shares_rows, student.is_graphed = True, False  # a recorded pass reads token ids alone
             outline, pinned = student.outline, pinned_date(config) if resume else None
             load = partial(load_run_data, config, student.tokenizer, console, pinned)
             read = load()

@@ -154,7 +154,7 @@ def _training(config: TrainConfig, curve: Sequence[Mapping[str, Any]]) -> str:
     if config.model.quantize is not None:
         weights += f", over a base in 4 bit ({config.model.quantize.kind})"
     objective = [f"{loss.output.divergence}"] if loss.output is not None else []
-    objective += [name for name in loss.features]
+    objective += list(loss.features)
     objective += [f"{loss.sft_weight:g} x cross-entropy"] if loss.sft_weight else []
     rows = {
         "trained": weights,
