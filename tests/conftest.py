@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,8 @@ from tests.tiny import WORDS, make_model
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Runs are followed by trackio where it is installed: in a database of the tests, not the user's.
+os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="lyceum-trackio-"))
 # Event loops that met grpc are never closed (teacher_wire/testing/loopback.py): a thousand tests hold a thousand files, the usual limit.
 _SOFT, _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
 if _SOFT != resource.RLIM_INFINITY:

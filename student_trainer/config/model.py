@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from student_trainer.config.fields import HomeText, Positive
 from student_trainer.config.files import Settings
@@ -25,6 +25,18 @@ class LoraSettings(Settings):
     fused: bool = True
 
 
+class QuantizeSettings(Settings):
+    """A base in 4 bit under its adapters (QLoRA, bitsandbytes); `quantize: nf4` stands for `quantize: {kind: nf4}`.
+
+    Attributes:
+        kind: of the 4-bit numbers; nf4 has its levels at the quantiles of a normal distribution, fp4 is a small float.
+        double: the scale of each block of 64 weights is kept in 8 bit too, which takes 4.13 bits per weight in place of 4.5.
+    """
+
+    kind: Literal["nf4", "fp4"] = "nf4"
+    double: bool = True
+
+
 class ModelConfig(Settings):
     """The student.
 
@@ -36,6 +48,8 @@ class ModelConfig(Settings):
         attention: transformers' attn_implementation; `auto` is sdpa, and eager where the model caps its attention scores softly (Gemma 2), which
             sdpa would leave out.
         lora: adapters, or null to train every weight.
+        quantize: keeps the linear layers of the frozen base in 4 bit (docs/qlora.md); passes are computed in `dtype`. Needs `lora` and
+            bitsandbytes. The output head, embeddings and norms stay in `dtype`.
         compiled: compute decoder layers as compiled functions while training (`model/speed/compiled.py`); `auto`: on a GPU.
         graphs: record the passes of each length that comes often and replay them with one launch each (`model/speed/cuda_graphs.py`); needs a GPU,
             compiled layers and no dropout; `auto`: where these are given. Lengths are then padded to a few.
@@ -47,7 +61,22 @@ class ModelConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     lora: LoraSettings | None = LoraSettings()
+    quantize: QuantizeSettings | None = None
     gradient_checkpointing: bool = False
     compiled: bool | Literal["auto"] = "auto"
     graphs: bool | Literal["auto"] = "auto"
     threads: Positive = 1
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _adapters_over_quantized(self) -> ModelConfig:
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(
+                f"quantize={self.quantize.kind} keeps the base in 4 bit, which cannot be trained, and lora is null: set lora, or "
+                "quantize to null"
+            )
+        return self

@@ -94,6 +94,7 @@ class TrainConfig(Settings):
             raise ValueError(
                 "on_policy.publish belongs to one teacher, and there are several: set the section teacher, or publish to null"
             )
+        check_packing(self)
         if self.train.eval_steps and not self.data.eval:
             raise ValueError("train.eval_steps needs data.eval")
         if self.train.save_steps % self.train.log_steps:
@@ -293,6 +294,27 @@ def check_teachers(
         raise ValueError(
             f"combine=route: two teachers have the tag {shared!r}, and each row is taught by one: leave it to one of them"
         )
+
+
+def check_packing(config: TrainConfig) -> None:
+    """Refuses settings that do not go with rows that several sequences share.
+
+    Raises:
+        ValueError: naming both settings.
+    """
+    if not config.train.packing:
+        return
+    other = (
+        "loss.attention, whose maps are of one sequence a row"
+        if config.loss.attention is not None
+        else "model.graphs=true, since recorded passes read token ids alone"
+        if config.model.graphs is True
+        else "model.attention=flash_attention_2, with which it has not been tried"
+        if config.model.attention == "flash_attention_2"
+        else ""
+    )
+    if other:
+        raise ValueError(f"train.packing=true does not go with {other}: set one of them otherwise")
 
 
 def _twice(values: Sequence[str]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from student_trainer.config.fields import Decay, Fraction, Positive
 from student_trainer.config.files import Settings
@@ -19,8 +20,15 @@ class OptimizationConfig(Settings):
         max_steps: optimizer steps; null means `epochs` over the data.
         warmup_steps, schedule, min_lr_share: of the learning rate.
         log_steps, eval_steps, save_steps: in optimizer steps; 0 is never (the end always counts).
-        keep_checkpoints: how many to keep.
-        report_to: trackers of transformers, such as tensorboard or wandb.
+        keep_checkpoints: how many to keep, beside the one that the link `best` names.
+        best_metric: held-out figure that decides which checkpoint the link `best` names: nll_per_byte, nll_per_token, kl_to_teacher (of
+            one of several teachers kl_to_NAME), acc1 or acc3; of accuracies the highest is best, of the others the lowest.
+        packing: the student reads several short rows of a micro-batch in one row, none of which sees another (docs/packing.md).
+        report_to: trackers (docs/tracking.md): trackio, tensorboard, wandb, or another of transformers. `auto` is trackio where it is
+            installed, and nothing where it is not; `none`, or an empty list, is nothing.
+        project: under which trackers file the run; its name there is that of its folder.
+        push_to_hub, hub_id, hub_private: whether final/ is uploaded to the Hugging Face hub at the end, as `owner/name`, and whether only its
+            owner can see it. The token is the hub's own (`hf auth login`, or HF_TOKEN), never a setting.
         nonfinite: what a step does whose loss or gradient is NaN or infinite: `stop` ends the run before the update, `skip`
             leaves that update out and counts it in the log.
         max_skipped: updates left out one after another, at most; then the run ends, whatever `nonfinite` says.
@@ -43,7 +51,13 @@ class OptimizationConfig(Settings):
     eval_batch_size: Positive = 8
     save_steps: Annotated[int, Field(ge=0)] = 0
     keep_checkpoints: Positive = 2
-    report_to: tuple[str, ...] = ()
+    best_metric: str = "nll_per_byte"
+    packing: bool = False
+    report_to: tuple[str, ...] = ("auto",)
+    project: Annotated[str, Field(min_length=1)] = "lyceum"
+    push_to_hub: bool = False
+    hub_id: str | None = None
+    hub_private: bool = True
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: Positive = 10
     deterministic: bool = True
@@ -52,3 +66,28 @@ class OptimizationConfig(Settings):
     @classmethod
     def _one_tracker(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _nothing_is_nothing_else(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        named = tuple(dict.fromkeys(value))
+        if "none" in named and len(named) > 1:
+            raise ValueError("none is no tracker at all: leave it out, or the others")
+        return () if named == ("none",) else named
+
+    @field_validator("best_metric")
+    @classmethod
+    def _known_figure(cls, value: str) -> str:
+        if value not in ("nll_per_byte", "nll_per_token", "acc1", "acc3") and not re.fullmatch(r"kl_to_[\w.-]+", value):
+            raise ValueError("is no held-out figure: nll_per_byte, nll_per_token, kl_to_teacher, acc1 or acc3")
+        return value
+
+    @model_validator(mode="after")
+    def _hub_has_a_name(self) -> OptimizationConfig:
+        if self.push_to_hub and not self.hub_id:
+            raise ValueError("push_to_hub=true needs hub_id: owner/name, where the model goes to")
+        if self.hub_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub_id):
+            raise ValueError(f"hub_id={self.hub_id!r} must be owner/name: letters, digits, and - _ . in both")
+        if self.hub_id and not self.push_to_hub:
+            raise ValueError(f"hub_id={self.hub_id} is used with push_to_hub=true alone: set it, or leave hub_id out")
+        return self

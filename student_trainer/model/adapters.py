@@ -161,6 +161,10 @@ def adapt(model: Any, config: ModelConfig, adapter: Adapter | None) -> Any:
         adapted = _new(model, settings)
     if settings.fused:
         fast_lora.install(adapted)
+        if config.quantize is not None:
+            from student_trainer.model.quantized import linear  # loads bitsandbytes
+
+            linear.install_adapters(adapted)
     return adapted
 
 

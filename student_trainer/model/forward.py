@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
+from student_trainer.data.row_packing import RowPacking
 from student_trainer.errors import ModelError
 from student_trainer.losses.features import ffn
 from student_trainer.losses.term import FfnTap, StudentOutputs, Tap, block_of
@@ -31,7 +33,27 @@ class StudentForward(Protocol):
         """See `run_body`."""
 
 
-def run_body(body: Any, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
+@dataclass(frozen=True, eq=False)
+class SharedRows:
+    """Rows that hold several sequences each (`data.row_packing`), on the student's device.
+
+    Attributes:
+        sequence_BL: int64; a token sees those before it that have its number.
+        position_BL: int64, of each token in its own sequence.
+    """
+
+    sequence_BL: Tensor
+    position_BL: Tensor
+
+    @classmethod
+    def of(cls, packing: RowPacking, device: torch.device) -> SharedRows:
+        """On a device."""
+        return cls(torch.from_numpy(packing.sequence_RL).to(device), torch.from_numpy(packing.position_RL).to(device))
+
+
+def run_body(
+    body: Any, input_ids_BL: Tensor, taps: Sequence[Tap] = (), shared: SharedRows | None = None
+) -> StudentOutputs:
     """States of right-padded sequences, with gradients if they are on.
 
     No mask is needed, since attention is causal: a token sees nothing of what stands behind it. And without one the fast
@@ -41,13 +63,15 @@ def run_body(body: Any, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> Stude
         body: the part of a causal model that makes states.
         input_ids_BL: int64, on the body's device.
         taps: numbers of blocks, 1 for the first; 0 for the embedding; or `FfnTap`.
+        shared: which sequences share the rows; None where each row is one. With it attention has a mask, made by transformers.
 
     Raises:
         ModelError: an architecture whose blocks cannot be tapped, or a number that is none of them.
     """
     taken: dict[Tap, Tensor] = {}
-    with _one_sequence_a_row(), _tapped(body, taps, taken):
-        final_BLD = body(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+    positions = {} if shared is None else {"position_ids": shared.position_BL}
+    with _sequences_of_rows(shared), _tapped(body, taps, taken):
+        final_BLD = body(input_ids=input_ids_BL, use_cache=False, **positions).last_hidden_state
     return StudentOutputs(final_BLD, {tap: _taken(body, taken, tap, final_BLD) for tap in taps})
 
 
@@ -178,15 +202,19 @@ def _taken(body: Any, taken: dict[Tap, Tensor], tap: Tap, final_BLD: Tensor) -> 
     return taken[tap]
 
 
+def _one_sequence_a_row() -> contextlib.AbstractContextManager[None]:
+    return _sequences_of_rows(None)
+
+
 @contextlib.contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """Spares transformers two questions whose answers are known.
+def _sequences_of_rows(shared: SharedRows | None) -> Iterator[None]:
+    """Spares transformers two questions whose answers are known: which sequences share a row, and whether it is traced.
 
     Without a mask it looks for several sequences in a row by their positions, on the device, and waits for the answer; and while passes
     are recorded (`speed/cuda_graphs.py`) it would not look, and make a mask of all positions instead (masking_utils, 5.16 to 5.19).
     """
     before = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
-    masking_utils.find_packed_sequence_indices = lambda *_: None
+    masking_utils.find_packed_sequence_indices = lambda *_: None if shared is None else shared.sequence_BL
     masking_utils.is_tracing = lambda *_: False
     try:
         yield

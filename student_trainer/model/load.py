@@ -27,8 +27,9 @@ from student_trainer.errors import ModelError
 from student_trainer.losses.head import Head
 from student_trainer.losses.term import StudentOutputs, Tap
 from student_trainer.model import adapters, internlm, logit_probe, precision
-from student_trainer.model.forward import run_body
+from student_trainer.model.forward import SharedRows, run_body
 from student_trainer.model.limits import position_limit
+from student_trainer.model.quantized import weights as quantized
 from student_trainer.model.saving import not_finite
 from student_trainer.model.speed import compiled
 
@@ -73,6 +74,7 @@ class Student:
         tokenizer: its tokenizer.
         sha256: of the weights it started from, adapters included.
         is_graphed: its passes may be recorded (`speed/cuda_graphs.py`).
+        shares_rows: several sequences stand in one row while it trains (`train.packing`).
         narrowed: what float32 weights compute in while they are trained whole; None: in their own dtype.
         exported: dtype of the weights in a finished run; None: as they are.
         notes: what a user should know of how it was loaded, a sentence each.
@@ -82,6 +84,7 @@ class Student:
     tokenizer: Any
     sha256: str = ""
     is_graphed: bool = False
+    shares_rows: bool = False
     narrowed: torch.dtype | None = None
     exported: torch.dtype | None = None
     notes: tuple[str, ...] = ()
@@ -98,8 +101,10 @@ class Student:
         device = self.outline.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         ways = (
+            ("a base in 4 bit", quantized.is_quantized(self.model)),
             ("compiled layers", compiled.is_installed(self.model)),
             ("recorded passes", self.is_graphed),
+            ("shared rows", self.shares_rows),
             (f"float32 weights narrowed to {str(self.narrowed).removeprefix('torch.')}", self.narrowed is not None),
         )
         return ", ".join([where, *(way for way, is_so in ways if is_so)])
@@ -125,10 +130,12 @@ class Student:
         """V, rows of the output head."""
         return int(self.causal_lm.get_output_embeddings().weight.shape[0])
 
-    def forward(self, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
+    def forward(
+        self, input_ids_BL: Tensor, taps: Sequence[Tap] = (), shared: SharedRows | None = None
+    ) -> StudentOutputs:
         """A pass over right-padded sequences, with gradients if training (`forward.run_body`)."""
         with self.computing():
-            outputs = run_body(self.body, input_ids_BL, taps)
+            outputs = run_body(self.body, input_ids_BL, taps, shared)
         if self.narrowed is None:
             return outputs
         # as the head is: two dtypes would keep its product from the tensor cores
@@ -205,6 +212,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
             are not those of the head, a dtype or a size that cannot be trained.
     """
     precision.check_trained_in(config)
+    quantized.check_quantizable(config)
     sources = adapters.find(config)
     torch.manual_seed(seed)  # adapters start from it
     transformers_logging.disable_progress_bar()
@@ -212,6 +220,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     dtype = getattr(torch, config.dtype)
     with _named(config, sources):
         model_config = AutoConfig.from_pretrained(sources.model, revision=sources.revision, trust_remote_code=False)
+        quantized.check_as_stored(config, getattr(model_config, "quantization_config", None))
         attention = _attention(config, model_config)
         model, loading = AutoModelForCausalLM.from_pretrained(
             sources.model,
@@ -221,6 +230,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized.loading_options(config),
         )
         tokenizer = load_tokenizer(sources.tokenizer, revision=sources.tokenizer_revision)
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
@@ -229,6 +239,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
     _check_tokenizer(config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    in_4_bit = quantized.prepare(model, config)
     model = adapters.adapt(model, config, sources.adapter)
     digest = _sha256(model)
     if torch.cuda.is_available():  # now: whatever goes beside it, such as the teacher's head, asks where it is
@@ -247,7 +258,7 @@ def load_student(config: ModelConfig, seed: int) -> Student:
         digest,
         narrowed=precision.narrowed(config, torch.cuda.is_available()),
         exported=dtype if masters else None,
-        notes=(*_adapter_notes(config, sources), *precision.notes(config, model)),
+        notes=(*_adapter_notes(config, sources), *in_4_bit, *precision.notes(config, model)),
     )
     if broken := not_finite(model):
         raise ModelError(f"model.path {config.path}: its weights are not finite, {broken} first")
@@ -305,8 +316,8 @@ def quicken(model: Any, config: ModelConfig) -> bool:
         if config.compiled is True:
             raise ModelError(f"model.compiled=true: {type(model).__name__} has no decoder layers that can be compiled")
         is_compiled = False
-    if not config.graphs:
-        return False
+    if not config.graphs or (config.graphs == "auto" and config.quantize is not None):
+        return False  # recordings of 4-bit layers have not been proven on a GPU: they are made where they are asked for
     hindrance = _not_recorded(model, config, on_gpu=on_gpu, is_compiled=is_compiled)
     if hindrance and config.graphs is True:
         raise ModelError(f"model.graphs=true {hindrance}")
@@ -368,4 +379,5 @@ def _sha256(model: Any) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        quantized.digest_into(digest, parameter)
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from student_trainer.errors import ModelError
 from student_trainer.model import precision
 from student_trainer.model.load import Student
+from student_trainer.model.quantized import weights as quantized
 
 _PREFIX = "base_model.model."  # of peft, before the names of the base
 _OWN = (".lora_", ".original_module.")  # of an adapter, or what one stands in for
@@ -65,10 +66,11 @@ def merged_state(
             raise ModelError(f"the trained weights are not those of the student: {len(odd)} differ, {odd[0]} first")
         values |= {name.removeprefix(prefix): value for name, value in trained.items()}
     check_mergeable(student)
+    in_4_bit = dict(quantized.layers_of(student.causal_lm))
     live = {
         name: tensor
         for name, tensor in student.causal_lm.state_dict().items()
-        if not any(part in name for part in _OWN)
+        if not any(part in name for part in _OWN) and name.rpartition(".weight")[0] not in in_4_bit
     }
     given = {
         _place(live[name]): value for name, value in values.items() if name in live
@@ -80,9 +82,11 @@ def merged_state(
         if place not in made or not tensor.numel():
             made[place] = _on_host(given.get(place, tensor), dtype)
         state[_plain(name)] = made[place]
+    for name, layer in in_4_bit.items():
+        state[_plain(f"{name}.weight")] = _on_host(quantized.weight_of(layer), dtype)
     for name, layer in _adapted(student.causal_lm).items():
         weight = _plain(f"{name}.weight")
-        state[weight] = _on_host(_merged(name, layer, values), dtype or layer.base_layer.weight.dtype)
+        state[weight] = _on_host(_merged(name, layer, values), dtype or quantized.weight_dtype(layer.base_layer))
     return state
 
 
@@ -112,7 +116,8 @@ def save_merged(
         state = _cut(state, student.causal_lm, vocab_rows)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(student.causal_lm.config, trust_remote_code=False)
+        plain = quantized.plain_config(student.causal_lm.config)
+        outline = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
     outline.save_pretrained(folder, state_dict=state, max_shard_size=_ONE_FILE)
     if dtype is not None:
         precision.write_dtype(folder, dtype)
@@ -191,7 +196,9 @@ def _merged(name: str, layer: Any, values: Mapping[str, Tensor]) -> Tensor:
         a, b = (values[f"{name}.lora_{letter}.{adapter}.weight"] for letter in "AB")
         delta = b.float() @ a.float()
         delta = delta.T if getattr(layer, "fan_in_fan_out", False) else delta
-    return layer.base_layer.weight.detach().to(delta.device).float() + delta * float(layer.scaling[adapter])
+    return quantized.weight_of(layer.base_layer).detach().to(delta.device).float() + delta * float(
+        layer.scaling[adapter]
+    )
 
 
 def _cut(state: Mapping[str, Tensor], causal: Any, vocab_rows: int | None) -> dict[str, Tensor]:

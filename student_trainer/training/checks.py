@@ -25,6 +25,7 @@ from student_trainer.findings import Finding, Findings, checked
 from student_trainer.model.limits import check_data
 from student_trainer.model.load import Outline, load_outline
 from student_trainer.model.precision import check_trained_in
+from student_trainer.model.quantized.weights import check_quantizable
 from student_trainer.teachers.connect import connections
 from student_trainer.teachers.limits import check_sizes
 from student_trainer.teachers.loss_checks import check_anneal, check_context, check_loss, check_policy_gradient
@@ -33,7 +34,6 @@ from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.offline.held import check_offline
 from student_trainer.training.on_policy.checks import check_on_policy, check_rollouts
-from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
     CONFIG_NAME,
     FINAL_NAME,
@@ -44,6 +44,8 @@ from student_trainer.training.run_folder import (
     read_identity,
     settled_labels,
 )
+from student_trainer.training.tracking.hub import check_hub
+from student_trainer.training.tracking.trackers import make_trackers
 from student_trainer.training.trainer import check_single_process
 
 _SHOWN_TAGS = 8  # of those that no teacher has
@@ -67,7 +69,7 @@ def all_findings(
     """
     findings = Findings(stops=False)
     findings.add(check_settings(config))
-    findings.attempt("train.report_to", lambda: make_trackers(config.train.report_to, console.print), "trackers work")
+    findings.attempt("train.report_to", lambda: make_trackers(config, console.print), "trackers work")
     findings.add(check_folder(config, resume))
     outline = findings.attempt("model.path", lambda: load_outline(config.model), f"{config.model.path} can be read")
     if outline is None:
@@ -115,6 +117,8 @@ def all_findings(
 def check_settings(config: TrainConfig) -> Iterator[Finding]:
     """What can be told from the config and the environment alone."""
     yield checked("model.dtype", lambda: check_trained_in(config.model), f"{config.model.dtype} can be trained in")
+    if config.model.quantize is not None:
+        yield checked("model.quantize", lambda: check_quantizable(config.model), "bitsandbytes is installed")
     every = [config.labels_of(teacher) for teacher in config.every_teacher] or [config.labels]
     for labels in dict.fromkeys(every):
         if labels.transport != "auto":
@@ -123,6 +127,10 @@ def check_settings(config: TrainConfig) -> Iterator[Finding]:
     yield from check_policy_gradient(config.loss, every[0], config.on_policy)
     for teacher in config.every_teacher:
         yield from check_context(config.loss, teacher.context)
+    if config.train.push_to_hub:
+        yield checked(
+            "train.push_to_hub", lambda: check_hub(config), f"the hub knows us, and takes {config.train.hub_id}"
+        )
     yield checked("run", check_single_process, "the environment speaks of one process")
 
 
@@ -228,7 +236,9 @@ def _held(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {LOCK_NAME} if folder.is_dir() else set()
 
 
-def check_room(folder: Path, checkpoint_bytes: int, final_bytes: int, keep: int) -> Iterator[Finding]:
+def check_room(
+    folder: Path, checkpoint_bytes: int, final_bytes: int, keep: int, *, keeps_best: bool = False
+) -> Iterator[Finding]:
     """Whether the disk has room for the checkpoints that are there at one time, and the model.
 
     Args:
@@ -236,14 +246,15 @@ def check_room(folder: Path, checkpoint_bytes: int, final_bytes: int, keep: int)
         checkpoint_bytes: of one checkpoint; 0 if there will be none.
         final_bytes: of the model alone.
         keep: checkpoints kept; while one is written there is one more.
+        keeps_best: whether the one that was measured best is kept beside these.
     """
     there = len(list(folder.glob(f"checkpoint-*/{checkpoint.MARKER}"))) if folder.is_dir() else 0
-    needed = max(0, keep + 1 - there) * checkpoint_bytes + final_bytes
+    at_a_time = keep + 1 + keeps_best if checkpoint_bytes else 0
+    needed = max(0, at_a_time - there) * checkpoint_bytes + final_bytes
     try:
         free = free_bytes(folder)
     except OSError:  # a disk that does not say how full it is
         return
-    at_a_time = keep + 1 if checkpoint_bytes else 0
     if needed > free:
         what = (
             f"run.output_dir {folder}: {_amount(free)} are free, and {at_a_time} checkpoints at a "

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from student_trainer.data.row_packing import RowPacking
 from student_trainer.errors import RunError
 from student_trainer.labels.device_transfer import LabelTensors, ahead
 from student_trainer.labels.rows_on_device import rows_on
@@ -26,7 +27,7 @@ from student_trainer.losses.head import Head
 from student_trainer.losses.output.term import OutputTerm
 from student_trainer.losses.term import JoinedLabels, LossTerm, StudentOutputs, SupervisedRows, Tap, TeacherLabels
 from student_trainer.losses.total import Total, taps_of, total
-from student_trainer.model.forward import StudentForward
+from student_trainer.model.forward import SharedRows, StudentForward
 from student_trainer.model.load import Student
 from student_trainer.training.joined.joiner import Joiner
 from student_trainer.training.windows import PaddedBatch
@@ -91,10 +92,10 @@ class Learner(nn.Module):
     def device(self) -> torch.device:
         return next(self.student.parameters()).device
 
-    def plain(self, input_ids_BL: Tensor, taps: Sequence[Tap] = ()) -> StudentOutputs:
+    def plain(self, input_ids_BL: Tensor, taps: Sequence[Tap] = (), shared: SharedRows | None = None) -> StudentOutputs:
         """A pass that is computed anew."""
         with self._autocast():
-            return self._loaded.forward(input_ids_BL, taps)
+            return self._loaded.forward(input_ids_BL, taps, shared)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._narrowed is None else torch.autocast(self.device.type, self._narrowed)
@@ -104,11 +105,13 @@ class Learner(nn.Module):
         device = self.device
         moved = ahead({"index_N": batch.index_N, "input_ids_BL": batch.input_ids_BL}, device)
         labels = None if batch.labels is None else self._labels(batch)
-        sequence_N, position_N = divmod(batch.index_N.numpy(), batch.input_ids_BL.shape[1])
         rows = SupervisedRows(
-            moved["index_N"], batch.labels_N, batch.weights_N, position_N, sequence_N, batch.sampled_logp_N
+            moved["index_N"], batch.labels_N, batch.weights_N, batch.position_N, batch.sequence_N, batch.sampled_logp_N
         )
-        outputs = self.passes(moved["input_ids_BL"], self._taps)
+        if batch.packing is None:
+            outputs = self.passes(moved["input_ids_BL"], self._taps)
+        else:  # never recorded: a recording reads ids alone
+            outputs = self.plain(moved["input_ids_BL"], self._taps, SharedRows.of(batch.packing, device))
         return total(self._terms, outputs, labels, rows, normalizer, step)
 
     def _labels(self, batch: PaddedBatch) -> TeacherLabels | JoinedLabels:
@@ -122,22 +125,26 @@ class Learner(nn.Module):
     def with_own_ids(self, batch: PaddedBatch, count: int, step: int) -> TokenBatch:
         """The tokens of a micro-batch with the student's `count` likeliest ids of each row, as it is now (algorithms.md 2.1)."""
         if batch.likeliest_NM is None:
-            ids_NM = self._likeliest_ids(batch.input_ids_BL, batch.index_N, count, step)
+            ids_NM = self._likeliest_ids(batch.input_ids_BL, batch.index_N, count, step, batch.packing)
         else:  # rollouts: the ids are those of their sampling, without a second pass
             ids_NM = batch.likeliest_NM.copy()
             asked_N = ids_NM[:, 0] < 0
             if asked_N.any():
-                sequence_N, position_N = divmod(batch.index_N.numpy()[asked_N], batch.input_ids_BL.shape[1])
-                sequences, place_N = np.unique(sequence_N, return_inverse=True)
-                index_N = torch.from_numpy(place_N * batch.input_ids_BL.shape[1] + position_N)
-                ids_NM[asked_N] = self._likeliest_ids(batch.input_ids_BL[sequences], index_N, count, step)
+                row_N, place_N = divmod(batch.index_N.numpy()[asked_N], batch.input_ids_BL.shape[1])
+                rows, number_N = np.unique(row_N, return_inverse=True)
+                index_N = torch.from_numpy(number_N * batch.input_ids_BL.shape[1] + place_N)
+                packing = batch.packing.of_rows(rows) if batch.packing else None
+                ids_NM[asked_N] = self._likeliest_ids(batch.input_ids_BL[rows], index_N, count, step, packing)
         return replace(batch.request.batch, extra_ids_NM=ids_NM)
 
-    def _likeliest_ids(self, input_ids_BL: Tensor, index_N: Tensor, count: int, step: int) -> np.ndarray:
+    def _likeliest_ids(
+        self, input_ids_BL: Tensor, index_N: Tensor, count: int, step: int, packing: RowPacking | None
+    ) -> np.ndarray:
         """int32 [N, count], by a pass without dropout."""
         (term,) = (term for term in self._terms if isinstance(term, OutputTerm))
         self.eval()
-        outputs = self.plain(input_ids_BL.to(self.device))
+        shared = SharedRows.of(packing, self.device) if packing else None
+        outputs = self.plain(input_ids_BL.to(self.device), shared=shared)
         self.train()
         nothing_N = torch.zeros(0)
         rows = SupervisedRows(index_N.to(self.device), nothing_N, nothing_N)

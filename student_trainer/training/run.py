@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import TrainerCallback
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset
@@ -34,6 +33,7 @@ from student_trainer.losses.term import FfnTap, LossTerm
 from student_trainer.losses.total import check_needs, signals_of, taps_of
 from student_trainer.model.forward import blocks_of
 from student_trainer.model.load import Student, load_student
+from student_trainer.model.packing_probe import check_packing
 from student_trainer.model.saving import saved_bytes, state_bytes
 from student_trainer.model.speed import compiled
 from student_trainer.rollout.publication.publishing import PublishAfterSteps, open_publishing
@@ -57,7 +57,6 @@ from student_trainer.training.on_policy.rollouts import Rollouts
 from student_trainer.training.reporting.console import ConsoleProgress
 from student_trainer.training.reporting.layers import LayerReport
 from student_trainer.training.reporting.out_of_memory import is_out_of_memory, what_to_lower
-from student_trainer.training.reporting.trackers import make_trackers
 from student_trainer.training.run_folder import (
     FINAL_NAME,
     IDENTITY_NAME,
@@ -70,6 +69,9 @@ from student_trainer.training.run_folder import (
     result_of,
     settled_labels,
 )
+from student_trainer.training.tracking.card import write_card
+from student_trainer.training.tracking.hub import push
+from student_trainer.training.tracking.trackers import Tracker, make_trackers
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
 
@@ -105,7 +107,7 @@ def train(
     note = partial(_note, console)
     findings = Findings(on_advice=note)
     findings.add(check_settings(config))
-    trackers = [*make_trackers(config.train.report_to, note), *callbacks]
+    trackers = make_trackers(config, note)
     folder = config.run.output_dir
     with FolderLock(folder, note) as lock:
         findings.add(check_folder(config, bool(resume)))
@@ -117,6 +119,9 @@ def train(
             student = load_student(config.model, config.run.seed)
             for told in student.notes:
                 note(told)
+            if config.train.packing:
+                check_packing(student)
+                student.shares_rows, student.is_graphed = True, False  # a recorded pass reads token ids alone
             outline, pinned = student.outline, pinned_date(config) if resume else None
             load = partial(load_run_data, config, student.tokenizer, console, pinned)
             read = load()
@@ -130,13 +135,16 @@ def train(
             )
             findings.add(check_offline(config, sessions, data, held_out))
             try:
-                return _run(
+                result = _run(
                     config, student, data, held_out, sessions, reached, resume, console, lock, trackers, findings,
-                    allow_other_teachers,
+                    allow_other_teachers, callbacks,
                 )  # fmt: skip
             except AlreadyFinished:
                 console.print("the run is finished: nothing to resume")
-                return result_of(folder)
+                result = result_of(folder)
+    if config.train.push_to_hub:
+        console.print(f"on the hub: {push(config, folder / FINAL_NAME)}", markup=False)
+    return result
 
 
 def _note(console: Console, told: str) -> None:
@@ -153,9 +161,10 @@ def _run(
     resume: bool | Path,
     console: Console,
     lock: FolderLock,
-    trackers: list[TrainerCallback],
+    trackers: list[Tracker],
     findings: Findings,
     allow_other_teachers: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> RunResult:
     kept = read_ranking(config.run.output_dir) if resume else None
     ranking = run_ranking(config, sessions, data, console, kept)
@@ -187,7 +196,12 @@ def _run(
     arguments = training_arguments(config, order.steps, evaluates=held_out is not None)
     folder, settings = config.run.output_dir, config.train
     checkpoint_bytes = state_bytes(student.model) if settings.save_steps else 0
-    findings.add(check_room(folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints))
+    keeps_best = held_out is not None and settings.eval_steps > 0
+    findings.add(
+        check_room(
+            folder, checkpoint_bytes, saved_bytes(student.model), settings.keep_checkpoints, keeps_best=keeps_best
+        )
+    )
     moved = partial(publishing.origin, config.run.output_dir) if publishing else _fingerprint
     identity = learned_from(config, student, data, held_out, sessions, moved)
     identity |= {RANKING: ranking.identity} if ranking else {}
@@ -242,7 +256,7 @@ def _run(
             measure=measuring(config, student, held_out, sessions, vocab_rows, partial(_note, console))
             if held_out
             else None,
-            callbacks=[*([rollouts] if rollouts else []), progress, *trackers],
+            callbacks=[*([rollouts] if rollouts else []), progress, *trackers, *callbacks],
             on_trouble=partial(_note, console),
         )
         trainer.keep_beside = rollouts.save if rollouts else None
@@ -263,6 +277,8 @@ def _run(
             publisher.close(wait=True)
             publisher.check()
         metrics = trainer.last_metrics() if held_out else {}
+        if keeps_best:
+            trainer.point_links()  # the last step may be the best, and is measured now
         if layers:
             layers.end()
         if joined:
@@ -279,6 +295,8 @@ def _run(
         raise
     finally:
         progress.close()
+        for tracker in trackers:
+            tracker.close()
         if publisher is not None:
             publisher.close(wait=False)
         if trainer is not None:
@@ -287,6 +305,9 @@ def _run(
             rollouts.close()
         if is_new and (trainer is None or not trainer.state.global_step):
             leave_no_trace(folder)  # of a run that has learned nothing
+    with disk_trouble_named(f"the model card in {folder / FINAL_NAME}"):
+        curve = trainer.state.log_history
+        write_card(folder / FINAL_NAME, config, student, data, held_out, sessions, curve, metrics)
     result = finish(folder, trainer.state.global_step, metrics)
     return replace(result, usage=_usage_of(sessions), label_bytes=_label_bytes(sessions)) if sessions else result
 

@@ -38,6 +38,7 @@ from student_trainer.training.identity import (
     other_teachers,
     with_teachers_of,
 )
+from student_trainer.training.tracking.own import TRACKERS_NAME
 
 LOG_NAME = "train_log.jsonl"
 CONFIG_NAME = "config.yaml"
@@ -49,7 +50,8 @@ LAYERS_NAME = layer_similarity.FILE_NAME
 # that a run begins with, what they decide is in the identity as a digest.
 _FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "generate", "data", "model.path", "model.revision", "model.threads",
          "model.compiled", "model.graphs", "train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints",
-         "train.eval_batch_size", "train.nonfinite", "train.max_skipped",
+         "train.eval_batch_size", "train.nonfinite", "train.max_skipped", "train.best_metric", "train.packing", "train.project",
+         "train.push_to_hub", "train.hub_id", "train.hub_private",
          "labels.check", "on_policy.publish.on_failure", "when_missing")  # fmt: skip
 # Digests of an identity, what they are of, and the section of the settings that decides them.
 _DIGESTS = (
@@ -235,6 +237,7 @@ def leave_no_trace(folder: Path) -> None:
         REVISIONS_NAME,
         TEACHERS_NAME,
         CURRICULUM_NAME,
+        TRACKERS_NAME,
     ):
         (folder / name).unlink(missing_ok=True)
     checkpoint.discard_unfinished(folder)

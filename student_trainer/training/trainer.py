@@ -92,7 +92,7 @@ class DistillationTrainer(KeepingTrainer):
         self._evidence: tuple[Integrity, ...] = ()
         self._meter = Meter()
         self._last_metrics: tuple[int, dict[str, float]] = (-1, {})
-        self._on_trouble = on_trouble
+        self._on_trouble, self._told = on_trouble, set[str]()
         self.batch_shape = ""
         self._window: list[tuple[Tensor, tuple[str, ...]]] = []
         self._learner = Learner(
@@ -142,7 +142,10 @@ class DistillationTrainer(KeepingTrainer):
         window = self._windows.window(step)
         assert (window.step, len(window.batches)) == (step, num_batches), "the window is of another step, or cut short"
         numbers = [batch.number for batch in window.batches]
-        batches = [padded(batch, self._student.pad_id, self._length) for batch in window.batches]
+        shares_rows = self._config.train.packing
+        batches = [
+            padded(batch, self._student.pad_id, self._length, shares_rows=shares_rows) for batch in window.batches
+        ]
         self._meter.tokens += sum(batch.request.batch.tokens for batch in batches)
         if self._ask is not None:
             for number, batch in zip(numbers, batches, strict=True):
@@ -199,7 +202,7 @@ class DistillationTrainer(KeepingTrainer):
         """
         batch = inputs["batch"]
         sequences, tokens = batch.input_ids_BL.shape
-        self.batch_shape = f"{sequences} sequences, padded to {tokens} tokens"
+        self.batch_shape = f"{sequences} {'rows' if batch.packing else 'sequences'}, padded to {tokens} tokens"
         loss = super().training_step(model, inputs, num_items_in_batch)
         for evidence in self._evidence:
             self._verdicts.add(evidence, request_of(batch, evidence.teacher))
@@ -375,7 +378,7 @@ def _arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> TrainingA
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=None,  # ours are rotated only after the new one counts
-        report_to="none",  # `trackers.py`
+        report_to="none",  # `tracking/trackers.py`
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",

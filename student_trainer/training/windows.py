@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import IndexedExample, TokenizedDataset, collate
+from student_trainer.data.row_packing import RowPacking, pack_rows
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.joined.answer import JoinedAnswer
 from student_trainer.labels.packing import pack, pack_own
@@ -137,6 +138,7 @@ class PaddedBatch:
     Attributes:
         input_ids_BL: int64, right-padded.
         index_N: int64, where the supervised rows are in the flattened batch.
+        sequence_N, position_N: int64, of each of them its sequence, in the order of the request, and its position there.
         labels_N: int64, the tokens they describe.
         weights_N: float32, of their losses.
         request: names and tokens as the teacher is asked about them, packed.
@@ -145,16 +147,20 @@ class PaddedBatch:
             data. None where no sequence is a rollout.
         likeliest_NM: int32, the student's own likeliest ids of each row when it was sampled; -1 in rows of the data. None where no
             sequence is a rollout, or none is known.
+        packing: which sequences share the rows of `input_ids_BL`; None where each has its own.
     """
 
     input_ids_BL: Tensor
     index_N: Tensor
+    sequence_N: np.ndarray
+    position_N: np.ndarray
     labels_N: Tensor
     weights_N: Tensor
     request: LabelRequest
     labels: LabelTensors | JoinedAnswer | None = None
     sampled_logp_N: Tensor | None = None
     likeliest_NM: np.ndarray | None = None
+    packing: RowPacking | None = None
 
     @property
     def weight(self) -> float:
@@ -162,27 +168,44 @@ class PaddedBatch:
         return float(self.weights_N.sum(dtype=torch.float64))
 
 
-def padded(batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda longest: longest) -> PaddedBatch:
+def padded(
+    batch: MicroBatch, pad_id: int, length: Callable[[int], int] = lambda longest: longest, *, shares_rows: bool = False
+) -> PaddedBatch:
     """Pads a micro-batch.
 
     Args:
         pad_id: written behind the shorter sequences.
         length: L for a longest sequence of so many tokens; not less.
+        shares_rows: several sequences may stand in one row (`train.packing`).
     """
     packed = batch.request.batch
     if any(
         item.example.teacher is not None for item in batch.examples
     ):  # who reads other prompts before the same targets
         packed = pack_own([item.example for item in batch.examples])
-    ids_BL = collate(batch.examples, pad_id, length)["input_ids"]
+    packing = pack_rows([item.example.token_ids.size for item in batch.examples], length) if shares_rows else None
+    if packing is None:
+        ids_BL = collate(batch.examples, pad_id, length)["input_ids"]
+    else:
+        ids_BL = torch.full(packing.sequence_RL.shape, pad_id, dtype=torch.int64)
+        for b, item in enumerate(batch.examples):
+            row, start = int(packing.row_B[b]), int(packing.start_B[b])
+            ids_BL[row, start : start + item.example.token_ids.size] = torch.from_numpy(item.example.token_ids).long()
+    index_N = row_index(packed.cu_lengths_B1, packed.wanted_T, ids_BL.shape[1])
+    sequence_N, position_N = divmod(index_N, ids_BL.shape[1])
+    if packing is not None:
+        index_N = packing.row_B[sequence_N] * ids_BL.shape[1] + packing.start_B[sequence_N] + position_N
     return PaddedBatch(
         ids_BL,
-        torch.from_numpy(row_index(packed.cu_lengths_B1, packed.wanted_T, ids_BL.shape[1])),
+        torch.from_numpy(index_N),
+        sequence_N,
+        position_N,
         torch.from_numpy(packed.labels_N()).long(),
         torch.from_numpy(np.concatenate([item.example.target_weights for item in batch.examples])),
         batch.request,
         sampled_logp_N=_sampled_logp(batch.examples),
         likeliest_NM=likeliest_ids(batch.examples),
+        packing=packing,
     )
 
 

@@ -23,7 +23,7 @@ from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.model import saving
 from student_trainer.training import checks, run_folder
 from student_trainer.training.checkpoints import checkpoint, checkpoint_rotation
-from student_trainer.training.reporting import trackers
+from student_trainer.training.tracking import trackers
 from student_trainer.training.run import train
 from student_trainer.training.trainer import DistillationTrainer
 from tests.cases.material import INPUTS, MODELS, ROOT, base_file, case_config, train_case
@@ -86,7 +86,7 @@ def test_what_cannot_be_saved_is_said_before_step_0(tmp_path, monkeypatch, what,
 # ---------------------------------------------------------------- case 10: trackers
 
 
-@pytest.mark.parametrize(("name", "told"), [("wandb", "wandb"), ("tensorbord", "only .*tensorboard"), ("[none]", "none"), ("[tensorboard, mlflow]", "'mlflow'")])  # fmt: skip
+@pytest.mark.parametrize(("name", "told"), [("wandb", "wandb"), ("tensorbord", "only .*tensorboard"), ("[none, tensorboard]", "none is no tracker"), ("[tensorboard, mlflow]", "'mlflow'")])  # fmt: skip
 def test_a_tracker_that_is_missing_or_misspelt_is_one_line_and_leaves_no_folder(tmp_path, name, told):
     with pytest.raises(ConfigError, match=rf"train\.report_to: .*{told}"):
         train(case_config(tmp_path, f"train.report_to={name}"), console=quiet())

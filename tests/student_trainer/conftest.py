@@ -36,6 +36,7 @@ def run_config(folder, model, rows, address=None, /, **sections):
         "labels": {"transport": "hidden"},
         "train": {
             "batch_size": 2, "accumulation": 2, "max_steps": 6, "learning_rate": 1e-2, "log_steps": 1, "save_steps": 2,
+            "report_to": [],
         },
     }  # fmt: skip
     for name, section in sections.items():

@@ -38,20 +38,31 @@ class FastLoraLayer(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., I] -> [..., O]; ours if this call is one adapter, on, unmerged, without dropout, in the weight's dtype."""
-        base, names = self.base_layer, self.active_adapters
-        name = names[0] if len(names) == 1 else None
-        simple = not (args or kwargs or self.disable_adapters or self.merged or name in self.lora_variant)
-        if not simple or name not in self.lora_A or not isinstance(self.lora_dropout[name], nn.Identity):
+        base = self.base_layer
+        found = None if args or kwargs else plain_adapter(self, x, base.weight.dtype)
+        if found is None:
             return super().forward(x, *args, **kwargs)
-        device = x.device.type
-        computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
-        if not x.dtype == base.weight.dtype == computed_in or a.bias is not None or b.bias is not None:
-            return super().forward(x)
+        a_RI, b_OR, scaling = found
         if torch.compiler.is_compiling():  # the compiler joins casts, scaling and sums by itself
-            low = nn.functional.linear(x, a.weight.to(x.dtype)) * scaling
-            return base(x) + nn.functional.linear(low, b.weight.to(x.dtype))
-        return _LoraLinear.apply(x, base.weight, base.bias, a.weight, b.weight, scaling)
+            low = nn.functional.linear(x, a_RI.to(x.dtype)) * scaling
+            return base(x) + nn.functional.linear(low, b_OR.to(x.dtype))
+        return _LoraLinear.apply(x, base.weight, base.bias, a_RI, b_OR, scaling)
+
+
+def plain_adapter(layer: Any, x: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+    """A [R, I], B [O, R] and the scaling of a layer's adapter; None if a call is more than x W^T + scaling (x A^T) B^T in one dtype."""
+    names = layer.active_adapters
+    name = names[0] if len(names) == 1 else None
+    if layer.disable_adapters or layer.merged or name in layer.lora_variant or name not in layer.lora_A:
+        return None
+    device = x.device.type
+    computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    if not isinstance(layer.lora_dropout[name], nn.Identity) or not x.dtype == weight_dtype == computed_in:
+        return None
+    if a.bias is not None or b.bias is not None:
+        return None
+    return a.weight, b.weight, layer.scaling[name]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -78,12 +89,12 @@ class _LoraLinear(torch.autograd.Function):
         grad_x_NI = None
         if ctx.needs_input_grad[0]:
             grad_x_NI = (grad_NO @ weight_OI).addmm_(grad_u_NR, a_RI).view(*grad.shape[:-1], -1)
-        grad_a_RI = _outer(grad_u_NR, x_NI, ctx.dtype)
-        grad_b_OR = _outer(grad_NO, u_NR, ctx.dtype).mul_(ctx.scaling)
+        grad_a_RI = outer(grad_u_NR, x_NI, ctx.dtype)
+        grad_b_OR = outer(grad_NO, u_NR, ctx.dtype).mul_(ctx.scaling)
         return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
 
 
-def _outer(g_NO: Tensor, x_NI: Tensor, dtype: torch.dtype) -> Tensor:
+def outer(g_NO: Tensor, x_NI: Tensor, dtype: torch.dtype) -> Tensor:
     """g^T x in `dtype`; float32 sums of bfloat16 products stay float32 where the device can."""
     if g_NO.is_cuda and g_NO.dtype == torch.bfloat16 and dtype == torch.float32:
         return torch.mm(g_NO.T, x_NI, out_dtype=torch.float32)

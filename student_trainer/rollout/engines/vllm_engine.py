@@ -27,6 +27,7 @@ from torch import Tensor
 from student_trainer.errors import ModelError, RolloutError
 from student_trainer.model.load import Student
 from student_trainer.model.merged import merged_state, save_merged
+from student_trainer.model.quantized.weights import parameter_count
 from student_trainer.rollout.engines.hf_sampler import SLOT_TOKENS, Sampling
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 from student_trainer.schedules import uniforms
@@ -318,7 +319,7 @@ class _GoneError(Exception):
 
 def _folder_for(student: Student, dtype: torch.dtype) -> Path:
     """A folder of this process's own in memory, where there is room for two copies of the weights, else among temporary files."""
-    needed = 2 * sum(p.numel() for p in student.causal_lm.parameters()) * dtype.itemsize
+    needed = 2 * parameter_count(student.causal_lm) * dtype.itemsize
     shared = Path("/dev/shm")
     in_memory = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > needed + (64 << 20)
     return Path(tempfile.mkdtemp(prefix="lyceum-vllm-", dir=shared if in_memory else None))

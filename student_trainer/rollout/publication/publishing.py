@@ -22,7 +22,7 @@ from student_trainer.labels import event_loop
 from student_trainer.labels.lineage import REVISIONS_NAME, Lineage, origin_of
 from student_trainer.model.load import Student
 from student_trainer.model.merged import check_mergeable, trains_head
-from student_trainer.model.saving import saved_bytes
+from student_trainer.model.quantized.weights import merged_bytes, plain_config
 from student_trainer.rollout.publication.publisher import Publisher, Target
 from student_trainer.teachers.connect import Connection
 from student_trainer.teachers.session import TeacherSession
@@ -127,9 +127,9 @@ async def _ask(
     connect: Callable[[], TeacherClient], student: Student, settings: PublishConfig, tell: Callable[[str], None]
 ) -> TeacherInfo:
     """The teacher, whose server says that it would take such a revision."""
-    config = student.causal_lm.config.to_diff_dict()
+    config = plain_config(student.causal_lm.config).to_diff_dict()
     config["architectures"] = [type(student.causal_lm).__name__]
-    size = max(MIN_FILE_BYTES, saved_bytes(student.causal_lm))
+    size = max(MIN_FILE_BYTES, merged_bytes(student.causal_lm))
     asked = Publication(
         settings.teacher, json.dumps(config, default=str).encode(), _tokenizer(student),
         (RevisionFile("model.safetensors", size, "0" * 64),), check_only=True,

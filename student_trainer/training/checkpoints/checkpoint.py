@@ -134,7 +134,13 @@ def is_ours(folder: Path) -> bool:
     return _NAME.fullmatch(folder.name) is not None and folder.is_dir() and (folder / MARKER).is_file()
 
 
-def _ours(run_folder: Path) -> list[Path]:
+def is_name(name: str) -> bool:
+    """Whether a name is one that a checkpoint may have."""
+    return _NAME.fullmatch(name) is not None
+
+
+def all_ours(run_folder: Path) -> list[Path]:
+    """Our checkpoints in a run folder, in the order of their steps."""
     return sorted(filter(is_ours, run_folder.glob("checkpoint-*")), key=step_of)
 
 
@@ -144,9 +150,11 @@ def in_the_way(run_folder: Path, steps: Callable[[int], bool]) -> Path | None:
     return next((path for path in named if not is_ours(path) and steps(step_of(path))), None)
 
 
-def rotate(run_folder: Path, keep: int, step: int) -> None:
-    """Removes all but the `keep` newest of our checkpoints up to `step`; each leaves its name first: a torn one must not count."""
-    for folder in [folder for folder in _ours(run_folder) if step_of(folder) <= step][:-keep]:
+def rotate(run_folder: Path, keep: int, step: int, spare: Path | None = None) -> None:
+    """Removes all but the `keep` newest of our checkpoints up to `step`, and `spare`; each leaves its name first: a torn one must not count."""
+    for folder in [folder for folder in all_ours(run_folder) if step_of(folder) <= step][:-keep]:
+        if folder == spare:
+            continue
         leaving = run_folder / UNFINISHED
         leaving.mkdir(exist_ok=True)
         os.replace(folder, leaving / f"old-{folder.name}")
@@ -159,7 +167,7 @@ def newest_whole(run_folder: Path, tell: Callable[[str], None] = lambda _: None)
     Args:
         tell: called with a sentence about each newer one that cannot.
     """
-    for folder in reversed(_ours(run_folder)):
+    for folder in reversed(all_ours(run_folder)):
         damage = damage_of(folder)
         if not damage:
             return folder

@@ -18,7 +18,7 @@ from student_trainer.errors import NonFiniteError, RunError
 from student_trainer.files import disk_trouble_named, move_into, sync, sync_tree
 from student_trainer.model.load import Student
 from student_trainer.model.saving import not_finite, save_student, try_saving
-from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.checkpoints import checkpoint, links
 from student_trainer.training.deferred_checks import DeferredChecks
 from student_trainer.training.learner import Learner
 
@@ -32,6 +32,7 @@ class KeepingTrainer(Trainer):
     _verdicts: DeferredChecks
     _on_trouble: Callable[[str], None]
     _writing: Path | None = None  # where a checkpoint is being written
+    _told: set[str]
     keep_beside: Callable[[Path], None] | None = (
         None  # writes into the folder of a checkpoint what else the run needs to go on
     )
@@ -77,7 +78,24 @@ class KeepingTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             checkpoint.publish(self._writing / f"checkpoint-{step}", run_folder)
             self._writing = None
-            checkpoint.rotate(run_folder, self._config.train.keep_checkpoints, step)
+            best = self.point_links()
+            checkpoint.rotate(run_folder, self._config.train.keep_checkpoints, step, best)
+
+    def point_links(self) -> Path | None:
+        """`best` and `last`; returns the best checkpoint."""
+        history, metric = self.state.log_history, self._config.train.best_metric
+        measured = next((entry for entry in history if any(name.startswith("eval_") for name in entry)), {})
+        if measured and not any(f"eval_{metric}" in entry for entry in history):
+            there = ", ".join(name.removeprefix("eval_") for name in measured if name.startswith("eval_"))
+            self._tell_once(
+                f"train.best_metric={metric} is not among the held-out figures ({there}): no link {links.BEST!r} is made"
+            )
+        return links.update(Path(self.args.output_dir), history, metric, self._tell_once)
+
+    def _tell_once(self, told: str) -> None:
+        if told not in self._told:
+            self._told.add(told)
+            self._on_trouble(told)
 
     def keep_last_step(self) -> Path | None:
         """A checkpoint of the last whole step, of a run that ends between two steps for a reason that is not its own; None before the first.
@@ -151,8 +169,12 @@ class KeepingTrainer(Trainer):
             self.keep_beside(Path(output_dir))
 
     def _load_rng_state(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None and (told := checkpoint.load_random(Path(checkpoint_dir))):
+        if checkpoint_dir is None:
+            return
+        if told := checkpoint.load_random(Path(checkpoint_dir)):
             self._on_trouble(told)
+        with disk_trouble_named(str(self.args.output_dir), self._room_and_resume):
+            self.point_links()  # a newer one may have turned out damaged
 
     def _broken(self) -> str:
         """The name of a trained weight that is not finite; empty if there is none."""

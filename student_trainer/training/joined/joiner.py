@@ -59,14 +59,13 @@ class Joiner:
         if self._is_alone:
             (teacher,) = self._teachers
             return _labels_of(teacher, answer.by_name[teacher.name], device)
-        sequence_N = batch.index_N.numpy() // batch.input_ids_BL.shape[1]
         share_of = self._shares(answer)
         by_name = {}
         for teacher in self._teachers:
             if teacher.name not in answer.by_name:
                 continue
             one = answer.by_name[teacher.name]
-            share_N = torch.from_numpy(np.asarray(share_of[teacher.name], np.float32)[sequence_N])
+            share_N = torch.from_numpy(np.asarray(share_of[teacher.name], np.float32)[batch.sequence_N])
             bridge = None
             if teacher.bridge is not None:
                 assert one.asked.groups is not None, "a teacher with another tokenizer is asked with its groups"

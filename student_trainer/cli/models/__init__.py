@@ -1,0 +1,1 @@
+"""Commands about models: made, measured, asked, handed on."""
