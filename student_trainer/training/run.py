@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from transformers import TrainerCallback
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.dataset import TokenizedDataset

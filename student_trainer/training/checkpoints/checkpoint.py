@@ -183,7 +183,7 @@ def check_chosen(run_folder: Path, named: Path) -> Path:
     """
     folder = run_folder / named.name
     if named.resolve() != folder.resolve() or not is_ours(folder):
-        there = ", ".join(found.name for found in _ours(run_folder)) or "none"
+        there = ", ".join(found.name for found in all_ours(run_folder)) or "none"
         raise RunError(f"--resume-from {named}: is no checkpoint of the run in {run_folder}; there are: {there}")
     if damage := damage_of(folder):
         raise RunError(
@@ -202,7 +202,7 @@ def chosen(run_folder: Path, named: Path, tell: Callable[[str], None] = lambda _
         RunError: as `check_chosen`.
     """
     folder = check_chosen(run_folder, named)
-    for newer in _ours(run_folder):
+    for newer in all_ours(run_folder):
         if step_of(newer) > step_of(folder):
             aside = next(
                 place
