@@ -131,8 +131,8 @@ class TlsServer:
 
 
 def expired(authority, folder):
-    """A certificate of yesterday."""
-    cert, key, request, names = (folder / f"old.{end}" for end in ("pem", "key", "csr", "names"))
+    """A certificate of long ago; only `openssl ca` writes dates of one's own."""
+    cert, key, request, settings = (folder / f"old.{end}" for end in ("pem", "key", "csr", "cnf"))
     openssl(
         "req",
         "-newkey",
@@ -147,9 +147,14 @@ def expired(authority, folder):
         "-subj",
         "/CN=old",
     )
-    names.write_text("subjectAltName=IP:127.0.0.1\n")
-    openssl("x509", "-req", "-in", request, "-CA", authority.cert, "-CAkey", authority.folder / f"{authority.name}.key", "-CAcreateserial",
-            "-out", cert, "-not_before", "20200101000000Z", "-not_after", "20200201000000Z", "-extfile", names)  # fmt: skip
+    settings.write_text(
+        f"[ca]\ndefault_ca=d\n[d]\ndatabase={folder}/db\nnew_certs_dir={folder}\nserial={folder}/serial\ndefault_md=sha256\npolicy=p\n"
+        "[p]\ncommonName=supplied\n[e]\nsubjectAltName=IP:127.0.0.1\n"
+    )
+    (folder / "db").touch()
+    (folder / "serial").write_text("01\n")
+    openssl("ca", "-batch", "-config", settings, "-in", request, "-out", cert, "-cert", authority.cert, "-keyfile",
+            authority.folder / f"{authority.name}.key", "-startdate", "20200101000000Z", "-enddate", "20200201000000Z", "-extensions", "e", "-notext")  # fmt: skip
     return cert, key
 
 

@@ -9,7 +9,10 @@ from typer.testing import CliRunner
 
 from student_trainer.cli.main import app
 from student_trainer.config.run import dump_config, parse_config
-from student_trainer.planning.plan import plan
+from student_trainer.errors import ConfigError
+from student_trainer.planning.budget import candidates, changed
+from student_trainer.planning.memory import Card, parse_size
+from student_trainer.planning.plan import Asked, plan
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from teacher_wire.testing.fake_tokenizer import FakeTokenizer
 from teacher_wire.testing.loopback import serve
@@ -141,3 +144,112 @@ def test_advice_is_shown_once(two, tmp_path):
     assert shown.exit_code == 0, shown.output
     (line,) = (line for line in shown.stdout.splitlines() if "nothing is measured with it" in line)
     assert line.count("teacher 'near' is asked about") == 1
+
+
+def test_rows_are_shown_with_what_is_learned_of_them_and_traffic_is_weighed(config_of, tmp_path):
+    config = config_of(data={"max_tokens": 100})
+    before = set(files(tmp_path))
+    made = plan(config, quiet(), Asked(samples=3))
+    assert {name for name in set(files(tmp_path)) - before if not name.startswith("cache/")} == set()
+    assert len(made.samples) == 3 and all(sample.reader == "student" for sample in made.samples)
+    for sample in made.samples:
+        assert 0 < sample.supervised < sample.tokens
+        assert "‹<|im_start|>›" in sample.plain() and "⟦" in sample.plain() and "<|im_end|>⟧" in sample.plain()
+    (weighed,) = made.traffic
+    assert weighed.kinds == ("hidden",) and weighed.measured is not None and weighed.measured.requests == 3
+    per_row = 24 * 2  # width and bytes of a number, of the fake teacher
+    assert (
+        weighed.targets * per_row
+        <= weighed.epoch_bytes
+        <= weighed.targets * (per_row * 2 + 16) + 5 * weighed.tokens + 4096
+    )
+    assert weighed.disk_bytes > weighed.targets * per_row
+    teachers, student = made.hours
+    assert teachers is not None and student is None
+    assert made.rows is not None and made.rows.micro_batches == 12
+    assert made.memory is not None and made.memory.parts["teachers' heads"] == 300 * 24 * 2
+
+
+def test_rows_left_out_are_counted_and_named(config_of, rows_file, tmp_path):
+    bad = tmp_path / "some.jsonl"
+    good = rows_file.read_text().splitlines()[:4]
+    long = json.dumps({"instruction": "say", "output": "the cat " * 300})
+    bad.write_text("\n".join([*good, json.dumps({"nothing": 1}), long]) + "\n")
+    made = plan(config_of(data={"train": [str(bad)], "eval": [], "bad_rows": "skip", "overlong": "drop"}), quiet())
+    assert made.rows is not None
+    assert (made.rows.refused, made.rows.overlong) == (1, 1)
+    assert "some.jsonl:5" in made.rows.refused_first[0] and "some.jsonl:6" in made.rows.overlong_first[0]
+
+
+def test_a_teacher_that_is_told_more_has_its_own_samples(config_of, rows_file, tmp_path):
+    rows = tmp_path / "hints.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps(json.loads(line) | {"hint": "look left"}) + "\n" for line in rows_file.read_text().splitlines()
+        )
+    )
+    made = plan(
+        config_of(data={"train": [str(rows)], "eval": []}, teacher={"context": {"field": "hint"}}),
+        quiet(),
+        Asked(samples=1),
+    )
+    student, teacher = made.samples
+    assert "look left" in teacher.plain() and "look left" not in student.plain()
+    assert teacher.supervised == student.supervised and teacher.tokens > student.tokens
+
+
+def test_above_the_budget_the_first_settings_that_fit_are_named(config_of, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config_of(model={"lora": None})))
+    runner = CliRunner()
+    fits = runner.invoke(app, ["plan", str(path), "--budget", "24GiB", "--json"])
+    assert fits.exit_code == 0, fits.output
+    told = json.loads(fits.stdout)
+    assert told["can_start"] and not told["over_budget"] and told["memory"]["on_card"] < 24 << 30
+    assert told["hours"]["student"] is None and len(told["samples"]) == 5 and told["teachers"]
+    needed = told["memory"]["on_card"] / 2**20
+    above = runner.invoke(app, ["plan", str(path), "--budget", f"{needed - 0.1:.3f}MiB", "--json"])
+    assert above.exit_code == 1 and "above the budget" in above.stderr
+    way = json.loads(above.stdout)["way_out"]
+    assert way is not None and way["on_card"] <= (needed - 0.1) * 2**20 + 1
+    nothing = runner.invoke(app, ["plan", str(path), "--budget", "1MiB", "--json"])
+    assert nothing.exit_code == 1 and json.loads(nothing.stdout)["way_out"] is None
+    assert any("no change of chunks" in found["fix"] for found in json.loads(nothing.stdout)["findings"])
+
+
+def test_candidates_come_by_their_cost_and_are_whole_configs(config_of):
+    config = config_of(train={"batch_size": 8, "accumulation": 2}, loss={"chunk_mb": 1024})
+    found = list(candidates(config))
+    assert found[0] == {"loss.chunk_mb": 512}
+    other = changed(config, {"train.batch_size": 2, "train.accumulation": 8, "model.gradient_checkpointing": True})
+    assert other.train.batch_size * other.train.accumulation == 16 and other.model.gradient_checkpointing
+    assert {"train.batch_size": 4, "train.accumulation": 4} in found
+    assert config.train.batch_size == 8, "a config is never written to"
+    learned_otherwise = [changes for changes in candidates(config_of(model={"lora": None})) if "model.lora" in changes]
+    assert learned_otherwise and "model.lora" not in next(iter(candidates(config_of(model={"lora": None}))))
+
+
+def test_sizes_are_read_or_refused():
+    assert parse_size("24GiB", "--card") == parse_size("24", "--card") == parse_size("24 gb", "--card") == 24 << 30
+    for wrong in ("24 apples", "", "0", "-3GiB", "nan"):
+        with pytest.raises(ConfigError, match="--budget"):
+            parse_size(wrong, "--budget")
+    assert Card.of("8GiB", None).is_gpu and Card.of("8GiB", None).bytes == 8 << 30
+
+
+def test_a_run_that_is_there_is_compared_with_the_config(config_of, tmp_path, server):
+    from student_trainer.training.run import train
+
+    config = config_of(train={"max_steps": 2, "save_steps": 2})
+    train(config, console=quiet())
+    before = files(tmp_path / "run")
+    same = plan(config, quiet(), Asked(resume=True, samples=0))
+    assert same.can_start, [found.what for found in same.findings if not found.ok]
+    assert any("its weights were not read" in found.what for found in same.findings)
+    other = plan(
+        config_of(train={"max_steps": 2, "save_steps": 2, "learning_rate": 3e-3}),
+        quiet(),
+        Asked(resume=True, samples=0),
+    )
+    assert [found.what for found in other.findings if not found.ok and "other settings" in found.what]
+    assert files(tmp_path / "run") == before

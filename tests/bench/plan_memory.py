@@ -1,0 +1,277 @@
+"""What `plan` estimates of a student's peak memory, against what its step takes: must-show line 2 of the whole journey.
+
+Shapes of Qwen2.5-1.5B and 0.5B with random weights, full, LoRA and QLoRA, with and without gradient checkpointing, 2 x 2,048 tokens and a 7B
+teacher's head; the step is the trainer's own calls (`Learner`), compiled where `--compiled`, then AdamW. Each case in this process, one after the
+other, everything let go between them.
+    python -m tests.bench.plan_memory --device cuda [--json] [--graphs]
+    python -m tests.bench.plan_memory --device cpu --tiny          # a rehearsal: no peak on a CPU, the estimate's parts alone
+
+Columns: estimated and measured GiB in use and held, and estimate / measured. The figures are written to $OUT/plan_memory.json after each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from student_trainer.config.model import ModelConfig
+from student_trainer.config.run import parse_config
+from student_trainer.data.batch_plan import RunOrder
+from student_trainer.data.dataset import Example, TokenizedDataset
+from student_trainer.labels.device_transfer import LabelTensors
+from student_trainer.losses.head import Head
+from student_trainer.model.load import Student, quicken
+from student_trainer.model.speed.cuda_graphs import GraphedBody
+from student_trainer.model.speed.cuda_recorder import CudaRecorder
+from student_trainer.planning.estimate.parts import Estimate, Step, estimate
+from student_trainer.planning.estimate.shapes import shapes_of
+from student_trainer.training.learner import Learner
+from student_trainer.training.objective import Objective
+from student_trainer.training.windows import FixedOrder, padded
+from teacher_wire.core.signals import TeacherSignals
+from teacher_wire.core.tensor import Tensor as WireTensor
+from teacher_wire.core.tensor import float32
+from teacher_wire.score.signals import spec_of
+
+GIB = 1 << 30
+SHAPES = {
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+STEPS = 4  # the first makes the optimizer's state, the second may record
+
+
+def cases(tiny: bool) -> list[tuple[str, str, bool]]:
+    """Shape, way of training, checkpointing."""
+    shapes = ["tiny"] if tiny else ["1.5B", "0.5B"]
+    return [(shape, way, kept) for shape in shapes for way in ("lora", "qlora", "full") for kept in (True, False)]
+
+
+class Bench:
+    """One case at a time.
+
+    Args:
+        device: `cuda` or `cpu`.
+        tiny: sizes for a rehearsal.
+        graphs: record passes.
+    """
+
+    def __init__(self, device: str, tiny: bool, graphs: bool) -> None:
+        self.device, self.graphs = device, graphs and device == "cuda"
+        self.sequences, self.length = (2, 32) if tiny else (2, 2048)
+        self.vocab, self.teacher_width = (512, 48) if tiny else (151_936, 3584)
+
+    def config(self, way: str, kept: bool) -> ModelConfig:
+        """As a user's file would say it."""
+        tree: dict[str, Any] = {"path": "random", "gradient_checkpointing": kept, "graphs": self.graphs}
+        if way == "full":
+            tree["lora"] = None
+        if way == "qlora":
+            tree["quantize"] = "nf4"
+        return ModelConfig.model_validate(tree)
+
+    def model_config(self, shape: str) -> Any:
+        """Of transformers."""
+        from transformers import Qwen2Config
+
+        return Qwen2Config(
+            **SHAPES[shape], vocab_size=self.vocab, max_position_embeddings=32_768, tie_word_embeddings=True
+        )
+
+    def estimated(self, shape: str, config: ModelConfig) -> Estimate:
+        """What `plan` says."""
+        on_gpu = self.device == "cuda"
+        rows = self.sequences * (self.length - 1)
+        spec = spec_of("hidden", self.vocab)
+        step = Step(
+            self.sequences, self.length, rows, checkpointing=config.gradient_checkpointing, compiled=on_gpu, graphs=self.graphs, fused=on_gpu,
+            vocab_rows=self.vocab, teacher_heads_bytes=2 * self.vocab * self.teacher_width, label_bytes=rows * spec.row_bytes(self.teacher_width, 2),
+        )  # fmt: skip
+        return estimate(shapes_of(self.model_config(shape), config, bfloat16=True), step, on_gpu=on_gpu)
+
+    def measured(self, shape: str, config: ModelConfig) -> tuple[int, int]:
+        """Peak bytes in use and held, of some steps after the first."""
+        device = torch.device(self.device)
+        learner, optimizer = self._learner(shape, config, device)
+        batch = self._batch(learner)
+        for number in range(STEPS):
+            if number == 1 and self.device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            total = learner(batch, float(self.sequences * (self.length - 1)), 0)
+            total.loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            del total
+        if self.device != "cuda":
+            return 0, 0
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+    def _learner(self, shape: str, config: ModelConfig, device: torch.device) -> tuple[Learner, torch.optim.Optimizer]:
+        from transformers import Qwen2ForCausalLM
+
+        from student_trainer.model.adapters import adapt
+
+        if getattr(config, "quantize", None) is not None:
+            return self._quantized(shape, config, device)
+        torch.set_default_dtype(torch.bfloat16 if config.lora else torch.float32)
+        try:
+            with device:
+                model = Qwen2ForCausalLM(self.model_config(shape))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return self._around(adapt_checkpointed(model, config, adapt), config, device)
+
+    def _quantized(
+        self, shape: str, config: ModelConfig, device: torch.device
+    ) -> tuple[Learner, torch.optim.Optimizer]:
+        """By the loader itself, from a folder: quantisation is a part of loading."""
+        from transformers import Qwen2ForCausalLM
+
+        from student_trainer.model.load import load_student
+        from tests.tiny import make_tokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                Qwen2ForCausalLM(self.model_config(shape)).save_pretrained(folder)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            make_tokenizer(Path(folder))
+            student = load_student(config.model_copy(update={"path": folder}), 0)
+        return self._with(student, device)
+
+    def _around(self, model: Any, config: ModelConfig, device: torch.device) -> tuple[Learner, torch.optim.Optimizer]:
+        narrowed = torch.bfloat16 if config.lora is None and config.dtype == "bfloat16" else None
+        student = Student(model.to(device), None, narrowed=narrowed)
+        quicken(student.model, config)
+        return self._with(student, device)
+
+    def _with(self, student: Student, device: torch.device) -> tuple[Learner, torch.optim.Optimizer]:
+        tree = {
+            "run": {"output_dir": "x"},
+            "model": {"path": "x"},
+            "data": {"train": ["x"]},
+            "teacher": {"address": "127.0.0.1:1"},
+            "loss": {"sft_weight": 0.5},
+        }
+        loss = parse_config(tree, "bench").loss
+        objective = Objective(loss, self.vocab, spec_of("hidden", self.vocab).signals)
+        head = Head((torch.randn(self.vocab, self.teacher_width, device=device) * 0.03).bfloat16())
+        learner = Learner(student, objective.terms(student), teacher_head=head)
+        learner.train()
+        trained = [p for p in learner.parameters() if p.requires_grad]
+        if self.graphs:
+            body = [p for p in student.body.parameters() if p.requires_grad]
+            learner.passes = GraphedBody(learner.plain, body, CudaRecorder(), print, worth=2)
+        return learner, torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
+
+    def _batch(self, learner: Learner) -> Any:
+        from dataclasses import replace
+
+        rng = np.random.default_rng(0)
+        mask_L = np.ones(self.length, np.bool_)
+        mask_L[0] = False
+        data = TokenizedDataset(
+            [
+                Example(rng.integers(0, self.vocab, self.length, dtype=np.int32), mask_L, 0, str(n))
+                for n in range(self.sequences)
+            ]
+        )
+        order = RunOrder(self.sequences, batch_size=self.sequences, accumulation=1, epochs=1, max_steps=1, seed=0)
+        made = padded(FixedOrder(data, order).window(0).batches[0], 0, lambda longest: longest)
+        rows = self.sequences * (self.length - 1)
+        bits = rng.integers(0, 16_000, (rows, self.teacher_width)).astype(np.uint16)  # bfloat16 between 0 and 0.1
+        nothing = float32(np.zeros(rows, np.float32))
+        signals = TeacherSignals(
+            {"hidden_ND": WireTensor("bfloat16", bits), "lse_N": nothing, "label_logp_N": nothing}, "f"
+        )
+        return replace(made, labels=LabelTensors.of(signals))
+
+
+def adapt_checkpointed(model: Any, config: ModelConfig, adapt: Any) -> Any:
+    """As the loader has it."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return adapt(model, config, None)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    bench, rows = Bench(options.device, options.tiny, options.graphs), []
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (estimates alone)"
+    for shape, way, kept in cases(options.tiny):
+        row: dict[str, Any] = {"shape": shape, "way": way, "checkpointing": kept}
+        try:
+            config = bench.config(way, kept)
+            found = bench.estimated(shape, config)
+            row |= {
+                "estimate in use": found.in_use / GIB,
+                "estimate held": found.held / GIB,
+                "moment": found.moment,
+                "parts": found.parts,
+            }
+            used, held = bench.measured(shape, config)
+            if used:
+                row |= {
+                    "used": used / GIB,
+                    "held": held / GIB,
+                    "ratio in use": found.in_use / used,
+                    "ratio held": found.held / held,
+                }
+        except Exception as error:  # one case that cannot run must not cost the others their figures
+            row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            traceback.clear_frames(error.__traceback__)
+        rows.append(row)
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()
+        if "OUT" in os.environ:
+            Path(os.environ["OUT"], "plan_memory.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1))
+        shown = {
+            name: round(value, 3) if isinstance(value, float) else value
+            for name, value in row.items()
+            if name != "parts"
+        }
+        print(json.dumps(shown) if options.json else shown, flush=True)
+
+
+if __name__ == "__main__":
+    main()
