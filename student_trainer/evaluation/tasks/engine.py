@@ -30,11 +30,13 @@ class Engine(Protocol):
         name: for people.
         prompter: its tokenizer and template.
         max_tokens: longest sequence it takes; None if it knows no limit.
+        max_scored: longest sequence that `score` takes: of a student one token more, since the last is read by nobody.
     """
 
     name: str
     prompter: Prompter
     max_tokens: int | None
+    max_scored: int | None
 
     def score(self, pairs: Sequence[Pair], done: Done = None) -> list[Scored]:
         """What it says of each continuation behind its context."""
@@ -65,6 +67,7 @@ class StudentEngine:
         self.student = student
         self.writer = StudentWriter(student, prompter)
         self.max_tokens = self.writer.positions
+        self.max_scored = None if self.max_tokens is None else self.max_tokens + 1
         self._batch_size, self._chunk_bytes = batch_size, chunk_bytes
 
     @torch.no_grad()
@@ -126,6 +129,7 @@ class ServedEngine:
         self.name, self.prompter = name, teacher.prompter
         self.teacher = teacher
         self.max_tokens: int | None = teacher.info.limits.max_sequence_tokens
+        self.max_scored = self.max_tokens
 
     def score(self, pairs: Sequence[Pair], done: Done = None) -> list[Scored]:
         return self.teacher.score(pairs, done=done)

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,6 +180,8 @@ def _load(manager: Any, name: str, spec: Any, *, is_whole: bool = False) -> Mapp
     except Exception as error:  # data sets and tasks raise what they like
         if isinstance(error, KeyError) and not is_whole:
             raise
+        if not _is_of_data(error):
+            raise DataError(f"task {name}: cannot be built: {_chain(error)}") from error
         raise DataError(
             f"task {name}: its data set{_data_set(manager, spec)} cannot be loaded here: {_chain(error)}; bring it into the cache of `datasets` "
             "(HF_HOME) of this machine, or name a local file (docs/evaluate.md)"
@@ -236,6 +239,12 @@ def _data_set(manager: Any, spec: Any) -> str:
             config = load_yaml(manager.task_index[child if isinstance(child, str) else child["task"]].yaml_path, resolve_func=False)  # fmt: skip
         return f" {config['dataset_path']}"
     return ""
+
+
+def _is_of_data(error: BaseException) -> bool:
+    """Whether it was raised while lm-eval loaded the data set of a task."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_name == "download" for frame, _ in frames)
 
 
 def _chain(error: BaseException, limit: int = 300) -> str:

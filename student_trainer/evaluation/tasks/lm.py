@@ -22,6 +22,7 @@ from student_trainer.inference.sampling import Sampling
 from student_trainer.inference.served import Scored
 from student_trainer.progress import ProgressBar
 
+_WINDOW = 2048  # tokens of a rolling text that are read at a time by a model that knows no limit
 MAX_NEW_TOKENS = 256  # where a task names no limit, as in lm-eval
 _IGNORED = ("max_length",)
 
@@ -83,7 +84,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """log p of whole texts, in windows where they are longer than the model's sequences."""
-        most = self._engine.max_tokens or 2048
+        most = self._engine.max_scored or _WINDOW + 1
         pairs: list[Pair] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -120,7 +121,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
             for (sampling, until), numbers in alike.items():
                 prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
-                self._check(max(map(len, prompts)) + sampling.max_new_tokens, f"and its answer of up to {sampling.max_new_tokens} tokens ")  # fmt: skip
+                self._check(max(map(len, prompts)) + sampling.max_new_tokens, f"and its answer of up to {sampling.max_new_tokens} tokens ", self._engine.max_tokens)  # fmt: skip
                 for number, made in zip(numbers, self._engine.write(prompts, sampling, until, done), strict=True):
                     found[number] = _cut(made.text, until)
         return [found[number] for number in range(len(requests))]
@@ -132,7 +133,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             raise DataError(
                 "a continuation of the task has no token of its own: the tokenizer merges it into its context"
             )
-        self._check(max(len(context) + len(told) for context, told in pairs), "")
+        self._check(max(len(context) + len(told) for context, told in pairs), "", self._engine.max_scored)
         with ProgressBar(self._console, f"{self._engine.name} scores", len(pairs)) as bar:
             ended = 0
 
@@ -143,8 +144,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
             return self._engine.score(pairs, done)
 
-    def _check(self, tokens: int, more: str) -> None:
-        most = self._engine.max_tokens
+    def _check(self, tokens: int, more: str, most: int | None) -> None:
         if most is not None and tokens > most:
             raise DataError(
                 f"a prompt of the task {more}takes {tokens:,} tokens, and {self._engine.name} takes {most:,}: lower --shots, or leave the task out"
