@@ -17,7 +17,6 @@ from student_trainer.cli.frame.table import Command, CommandTable
 COMMANDS = (
     Command(
         "new", "student_trainer.cli.models.new", "Make a student from a teacher: fewer layers, or a smaller size.",
-        ("student-trainer new runs/base --from Qwen/Qwen2.5-7B-Instruct --layers 14",),
     ),
     Command(
         "plan", "student_trainer.cli.plan", "Show what a run would do, without starting it.",
@@ -40,15 +39,12 @@ COMMANDS = (
     ),
     Command(
         "evaluate", "student_trainer.cli.models.evaluate", "Measure a student before and after, and its teacher, in one table.",
-        ("student-trainer evaluate runs/mine --rows heldout.jsonl --tasks gsm8k",),
     ),
     Command(
         "infer", "student_trainer.cli.models.infer", "Talk to a student, or answer a file of prompts.",
-        ("student-trainer infer runs/mine", "student-trainer infer runs/mine --prompts questions.jsonl --out answers.jsonl"),
     ),
     Command(
         "compare", "student_trainer.cli.results.compare", "Train arms of one config with several seeds, and compare them.",
-        ("student-trainer compare student.yaml --arms sft gkd --seeds 3",),
     ),
     Command(
         "report", "student_trainer.cli.results.report", "One page of runs or comparisons: figures, curves, answers, cost.",
@@ -56,7 +52,6 @@ COMMANDS = (
     ),
     Command(
         "export", "student_trainer.cli.models.export", "Merge, quantise or convert a student, and hold it against the trained one.",
-        ("student-trainer export runs/mine served", "student-trainer export runs/mine served-4bit --format awq"),
     ),
     Command(
         "cache", "student_trainer.cli.cache", "Look after the labels on this machine's disk.",

@@ -31,8 +31,8 @@ def adopt(command: Any, examples: Sequence[str] = ()) -> None:
 
 
 def takes(command: Any, name: str) -> bool:
-    """Whether a command has a parameter of that name."""
-    return any(parameter.name == name for parameter in command.params)
+    """Whether a command has an argument of that name; an option of its own stays what it is."""
+    return any(parameter.name == name and parameter.param_type_name == "argument" for parameter in command.params)
 
 
 def _shown() -> dict[str, Any]:
