@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -84,7 +84,16 @@ def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         raise ServerConfigError(
             f"{path}: must hold sections, not {type(tree).__name__ if tree is not None else 'nothing'}"
         )
-    for override in overrides or []:
+    return override_tree(tree, overrides or [])
+
+
+def override_tree(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`tree` with `section.field=value` overrides, which change it; of one given twice the last counts.
+
+    Raises:
+        ServerConfigError: one line that names the override.
+    """
+    for override in overrides:
         _override(tree, override)
     return tree
 

@@ -17,6 +17,7 @@ from student_trainer.cli.asking import AsJson, ConfigFile, Overrides, Resume, pr
 from student_trainer.cli.configs.kinds import load_any
 
 if TYPE_CHECKING:
+    from student_trainer.config.data import SourceConfig
     from student_trainer.config.run import TrainConfig
     from student_trainer.config.teachers import TeacherConfig
     from student_trainer.config.traces import TracesConfig
@@ -75,16 +76,12 @@ def _of_traces(config: TracesConfig) -> list[Finding]:
     return findings.all
 
 
-def _source(findings: Findings, name: str, source: object) -> None:
+def _source(findings: Findings, name: str, source: SourceConfig) -> None:
     """Whether the rows of a source are there; a hub id is left to `plan`, which may fetch it."""
     from student_trainer.data.inputs import source_of
-    from student_trainer.data.rows.sources import HUB_ID, local_path, parse_source, read_source
+    from student_trainer.data.rows.sources import HUB_ID, local_path, read_source
 
-    made = findings.attempt(
-        name,
-        lambda: parse_source(source) if isinstance(source, str) else source_of(source),
-        f"{name} is a source",  # type: ignore[arg-type]
-    )
+    made = findings.attempt(name, partial(source_of, source), f"{name} is a source")
     if made is None:
         return
     if HUB_ID.fullmatch(made.path) and not local_path(made.path).exists() and not Path(made.path).suffix:
