@@ -199,6 +199,9 @@ def _card(made: Plan) -> Card:
 def _look_at_memory(made: Plan, memory: Memory, findings: Findings, budget: int | None, console: Console) -> None:
     """The estimate, whether it fits the card and the budget, and the way under them."""
     config, card = memory.config, memory.card
+    if config.on_policy is not None:
+        told = "the engine that writes rollouts is not in the estimate of memory, nor are rollouts in that of time"
+        findings.add([Finding.good("on_policy", "rollouts are not estimated", f"rollouts are not estimated: {told}")])
     with console.status("estimating the memory of a step"):
         try:
             made.memory = memory.of(config)
