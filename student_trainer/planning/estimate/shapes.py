@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model import adapters, internlm, logit_probe
+from student_trainer.model.forward import blocks_of
 from student_trainer.planning.estimate import blocks
 from student_trainer.planning.estimate.blocks import BlockBytes, Kind
 
@@ -165,7 +166,7 @@ def shapes_of(model_config: Any, config: ModelConfig, *, bfloat16: bool, autocas
     return Shapes(
         frozen, sum(p.numel() for p in trained), len(trained), head.shape[0], head.shape[1], head.requires_grad,
         head is getattr(embedding, "base_layer", embedding).weight, max((p.numel() for p in trained), default=0), dequantized,
-        len(blocks.blocks_of(logit_probe.body_of(causal))), adapted, narrowed,
+        len(blocks_of(logit_probe.body_of(causal))), adapted, narrowed,
     )  # fmt: skip
 
 
