@@ -150,7 +150,7 @@ async def _described(teacher: TeacherConfig) -> TeacherInfo:
 
 def _capable(config: TrainConfig, teacher: TeacherConfig, info: TeacherInfo, subject: str) -> Iterator[Check]:
     """What the run asks of it, against what it says that it gives."""
-    asked = []
+    asked: list[tuple[str, tuple[str, ...], str]] = []
     labels = config.labels_of(teacher)
     if config.loss.output is not None and labels.transport != "auto":
         asked.append((labels.transport, info.transports, "labels.transport"))

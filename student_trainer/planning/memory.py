@@ -82,7 +82,7 @@ class Memory:
     card: Card
     _shapes: dict[str, Shapes] = field(default_factory=dict)
 
-    def shapes(self, model: ModelConfig) -> Shapes:
+    def shapes(self, model: ModelConfig, *, autocast: bool) -> Shapes:
         """Of a student."""
         keys = {"path", "revision", "dtype", "attention", "lora", "quantize"}
         key = model.model_dump_json(include=keys & set(type(model).model_fields))
@@ -90,7 +90,7 @@ class Memory:
             bfloat16 = (
                 True if self.card.is_gpu and not torch.cuda.is_available() else multiplies_bfloat16(self.card.is_gpu)
             )
-            self._shapes[key] = load_shapes(model, bfloat16=bfloat16)
+            self._shapes[key] = load_shapes(model, bfloat16=bfloat16, autocast=autocast)
         return self._shapes[key]
 
     def of(self, config: TrainConfig) -> Estimate:
@@ -99,7 +99,7 @@ class Memory:
         Raises:
             ModelError: as `load_shapes` and `Shapes.activations`.
         """
-        shapes = self.shapes(config.model)
+        shapes = self.shapes(config.model, autocast=config.train.bf16)
         return estimate(shapes, self.step(config, shapes), on_gpu=self.card.is_gpu)
 
     def step(self, config: TrainConfig, shapes: Shapes) -> Step:

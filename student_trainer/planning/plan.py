@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from rich.console import Console
 
@@ -179,8 +180,8 @@ def plan(config: TrainConfig, console: Console, asked: Asked = Asked()) -> Plan:
             with console.status(f"measuring teacher {session.name or session.info.name}"):
                 setting = "teacher" if len(sessions) == 1 else f"teachers.{session.name}"
                 weighed = findings.attempt(
-                    setting, lambda of=session: traffic_of(config, of, data), "it labels micro-batches of this run"
-                )  # type: ignore[misc]
+                    setting, partial(traffic_of, config, session, data), "it labels micro-batches of this run"
+                )
             traffic += [weighed] if weighed is not None else []
         made.traffic = tuple(traffic)
         if asked.measure:
@@ -199,6 +200,9 @@ def _card(made: Plan) -> Card:
 def _look_at_memory(made: Plan, memory: Memory, findings: Findings, budget: int | None, console: Console) -> None:
     """The estimate, whether it fits the card and the budget, and the way under them."""
     config, card = memory.config, memory.card
+    if config.on_policy is not None:
+        told = "the engine that writes rollouts is not in the estimate of memory, nor are rollouts in that of time"
+        findings.add([Finding.good("on_policy", "rollouts are not estimated", f"rollouts are not estimated: {told}")])
     with console.status("estimating the memory of a step"):
         try:
             made.memory = memory.of(config)

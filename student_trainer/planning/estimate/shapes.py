@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model import adapters, internlm, logit_probe
+from student_trainer.model.forward import blocks_of
 from student_trainer.planning.estimate import blocks
 from student_trainer.planning.estimate.blocks import BlockBytes, Kind
 
@@ -112,12 +113,13 @@ class Shapes:
         return base, found
 
 
-def load_shapes(config: ModelConfig, *, bfloat16: bool) -> Shapes:
+def load_shapes(config: ModelConfig, *, bfloat16: bool, autocast: bool = False) -> Shapes:
     """The student that `config` describes.
 
     Args:
         config: which one, and how it is trained.
         bfloat16: whether the device multiplies bfloat16, so that float32 weights that are trained whole compute in it.
+        autocast: whether passes are narrowed to it in any case (`train.bf16`).
 
     Raises:
         ModelError: a config that cannot be read, or adapters that do not fit.
@@ -130,10 +132,10 @@ def load_shapes(config: ModelConfig, *, bfloat16: bool) -> Shapes:
         raise ModelError(f"model.path {config.path}: cannot be read: {str(error)[:300]}") from error
     if config.lora is not None and sources.adapter is not None:
         config = config.model_copy(update={"lora": _shape_of(sources.adapter.settings, config.lora)})
-    return shapes_of(model_config, config, bfloat16=bfloat16)
+    return shapes_of(model_config, config, bfloat16=bfloat16, autocast=autocast)
 
 
-def shapes_of(model_config: Any, config: ModelConfig, *, bfloat16: bool) -> Shapes:
+def shapes_of(model_config: Any, config: ModelConfig, *, bfloat16: bool, autocast: bool = False) -> Shapes:
     """As `load_shapes`, of a model's config that is at hand."""
     capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
     attention = "eager" if capped or config.attention == "eager" else "sdpa"
@@ -159,11 +161,12 @@ def shapes_of(model_config: Any, config: ModelConfig, *, bfloat16: bool) -> Shap
         dequantized = max((w.nbytes for w in linear), default=0)
     head = getattr(causal.get_output_embeddings(), "base_layer", causal.get_output_embeddings()).weight
     embedding = causal.get_input_embeddings()
-    narrowed = torch.bfloat16 if config.lora is None and config.dtype == "bfloat16" and bfloat16 else None
+    is_narrowed = config.lora is None and config.dtype == "bfloat16" and bfloat16
+    narrowed = torch.bfloat16 if is_narrowed or (autocast and config.dtype == "float32") else None
     return Shapes(
         frozen, sum(p.numel() for p in trained), len(trained), head.shape[0], head.shape[1], head.requires_grad,
         head is getattr(embedding, "base_layer", embedding).weight, max((p.numel() for p in trained), default=0), dequantized,
-        len(blocks.blocks_of(logit_probe.body_of(causal))), adapted, narrowed,
+        len(blocks_of(logit_probe.body_of(causal))), adapted, narrowed,
     )  # fmt: skip
 
 
