@@ -51,17 +51,26 @@ def write_awq(merged: Path, folder: Path, rows: Sequence[Sequence[int]]) -> None
     from student_trainer.export.merged import load_plain
 
     model = load_plain(merged)
-    weights = QuantizationArgs(num_bits=4, type="int", symmetric=False, strategy="group", group_size=_group(model, merged))
+    weights = QuantizationArgs(
+        num_bits=4, type="int", symmetric=False, strategy="group", group_size=_group(model, merged)
+    )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     recipe = [AWQModifier(), QuantizationModifier(config_groups={"group_0": scheme}, ignore=_LEFT_ALONE)]
     data = Dataset.from_list([{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in rows])
     try:
         oneshot(
-            model=model, dataset=data, recipe=recipe, max_seq_length=max(map(len, rows)), num_calibration_samples=len(rows), save_compressed=True
+            model=model,
+            dataset=data,
+            recipe=recipe,
+            max_seq_length=max(map(len, rows)),
+            num_calibration_samples=len(rows),
+            save_compressed=True,
         )
         model.save_pretrained(folder, save_compressed=True)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
-        raise ModelError(f"--format awq: llm-compressor cannot quantise {type(model).__name__}: {str(error)[:300]}") from error
+        raise ModelError(
+            f"--format awq: llm-compressor cannot quantise {type(model).__name__}: {str(error)[:300]}"
+        ) from error
 
 
 def _group(model: Any, merged: Path) -> int:
@@ -71,5 +80,7 @@ def _group(model: Any, merged: Path) -> int:
     widths = {m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     found = next((size for size in _GROUPS if all(width % size == 0 for width in widths)), None)
     if found is None:
-        raise ModelError(f"--format awq: {merged.name} has layers of {min(widths)} inputs, and groups of {', '.join(map(str, _GROUPS))} do not divide them")
+        raise ModelError(
+            f"--format awq: {merged.name} has layers of {min(widths)} inputs, and groups of {', '.join(map(str, _GROUPS))} do not divide them"
+        )
     return found

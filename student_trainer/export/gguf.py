@@ -63,7 +63,9 @@ def check_outtype(name: str) -> None:
         ConfigError: naming what it does.
     """
     if name not in OUTTYPES:
-        raise ConfigError(f"--outtype {name}: choose {', '.join(OUTTYPES)}; smaller ones are made of the f16 file by llama.cpp's llama-quantize")
+        raise ConfigError(
+            f"--outtype {name}: choose {', '.join(OUTTYPES)}; smaller ones are made of the f16 file by llama.cpp's llama-quantize"
+        )
 
 
 def write_gguf(merged: Path, file: Path, converter: Path, outtype: str) -> None:

@@ -95,7 +95,13 @@ class Parity:
 
 
 @torch.no_grad()
-def answer(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int], tell: Callable[[int], None]) -> Answered:
+def answer(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    tell: Callable[[int], None],
+) -> Answered:
     """The greedy answers of a model and its logits along them, one prompt at a time.
 
     Raises:
@@ -103,7 +109,10 @@ def answer(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, eo
     """
     model.eval()
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids) or None, pad_token_id=(list(eos_ids) or [0])[0]
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=(list(eos_ids) or [0])[0],
     )
     answers, logits = [], []
     for number, prompt in enumerate(prompts, 1):
@@ -112,7 +121,9 @@ def answer(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, eo
         answers.append(written_1T[0, len(prompt) :].tolist())
         logits.append(rows_of(model, prompt, answers[-1]))
         if not torch.isfinite(logits[-1]).all():
-            raise RunError(f"the trained student's logits are not finite on prompt {number} of {len(prompts)}; it cannot be exported")
+            raise RunError(
+                f"the trained student's logits are not finite on prompt {number} of {len(prompts)}; it cannot be exported"
+            )
         tell(number)
     return Answered([list(prompt) for prompt in prompts], answers, logits)
 
@@ -131,7 +142,9 @@ def compare(model: Any, trained: Answered, tolerance: Tolerance, tell: Callable[
     model.eval()
     same, agreeing, rows, largest, difference = 0, 0, 0, 0.0, 0.0
     kls = []
-    for number, (prompt, written, ours_NV) in enumerate(zip(trained.prompts, trained.answers, trained.logits, strict=True), 1):
+    for number, (prompt, written, ours_NV) in enumerate(
+        zip(trained.prompts, trained.answers, trained.logits, strict=True), 1
+    ):
         theirs_NV = rows_of(model, prompt, written)[:, : ours_NV.shape[1]]  # vocabulary may be padded
         ours_NV = ours_NV[:, : theirs_NV.shape[1]]
         agrees_N = ours_NV.argmax(-1) == theirs_NV.argmax(-1)
@@ -146,7 +159,15 @@ def compare(model: Any, trained: Answered, tolerance: Tolerance, tell: Callable[
         tell(number)
     kl_N = torch.cat(kls)
     return Parity(
-        len(trained.prompts), rows, same, agreeing / rows, difference, largest, float(kl_N.mean()), float(kl_N.max()), tolerance
+        len(trained.prompts),
+        rows,
+        same,
+        agreeing / rows,
+        difference,
+        largest,
+        float(kl_N.mean()),
+        float(kl_N.max()),
+        tolerance,
     )
 
 

@@ -84,9 +84,15 @@ class Rows:
             DataError: there are no rows, or they have no answers.
         """
         if not self._sources:
-            raise DataError("a quantisation is calibrated on rows, and there is no run to take them from: name a file by --rows")
+            raise DataError(
+                "a quantisation is calibrated on rows, and there is no run to take them from: name a file by --rows"
+            )
         if self._questions() is not None:
-            raise DataError("a quantisation is calibrated on rows with answers, and these have prompts alone", field="--rows", value=self.told)
+            raise DataError(
+                "a quantisation is calibrated on rows with answers, and these have prompts alone",
+                field="--rows",
+                value=self.told,
+            )
         rows = self._dataset()
         return [rows[i].example.token_ids[:MOST_TOKENS].tolist() for i in _spread(len(rows), count)]
 
@@ -96,21 +102,36 @@ class Rows:
         if any(set(row.fields) - {"prompt", "system"} or not isinstance(row.fields.get("prompt"), str) for row in rows):
             return None
         system = [(Turn("system", str(row.fields["system"])),) if row.fields.get("system") else () for row in rows]
-        return [Conversation((*before, Turn("user", row.fields["prompt"]))) for before, row in zip(system, rows, strict=True)]
+        return [
+            Conversation((*before, Turn("user", row.fields["prompt"])))
+            for before, row in zip(system, rows, strict=True)
+        ]
 
     def _dataset(self) -> TokenizedDataset:
         settings: dict[str, Any] = {}
         if self._data is not None:
-            settings = {"template": self._data.template, "system_prompt": self._data.system_prompt or "", "template_kwargs": self._data.template_kwargs}
+            settings = {
+                "template": self._data.template,
+                "system_prompt": self._data.system_prompt or "",
+                "template_kwargs": self._data.template_kwargs,
+            }
         return build_dataset(self._sources, self._tokenizer, max_tokens=2**31 - 1, intake=Intake("skip"), **settings)
 
     def _encoded(self, conversations: list[Conversation]) -> list[list[int]]:
         data = self._data
-        template = choose("auto" if data is None else data.template, self._tokenizer, kwargs=None if data is None else data.template_kwargs)
+        template = choose(
+            "auto" if data is None else data.template,
+            self._tokenizer,
+            kwargs=None if data is None else data.template_kwargs,
+        )
         if data is not None and data.system_prompt:
             system = Turn("system", data.system_prompt)
-            conversations = [c if c.turns[0].role == "system" else replace(c, turns=(system, *c.turns)) for c in conversations]
-        return Encoder(self._tokenizer, template).prompts([template.prompt(conversation) for conversation in conversations])
+            conversations = [
+                c if c.turns[0].role == "system" else replace(c, turns=(system, *c.turns)) for c in conversations
+            ]
+        return Encoder(self._tokenizer, template).prompts(
+            [template.prompt(conversation) for conversation in conversations]
+        )
 
 
 def _spread(of: int, count: int) -> list[int]:

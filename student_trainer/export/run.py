@@ -137,7 +137,9 @@ def export(asked: Export, console: Console) -> Exported:
         _record(folder, asked, trained, dtype, rows.told, found, notes)
         if found is not None and not found.holds:
             kept = _keep_failed(folder, asked.out)
-            raise RunError(f"{asked.out}: the export does not answer as the trained student, so it is not done: {found.told}; it is kept as {kept} for a look")
+            raise RunError(
+                f"{asked.out}: the export does not answer as the trained student, so it is not done: {found.told}; it is kept as {kept} for a look"
+            )
     return Exported(asked.out, found, tuple(notes), _serve(asked, positions))
 
 
@@ -197,7 +199,10 @@ def _gguf(
         tokenizer, generation, GGUF_NAME, adds_bos=facts.adds_bos, context=context, name=trained.name, **trained_with
     )
     (folder / MODELFILE_NAME).write_text(made.text, encoding="utf-8")
-    return [f"TEMPLATE renders as the chat template on {made.translated.proved_on} conversations; an answer ends at {', '.join(made.stops)}", *made.translated.notes]
+    return [
+        f"TEMPLATE renders as the chat template on {made.translated.proved_on} conversations; an answer ends at {', '.join(made.stops)}",
+        *made.translated.notes,
+    ]
 
 
 def _copy_rest(merged: Path, folder: Path) -> None:

@@ -65,10 +65,14 @@ def find_trained(path: Path) -> Trained:
     if (folder / "adapter_config.json").is_file():
         return Trained(str(path), folder, True, _data(tree, path), _dtype_of_base(tree, folder))
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: is neither a run (run.json), an adapter (adapter_config.json) nor a model (config.json)")
+        raise ModelError(
+            f"{folder}: is neither a run (run.json), an adapter (adapter_config.json) nor a model (config.json)"
+        )
     config = _object(folder / "config.json")
     if config.get("quantization_config"):
-        raise ModelError(f"{folder}: its weights are quantised already; name the model or the run that they were made from")
+        raise ModelError(
+            f"{folder}: its weights are quantised already; name the model or the run that they were made from"
+        )
     return Trained(str(path), folder, False, _data(tree, path), _dtype(config, folder))
 
 

@@ -33,7 +33,9 @@ def check_count(layers: int, of: int) -> None:
     if layers > of:
         raise ConfigError(f"--layers {layers}: the teacher has {of}; at most {of - 1} make a smaller student")
     if layers == of:
-        raise ConfigError(f"--layers {layers}: the teacher has {of} too, so the student would be the teacher itself; take fewer")
+        raise ConfigError(
+            f"--layers {layers}: the teacher has {of} too, so the student would be the teacher itself; take fewer"
+        )
 
 
 def even_layers(layers: int, of: int) -> tuple[int, ...]:

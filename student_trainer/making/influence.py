@@ -35,7 +35,10 @@ def sample_ids(teacher: TeacherFiles, sample: str, max_tokens: int) -> list[Tens
 
 @torch.no_grad()
 def block_influence(
-    teacher: TeacherFiles, blocks_of: Callable[[Any], nn.ModuleList], rows: Sequence[Tensor], tell: Callable[[int], None]
+    teacher: TeacherFiles,
+    blocks_of: Callable[[Any], nn.ModuleList],
+    rows: Sequence[Tensor],
+    tell: Callable[[int], None],
 ) -> list[float]:
     """Mean over all tokens of 1 - cos(input state, output state), per layer; float64.
 
@@ -64,7 +67,9 @@ def block_influence(
             model(input_ids=ids_T[None].to(model.device), use_cache=False)
             tell(done)
     if not torch.isfinite(sums_L).all():
-        raise ModelError(f"--from {teacher.name}: its states are not finite, from layer {int((~sums_L.isfinite()).nonzero()[0])} on")
+        raise ModelError(
+            f"--from {teacher.name}: its states are not finite, from layer {int((~sums_L.isfinite()).nonzero()[0])} on"
+        )
     return [float(value) for value in sums_L / sum(row.numel() for row in rows)]
 
 

@@ -104,13 +104,21 @@ def _check_asked(asked: NewStudent) -> None:
     if asked.layers is None and asked.size is None:
         raise ConfigError("nothing says how the student is smaller: set --layers N, --width NAME, or both")
     if asked.size is not None and asked.by != "even":
-        raise ConfigError("--by influence chooses among the teacher's layers, and with --width all weights are random: leave one out")
+        raise ConfigError(
+            "--by influence chooses among the teacher's layers, and with --width all weights are random: leave one out"
+        )
     if asked.by == "influence" and asked.sample is None:
-        raise ConfigError("--by influence measures the layers on rows: add --sample rows.jsonl (rows.jsonl#64 takes 64 of them)")
+        raise ConfigError(
+            "--by influence measures the layers on rows: add --sample rows.jsonl (rows.jsonl#64 takes 64 of them)"
+        )
     if asked.by == "even" and asked.sample is not None:
-        raise ConfigError("--sample is what influence is measured on: add --by influence, or name rows for training by --data")
+        raise ConfigError(
+            "--sample is what influence is measured on: add --by influence, or name rows for training by --data"
+        )
     if asked.size is None and asked.dtype is not None:
-        raise ConfigError(f"--dtype {asked.dtype}: the layers are copied as they are; it is for random weights (--width)")
+        raise ConfigError(
+            f"--dtype {asked.dtype}: the layers are copied as they are; it is for random weights (--width)"
+        )
 
 
 def _shallower(asked: NewStudent, teacher: TeacherFiles, whole: Any, console: Console) -> Made:
@@ -200,9 +208,15 @@ def _parsed(made: dict[str, Any], name: str) -> Any:
 
 def _check_tensors(names: outline.LayerNames, tensors: Sequence[str], teacher: str) -> None:
     """Every layer has weights of that name in the files: else nothing would be taken out."""
-    absent = [i for i in range(names.count) if not any(name.startswith(f"{prefix}{i}.") for prefix in names.prefixes for name in tensors)]
+    absent = [
+        i
+        for i in range(names.count)
+        if not any(name.startswith(f"{prefix}{i}.") for prefix in names.prefixes for name in tensors)
+    ]
     if absent:
-        raise ModelError(f"--from {teacher}: its files have no weights of layer {absent[0]} ({names.prefixes[0]}{absent[0]}.*)")
+        raise ModelError(
+            f"--from {teacher}: its files have no weights of layer {absent[0]} ({names.prefixes[0]}{absent[0]}.*)"
+        )
 
 
 def _write_rest(
@@ -236,7 +250,9 @@ def _folder(out: Path, needed: int) -> Iterator[Path]:
     """A folder that becomes `out` at the end of the block; nothing is left of it if the block fails or is interrupted."""
     free = free_bytes(out.parent)
     if needed > free:
-        raise RunError(f"{out}: the student takes {needed / 2**30:,.2f} GiB, and {free / 2**30:,.2f} are free; make room, or choose another disk")
+        raise RunError(
+            f"{out}: the student takes {needed / 2**30:,.2f} GiB, and {free / 2**30:,.2f} are free; make room, or choose another disk"
+        )
     partial = out.parent / f".{out.name}.unfinished"
     with disk_trouble_named(str(out)):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -250,5 +266,3 @@ def _folder(out: Path, needed: int) -> Iterator[Path]:
             partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-

@@ -69,9 +69,13 @@ def read_config(folder: Path, name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
-        raise ModelError(f"--from {name}: its config cannot be read, or its family is not known: {str(error)[:300]}") from error
+        raise ModelError(
+            f"--from {name}: its config cannot be read, or its family is not known: {str(error)[:300]}"
+        ) from error
     if config.get_text_config() is not config:
-        raise ModelError(f"--from {name}: {config.model_type} reads more than text; students are made of text models alone")
+        raise ModelError(
+            f"--from {name}: {config.model_type} reads more than text; students are made of text models alone"
+        )
     return config
 
 
@@ -104,7 +108,9 @@ def layer_names(model: Any, name: str) -> LayerNames:
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
         first = shared.setdefault(id(parameter), parameter_name)
         if first != parameter_name and (first.startswith(f"{place}.") or parameter_name.startswith(f"{place}.")):
-            raise ModelError(f"--from {name}: its layers share weights ({first}, {parameter_name}), so none can be taken out")
+            raise ModelError(
+                f"--from {name}: its layers share weights ({first}, {parameter_name}), so none can be taken out"
+            )
     base = f"{model.base_model_prefix}."
     return LayerNames((f"{place}.", *([f"{place.removeprefix(base)}."] if place.startswith(base) else [])), len(blocks))
 
@@ -126,7 +132,9 @@ def check_layers(teacher: Any, student: Any, kept: Sequence[int], name: str) -> 
         raise ModelError(f"--from {name}: {why} scales each layer by its number, so layers cannot be moved")
     theirs = getattr(config, "layer_types", None)
     if theirs is not None and list(student.config.layer_types) != [theirs[i] for i in kept]:
-        raise ModelError(f"--from {name}: the kinds of its layers (layer_types) cannot be written into a config of {len(kept)} layers")
+        raise ModelError(
+            f"--from {name}: the kinds of its layers (layer_types) cannot be written into a config of {len(kept)} layers"
+        )
     _, teacher_blocks = _blocks(teacher, name)
     _, student_blocks = _blocks(student, name)
     for new, old in enumerate(kept):
@@ -144,7 +152,9 @@ def _blocks(model: Any, name: str) -> tuple[str, nn.ModuleList]:
     found = [(place, m) for place, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     outer = [(place, m) for place, m in found if not any(place.startswith(f"{other}.") for other, _ in found)]
     if len(outer) != 1:
-        raise ModelError(f"--from {name}: {type(model).__name__} has {len(outer)} lists of {count} layers where one was expected")
+        raise ModelError(
+            f"--from {name}: {type(model).__name__} has {len(outer)} lists of {count} layers where one was expected"
+        )
     return outer[0]
 
 
@@ -155,7 +165,11 @@ def _facts(block: nn.Module) -> Mapping[str, Any]:
         dotted = f"{place}." if place else ""
         facts[f"{dotted}class"] = type(module).__name__
         for setting, value in vars(module).items():
-            if not setting.startswith("_") and setting not in _NUMBERS and isinstance(value, int | float | str | tuple | None):
+            if (
+                not setting.startswith("_")
+                and setting not in _NUMBERS
+                and isinstance(value, int | float | str | tuple | None)
+            ):
                 facts[dotted + setting] = value
     for place, parameter in block.named_parameters():
         facts[f"{place} shape"] = tuple(parameter.shape)

@@ -59,7 +59,9 @@ def read_shard(path: Path) -> Shard:
         raise ModelError(f"{path}: is no whole safetensors file: {error}") from error
     ends = max((tensor.end for tensor in tensors.values()), default=0)
     if ends != size - 8 - length:
-        raise ModelError(f"{path}: is cut short or damaged: its header tells of {ends} bytes, it has {size - 8 - length}")
+        raise ModelError(
+            f"{path}: is cut short or damaged: its header tells of {ends} bytes, it has {size - 8 - length}"
+        )
     return Shard(path, tensors, 8 + length, metadata)
 
 

@@ -70,10 +70,16 @@ def student_yaml(pair: Pair) -> str:
         ConfigError: it is none that `student-trainer train` accepts (a fault of ours).
     """
     rows = pair.rows or ROWS_PLACEHOLDER
-    placeholder = "" if pair.rows else " # put your rows here: messages, instruction/output, prompt/completion ... (docs/rows.md)"
+    placeholder = (
+        "" if pair.rows else " # put your rows here: messages, instruction/output, prompt/completion ... (docs/rows.md)"
+    )
     limit = min(pair.max_tokens or _MOST_TOKENS, _MOST_TOKENS)
     dtype = "bfloat16" if pair.on_gpu else "float32"
-    why_rate = "its weights start at random" if pair.starts_at_random else "layers were taken out, and what is left has to close the gap"
+    why_rate = (
+        "its weights start at random"
+        if pair.starts_at_random
+        else "layers were taken out, and what is left has to close the gap"
+    )
     text = (
         f"# {_quoted(str(pair.student))} learns from {_quoted(pair.teacher)}. Look at it first: student-trainer plan {_shell(pair.student / STUDENT_NAME)}\n"
         f"run: {{output_dir: {_quoted(f'runs/{pair.student.name}')}}} # in the folder where the command is started\n"
@@ -87,7 +93,7 @@ def student_yaml(pair: Pair) -> str:
         "  # eval: [data/heldout.jsonl] # rows to measure with; then set train.eval_steps too\n"
         f"  max_tokens: {limit}\n"
         "  overlong: drop # counted and told; refuse stops at the first longer row\n"
-        "teacher: {address: \"127.0.0.1:50051\"} # of teacher.yaml; or, started and stopped with the run on this machine:\n"
+        'teacher: {address: "127.0.0.1:50051"} # of teacher.yaml; or, started and stopped with the run on this machine:\n'
         f"# teacher: {{embedded: {_quoted(str(pair.student / TEACHER_NAME))}}}\n"
         "labels: {transport: hidden} # exact at every temperature (docs/labels.md)\n"
         "loss: {output: {divergence: forward_kl}, sft_weight: 0.5} # sft_weight 0 where the rows' answers are poor (docs/results.md)\n"
@@ -109,7 +115,9 @@ def _quoted(text: str) -> str:
     """A YAML scalar on one line, quoted where it must be."""
     dumped: str = yaml.safe_dump(text, width=10**9, allow_unicode=True, default_flow_style=True).strip()
     scalar = dumped.removesuffix("...").strip()
-    return scalar if scalar[0] in "'\"" or not set(scalar) & set("[]{},#") else f"'{scalar.replace(chr(39), chr(39) * 2)}'"
+    return (
+        scalar if scalar[0] in "'\"" or not set(scalar) & set("[]{},#") else f"'{scalar.replace(chr(39), chr(39) * 2)}'"
+    )
 
 
 def _shell(path: Path) -> str:

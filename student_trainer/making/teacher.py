@@ -110,7 +110,9 @@ def _shards(name: str, folder: Path) -> tuple[str, ...]:
             listed = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
             shards = tuple(sorted(set(listed.values())))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"--from {name}: its {INDEX_NAME} cannot be read: {type(error).__name__}: {error}") from error
+            raise ModelError(
+                f"--from {name}: its {INDEX_NAME} cannot be read: {type(error).__name__}: {error}"
+            ) from error
         absent = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
         if absent:
             raise ModelError(f"--from {name}: lacks {len(absent)} of {len(shards)} files of weights, {absent[0]} first")

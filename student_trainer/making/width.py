@@ -83,7 +83,11 @@ def size_of(config: Mapping[str, Any], name: str) -> Size:
             "be had of every family: --layers"
         )
     width, depth = int(config.get("hidden_size") or 0), int(config.get("num_hidden_layers") or 0)
-    smaller = {key: size for key, size in table.items() if size.hidden_size < width or (size.hidden_size == width and size.num_hidden_layers < depth)}
+    smaller = {
+        key: size
+        for key, size in table.items()
+        if size.hidden_size < width or (size.hidden_size == width and size.num_hidden_layers < depth)
+    }
     if name.lower() in smaller:
         return smaller[name.lower()]
     known = "; ".join(f"{key} ({size.told})" for key, size in smaller.items()) or "none"

@@ -24,10 +24,14 @@ def new(
     out: Annotated[Path, typer.Argument(help="the student's folder; must not exist")],
     teacher: Annotated[str, typer.Option("--from", help="the teacher: a folder or a hub id", metavar="TEACHER")],
     layers: Annotated[int | None, typer.Option(help="how many layers the student has")] = None,
-    by: Annotated[str, typer.Option(help="which layers are kept: even (spaced, first and last among them) or influence")] = "even",
+    by: Annotated[
+        str, typer.Option(help="which layers are kept: even (spaced, first and last among them) or influence")
+    ] = "even",
     sample: Annotated[str | None, typer.Option(help="rows that --by influence is measured on: path, or path#N")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="longest row of the sample")] = 2048,
-    width: Annotated[str | None, typer.Option(help="a published size of the family, such as 0.5b; its weights are random")] = None,
+    width: Annotated[
+        str | None, typer.Option(help="a published size of the family, such as 0.5b; its weights are random")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of random weights")] = 0,
     dtype: Annotated[str | None, typer.Option(help="of random weights; the teacher's if not given")] = None,
     data: Annotated[str | None, typer.Option(help="rows that student.yaml names for training")] = None,
@@ -46,7 +50,9 @@ def new(
     from student_trainer.making.new import NewStudent, make_student
 
     asked = NewStudent(out.expanduser(), teacher, layers, by, sample, width, data, max_tokens, seed, dtype)  # type: ignore[arg-type]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word: nothing is left behind, as on Ctrl-C
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a scheduler's word: nothing is left behind, as on Ctrl-C
     try:
         made = make_student(asked, console)
     except KeyboardInterrupt:
@@ -58,11 +64,15 @@ def new(
 def _tell(made: Made, rows: str | None) -> None:
     console = progress_console()
     ours, whole = made.parameters
-    console.print(f"[bold green]done[/] {escape(str(made.folder))}: {ours:,} parameters, {ours / whole:.1%} of the teacher's {whole:,}")
+    console.print(
+        f"[bold green]done[/] {escape(str(made.folder))}: {ours:,} parameters, {ours / whole:.1%} of the teacher's {whole:,}"
+    )
     if made.influence:
         from rich.table import Table
 
-        table = Table("layer", "influence", "", title="1 - cos(state before, state after) of each layer", title_justify="left")
+        table = Table(
+            "layer", "influence", "", title="1 - cos(state before, state after) of each layer", title_justify="left"
+        )
         for number, value in enumerate(made.influence):
             table.add_row(str(number), f"{value:.4f}", "kept" if number in made.kept else "[dim]taken out[/]")
         console.print(table)

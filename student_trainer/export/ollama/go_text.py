@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _ACTION = re.compile(r"\{\{(-\s)?\s*((?:\"(?:\\.|[^\"\\])*\"|`[^`]*`|[^\"`}]|\}(?!\}))*?)\s*(\s-)?\}\}", re.DOTALL)
-_TOKEN = re.compile(r"\s+|\"(?:\\.|[^\"\\])*\"|`[^`]*`|:=|[=(),|]|-?\d+|\$?[A-Za-z_][A-Za-z_0-9]*(?:\.[A-Za-z_0-9]+)*|\$(?:\.[A-Za-z_0-9]+)*|\.[A-Za-z_0-9.]*")
+_TOKEN = re.compile(
+    r"\s+|\"(?:\\.|[^\"\\])*\"|`[^`]*`|:=|[=(),|]|-?\d+|\$?[A-Za-z_][A-Za-z_0-9]*(?:\.[A-Za-z_0-9]+)*|\$(?:\.[A-Za-z_0-9]+)*|\.[A-Za-z_0-9.]*"
+)
 
 
 class GoTemplateError(ValueError):

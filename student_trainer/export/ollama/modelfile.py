@@ -16,8 +16,15 @@ from student_trainer.data.text.templates import choose
 from student_trainer.errors import ModelError
 from student_trainer.export.ollama.translation import Message, Translated, translate
 
+_ANSWER = "Lyceumanswer"
 # generation_config.json -> Modelfile
-_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,9 @@ def make_modelfile(
         ModelError: a chat template that cannot be translated, or nothing that ends an answer.
     """
     if not tokenizer.chat_template:
-        raise ModelError(f"{name}: its tokenizer has no chat template, so there is no TEMPLATE for a Modelfile; use --format gguf")
+        raise ModelError(
+            f"{name}: its tokenizer has no chat template, so there is no TEMPLATE for a Modelfile; use --format gguf"
+        )
     chosen = choose(template, tokenizer, kwargs=kwargs)
 
     def jinja(messages: Sequence[Message]) -> str:
@@ -65,7 +74,9 @@ def make_modelfile(
     translated = translate(jinja, name, bos=str(tokenizer.bos_token or "") if adds_bos else "")
     stops = stop_texts(tokenizer, generation)
     if not stops:
-        raise ModelError(f"{name}: neither its tokenizer nor its generation config says what ends an answer (eos_token), so Ollama would never stop")
+        raise ModelError(
+            f"{name}: neither its tokenizer nor its generation config says what ends an answer (eos_token), so Ollama would never stop"
+        )
     if '"""' in translated.source:
         raise ModelError(f'{name}: its chat template holds """, which a Modelfile cannot hold')
     lines = [f"FROM ./{gguf_file}", f'TEMPLATE """{translated.source}"""']
@@ -80,9 +91,13 @@ def stop_ids(tokenizer: Any, generation: Mapping[str, Any]) -> list[int]:
     configured = generation.get("eos_token_id")
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     if tokenizer.chat_template:
-        [answer] = choose("chat", tokenizer).answers(Conversation((Turn("user", "a"), Turn("assistant", "b"))), "last")
-        written = answer.target.removeprefix("b") + answer.ending
-        ids += [number for number, token in tokenizer.added_tokens_decoder.items() if written.startswith(str(token.content))]
+        [answer] = choose("chat", tokenizer).answers(
+            Conversation((Turn("user", "a"), Turn("assistant", _ANSWER))), "last"
+        )
+        written = (answer.target + answer.ending).rpartition(_ANSWER)[2]  # before it may stand an empty <think> part
+        ids += [
+            number for number, token in tokenizer.added_tokens_decoder.items() if written.startswith(str(token.content))
+        ]
     return list(dict.fromkeys(int(number) for number in ids if number is not None))
 
 
@@ -95,7 +110,11 @@ def sampling(generation: Mapping[str, Any]) -> dict[str, float]:
     """How answers are sampled, in Ollama's words; a model that does not sample has temperature 0."""
     if not generation.get("do_sample", False):
         return {"temperature": 0.0} if "do_sample" in generation else {}
-    return {theirs: float(generation[ours]) for ours, theirs in _SAMPLING.items() if isinstance(generation.get(ours), int | float)}
+    return {
+        theirs: float(generation[ours])
+        for ours, theirs in _SAMPLING.items()
+        if isinstance(generation.get(ours), int | float)
+    }
 
 
 def read_generation(folder: Path) -> dict[str, Any]:

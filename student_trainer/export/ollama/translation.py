@@ -70,21 +70,27 @@ def translate(jinja: Render, name: str, *, bos: str = "") -> Translated:
         except GoTemplateError as error:
             raise ModelError(f"{name}: its chat template gives no Go template: {error}") from error
         if found != expected:
-            raise ModelError(f"{name}: its chat template cannot be written as an Ollama TEMPLATE: {_difference(messages, expected, found)}")
+            raise ModelError(
+                f"{name}: its chat template cannot be written as an Ollama TEMPLATE: {_difference(messages, expected, found)}"
+            )
         proved += 1
     return Translated(source, proved, (*notes, *_limits(wanted, source)))
 
 
 def _derive(jinja: Render) -> tuple[str, tuple[str, ...]]:
     """The template of what stands around the sentinels of a few renderings."""
-    user, answer, later = ({"role": role, "content": text} for role, text in (("user", _USER), ("assistant", _ANSWER), ("user", _NEXT)))
+    user, answer, later = (
+        {"role": role, "content": text} for role, text in (("user", _USER), ("assistant", _ANSWER), ("user", _NEXT))
+    )
     first, behind = _around(jinja([user]), _USER)
     begin, after_user, after_answer, end = _around(jinja([user, answer, later]), _USER, _ANSWER, _NEXT)
     if (begin, end) != (first, behind):
         raise ValueError("a longer conversation begins or ends otherwise than a short one")
     notes: tuple[str, ...] = ()
     try:
-        before_system, after_system, with_system = _around(jinja([{"role": "system", "content": _SYSTEM}, user]), _SYSTEM, _USER)
+        before_system, after_system, with_system = _around(
+            jinja([{"role": "system", "content": _SYSTEM}, user]), _SYSTEM, _USER
+        )
     except DataError as error:
         opening = f"{{{{ if .System }}}}{_STOP}{{{{ end }}}}{quoted(first)}"
         notes = (f"the chat template takes no system message ({error}), and Ollama refuses one with an error",)
@@ -116,7 +122,9 @@ def _around(text: str, *sentinels: str) -> tuple[str, ...]:
     parts = []
     for sentinel in sentinels:
         if text.count(sentinel) != 1:
-            raise ValueError(f"a message's content stands {text.count(sentinel)} times in the prompt, or in another order")
+            raise ValueError(
+                f"a message's content stands {text.count(sentinel)} times in the prompt, or in another order"
+            )
         before, _, text = text.partition(sentinel)
         parts.append(before)
     return (*parts, text)
@@ -132,7 +140,12 @@ def _conversations(*, with_system: bool) -> list[list[Message]]:
         for turns in (1, 2, 4):
             talk: list[Message] = []
             for turn in range(turns):
-                talk.append({"role": "user", "content": content if turn == turns - 1 else contents[(number + turn) % len(contents)]})
+                talk.append(
+                    {
+                        "role": "user",
+                        "content": content if turn == turns - 1 else contents[(number + turn) % len(contents)],
+                    }
+                )
                 if turn < turns - 1:
                     talk.append({"role": "assistant", "content": contents[(number + 2 * turn + 1) % len(contents)]})
             found.append(talk)
@@ -163,7 +176,9 @@ def _limits(jinja: Render, source: str) -> list[str]:
 
 
 def _difference(messages: Sequence[Message], expected: str, found: str) -> str:
-    place = next((k for k, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    place = next(
+        (k for k, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
+    )
     roles = ", ".join(message["role"] for message in messages)
     return (
         f"on a conversation of {roles} it renders {expected[max(0, place - 20) : place + 40]!r} where Go renders "

@@ -56,7 +56,12 @@ def test_a_run_is_merged_and_answers_as_its_adapter(model_factory, tmp_path, row
     base = model_factory(family)
     source = run_of(base, tmp_path / "run", rows_file)
     made = export(Export(source, tmp_path / "out", **SMALL), QUIET)
-    assert made.parity.holds and made.parity.same_answers == 3 and made.parity.agreement == 1 and made.parity.max_logit_difference < 1e-2
+    assert (
+        made.parity.holds
+        and made.parity.same_answers == 3
+        and made.parity.agreement == 1
+        and made.parity.max_logit_difference < 1e-2
+    )
     assert made.serve == f"vllm serve {tmp_path / 'out'} --served-model-name out --max-model-len 128"
     found, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -66,7 +71,9 @@ def test_a_run_is_merged_and_answers_as_its_adapter(model_factory, tmp_path, row
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer("the cat sat", return_tensors="pt").input_ids
     with torch.no_grad():
-        torch.testing.assert_close(found.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits, atol=1e-2, rtol=1e-3)
+        torch.testing.assert_close(
+            found.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits, atol=1e-2, rtol=1e-3
+        )
         greedy = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
         assert torch.equal(found.generate(ids, **greedy), trained.generate(ids, **greedy))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -85,7 +92,10 @@ def test_a_whole_model_is_copied_to_the_byte_and_narrowed_where_asked(model_fact
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     made = export(Export(base, tmp_path / "half", dtype="bfloat16", tolerance=Tolerance(1.0, 0.5), **SMALL), QUIET)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16 and made.parity.mean_kl > 0
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+        and made.parity.mean_kl > 0
+    )
 
 
 def test_what_answers_otherwise_is_not_done(model_factory, tmp_path, monkeypatch):
@@ -99,7 +109,10 @@ def test_what_answers_otherwise_is_not_done(model_factory, tmp_path, monkeypatch
         honest(trained, student, folder, dtype)
 
     monkeypatch.setattr(run, "write_merged", without_a_layer)
-    with pytest.raises(RunError, match=r"does not answer as the trained student, so it is not done: greedy answers .* KL mean .* kept as .*out.failed"):
+    with pytest.raises(
+        RunError,
+        match=r"does not answer as the trained student, so it is not done: greedy answers .* KL mean .* kept as .*out.failed",
+    ):
         export(Export(source, tmp_path / "out", **SMALL), QUIET)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.failed" / "model.safetensors").is_file()
     assert not json.loads((tmp_path / "out.failed" / "export.json").read_text())["parity"]["holds"]
@@ -117,14 +130,19 @@ def test_the_figures_are_those_of_the_formula():
         def forward(self, input_ids, use_cache):
             return type("Output", (), {"logits": self.logits_TV[None]})
 
-    ours, theirs = torch.tensor([[9.0, 9, 9], [2, 1, 0], [0, 3, 1], [9, 9, 9]]), torch.tensor([[0.0, 0, 0], [3, 2, 2], [1, 0, 0], [0, 0, 0]])
+    ours, theirs = (
+        torch.tensor([[9.0, 9, 9], [2, 1, 0], [0, 3, 1], [9, 9, 9]]),
+        torch.tensor([[0.0, 0, 0], [3, 2, 2], [1, 0, 0], [0, 0, 0]]),
+    )
     answered = parity.Answered([[5, 6]], [[0, 1]], [ours[1:3]])
     found = parity.compare(Given(theirs), answered, Tolerance(1.0, 0.5), lambda done: None)
     p, q = torch.softmax(ours[1:3].double(), -1), torch.softmax(theirs[1:3].double(), -1)
     kl = (p * (p.log() - q.log())).sum(-1)
     assert (found.mean_kl, found.max_kl) == pytest.approx((float(kl.mean()), float(kl.max())))
     assert (found.agreement, found.same_answers, found.rows) == (0.5, 0, 2)
-    assert found.max_logit_difference == pytest.approx(float(torch.tensor([0, 3, 1.0]).sub(torch.tensor([1.0, 0, 0])).sub(1.0).abs().max()))
+    assert found.max_logit_difference == pytest.approx(
+        float(torch.tensor([0, 3, 1.0]).sub(torch.tensor([1.0, 0, 0])).sub(1.0).abs().max())
+    )
     assert found.holds and not parity.Parity(**{**vars(found), "tolerance": Tolerance(1.0, 0.6)}).holds
     assert not parity.Parity(**{**vars(found), "mean_kl": float("nan")}).holds
 
@@ -136,7 +154,11 @@ def test_gguf_is_read_back_and_asked_and_ollama_gets_a_modelfile(model_factory, 
     assert made.parity.holds and made.parity.same_answers == 3
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "Modelfile", "export.json"}
     text = (tmp_path / "out" / "Modelfile").read_text()
-    assert text.startswith("FROM ./model.gguf\nTEMPLATE ") and 'PARAMETER stop "<|im_end|>"' in text and "num_ctx 128" in text
+    assert (
+        text.startswith("FROM ./model.gguf\nTEMPLATE ")
+        and 'PARAMETER stop "<|im_end|>"' in text
+        and "num_ctx 128" in text
+    )
     assert made.serve == f"ollama create out -f {tmp_path / 'out'}/Modelfile && ollama run out"
     monkeypatch.setenv("SPOIL", "1")
     with pytest.raises(RunError, match="does not answer"):
@@ -149,7 +171,13 @@ def test_gguf_is_read_back_and_asked_and_ollama_gets_a_modelfile(model_factory, 
 
 def test_a_gguf_that_cannot_be_read_back_is_unproven(model_factory, tmp_path, monkeypatch):
     monkeypatch.setenv("ARCHITECTURE", "hyperclovax")
-    asked = {"source": model_factory("qwen2"), "format": "gguf", "converter": tiny_converter_path(), "outtype": "f32", **SMALL}
+    asked = {
+        "source": model_factory("qwen2"),
+        "format": "gguf",
+        "converter": tiny_converter_path(),
+        "outtype": "f32",
+        **SMALL,
+    }
     with pytest.raises(ModelError, match="cannot read a GGUF file of hyperclovax back"):
         export(Export(out=tmp_path / "out", **asked), QUIET)
     made = export(Export(out=tmp_path / "out", unproven=True, **asked), QUIET)
@@ -180,7 +208,9 @@ def test_the_converter_is_looked_for(tmp_path, monkeypatch):
 def test_rows_and_prompts_of_a_stranger(model_factory, tmp_path, rows_file):
     base = model_factory("qwen2")
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the cat", "an old dog " * 40, "run by")))
+    questions.write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in ("the cat", "an old dog " * 40, "run by"))
+    )
     made = export(Export(base, tmp_path / "a", rows=str(questions), **SMALL), QUIET)
     assert made.parity.prompts == 2 and made.notes == ("1 prompts were too long to be asked",)
     made = export(Export(base, tmp_path / "b", rows=f"{rows_file}#2", **SMALL), QUIET)
@@ -232,10 +262,18 @@ def test_awq_without_llm_compressor_is_one_line(model_factory, tmp_path, monkeyp
 
 
 def test_the_command(model_factory, tmp_path):
-    made = CliRunner().invoke(app, [str(model_factory("qwen2")), str(tmp_path / "out"), "--prompts", "2", "--max-new-tokens", "4"])
+    made = CliRunner().invoke(
+        app, [str(model_factory("qwen2")), str(tmp_path / "out"), "--prompts", "2", "--max-new-tokens", "4"]
+    )
     assert made.exit_code == 0, made.output
-    assert "greedy answers the same on 2 of 2 prompts" in made.output and f"vllm serve {tmp_path / 'out'}" in made.output.replace("\n", "")
-    for arguments, words in ((["--format", "onnx"], "choose merged, awq, gguf or ollama"), (["--max-kl", "1"], "set both, or neither")):
+    assert (
+        "greedy answers the same on 2 of 2 prompts" in made.output
+        and f"vllm serve {tmp_path / 'out'}" in made.output.replace("\n", "")
+    )
+    for arguments, words in (
+        (["--format", "onnx"], "choose merged, awq, gguf or ollama"),
+        (["--max-kl", "1"], "set both, or neither"),
+    ):
         refused = CliRunner().invoke(app, ["a", "b", *arguments])
         assert isinstance(refused.exception, ConfigError) and words in str(refused.exception)
 
@@ -261,10 +299,18 @@ def test_vllm_answers_as_before_the_export(tmp_path):
         "print('TOKENS', json.dumps([list(o.outputs[0].token_ids) for o in out]))\n"
     )
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    (tmp_path / "ask.py").write_text(f"if __name__ == '__main__':\n    " + script.replace("\n", "\n    "))
-    done = subprocess.run([sys.executable, str(tmp_path / "ask.py"), str(tmp_path / "out"), json.dumps(prompts)], capture_output=True, text=True, env=env, check=False)
+    (tmp_path / "ask.py").write_text("if __name__ == '__main__':\n    " + script.replace("\n", "\n    "))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "ask.py"), str(tmp_path / "out"), json.dumps(prompts)],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("TOKENS")).removeprefix("TOKENS"))
+    found = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("TOKENS")).removeprefix("TOKENS")
+    )
     model, _ = load_trained(find_trained(source))
     expected = parity.answer(model, prompts, 16, [], lambda done: None).answers
     assert found == expected

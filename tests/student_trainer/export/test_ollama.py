@@ -34,9 +34,7 @@ GEMMA3 = (
     "{% for m in ms %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ p if loop.first else '' }}{{ m.content }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-GLM = (
-    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+GLM = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 MISTRAL = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}{% set ms = messages[1:] %}{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}"
     "{% for m in ms %}{% if m.role == 'user' %}[INST] {{ s if loop.first else '' }}{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -74,20 +72,35 @@ def test_known_families_are_translated(tmp_path, family, adds_bos):
         expected, _ = template.prompt(Conversation(tuple(Turn(*turn) for turn in talk)))
         assert ("<|endoftext|>" if adds_bos else "") + render(source, messages) == expected
         assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
-    for wrong in ([{"role": "assistant", "content": "a"}], [*messages, {"role": "tool", "content": "x"}], [*messages, {"role": "system", "content": "x"}]):
+    for wrong in (
+        [{"role": "assistant", "content": "a"}],
+        [*messages, {"role": "tool", "content": "x"}],
+        [*messages, {"role": "system", "content": "x"}],
+    ):
         with pytest.raises(GoTemplateError):
             render(source, wrong)
     notes = " ".join(made.translated.notes)
-    assert ("trimmed" in notes) == ("trim" in FAMILIES[family]) and ("no system message" in notes) == (family == "gemma")
+    assert ("trimmed" in notes) == ("trim" in FAMILIES[family]) and ("no system message" in notes) == (
+        family == "gemma"
+    )
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
         (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "stands 0 times"),
-        (CHATML.replace("{{ m.content }}", "{{ m.content | replace('hello', 'bye') }}"), "on a conversation of .* renders .*bye"),
-        (CHATML.replace("{{ m.role }}\n", "{{ m.role }}{{ loop.index }}\n"), "on a conversation of|begins or ends otherwise"),
-        (CHATML.replace("{{ m.content }}", "{{ m.content }}{% if loop.index == 7 %}!{% endif %}"), "on a conversation of"),
+        (
+            CHATML.replace("{{ m.content }}", "{{ m.content | replace('hello', 'bye') }}"),
+            "on a conversation of .* renders .*bye",
+        ),
+        (
+            CHATML.replace("{{ m.role }}\n", "{{ m.role }}{{ loop.index }}\n"),
+            "on a conversation of|begins or ends otherwise",
+        ),
+        (
+            CHATML.replace("{{ m.content }}", "{{ m.content }}{% if loop.index == 7 %}!{% endif %}"),
+            "on a conversation of",
+        ),
     ],
 )
 def test_what_cannot_be_translated_is_named(tmp_path, template, words):
@@ -102,15 +115,34 @@ def test_an_engine_that_adds_a_bos_the_template_has_not(tmp_path):
 
 
 def test_thoughts_that_the_template_takes_out_are_told(tmp_path):
-    qwen3 = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}")
+    qwen3 = CHATML.replace(
+        "{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}"
+    )
     made = make_modelfile(tokenizer_of(tmp_path, qwen3), {}, "model.gguf", adds_bos=False, context=None, name="x")
     assert any("<think>" in note for note in made.translated.notes)
+    empty = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+    )
+    tokenizer = tokenizer_of(tmp_path, empty)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    made = make_modelfile(tokenizer, {}, "model.gguf", adds_bos=False, context=None, name="x")
+    assert made.stops == ("<|im_end|>",), (
+        "Qwen3's template opens a last answer with an empty thought, which ends nothing"
+    )
 
 
 def test_stops_and_sampling(tmp_path):
     tokenizer = tokenizer_of(tmp_path, CHATML)
     tokenizer.eos_token = "<|endoftext|>"  # a base model's, while the template ends turns with another token
-    generation = {"eos_token_id": [2, 0], "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    generation = {
+        "eos_token_id": [2, 0],
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "repetition_penalty": 1.05,
+    }
     lines = make_modelfile(tokenizer, generation, "m.gguf", adds_bos=False, context=4096, name="x").text.splitlines()
     assert lines[0] == "FROM ./m.gguf" and lines[1].startswith('TEMPLATE """')
     assert lines[2:] == [
@@ -118,7 +150,10 @@ def test_stops_and_sampling(tmp_path):
         "PARAMETER repeat_penalty 1.05", "PARAMETER num_ctx 4096",
     ]  # fmt: skip
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False}))
-    assert "PARAMETER temperature 0\n" in make_modelfile(tokenizer, read_generation(tmp_path), "m", adds_bos=False, context=None, name="x").text
+    assert (
+        "PARAMETER temperature 0\n"
+        in make_modelfile(tokenizer, read_generation(tmp_path), "m", adds_bos=False, context=None, name="x").text
+    )
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
         make_modelfile(tokenizer, {}, "m.gguf", adds_bos=False, context=None, name="x")
@@ -138,7 +173,10 @@ def test_stops_and_sampling(tmp_path):
     ],
 )  # fmt: skip
 def test_the_part_of_go(source, expected):
-    messages = [{"role": role, "content": text} for role, text in (("user", "u"), ("assistant", "a"), ("user", "v"), ("user", "w"))]
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "u"), ("assistant", "a"), ("user", "v"), ("user", "w"))
+    ]
     if expected is None:
         with pytest.raises(GoTemplateError):
             render(source, messages)
@@ -146,7 +184,18 @@ def test_the_part_of_go(source, expected):
         assert render(source, messages) == expected
 
 
-@pytest.mark.parametrize("source", ["{{ if .System }}x", "{{ end }}", "{{ printf \"%s\" .System }}", "{{ .System | len }}", "{{ template \"x\" }}", "{{ $y = 1 }}", "{{ x"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ if .System }}x",
+        "{{ end }}",
+        '{{ printf "%s" .System }}',
+        "{{ .System | len }}",
+        '{{ template "x" }}',
+        "{{ $y = 1 }}",
+        "{{ x",
+    ],
+)
 def test_what_is_beyond_it_is_refused(source):
     with pytest.raises(GoTemplateError):
         render(source, [{"role": "user", "content": "u"}])
@@ -156,6 +205,8 @@ def test_a_translation_is_proved_and_not_believed(monkeypatch):
     from student_trainer.export.ollama import translation
 
     honest = translation._derive
-    monkeypatch.setattr(translation, "_derive", lambda jinja: (honest(jinja)[0].replace("assistant", "asistant", 1), ()))
+    monkeypatch.setattr(
+        translation, "_derive", lambda jinja: (honest(jinja)[0].replace("assistant", "asistant", 1), ())
+    )
     with pytest.raises(ModelError, match="cannot be written"):
         translate(lambda messages: "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>", "x")

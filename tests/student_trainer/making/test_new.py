@@ -90,12 +90,20 @@ def test_shards_are_copied_one_by_one(tmp_path):
     assert len(shards) > 3
     make_student(NewStudent(tmp_path / "student", str(teacher), layers=2), QUIET)
     index = json.loads((tmp_path / "student" / "model.safetensors.index.json").read_text())
-    tensors = {name: file for file in set(index["weight_map"].values()) for name in read_shard(tmp_path / "student" / file).tensors}
+    tensors = {
+        name: file
+        for file in set(index["weight_map"].values())
+        for name in read_shard(tmp_path / "student" / file).tensors
+    }
     assert tensors == index["weight_map"]
-    assert index["metadata"]["total_size"] == sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(tmp_path / "student").parameters())
+    assert index["metadata"]["total_size"] == sum(
+        p.nbytes for p in AutoModelForCausalLM.from_pretrained(tmp_path / "student").parameters()
+    )
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "student")(input_ids=IDS).logits
-        torch.testing.assert_close(found, without(teacher, (0, 5))(input_ids=IDS, use_cache=False).logits, atol=0, rtol=0)
+        torch.testing.assert_close(
+            found, without(teacher, (0, 5))(input_ids=IDS, use_cache=False).logits, atol=0, rtol=0
+        )
     shards[1].write_bytes(shards[1].read_bytes()[:-100])
     with pytest.raises(ModelError, match="cut short"):
         make_student(NewStudent(tmp_path / "again", str(teacher), layers=2), QUIET)
@@ -113,20 +121,30 @@ def test_influence_is_one_minus_the_cosine_and_keeps_what_changes_most(tmp_path,
             for part in (model.model.layers[number].self_attn.o_proj, model.model.layers[number].mlp.down_proj):
                 part.weight.mul_(factor)
     model.save_pretrained(teacher)
-    made = make_student(NewStudent(tmp_path / "s", str(teacher), layers=4, by="influence", sample=f"{rows_file}#5"), QUIET)
+    made = make_student(
+        NewStudent(tmp_path / "s", str(teacher), layers=4, by="influence", sample=f"{rows_file}#5"), QUIET
+    )
     assert made.kept == (0, 1, 3, 5)
     rows = build_dataset([parse_source(f"{rows_file}#5")], AutoTokenizer.from_pretrained(teacher), max_tokens=128)
     sums, count = [0.0] * 6, 0
     for row in rows:
-        with torch.no_grad():  # transformers' own list: the last entry is behind the final norm, so layer 5 is not among them
-            states = model(input_ids=torch.from_numpy(row.example.token_ids.astype("int64"))[None], output_hidden_states=True).hidden_states
+        with (
+            torch.no_grad()
+        ):  # transformers' own list: the last entry is behind the final norm, so layer 5 is not among them
+            states = model(
+                input_ids=torch.from_numpy(row.example.token_ids.astype("int64"))[None], output_hidden_states=True
+            ).hidden_states
         for i in range(5):
             a, b = states[i][0].double(), states[i + 1][0].double()
             sums[i] += float((1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).sum())
         count += row.example.token_ids.size
     assert made.influence[:5] == pytest.approx([total / count for total in sums[:5]], abs=1e-9)
     record = json.loads((tmp_path / "s" / "made_from.json").read_text())
-    assert record["kept_layers"] == [0, 1, 3, 5] and record["influence"] == list(made.influence) and record["by"] == "influence"
+    assert (
+        record["kept_layers"] == [0, 1, 3, 5]
+        and record["influence"] == list(made.influence)
+        and record["by"] == "influence"
+    )
 
 
 def test_even_layers_are_even_with_both_ends():
@@ -137,7 +155,9 @@ def test_even_layers_are_even_with_both_ends():
             gaps = [b - a for a, b in itertools.pairwise(kept)]
             assert kept[0] == 0 and kept[-1] == of - 1 and len(kept) == layers and max(gaps) - min(gaps) <= 1
     assert depth.even_layers(1, 9) == (0,)
-    assert depth.most_influential([0.5, 0.1, 0.5, 0.4], 3) == (0, 2, 3) and depth.most_influential([1.0, 1.0, 1.0], 2) == (0, 1)
+    assert depth.most_influential([0.5, 0.1, 0.5, 0.4], 3) == (0, 2, 3) and depth.most_influential(
+        [1.0, 1.0, 1.0], 2
+    ) == (0, 1)
 
 
 def test_what_counts_layers_in_a_config_counts_the_kept_ones():
@@ -159,7 +179,9 @@ def test_a_layer_that_would_compute_otherwise_is_refused(tmp_path):
     teacher = make_model(tmp_path / "teacher", "qwen3_moe", num_hidden_layers=6, mlp_only_layers=[1, 3])
     honest, new.depth.student_config = new.depth.student_config, lambda *args: {**honest(*args), "mlp_only_layers": []}
     try:
-        with pytest.raises(ModelError, match=r"layer 3 cannot be layer 2 of 4: .*mlp.* derives it from the layer's number"):
+        with pytest.raises(
+            ModelError, match=r"layer 3 cannot be layer 2 of 4: .*mlp.* derives it from the layer's number"
+        ):
             make_student(NewStudent(tmp_path / "s", str(teacher), layers=4), QUIET)
     finally:
         new.depth.student_config = honest
@@ -176,7 +198,11 @@ def test_a_layer_that_would_compute_otherwise_is_refused(tmp_path):
         ({"layers": 3, "by": "influence"}, ConfigError, "add --sample"),
         ({"layers": 3, "sample": "rows.jsonl"}, ConfigError, "add --by influence"),
         ({"layers": 3, "dtype": "bfloat16"}, ConfigError, "copied as they are"),
-        ({"size": "9b"}, ConfigError, r"--width 9b: is no size of its family in the table \(qwen2, 6 layers of width 32\); smaller ones: none"),
+        (
+            {"size": "9b"},
+            ConfigError,
+            r"--width 9b: is no size of its family in the table \(qwen2, 6 layers of width 32\); smaller ones: none",
+        ),
         ({"size": "0.5B"}, ConfigError, "is not smaller than the teacher"),
         ({"layers": 3, "teacher": "/nowhere/at/all"}, ModelError, "no such folder"),
         ({"layers": 3, "teacher": "nobody/nothing"}, ModelError, "cannot be fetched"),
@@ -224,15 +250,24 @@ def test_a_size_of_the_table_starts_at_random(model_factory, tmp_path, monkeypat
     student, report = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     config = student.config
-    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings) == (16, 2, 300, True)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings) == (
+        16,
+        2,
+        300,
+        True,
+    )
     assert len(config.layer_types) == 2
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family, table in width.SIZES.items() for name in table])
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, table in width.SIZES.items() for name in table]
+)
 def test_every_size_of_the_table_makes_a_model(family, name):
     """Weights by the shapes, without memory: near what the size is called (Gemma 2 of "2b" has 2.6)."""
-    vocab = {"qwen2": 151_936, "qwen3": 151_936, "gemma2": 256_000, "gemma3_text": 262_144}.get(family, 49_152 if "smol" in name else 128_256)
+    vocab = {"qwen2": 151_936, "qwen3": 151_936, "gemma2": 256_000, "gemma3_text": 262_144}.get(
+        family, 49_152 if "smol" in name else 128_256
+    )
     base = {"model_type": family, "vocab_size": vocab, "hidden_size": 10**5, "num_hidden_layers": 100}
     config = width.sized_config(base, width.size_of(base, name), None)
     model = outline_of(new._parsed(config, "x"), "x")
@@ -247,11 +282,18 @@ def test_the_starter_configs_are_accepted_as_they_are(model_factory, tmp_path, r
     out = tmp_path / "my student: #1"
     make_student(NewStudent(out, str(teacher), layers=3, rows=str(rows_file)), QUIET)
     config = load_config(out / "student.yaml")
-    assert config.model.path == str(out) and config.data.train[0].path == str(rows_file) and config.data.max_tokens == 128
+    assert (
+        config.model.path == str(out) and config.data.train[0].path == str(rows_file) and config.data.max_tokens == 128
+    )
     server = load_server_config(out / "teacher.yaml")
     assert server.teachers[0].backend.model == str(teacher)
     assert config.teacher.address == f"{server.edge.host}:{server.edge.port}"
-    assert load_config(out / "student.yaml", ["teacher.address=null", f"teacher.embedded={out / 'teacher.yaml'}"]).teacher.embedded == out / "teacher.yaml"
+    assert (
+        load_config(
+            out / "student.yaml", ["teacher.address=null", f"teacher.embedded={out / 'teacher.yaml'}"]
+        ).teacher.embedded
+        == out / "teacher.yaml"
+    )
 
 
 def test_layers_behind_the_last_are_left_out():
@@ -259,7 +301,13 @@ def test_layers_behind_the_last_are_left_out():
     from student_trainer.making.outline import LayerNames
 
     found = LayerNames(names.prefixes, names.count)
-    assert found.beyond(["model.layers.3.eh_proj.weight", "model.layers.2.x", "lm_head.weight"]) == ["model.layers.3.eh_proj.weight"]
+    assert found.beyond(["model.layers.3.eh_proj.weight", "model.layers.2.x", "lm_head.weight"]) == [
+        "model.layers.3.eh_proj.weight"
+    ]
     rename = found.renamer((0, 2))
     assert rename("model.layers.2.mlp.experts.1.up.weight") == "model.layers.1.mlp.experts.1.up.weight"
-    assert rename("model.layers.1.x") is None and rename("model.layers.3.eh_proj.weight") is None and rename("model.norm.weight") == "model.norm.weight"
+    assert (
+        rename("model.layers.1.x") is None
+        and rename("model.layers.3.eh_proj.weight") is None
+        and rename("model.norm.weight") == "model.norm.weight"
+    )
