@@ -77,7 +77,7 @@ class Sampling:
         return made
 
 
-class _Gumbel(LogitsProcessor):  # type: ignore[misc]
+class _Gumbel(LogitsProcessor):
     """Adds each answer's own Gumbel noise."""
 
     def __init__(self, seeds: Sequence[int]) -> None:

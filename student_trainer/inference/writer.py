@@ -207,7 +207,7 @@ class _Handing:
         """Nothing: the thread says when all is written."""
 
 
-class _WhenTold(StoppingCriteria):  # type: ignore[misc]
+class _WhenTold(StoppingCriteria):
     """Ends all answers when somebody says so."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:
@@ -217,7 +217,7 @@ class _WhenTold(StoppingCriteria):  # type: ignore[misc]
         return torch.full((len(input_ids),), self._stop(), dtype=torch.bool, device=input_ids.device)
 
 
-class _AtTexts(StoppingCriteria):  # type: ignore[misc]
+class _AtTexts(StoppingCriteria):
     """Ends an answer when one of some texts stands in it; looks at the last tokens, which is where a new one appears."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], prompt_tokens: int) -> None:

@@ -144,11 +144,10 @@ def _teacher(
     if address == "none":
         return None
     if address is not None:
-        settings = {"address": address, "embedded": None, **({"name": name} if name else {})}
         known = every[0] if len(every) == 1 else None
         if known is None or (known.address != address and not name):
             return TeacherConfig(address=address, name=name)
-        return TeacherConfig(**{**_plain(known), **settings})
+        return _plain(known, address=address, embedded=None, name=name or known.name)
     if name:
         raise ConfigError(f"--teacher-name {name}: belongs to --teacher HOST:PORT")
     if not every:
@@ -160,10 +159,13 @@ def _teacher(
         raise ConfigError(
             "--config: has several teachers, and one is measured: name it by --teacher HOST:PORT, or --teacher none"
         )
-    return TeacherConfig(**_plain(every[0]))
+    return _plain(every[0])
 
 
-def _plain(known: TeacherConfig) -> dict[str, object]:
+def _plain(known: TeacherConfig, **changed: object) -> TeacherConfig:
+    """A teacher section without what one of several teachers says beside it."""
     from student_trainer.config.teachers import TeacherConfig
 
-    return {field: getattr(known, field) for field in TeacherConfig.model_fields}
+    return TeacherConfig.model_construct(
+        **{field: getattr(known, field) for field in TeacherConfig.model_fields} | changed
+    )

@@ -129,7 +129,7 @@ class ServedEngine:
         self.name, self.prompter = name, teacher.prompter
         self.teacher = teacher
         self.max_tokens: int | None = teacher.info.limits.max_sequence_tokens
-        self.max_scored = self.max_tokens
+        self.max_scored: int | None = self.max_tokens
 
     def score(self, pairs: Sequence[Pair], done: Done = None) -> list[Scored]:
         return self.teacher.score(pairs, done=done)

@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 256  # where a task names no limit, as in lm-eval
 _IGNORED = ("max_length",)
 
 
-class EngineLM(TemplateLM):  # type: ignore[misc]
+class EngineLM(TemplateLM):
     """See module.
 
     Args:
