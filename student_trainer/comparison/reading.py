@@ -6,7 +6,6 @@ In: the folder of a run, of a comparison, or a comparison.json; out: an `Outcome
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,11 @@ from student_trainer.training.run_folder import (
 )
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is one of `train`, and not of a comparison."""
+    return (path / IDENTITY_NAME).is_file() and not (path / FILE_NAME).is_file()
+
+
 def read_source(path: Path) -> Outcome:
     """A comparison by its folder or file, or a run by its folder.
 
@@ -47,7 +51,7 @@ def read_source(path: Path) -> Outcome:
         return read_outcome(path)
     if (path / FILE_NAME).is_file():
         return read_outcome(path / FILE_NAME)
-    if (path / IDENTITY_NAME).is_file():
+    if is_run(path):
         return of_runs([path])
     if not path.is_dir():
         raise DataError("is not there: give the folder of a run or of a comparison", file=str(path))
@@ -74,7 +78,7 @@ def of_runs(folders: Sequence[Path]) -> Outcome:
     return Outcome(
         title=" · ".join(names),
         base=names[0],
-        budget=Budget(steps=steps),
+        budget=Budget(steps={name: count for name, count in steps.items() if count}),
         seeds=seeds,
         arms=runs,
         notes=notes,
@@ -154,8 +158,8 @@ def _layers(folder: Path) -> Layers | None:
 
 def _cost(curve: Sequence[Mapping[str, Any]]) -> Cost:
     """Of a run that nobody has watched: what transformers logs at its end."""
-    seconds = [entry["train_runtime"] for entry in curve if _is_number(entry.get("train_runtime"))]
-    return Cost(train_s=seconds[-1] if seconds and math.isfinite(seconds[-1]) else None)
+    seconds = [value for entry in curve if isinstance(value := entry.get("train_runtime"), int | float)]
+    return Cost(train_s=seconds[-1] if seconds else None)
 
 
 def _config(folder: Path) -> dict[str, Any]:
