@@ -136,7 +136,7 @@ class Outcome(_Record):
         config: the resolved settings of the base arm.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1  # FORMAT
     title: str = ""
     base: str
     budget: Budget = Budget()

@@ -163,7 +163,9 @@ def _reading(outcome: Outcome, results: Results) -> list[str]:
         return []
     told = sentences(results)
     more = len(told) - _MOST_ERRORS
-    return [short(one.replace("**", ""), 400) for one in told[:_MOST_ERRORS]] + [f"… and {more} more arms."] * (more > 0)
+    return [short(one.replace("**", ""), 400) for one in told[:_MOST_ERRORS]] + [f"… and {more} more arms."] * (
+        more > 0
+    )
 
 
 def _yaml(config: dict[str, Any]) -> str:

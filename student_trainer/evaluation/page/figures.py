@@ -273,10 +273,15 @@ def _evaluated(one: Evaluated, group: str, name: str) -> Cell:
     found = getattr(one, group).get(name)
     spread = None
     if isinstance(found, Mapping):  # a task
-        found, spread = found.get("value"), found.get("stderr")
+        task: Mapping[str, Any] = found
+        found, spread = task.get("value"), task.get("stderr")
     if isinstance(found, bool) or not isinstance(found, int | float):
         return Cell("n/a")
-    text = told_bytes(found) if name.endswith("_bytes") else number(found, 1 if group == "speed" or abs(found) >= 100 else 4)
+    text = (
+        told_bytes(found)
+        if name.endswith("_bytes")
+        else number(found, 1 if group == "speed" or abs(found) >= 100 else 4)
+    )
     return Cell(
         text,
         float(found),
