@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from student_trainer.comparison.plan import changed
 from student_trainer.errors import DataError
 from student_trainer.evaluation.outcome import (
     FILE_NAME,
@@ -25,14 +24,11 @@ from student_trainer.evaluation.outcome import (
     read_outcome,
 )
 from student_trainer.files import read_object
-from student_trainer.training.run_folder import (
-    CONFIG_NAME,
-    IDENTITY_NAME,
-    LAYERS_NAME,
-    LOG_NAME,
-    RESULT_NAME,
-    is_finished,
-)
+
+# As `training.run_folder` names them, which loads torch; a test keeps them equal.
+CONFIG_NAME, IDENTITY_NAME, LAYERS_NAME, LOG_NAME, RESULT_NAME = (
+    "config.yaml", "run.json", "layers.json", "train_log.jsonl", "result.json",
+)  # fmt: skip
 
 
 def is_run(path: Path) -> bool:
@@ -108,10 +104,9 @@ def read_run(
         error: that ended it; a finished run has none.
     """
     curve = _curve(folder)
-    done = is_finished(folder)
-    result = (
-        read_object(folder / RESULT_NAME) if done else {"steps": int(curve[-1]["step"]) if curve else 0, "metrics": {}}
-    )
+    finished = _result(folder)
+    done = finished is not None
+    result = finished or {"steps": int(curve[-1]["step"]) if curve else 0, "metrics": {}}
     return RunOutcome(
         name=name,
         seed=seed,
@@ -125,6 +120,21 @@ def read_run(
         cost=cost or _cost(curve),
         folder=str(folder),
     )
+
+
+def changed(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `other` that are other than in `base`, with None for those that it lacks."""
+    keys = [*other, *(name for name in base if name not in other)]
+    return {name: other.get(name) for name in keys if base.get(name) != other.get(name)}
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    """What a finished run says of its end; None of a run that is not, or whose result is damaged and will be made again."""
+    try:
+        found = read_object(folder / RESULT_NAME)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found.get("steps"), int) and isinstance(found.get("metrics"), dict) else None
 
 
 def _is_number(value: Any) -> bool:
