@@ -66,6 +66,10 @@ def of_runs(folders: Sequence[Path]) -> Outcome:
         runs.append(read_run(folder, name, seed if isinstance(seed, int) else 0, settings=other))
     seeds = sorted({run.seed for run in runs})
     notes = []
+    if any(run.cost.train_s is not None for run in runs):
+        notes.append(
+            "The time of these runs is what `train` logs at its end, of its last process, measuring and saving included."
+        )
     if len(runs) > 1 and len(seeds) > 1:
         notes.append("These runs have different seeds: no difference between them is paired.")
     steps = {run.name: run.steps for run in runs}
