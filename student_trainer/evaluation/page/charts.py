@@ -86,7 +86,7 @@ def curves(outcome: Outcome) -> list[Chart]:
     """Held-out curves of all arms, a chart per metric, and the training loss, a chart per arm."""
     of_arm = {arm: [run.curve for run in outcome.runs_of(arm).values()] for arm in outcome.names}
     teacher = outcome.teacher()
-    charts = []
+    charts: list[Chart] = []
     for metric in _HELDOUT:
         lines = {arm: _Line.of(found, f"eval_{metric}") for arm, found in of_arm.items()}
         lines = {arm: line for arm, line in lines.items() if len(line.steps) > 1 and not line.is_empty}
