@@ -169,7 +169,7 @@ def open_comparison(comparison: Comparison, configs: Mapping[str, TrainConfig]) 
                 f"{comparison.folder}: was begun at equal {given.get('equal')} ({given.get('minutes') or 'no'} minutes), not at equal "
                 f"{comparison.equal} ({comparison.minutes or 'no'} minutes): go on with the old ones, or choose another folder with --out"
             )
-        for name in arms.keys() & now.keys():
+        for name in (name for name in now if name in arms):
             if other := changed(arms[name], now[name]):
                 told = ", ".join(
                     f"{key}: {arms[name].get(key)!r} -> {value!r}"[:160] for key, value in list(other.items())[:4]
