@@ -15,14 +15,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console
 
 from deploy.demo.corpus import CorpusConfig, build_corpus, train_tokenizer
 from deploy.demo.models import SIZES, write_model
+
+if TYPE_CHECKING:
+    from student_trainer.evaluation.outcome import Outcome
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SEEDS = (0, 1, 2)
@@ -32,13 +36,6 @@ TRAIN_ROWS = STEPS * BATCH_SIZE  # one pass: no arm sees a row twice
 HELD_OUT_ROWS = 256
 MAX_TOKENS = 192
 TOP_K = 32
-PURE = {"output": {"divergence": "forward_kl"}, "sft_weight": 0.0}  # labels alone beside hard labels alone
-LOSSES: dict[str, dict[str, Any]] = {
-    "sft": {"loss": {"output": None, "sft_weight": 1.0}},
-    "gkd_top_k": {"labels": {"transport": "top_k", "k": TOP_K}, "loss": PURE},
-    "gkd_hidden": {"labels": {"transport": "hidden"}, "loss": PURE},
-}
-METRICS = ("nll_per_byte", "kl_to_teacher", "acc1", "acc3")
 
 
 def main() -> None:
@@ -59,9 +56,9 @@ def main() -> None:
         teacher = _teacher(options.cache.resolve(), data, tokenizer, console)
     students = "4/5 students: three arms, three seeds, equal batches and steps"
     with _serving(options.output.resolve(), teacher, console) as address, _step(console, students):
-        results = _arms(options, data, tokenizer, address, console)
+        outcome = _arms(options, data, tokenizer, address, console)
     with _step(console, "5/5 report"):
-        _report(options.output, results, time.monotonic() - started, console)
+        _report(options.output, outcome, time.monotonic() - started, console)
 
 
 @contextmanager
@@ -138,69 +135,55 @@ def _wait_until_ready(server: subprocess.Popen[str], console: Console) -> None:
     raise SystemExit(f"the server did not come up: {''.join(lines)}")
 
 
-def _arms(options: argparse.Namespace, data: Path, tokenizer: Path, address: str, console: Console) -> dict[str, Any]:
-    """Trains every arm and seed against the served teacher; results and curves."""
-    from student_trainer.config.run import parse_config
-    from student_trainer.training.run import train
+def _arms(options: argparse.Namespace, data: Path, tokenizer: Path, address: str, console: Console) -> Outcome:
+    """Trains every arm and seed against the served teacher, as `student-trainer compare` does; a student of its own per seed."""
+    from student_trainer.comparison.arms import Arm, named_arm
+    from student_trainer.comparison.plan import Comparison
+    from student_trainer.comparison.run import compare
 
-    values: dict[str, dict[str, list[float]]] = {arm: {metric: [] for metric in METRICS} for arm in LOSSES}
-    curves = []
-    teacher: dict[str, float] = {}
-    example = yaml.safe_load((EXAMPLES / "student-cpu.yaml").read_text())
-    for seed in SEEDS:
-        student = options.output / "students" / f"seed{seed}"
+    students = {seed: options.output / "students" / f"seed{seed}" for seed in SEEDS}
+    for seed, student in students.items():
         write_model(student, tokenizer, SIZES["student"], seed)
-        for arm, sections in LOSSES.items():
-            folder = options.output / "arms" / f"{arm}-{seed}"
-            console.print(f"[bold]{arm}[/] seed {seed}")
-            tree = {
-                **example,
-                "run": {"output_dir": str(folder), "seed": seed, "cache_dir": str(options.cache / "heads")},
-                "model": {**example["model"], "path": str(student)},
-                "data": {
-                    **example["data"],
-                    "train": [f"{data / 'train.jsonl'}#{TRAIN_ROWS}"],
-                    "eval": [f"{data / 'heldout.jsonl'}#{HELD_OUT_ROWS}"],
-                },
-                "teacher": {"address": address},
-                **sections,
-            }
-            result = train(
-                parse_config(tree, "demo"),
-                console=Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=not console.is_terminal),
-            )
-            for metric in METRICS:
-                values[arm][metric].append(result.metrics[metric])
-            teacher["nll_per_byte"] = result.metrics["teacher_nll_per_byte"]
-            teacher["acc1"], teacher["acc3"] = result.metrics["teacher_acc1"], result.metrics["teacher_acc3"]
-            curves += _points(arm, seed, result.curve)
-            console.print("  " + "  ".join(f"{metric} {result.metrics[metric]:.4f}" for metric in METRICS))
-    return {"arms": values, "teacher": {**teacher, "kl_to_teacher": 0.0}, "curves": curves}
+    example = yaml.safe_load((EXAMPLES / "student-cpu.yaml").read_text())
+    tree = {
+        **example,
+        "run": {"output_dir": str(options.output / "student"), "cache_dir": str(options.cache / "heads")},
+        "data": {
+            **example["data"],
+            "train": [f"{data / 'train.jsonl'}#{TRAIN_ROWS}"],
+            "eval": [f"{data / 'heldout.jsonl'}#{HELD_OUT_ROWS}"],
+        },
+        "teacher": {"address": address},
+    }
+    comparison = Comparison(
+        tree=tree,
+        origin="demo",
+        arms=[
+            named_arm("sft"),  # hard labels alone, beside labels alone
+            Arm("gkd_top_k", ("gkd",), ("labels.transport=top_k", f"labels.k={TOP_K}")),
+            Arm("gkd_hidden", ("gkd",), ("labels.transport=hidden",)),
+        ],
+        seeds=SEEDS,
+        folder=options.output.resolve(),
+        of_seed=lambda arm, seed: {**arm, "model": {**arm["model"], "path": str(students[seed])}},
+    )
+    quiet = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=not console.is_terminal)
+    outcome = compare(comparison, console, quiet)
+    if not outcome.is_done:
+        raise SystemExit("not every run came to its end; see above")
+    return outcome
 
 
-def _points(arm: str, seed: int, curve: list[dict[str, float]]) -> list[Any]:
-    """Log entries as the report's curves."""
-    from student_trainer.evaluation.report import CurvePoint
-
-    points = []
-    for entry in curve:
-        step = int(entry["step"])
-        if "loss" in entry:
-            points.append(CurvePoint(arm, seed, step, "loss", entry["loss"]))
-        for metric in ("nll_per_byte", "kl_to_teacher"):
-            if f"eval_{metric}" in entry:
-                points.append(CurvePoint(arm, seed, step, metric, entry[f"eval_{metric}"]))
-    return points
-
-
-def _report(folder: Path, results: dict[str, Any], seconds: float, console: Console) -> None:
-    from student_trainer.evaluation.report import Results, print_table
+def _report(folder: Path, outcome: Outcome, seconds: float, console: Console) -> None:
+    from student_trainer.comparison.reporting import write_page
+    from student_trainer.evaluation.report import print_table
     from student_trainer.evaluation.report_folder import write_report
 
-    summary = Results(results["arms"], results["teacher"], STEPS, SEEDS, seconds)
-    write_report(folder, summary, results["curves"])
+    summary = replace(outcome.results(), seconds=seconds)
+    write_report(folder, summary, outcome.points())
+    write_page([folder], [], folder / "report.html")
     print_table(summary, console)
-    console.print(f"{folder / 'report.md'}, {folder / 'report.json'}")
+    console.print(f"{folder / 'report.md'}, {folder / 'report.json'}, {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from student_trainer.comparison.arms import Arm, Tree
+from student_trainer.comparison.reading import changed
 from student_trainer.config.run import TrainConfig, parse_config
 from student_trainer.errors import ConfigError, RunError
 from student_trainer.files import read_object, write_whole
-from student_trainer.training.run_folder import decisive
 
 ARMS_NAME = "arms.json"
 RUNS_NAME = "arms"  # folder of the runs
@@ -134,18 +134,14 @@ def _with_checkpoints(config: TrainConfig) -> Any:
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """What decides what an arm computes, rows and starting weights included, by dotted name; without folder and seed."""
+    """What decides what an arm computes, rows and starting weights included, by dotted name; without folder and seed. Loads torch."""
+    from student_trainer.training.run_folder import decisive
+
     found = decisive(config)
     dumped = config.model_dump(mode="json")
     for section in _BY_DIGEST:
         found |= {f"{section}.{name}": value for name, value in dumped[section].items() if name not in _HOW}
     return {name: value for name, value in found.items() if name not in _OWN and name != "train.max_steps"}
-
-
-def changed(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `other` that are other than in `base`, with None for those that it lacks."""
-    keys = [*other, *(name for name in base if name not in other)]
-    return {name: other.get(name) for name in keys if base.get(name) != other.get(name)}
 
 
 def open_comparison(comparison: Comparison, configs: Mapping[str, TrainConfig]) -> None:
@@ -173,7 +169,7 @@ def open_comparison(comparison: Comparison, configs: Mapping[str, TrainConfig]) 
                 f"{comparison.folder}: was begun at equal {given.get('equal')} ({given.get('minutes') or 'no'} minutes), not at equal "
                 f"{comparison.equal} ({comparison.minutes or 'no'} minutes): go on with the old ones, or choose another folder with --out"
             )
-        for name in arms.keys() & now.keys():
+        for name in (name for name in now if name in arms):
             if other := changed(arms[name], now[name]):
                 told = ", ".join(
                     f"{key}: {arms[name].get(key)!r} -> {value!r}"[:160] for key, value in list(other.items())[:4]

@@ -6,14 +6,12 @@ In: the folder of a run, of a comparison, or a comparison.json; out: an `Outcome
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from student_trainer.comparison.plan import changed
 from student_trainer.errors import DataError
 from student_trainer.evaluation.outcome import (
     FILE_NAME,
@@ -26,14 +24,16 @@ from student_trainer.evaluation.outcome import (
     read_outcome,
 )
 from student_trainer.files import read_object
-from student_trainer.training.run_folder import (
-    CONFIG_NAME,
-    IDENTITY_NAME,
-    LAYERS_NAME,
-    LOG_NAME,
-    RESULT_NAME,
-    is_finished,
-)
+
+# As `training.run_folder` names them, which loads torch; a test keeps them equal.
+CONFIG_NAME, IDENTITY_NAME, LAYERS_NAME, LOG_NAME, RESULT_NAME = (
+    "config.yaml", "run.json", "layers.json", "train_log.jsonl", "result.json",
+)  # fmt: skip
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is one of `train`, and not of a comparison."""
+    return (path / IDENTITY_NAME).is_file() and not (path / FILE_NAME).is_file()
 
 
 def read_source(path: Path) -> Outcome:
@@ -47,7 +47,7 @@ def read_source(path: Path) -> Outcome:
         return read_outcome(path)
     if (path / FILE_NAME).is_file():
         return read_outcome(path / FILE_NAME)
-    if (path / IDENTITY_NAME).is_file():
+    if is_run(path):
         return of_runs([path])
     if not path.is_dir():
         raise DataError("is not there: give the folder of a run or of a comparison", file=str(path))
@@ -66,6 +66,10 @@ def of_runs(folders: Sequence[Path]) -> Outcome:
         runs.append(read_run(folder, name, seed if isinstance(seed, int) else 0, settings=other))
     seeds = sorted({run.seed for run in runs})
     notes = []
+    if any(run.cost.train_s is not None for run in runs):
+        notes.append(
+            "The time of these runs is what `train` logs at its end, of its last process, measuring and saving included."
+        )
     if len(runs) > 1 and len(seeds) > 1:
         notes.append("These runs have different seeds: no difference between them is paired.")
     steps = {run.name: run.steps for run in runs}
@@ -74,7 +78,7 @@ def of_runs(folders: Sequence[Path]) -> Outcome:
     return Outcome(
         title=" · ".join(names),
         base=names[0],
-        budget=Budget(steps=steps),
+        budget=Budget(steps={name: count for name, count in steps.items() if count}),
         seeds=seeds,
         arms=runs,
         notes=notes,
@@ -104,10 +108,9 @@ def read_run(
         error: that ended it; a finished run has none.
     """
     curve = _curve(folder)
-    done = is_finished(folder)
-    result = (
-        read_object(folder / RESULT_NAME) if done else {"steps": int(curve[-1]["step"]) if curve else 0, "metrics": {}}
-    )
+    finished = _result(folder)
+    done = finished is not None
+    result = finished or {"steps": int(curve[-1]["step"]) if curve else 0, "metrics": {}}
     return RunOutcome(
         name=name,
         seed=seed,
@@ -121,6 +124,21 @@ def read_run(
         cost=cost or _cost(curve),
         folder=str(folder),
     )
+
+
+def changed(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `other` that are other than in `base`, with None for those that it lacks."""
+    keys = [*other, *(name for name in base if name not in other)]
+    return {name: other.get(name) for name in keys if base.get(name) != other.get(name)}
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    """What a finished run says of its end; None of a run that is not, or whose result is damaged and will be made again."""
+    try:
+        found = read_object(folder / RESULT_NAME)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found.get("steps"), int) and isinstance(found.get("metrics"), dict) else None
 
 
 def _is_number(value: Any) -> bool:
@@ -154,8 +172,8 @@ def _layers(folder: Path) -> Layers | None:
 
 def _cost(curve: Sequence[Mapping[str, Any]]) -> Cost:
     """Of a run that nobody has watched: what transformers logs at its end."""
-    seconds = [entry["train_runtime"] for entry in curve if _is_number(entry.get("train_runtime"))]
-    return Cost(train_s=seconds[-1] if seconds and math.isfinite(seconds[-1]) else None)
+    seconds = [value for entry in curve if isinstance(value := entry.get("train_runtime"), int | float)]
+    return Cost(train_s=seconds[-1] if seconds else None)
 
 
 def _config(folder: Path) -> dict[str, Any]:

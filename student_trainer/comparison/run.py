@@ -22,8 +22,8 @@ from rich.markup import escape
 from student_trainer.comparison.arms import Arm
 from student_trainer.comparison.ledger import Ledger, Watch
 from student_trainer.comparison.pace import steps_of_arms
-from student_trainer.comparison.plan import Comparison, changed, open_comparison, settings_of
-from student_trainer.comparison.reading import read_run
+from student_trainer.comparison.plan import Comparison, open_comparison, settings_of
+from student_trainer.comparison.reading import changed, read_run
 from student_trainer.comparison.served import Served
 from student_trainer.comparison.showing import Showing
 from student_trainer.comparison.versions import gpus, versions

@@ -7,6 +7,7 @@ finite is null. Knows no config and no run folder.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -98,8 +99,8 @@ class Budget(_Record):
     def told(self) -> str:
         """In words, without the arms."""
         counts = sorted(set(self.steps.values()))
-        span = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "no"
-        steps = f"{span} optimizer {'step' if counts == [1] else 'steps'}"
+        span = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) if counts else ""
+        steps = f"{span} optimizer {'step' if counts == [1] else 'steps'}" if counts else "not known how many steps"
         return f"{self.minutes:g} min of training ({steps})" if self.by == "time" and self.minutes else steps
 
 
@@ -135,7 +136,7 @@ class Outcome(_Record):
         config: the resolved settings of the base arm.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1  # FORMAT
     title: str = ""
     base: str
     budget: Budget = Budget()
@@ -153,13 +154,10 @@ class Outcome(_Record):
     def _base_is_there(self) -> Outcome:
         if self.base not in self.names:
             raise ValueError(f"base {self.base!r} is none of the arms: {', '.join(self.names) or 'there are none'}")
-        twice = [key for key in self._keys() if list(self._keys()).count(key) > 1]
-        if twice:
-            raise ValueError(f"arm {twice[0][0]!r} with seed {twice[0][1]} is there twice")
+        [((name, seed), count), *_] = Counter((run.name, run.seed) for run in self.arms).most_common(1)
+        if count > 1:
+            raise ValueError(f"arm {name!r} with seed {seed} is there twice")
         return self
-
-    def _keys(self) -> Iterator[tuple[str, int]]:
-        return ((run.name, run.seed) for run in self.arms)
 
     @property
     def names(self) -> list[str]:

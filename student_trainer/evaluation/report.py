@@ -194,15 +194,20 @@ def as_markdown(results: Results, plots: Sequence[str] = ()) -> str:
 
 def reading(results: Results) -> str:
     """What the figures say of the first metric, in words a newcomer understands; one sentence per arm."""
+    return " ".join(sentences(results)) or f"Only {results.base} was run: there is nothing to compare."
+
+
+def sentences(results: Results) -> list[str]:
+    """The sentences of `reading`, one per arm; none if there is nothing to compare."""
     if not results.metrics:
-        return "No run has a held-out figure yet: there is nothing to compare."
+        return ["No run has a held-out figure yet: there is nothing to compare."]
     name = results.metrics[0]
     metric, base = shown_as(name), _mean(results.arms[results.base][name])
-    sentences = []
+    said = []
     for arm, intervals in results.paired().items():
         difference = intervals.get(name)
         if difference is None or base is None:
-            sentences.append(f"**{arm}** and {results.base} have no seed with a figure of both.")
+            said.append(f"**{arm}** and {results.base} have no seed with a figure of both.")
             continue
         mean, low, high = difference["mean"], difference["low"], difference["high"]
         where = f"{results.base} in {metric.label}"
@@ -214,8 +219,8 @@ def reading(results: Results) -> str:
         else:
             word = "better" if (mean < 0) == metric.lower_is_better else "worse"
             what = f"is {word} than {where} by {size} (95 % interval {low:+.3f} to {high:+.3f})"
-        sentences.append(f"**{arm}** {what}{_kl_ratio(results, arm)}.")
-    return " ".join(sentences) or f"Only {results.base} was run: there is nothing to compare."
+        said.append(f"**{arm}** {what}{_kl_ratio(results, arm)}.")
+    return said
 
 
 def print_table(results: Results, console: Console) -> None:
