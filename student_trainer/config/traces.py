@@ -241,7 +241,9 @@ class TracesConfig(_Strict):
     @model_validator(mode="after")
     def _of_one_style(self) -> TracesConfig:
         if self.style == "free" and self.sampling.json_schema:
-            raise ValueError("sampling.json_schema=true: style free has no schema; leave it out, or choose another style")
+            raise ValueError(
+                "sampling.json_schema=true: style free has no schema; leave it out, or choose another style"
+            )
         if self.style != "free" and self.tags != TagsConfig():
             raise ValueError(f"tags are read with style free, not {self.style}: leave them out, or choose style free")
         return self

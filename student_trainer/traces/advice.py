@@ -44,7 +44,9 @@ def _help(reason: Reason, config: TracesConfig) -> str:
         ")" if config.examples else ", or data.builtin_examples=true)"
     )
     longer = f"raise sampling.max_new_tokens (now {sampling.max_new_tokens:,})"
-    form = "try style=steps or quotes, whose grammar holds it to the form" if config.style == "free" else "try style=free"
+    form = (
+        "try style=steps or quotes, whose grammar holds it to the form" if config.style == "free" else "try style=free"
+    )
     no_quotes = "style=steps asks for no quotes; else " if config.style in ("quotes", "offsets") else ""
     if reason == "unfinished":
         if config.held_to_schema and sampling.fit_budget:

@@ -74,7 +74,9 @@ def _animal(draw: random.Random) -> Pair:
 
 def _price(draw: random.Random) -> Pair:
     name, thing, price, count = draw.choice(NAMES), draw.choice(THINGS), draw.randint(2, 12), draw.randint(2, 6)
-    return f"{name} buys {count} {thing} for {price} dollars each. How many dollars does {name} pay?", str(price * count)
+    return f"{name} buys {count} {thing} for {price} dollars each. How many dollars does {name} pay?", str(
+        price * count
+    )
 
 
 def _day(draw: random.Random) -> Pair:

@@ -31,9 +31,7 @@ _MANY_STEPS = 6  # from here on each step may have two quotes
 _LONGEST_QUOTE_CHARS = 120
 
 
-def fit_bounds(
-    style: Style, max_new_tokens: int, tokenizer: Any, questions: Sequence[Question], caps: Caps
-) -> Bounds:
+def fit_bounds(style: Style, max_new_tokens: int, tokenizer: Any, questions: Sequence[Question], caps: Caps) -> Bounds:
     """The bounds of a style in JSON for a budget: as many steps as leave each a good length, then as long as fits.
 
     Args:
@@ -58,10 +56,11 @@ def fit_bounds(
             f"sampling.max_new_tokens={max_new_tokens} is too few for the shortest draft of style {style}: {cost(first)} tokens hold one step of "
             f"{first.step_chars} characters and an answer of {first.answer_chars}; raise it, or choose style=free"
         )
+    steps = found.steps
     step_chars = _largest(
-        lambda chars: cost(_with_steps(found, found.steps, chars, caps)) <= max_new_tokens, found.step_chars, caps.step_bytes
+        lambda chars: cost(_with_steps(first, steps, chars, caps)) <= max_new_tokens, found.step_chars, caps.step_bytes
     )
-    found = _with_steps(found, found.steps, step_chars, caps)
+    found = _with_steps(first, steps, step_chars, caps)
     return replace(found, needed_tokens=cost(found))
 
 

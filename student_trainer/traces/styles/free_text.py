@@ -24,7 +24,9 @@ _MARKED = re.compile(r"[ \t]{0,12}####[ \t]{0,4}(?=\S)")
 _TAGGED = re.compile(r"[ \t]{0,12}<answer>[ \t]{0,4}", re.IGNORECASE)
 _TAGGED_END = re.compile(r"[ \t]{0,4}</answer>[ \t]{0,12}\Z", re.IGNORECASE)
 _BOXED = re.compile(r"\\f?box(?:ed)?\s{0,4}\{")
-_ENUMERATED = re.compile(r"[ \t>]{0,12}(?:[-*•]|\(?\d{1,3}[.)]|(?:\*\*)?step \d{1,3}(?:\*\*)?[:.)](?:\*\*)?)[ \t]{1,12}", re.IGNORECASE)
+_ENUMERATED = re.compile(
+    r"[ \t>]{0,12}(?:[-*•]|\(?\d{1,3}[.)]|(?:\*\*)?step \d{1,3}(?:\*\*)?[:.)](?:\*\*)?)[ \t]{1,12}", re.IGNORECASE
+)
 _EVIDENCE = re.compile(r"[ \t]{0,4}\[ev: ?((?:\"[^\"\n]{1,1024}\"(?:, ?)?){1,64})\][ \t]{0,4}\Z")
 _QUOTED = re.compile(r"(?<!\w)\"([^\s\"](?:[^\"\n]{0,1022}[^\s\"])?)\"(?!\w)|“([^“”\n]{1,1024})”")
 

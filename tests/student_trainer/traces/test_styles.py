@@ -22,7 +22,10 @@ from student_trainer.traces.verify import verify
 from teacher_wire.generate.schemas import check_schema
 
 PROMPT = "Tom has 7 apples and buys 5 more. How many apples does Tom have now?"
-QUESTIONS = [Question((Turn("user", PROMPT),), "12", "q:1"), Question((Turn("user", "What is 83 + 77?"),), "160", "q:2")]
+QUESTIONS = [
+    Question((Turn("user", PROMPT),), "12", "q:1"),
+    Question((Turn("user", "What is 83 + 77?"),), "160", "q:2"),
+]
 STYLES = ["quotes", "steps", "offsets"]
 FREE = Reading("free")
 
@@ -75,6 +78,7 @@ def test_known_answers_have_room(tokenizer):
 
 def changed(fields, style):
     """The longest document, made longer in one place each."""
+
     def copy():
         return json.loads(json.dumps(fields))
 
@@ -214,11 +218,15 @@ def test_short_forms_are_held_to_the_same_rules(text, reason):
 
 def test_a_text_that_fills_its_bound_was_cut_there():
     bounds = caps_as_bounds("steps", QUESTIONS, Caps(step_bytes=12, answer_bytes=4))
-    judged = lambda step, answer="12": verify(compact({"steps": [step], "answer": answer}), PROMPT, gold="12", bounds=bounds)  # noqa: E731
+    judged = lambda step, answer="12": verify(
+        compact({"steps": [step], "answer": answer}), PROMPT, gold="12", bounds=bounds
+    )  # noqa: E731
     assert judged("Tom has seve").reason == "cut_text"
     assert judged("Tom has all.").accepted and judged("Tom has 7").accepted
     assert judged("Tom has 7", "12.0").reason == "cut_text"
-    assert verify(compact({"steps": ["Tom has seve"], "answer": "12"}), PROMPT, gold="12").accepted, "no grammar, no cut"
+    assert verify(compact({"steps": ["Tom has seve"], "answer": "12"}), PROMPT, gold="12").accepted, (
+        "no grammar, no cut"
+    )
 
 
 # ---------------------------------------------------------------- free text

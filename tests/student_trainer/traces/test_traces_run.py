@@ -274,7 +274,10 @@ def test_the_command(world, capsys, monkeypatch, tmp_path):
 
 def short(number):
     """The right trace of a question as style `quotes` has it."""
-    steps = [{"text": "apples", "quotes": [f"苹果 {number}"]}, {"text": f"{number}+{number + 1}={2 * number + 1}", "quotes": []}]
+    steps = [
+        {"text": "apples", "quotes": [f"苹果 {number}"]},
+        {"text": f"{number}+{number + 1}={2 * number + 1}", "quotes": []},
+    ]
     return json.dumps({"steps": steps, "answer": str(2 * number + 1)}, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -300,7 +303,9 @@ def test_every_style_leaves_rows_that_train_alike(world):
             assert prompt_of(number).encode()[quote.start : quote.end].decode() == quote.text
         rows = parse_rows_of(world.folder / style / "traces.jsonl")
         assert [row.task for row in rows] == ["reason", "answer"] * QUESTIONS
-        assert ("[ev: " in rows[0].conversation.turns[-1].content) and rows[0].conversation.turns[-1].content.endswith("\n1.0")
+        assert ("[ev: " in rows[0].conversation.turns[-1].content) and rows[0].conversation.turns[-1].content.endswith(
+            "\n1.0"
+        )
 
 
 def parse_rows_of(path):
@@ -311,7 +316,12 @@ def parse_rows_of(path):
 
 def test_samples_of_free_text_are_counted_by_reason(world):
     world.texts |= {number: free(number) for number in range(QUESTIONS)}
-    world.texts |= {0: "I do not know.", 1: "<think>1+2", 2: free(2).replace("Answer: 5", "Answer: 6"), 3: free(3) + "\nAnswer: 9"}
+    world.texts |= {
+        0: "I do not know.",
+        1: "<think>1+2",
+        2: free(2).replace("Answer: 5", "Answer: 6"),
+        3: free(3) + "\nAnswer: 9",
+    }
     stats = run(world, style="free").stats
     assert stats.rejected == {"broken_form": 1, "no_answer": 2, "wrong_answer": 1} and stats.accepted == QUESTIONS - 4
 
@@ -319,7 +329,9 @@ def test_samples_of_free_text_are_counted_by_reason(world):
 def test_the_teacher_reads_instruction_and_examples_and_the_student_does_not(world):
     world.texts |= {number: free(number) for number in range(QUESTIONS)}
     tokenizer = AutoTokenizer.from_pretrained(world.config().tokenizer)
-    config = world.config(style="free", data={"examples": [{"prompt": "One?", "reply": "Two."}], "instruction": "Be short."})
+    config = world.config(
+        style="free", data={"examples": [{"prompt": "One?", "reply": "Two."}], "instruction": "Be short."}
+    )
     asked = [tokenizer.decode(ids) for ids in encode_questions(read_questions(config.data), tokenizer, config)]
     assert all(text.index("Be short.") < text.index("One?") < text.index("Two.") < text.index("Nr.") for text in asked)
     make_traces(config, console=QUIET)
@@ -334,7 +346,9 @@ def test_a_run_that_accepts_nothing_ends_with_an_error_and_advice(world, capsys,
     assert code == 2 and "none of 12 samples was accepted (invented_evidence 12)" in said and "done" not in said
     assert "12 of 12 rejected samples are invented_evidence" in said and "style=steps" in said
     assert len(lines(world.folder / "quarantine.jsonl")) == QUESTIONS, "what was written is there to be read"
-    assert call_cli(capsys, monkeypatch, "traces", file, "--resume", "auto")[0] == 2, "a finished run has not got better"
+    assert call_cli(capsys, monkeypatch, "traces", file, "--resume", "auto")[0] == 2, (
+        "a finished run has not got better"
+    )
 
 
 def test_a_run_that_accepts_little_says_so_last(world, capsys, monkeypatch, tmp_path):
@@ -356,7 +370,9 @@ def test_advice_speaks_of_one_reason_that_stands_out(world):
     assert said(10, schema=5, wrong_answer=5, nul=5) == "", "none stands out"
     assert "raise sampling.max_new_tokens (now 1,024)" in said(0, unfinished=5)
     assert "sampling.fit_budget=true" in said(0, unfinished=5, sampling={"fit_budget": False})
-    assert "style=steps or quotes" in said(0, style="free", no_answer=5) and "builtin_examples" in said(0, style="free", no_answer=5)
+    assert "style=steps or quotes" in said(0, style="free", no_answer=5) and "builtin_examples" in said(
+        0, style="free", no_answer=5
+    )
     assert "builtin_examples" not in said(0, invented_evidence=5), "they are shown already"
     for reason in REASONS:
         for style in ("quotes", "free"):
