@@ -146,7 +146,7 @@ def test_a_leak_is_seen(model_factory, monkeypatch):
     [
         ({"loss": {"attention": {"weight": 0.1}}}, "loss.attention, whose maps are of one sequence a row"),
         ({"model": {"graphs": True}}, "model.graphs=true"),
-        ({"model": {"attention": "flash_attention_2"}}, "flash_attention_2"),
+        ({"model": {"attention": "flash_attention_2"}}, "model.attention=flash_attention_2"),
     ],
 )
 def test_what_does_not_go_with_shared_rows_is_named(config_of, sections, told):
