@@ -17,6 +17,11 @@ from student_trainer.cli.frame.table import Command, CommandTable
 COMMANDS = (
     Command(
         "new", "student_trainer.cli.models.new", "Make a student from a teacher: fewer layers, or a smaller size.",
+        (
+            "student-trainer new students/half --from Qwen/Qwen2.5-7B-Instruct --layers 14",
+            "student-trainer new students/half --from Qwen/Qwen2.5-7B-Instruct --layers 14 --by influence --sample rows.jsonl#64",
+            "student-trainer new students/small --from Qwen/Qwen2.5-7B-Instruct --width 0.5b",
+        ),
     ),
     Command(
         "plan", "student_trainer.cli.plan", "Show what a run would do, without starting it.",
@@ -39,19 +44,41 @@ COMMANDS = (
     ),
     Command(
         "evaluate", "student_trainer.cli.models.evaluate", "Measure a student before and after, and its teacher, in one table.",
+        (
+            "student-trainer evaluate runs/first --teacher localhost:50051",
+            "student-trainer evaluate runs/first --tasks ceval-valid,gsm8k --limit 100",
+            "student-trainer evaluate merged --before Qwen/Qwen2.5-0.5B --rows heldout.jsonl --tasks my_exam.csv",
+        ),
     ),
     Command(
         "infer", "student_trainer.cli.models.infer", "Talk to a student, or answer a file of prompts.",
+        (
+            "student-trainer infer runs/first",
+            "student-trainer infer --compare runs/first",
+            "student-trainer infer --compare before=Qwen/Qwen2.5-0.5B-Instruct after=runs/first teacher=localhost:50051",
+            "student-trainer infer runs/first --prompts questions.jsonl --out answers.jsonl",
+        ),
     ),
     Command(
         "compare", "student_trainer.cli.results.compare", "Train arms of one config with several seeds, and compare them.",
+        (
+            "student-trainer compare run.yaml --arms sft gkd gkd+sft --seeds 3",
+            'student-trainer compare run.yaml --arms sft --arm k8 "gkd labels.transport=top_k labels.k=8" --equal time --minutes 20',
+        ),
     ),
     Command(
         "report", "student_trainer.cli.results.report", "One page of runs or comparisons: figures, curves, answers, cost.",
-        ("student-trainer report runs/mine",),
+        (
+            "student-trainer report runs/student-compare --evaluation evaluation.json --out report.html",
+        ),
     ),
     Command(
         "export", "student_trainer.cli.models.export", "Merge, quantise or convert a student, and hold it against the trained one.",
+        (
+            "student-trainer export runs/mine exported/mine",
+            "student-trainer export runs/mine exported/mine-awq --format awq",
+            "student-trainer export runs/mine exported/mine-ollama --format ollama --converter ~/llama.cpp",
+        ),
     ),
     Command(
         "cache", "student_trainer.cli.cache", "Look after the labels on this machine's disk.",

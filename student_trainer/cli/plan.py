@@ -40,7 +40,6 @@ def plan(
     with 2 if the run could not start.
     """
     from student_trainer.config.run import load_config
-
     from student_trainer.errors import ConfigError
 
     if allow_other_teachers and not resume:

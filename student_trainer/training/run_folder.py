@@ -228,17 +228,8 @@ def open_folder(
 
 def leave_no_trace(folder: Path) -> None:
     """Takes away what `open_folder` has made, for a run that has come to nothing: the same folder may be tried again."""
-    for name in (
-        CONFIG_NAME,
-        IDENTITY_NAME,
-        LOCK_NAME,
-        LAYERS_NAME,
-        LEDGER_NAME,
-        REVISIONS_NAME,
-        TEACHERS_NAME,
-        CURRICULUM_NAME,
-        TRACKERS_NAME,
-    ):
+    kept = (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, LAYERS_NAME, LEDGER_NAME, REVISIONS_NAME, TEACHERS_NAME)
+    for name in (*kept, CURRICULUM_NAME, TRACKERS_NAME):
         (folder / name).unlink(missing_ok=True)
     checkpoint.discard_unfinished(folder)
     with contextlib.suppress(OSError):  # others' files stay, and with them the folder

@@ -63,16 +63,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print evaluation.json in place of the table")] = False,
 ) -> None:
-    """Measure a student before and after training, and its served teacher: held-out rows, answers, lm-eval tasks, speed.
-
-    Examples:
-
-        student-trainer evaluate runs/first --teacher localhost:50051
-
-        student-trainer evaluate runs/first --tasks ceval-valid,gsm8k --limit 100
-
-        student-trainer evaluate merged --before Qwen/Qwen2.5-0.5B --rows heldout.jsonl --tasks my_exam.csv
-    """
+    """Measure a student before and after training, and its served teacher: held-out rows, answers, lm-eval tasks, speed."""
     from student_trainer.config.data import SourceConfig
     from student_trainer.evaluation.tasks.evaluate import Request
     from student_trainer.evaluation.tasks.evaluate import evaluate as run

@@ -42,14 +42,7 @@ def export(
         bool, typer.Option("--unproven", help="keep a gguf file that cannot be read back and asked")
     ] = False,
 ) -> None:
-    """Make a trained student ready to be served, and prove that it answers as before.
-
-    student-trainer export runs/mine exported/mine
-
-    student-trainer export runs/mine exported/mine-awq --format awq
-
-    student-trainer export runs/mine exported/mine-ollama --format ollama --converter ~/llama.cpp
-    """
+    """Make a trained student ready to be served, and prove that it answers as before."""
     if format_ not in ("merged", "awq", "gguf", "ollama"):
         raise ConfigError(f"--format {format_}: choose merged, awq, gguf or ollama")
     if (max_kl is None) != (min_agreement is None):

@@ -51,18 +51,7 @@ def infer(
         str | None, typer.Option(help="folder of a teacher's tokenizer, if no student has it")
     ] = None,
 ) -> None:
-    """Talk to a student, or have it answer a file of prompts.
-
-    Examples:
-
-        student-trainer infer runs/first
-
-        student-trainer infer --compare runs/first
-
-        student-trainer infer --compare before=Qwen/Qwen2.5-0.5B-Instruct after=runs/first teacher=localhost:50051
-
-        student-trainer infer runs/first --prompts questions.jsonl --out answers.jsonl
-    """
+    """Talk to a student, or have it answer a file of prompts."""
     if (prompts is None) != (out is None):
         raise ConfigError("--prompts and --out belong together: a file of prompts in, a file of answers out")
     console = progress_console()

@@ -36,14 +36,7 @@ def new(
     dtype: Annotated[str | None, typer.Option(help="of random weights; the teacher's if not given")] = None,
     data: Annotated[str | None, typer.Option(help="rows that student.yaml names for training")] = None,
 ) -> None:
-    """Make a student from a teacher, with a starter config for the pair.
-
-    student-trainer new students/half --from Qwen/Qwen2.5-7B-Instruct --layers 14
-
-    student-trainer new students/half --from Qwen/Qwen2.5-7B-Instruct --layers 14 --by influence --sample rows.jsonl#64
-
-    student-trainer new students/small --from Qwen/Qwen2.5-7B-Instruct --width 0.5b
-    """
+    """Make a student from a teacher, with a starter config for the pair."""
     if by not in ("even", "influence"):
         raise ConfigError(f"--by {by}: choose even or influence")
     console = progress_console()

@@ -85,10 +85,6 @@ def compare(
     """Train arms of one config with several seeds, and compare them by paired differences with 95 % intervals.
 
     The same line again goes on where it was: finished runs are not made again, and further arms or seeds may be added.
-
-    student-trainer compare run.yaml --arms sft gkd gkd+sft --seeds 3
-
-    student-trainer compare run.yaml --arms sft --arm k8 "gkd labels.transport=top_k labels.k=8" --equal time --minutes 20
     """
     if equal not in _EQUAL:
         raise ConfigError(f"--equal {equal}: choose {' or '.join(_EQUAL)}")

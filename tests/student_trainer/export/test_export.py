@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from student_trainer.cli.export import app
+from student_trainer.cli.models.export import app
 from student_trainer.errors import ConfigError, DataError, ModelError, RunError
 from student_trainer.export import awq, parity, run
 from student_trainer.export.gguf import SCRIPT

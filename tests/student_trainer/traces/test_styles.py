@@ -218,9 +218,10 @@ def test_short_forms_are_held_to_the_same_rules(text, reason):
 
 def test_a_text_that_fills_its_bound_was_cut_there():
     bounds = caps_as_bounds("steps", QUESTIONS, Caps(step_bytes=12, answer_bytes=4))
-    judged = lambda step, answer="12": verify(
-        compact({"steps": [step], "answer": answer}), PROMPT, gold="12", bounds=bounds
-    )  # noqa: E731
+
+    def judged(step, answer="12"):
+        return verify(compact({"steps": [step], "answer": answer}), PROMPT, gold="12", bounds=bounds)
+
     assert judged("Tom has seve").reason == "cut_text"
     assert judged("Tom has all.").accepted and judged("Tom has 7").accepted
     assert judged("Tom has 7", "12.0").reason == "cut_text"

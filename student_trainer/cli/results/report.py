@@ -27,8 +27,6 @@ def report(
     """Make one HTML page, which needs no network, and Markdown of runs and comparisons.
 
     Runs stand side by side in one part, the first being the base; each comparison is a part of its own.
-
-    student-trainer report runs/student-compare --evaluation evaluation.json --out report.html
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {out}: must end in .html; Markdown is written beside it")
