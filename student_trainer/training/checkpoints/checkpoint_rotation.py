@@ -84,7 +84,9 @@ class KeepingTrainer(Trainer):
     def point_links(self) -> Path | None:
         """`best` and `last`; returns the best checkpoint."""
         history, metric = self.state.log_history, self._config.train.best_metric
-        measured = next((entry for entry in history if any(name.startswith("eval_") for name in entry)), {})
+        measured: dict[str, float] = next(
+            (entry for entry in history if any(name.startswith("eval_") for name in entry)), {}
+        )
         if measured and not any(f"eval_{metric}" in entry for entry in history):
             there = ", ".join(name.removeprefix("eval_") for name in measured if name.startswith("eval_"))
             self._tell_once(

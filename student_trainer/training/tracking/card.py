@@ -81,8 +81,7 @@ def card_text(
     parts = [
         f"---\n{meta.to_yaml()}\n---",
         f"# {config.run.output_dir.name}",
-        f"{_shown(base)}, trained by [Lyceum](https://pypi.org/project/lyceum/) to answer as its "
-        f"{'teachers do' if len(sessions) > 1 else 'teacher does'}."
+        f"{_shown(base)}, trained by Lyceum to answer as its {'teachers do' if len(sessions) > 1 else 'teacher does'}."
         if sessions
         else f"{_shown(base)}, trained on its data by Lyceum, without a teacher.",
         _teachers(config, sessions),
