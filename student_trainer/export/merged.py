@@ -112,7 +112,7 @@ def _copy_tokenizer(first: Path, second: Path, folder: Path) -> None:
     has_own = any((first / name).is_file() for name in adapters.TOKENIZER_FILES)
     for name in COPIED:
         if name == "generation_config.json" or name.startswith(("LICENSE", "NOTICE", "USE_POLICY")):
-            places = (first, second)
+            places: tuple[Path, ...] = (first, second)
         else:  # never half of one tokenizer and half of another
             places = (first,) if has_own else (second,)
         source = next((place / name for place in places if (place / name).is_file()), None)

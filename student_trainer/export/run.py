@@ -194,7 +194,7 @@ def _gguf(
         return []
     context = None if positions is None else min(positions, _MOST_CONTEXT)
     data = trained.data
-    trained_with = {} if data is None else {"template": data.template, "kwargs": data.template_kwargs}
+    trained_with: dict[str, Any] = {} if data is None else {"template": data.template, "kwargs": data.template_kwargs}
     made = make_modelfile(
         tokenizer, generation, GGUF_NAME, adds_bos=facts.adds_bos, context=context, name=trained.name, **trained_with
     )

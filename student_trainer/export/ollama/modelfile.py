@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from student_trainer.data.rows.formats import Conversation, Turn
+from student_trainer.data.text.clock import Clock
 from student_trainer.data.text.templates import choose
 from student_trainer.errors import ModelError
 from student_trainer.export.ollama.translation import Message, Translated, translate
@@ -65,13 +66,19 @@ def make_modelfile(
         raise ModelError(
             f"{name}: its tokenizer has no chat template, so there is no TEMPLATE for a Modelfile; use --format gguf"
         )
-    chosen = choose(template, tokenizer, kwargs=kwargs)
+    clock = Clock()
+    chosen = choose(template, tokenizer, kwargs=kwargs, clock=clock)
 
     def jinja(messages: Sequence[Message]) -> str:
         turns = tuple(Turn(message["role"], message["content"]) for message in messages)
         return chosen.prompt(Conversation(turns))[0]
 
     translated = translate(jinja, name, bos=str(tokenizer.bos_token or "") if adds_bos else "")
+    if clock.asked:
+        raise ModelError(
+            f"{name}: its chat template prints the day (strftime_now), and a Modelfile would print {clock.day} for ever; use --format gguf and "
+            "render the prompts yourself"
+        )
     stops = stop_texts(tokenizer, generation)
     if not stops:
         raise ModelError(

@@ -210,3 +210,10 @@ def test_a_translation_is_proved_and_not_believed(monkeypatch):
     )
     with pytest.raises(ModelError, match="cannot be written"):
         translate(lambda messages: "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>", "x")
+
+
+def test_a_template_that_prints_the_day_is_refused(tmp_path):
+    """The day of the export would stand in every prompt from then on."""
+    dated = "{% set day = strftime_now('%d %b %Y') %}Today: {{ day }}\n" + CHATML
+    with pytest.raises(ModelError, match="prints the day"):
+        make_modelfile(tokenizer_of(tmp_path, dated), {}, "model.gguf", adds_bos=False, context=None, name="dated")
