@@ -23,8 +23,8 @@ from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.model import saving
 from student_trainer.training import checks, run_folder
 from student_trainer.training.checkpoints import checkpoint, checkpoint_rotation
-from student_trainer.training.tracking import trackers
 from student_trainer.training.run import train
+from student_trainer.training.tracking import trackers
 from student_trainer.training.trainer import DistillationTrainer
 from tests.cases.material import INPUTS, MODELS, ROOT, base_file, case_config, train_case
 
