@@ -18,15 +18,21 @@ _LEFT_ALONE = ["lm_head", "re:.*mlp\\.gate$", "re:.*router.*", "re:.*block_spars
 
 
 def check_awq() -> None:
-    """Refuses where llm-compressor is not installed.
+    """Refuses where llm-compressor is not installed, or there is no GPU: its AWQ asks for one while it smooths (seen with 0.14.0.1).
 
     Raises:
-        ModelError: with the line that installs it.
+        ModelError: with the line that installs it, or the way without a GPU.
     """
     if importlib.util.find_spec("llmcompressor") is None:
         raise ModelError(
             "--format awq: llmcompressor is not installed here: pip install 'lyceum[export]' (llmcompressor 0.14 holds transformers 5.17: best in "
             "an environment of its own)"
+        )
+    import torch
+
+    if not torch.accelerator.is_available():
+        raise ModelError(
+            "--format awq: llm-compressor quantises on a GPU, and this machine has none; --format merged is served as it is"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from student_trainer.config.data import DataConfig
 from student_trainer.config.files import parse_as, read_tree
-from student_trainer.config.model import LoraSettings, ModelConfig
+from student_trainer.config.model import LoraSettings, ModelConfig, QuantizeSettings
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.files import read_object
 
@@ -30,6 +30,7 @@ class Trained:
         is_adapter: whether these are to be merged.
         data: the section `data` of its run, whose rows it can be asked about; None where there is no run.
         dtype: of its weights; for an adapter, of the base that it was trained on.
+        quantize: how its run kept the base in 4 bit; None for a plain base. An adapter without its run does not say.
     """
 
     name: str
@@ -37,12 +38,20 @@ class Trained:
     is_adapter: bool
     data: DataConfig | None
     dtype: str
+    quantize: QuantizeSettings | None = None
 
     @property
     def settings(self) -> ModelConfig:
         """How an adapter is loaded on its base: as it was trained, without what makes training faster."""
         lora = LoraSettings(fused=False)
-        return ModelConfig(path=str(self.folder), dtype=self.dtype, lora=lora, compiled=False, graphs=False)  # type: ignore[arg-type]
+        return ModelConfig(
+            path=str(self.folder),
+            dtype=self.dtype,  # type: ignore[arg-type]
+            lora=lora,
+            quantize=self.quantize,
+            compiled=False,
+            graphs=False,
+        )
 
 
 def find_trained(path: Path) -> Trained:
@@ -63,7 +72,7 @@ def find_trained(path: Path) -> Trained:
                 f"{path}: this run has no result yet: end it with student-trainer train {path / RUN_CONFIG} --resume auto, or name one of its checkpoints"
             )
     if (folder / "adapter_config.json").is_file():
-        return Trained(str(path), folder, True, _data(tree, path), _dtype_of_base(tree, folder))
+        return Trained(str(path), folder, True, _data(tree, path), _dtype_of_base(tree, folder), _quantize(tree, path))
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder}: is neither a run (run.json), an adapter (adapter_config.json) nor a model (config.json)"
@@ -79,6 +88,14 @@ def find_trained(path: Path) -> Trained:
 def _data(tree: Mapping[str, Any], path: Path) -> DataConfig | None:
     """The run's own rows; other sections are not read, so a run of an older version can be exported."""
     return parse_as(DataConfig, dict(tree["data"]), str(path / RUN_CONFIG)) if "data" in tree else None
+
+
+def _quantize(tree: Mapping[str, Any], path: Path) -> QuantizeSettings | None:
+    section = tree.get("model")
+    found = section.get("quantize") if isinstance(section, Mapping) else None
+    if not found:
+        return None
+    return parse_as(QuantizeSettings, {"kind": found} if isinstance(found, str) else found, str(path / RUN_CONFIG))
 
 
 def _dtype_of_base(tree: Mapping[str, Any], folder: Path) -> str:

@@ -22,6 +22,7 @@ from student_trainer.data.text.tokenizer_file import load_tokenizer
 from student_trainer.errors import ConfigError, ModelError
 from student_trainer.model import adapters, internlm
 from student_trainer.model.load import Student
+from student_trainer.model.load import load_student as load_trainable
 from student_trainer.model.saving import not_finite
 
 RUN_CONFIG, FINAL = "config.yaml", "final"  # of a run folder (training/run_folder.py)
@@ -112,6 +113,8 @@ def load(located: Located, device: str = "auto", dtype: str = "auto") -> Student
     place = _device(device)
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if (trained_on := _quantized(located)) is not None:
+        return _in_4_bit(located, trained_on, device)
     sources = _sources(located)
     transformers_logging.disable_progress_bar()
     internlm.register()
@@ -148,6 +151,28 @@ def load(located: Located, device: str = "auto", dtype: str = "auto") -> Student
             f"{located.named}: its weights take {needed:,.1f} GiB, more than {place} has left; choose --dtype bfloat16 or --device cpu"
         ) from error
     return Student(model, tokenizer)
+
+
+def _quantized(located: Located) -> ModelConfig | None:
+    """The section `model` of a run whose adapters were trained over a base in 4 bit; over the plain base they are another function."""
+    if located.config is None or located.base is None:
+        return None
+    try:
+        section = yaml.safe_load(located.config.read_text())["model"]
+        return ModelConfig.model_validate(section) if section.get("quantize") else None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ModelError(f"{located.config}: does not say how its model was loaded: {type(error).__name__}") from error
+
+
+def _in_4_bit(located: Located, trained_on: ModelConfig, device: str) -> Student:
+    """The student as its run computed with it, which is where bitsandbytes puts it."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "auto" and torch.device(device).type != here:
+        raise ConfigError(f"--device {device}: a base in 4 bit is loaded on {here}; leave --device out")
+    plain = {"path": located.path, "lora": LoraSettings(fused=False), "compiled": False, "graphs": False}
+    student = load_trainable(trained_on.model_copy(update={**plain, "gradient_checkpointing": False}), seed=0)
+    student.model.requires_grad_(False).eval()
+    return student
 
 
 def load_student(folder: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:

@@ -257,6 +257,10 @@ def test_awq_without_llm_compressor_is_one_line(model_factory, tmp_path, monkeyp
     with pytest.raises(ModelError, match=r"llmcompressor is not installed here: pip install 'lyceum\[export\]'"):
         export(Export(model_factory("qwen2"), tmp_path / "out", "awq"), QUIET)
     monkeypatch.setattr(awq.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ModelError, match="quantises on a GPU, and this machine has none"):
+        export(Export(model_factory("qwen2"), tmp_path / "out", "awq"), QUIET)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(DataError, match="calibrated on rows"):
         export(Export(model_factory("qwen2"), tmp_path / "out", "awq"), QUIET)
 

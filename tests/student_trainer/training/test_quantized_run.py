@@ -5,8 +5,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
+from student_trainer.export.run import Export, export
+from student_trainer.inference.load import load_student as load_asked
+from student_trainer.model.load import load_student
 from student_trainer.training.metrics import TIMED
 from student_trainer.training.run import train
 
@@ -40,6 +45,24 @@ def test_a_quantised_run_learns_and_is_resumed_to_the_bit(config_of, tmp_path):
     ]
     assert adapters[0] == adapters[1]
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "broken")
+    asked_as_it_was_trained(tmp_path / "straight", runs[0], tmp_path / "exported")
+
+
+def asked_as_it_was_trained(run, config, exported):
+    """`infer` computes with the base in 4 bit, and `export` merges into what that base is: both are the function that was trained."""
+    trained = load_student(config.model.model_copy(update={"path": str(run / "final")}), seed=0)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected = trained.model.eval()(ids).logits
+        asked, _ = load_asked(run)
+        torch.testing.assert_close(asked(ids).logits, expected, rtol=0, atol=1e-5)
+        export(Export(run, exported, "merged", prompts=2, max_new_tokens=4), Console(file=io.StringIO()))
+        merged = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
+        plain = load_student(config.model.model_copy(update={"path": str(run / "final"), "quantize": None}), seed=0)
+        assert (plain.model.eval()(ids).logits - expected).abs().max() > 1e-2, (
+            "over the plain base it is another function"
+        )
 
 
 def test_a_quantised_student_writes_its_own_samples(config_of):
