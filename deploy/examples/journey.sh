@@ -41,10 +41,10 @@ config=("$work/student/student.yaml" "run.output_dir=$work/run" "run.cache_dir=$
   "data.eval=[$work/raw/heldout.jsonl]" "train.max_steps=$steps" "train.eval_steps=$steps" "train.save_steps=$steps" "train.warmup_steps=1"
   "train.log_steps=2" "train.report_to=[]" "model.threads=1")
 
-# One deployment teaches every command below; Ctrl-C or the end of this script ends it.
+# One deployment teaches every command below; the end of this script ends it.
 server up "$work/student/teacher.yaml" "edge.port=$port" >"$work/teacher.log" 2>&1 &
 pid=$!
-trap 'kill -INT $pid 2>/dev/null; wait $pid 2>/dev/null || true' EXIT
+trap 'kill -TERM $pid 2>/dev/null; wait $pid 2>/dev/null || true' EXIT
 until server describe --address "127.0.0.1:$port" >/dev/null 2>&1; do
   kill -0 $pid 2>/dev/null || { cat "$work/teacher.log" >&2; exit 1; }
   sleep 1
@@ -57,7 +57,7 @@ student evaluate "$work/run" --rows "$work/raw/heldout.jsonl" --tasks "$work/raw
 student infer "$work/run" --prompts "$work/raw/questions.jsonl" --out "$work/before.jsonl" --max-new-tokens 12
 student compare "${config[@]}" --arms sft gkd --seeds 2 --out "$work/compare"
 student report "$work/run" "$work/compare" --evaluation "$work/evaluation/evaluation.json" --out "$work/report.html"
-kill -INT $pid; wait $pid 2>/dev/null || true
+kill -TERM $pid; wait $pid 2>/dev/null || true
 
 student export "$work/run" "$work/exported" --rows "$work/raw/questions.jsonl" --max-new-tokens 12
 

@@ -89,9 +89,15 @@ def test_without_room_for_all_logits_the_measure_is_left_out_and_said(world):
     )
 
 
-def test_labelling_stores_and_fetches_no_head(world):
+def test_labelling_fetches_the_head_that_a_run_without_its_teacher_needs(world):
     filled = world.go(label, labels={"transport": "hidden"})
-    assert filled.usage.teacher_tokens > 0 and world.heads == 0
+    assert filled.usage.teacher_tokens > 0 and world.heads == 1
+    world.go(label, labels={"transport": "hidden"})
+    assert world.heads == 1, "it is on disk"
+
+
+def test_labelling_by_labels_that_need_no_head_fetches_none(world):
+    assert world.go(label, labels={"transport": "top_k", "k": 16}).usage.teacher_tokens > 0 and world.heads == 0
 
 
 @pytest.mark.parametrize(

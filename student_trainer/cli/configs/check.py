@@ -50,11 +50,11 @@ def _of_run(config: TrainConfig, resume: bool) -> list[Finding]:
     from student_trainer.findings import Findings
     from student_trainer.model.load import load_outline
     from student_trainer.training.checks import check_folder, check_settings
-    from student_trainer.training.reporting.trackers import make_trackers
+    from student_trainer.training.tracking.trackers import make_trackers
 
     findings = Findings(stops=False)
     findings.add(check_settings(config))
-    findings.attempt("train.report_to", lambda: make_trackers(config.train.report_to, lambda _: None), "trackers work")
+    findings.attempt("train.report_to", lambda: make_trackers(config, lambda _: None), "trackers work")
     findings.add(check_folder(config, resume))
     findings.attempt("model.path", lambda: load_outline(config.model), f"{config.model.path} can be read")
     findings.add(_device(config))

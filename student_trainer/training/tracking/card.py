@@ -44,7 +44,7 @@ def write_card(
     curve: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, float],
 ) -> None:
-    """Writes README.md into the folder of a finished model, in place of what peft has put there.
+    """Writes README.md into the folder of a finished model, in place of what peft has put there; a user's own stays.
 
     Args:
         folder: `final/` of the run.
@@ -54,7 +54,17 @@ def write_card(
     Raises:
         OSError: the disk does not take it.
     """
+    if _is_a_users(folder / NAME):
+        return
     write_whole(folder / NAME, card_text(config, student, data, held_out, sessions, curve, metrics))
+
+
+def _is_a_users(file: Path) -> bool:
+    """Whether a card is neither of a run of ours nor the form that peft writes."""
+    if not file.is_file():
+        return False
+    told = file.read_text(errors="replace")
+    return "- lyceum\n" not in told and "Model Card for Model ID" not in told
 
 
 def card_text(

@@ -77,7 +77,7 @@ def test_a_command_whose_resume_takes_a_word_gets_one():
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_help_of_every_command_has_examples_and_a_short_form(command):
     assert command.examples, "a line of COMMANDS without examples"
-    assert all(example.startswith(f"student-trainer {command.name} ") for example in command.examples)
+    assert all(f"{example} ".startswith(f"student-trainer {command.name} ") for example in command.examples)
     shown = runner.invoke(app, [command.name, "-h"])
     assert shown.exit_code == 0
     assert "Examples:" in shown.output

@@ -167,7 +167,7 @@ def test_rows_are_shown_with_what_is_learned_of_them_and_traffic_is_weighed(conf
     teachers, student = made.hours
     assert teachers is not None and student is None
     assert made.rows is not None and made.rows.micro_batches == 12
-    assert made.memory is not None and made.memory.parts["teachers' heads"] == 300 * 24 * 2
+    assert made.memory is not None and made.memory.parts["teachers' heads"] == 300 * 24 * 4
 
 
 def test_rows_left_out_are_counted_and_named(config_of, rows_file, tmp_path):

@@ -51,7 +51,7 @@ def test_forms_of_arguments():
 )
 def test_help_of_every_command_has_examples_and_a_short_form(command):
     assert command.examples
-    assert all(example.startswith(f"teacher-server {command.name} ") for example in command.examples)
+    assert all(f"{example} ".startswith(f"teacher-server {command.name} ") for example in command.examples)
     shown = runner.invoke(app, [command.name, "-h"])
     assert shown.exit_code == 0
     assert "Examples:" in shown.output
