@@ -9,7 +9,6 @@ set -euo pipefail
 teacher=$1 work=$2 layers=${3:-1}
 python=${PYTHON:-python3} port=${PORT:-50061} steps=${STEPS:-6}
 student() { echo "== student-trainer $*" >&2; "$python" -m student_trainer.cli "$@"; }
-server() { "$python" -m teacher_server.cli "$@"; }
 [ ! -e "$work" ] || { echo "$work is there already" >&2; exit 2; }
 mkdir -p "$work/raw"
 
@@ -39,13 +38,13 @@ student new "$work/student" --from "$teacher" --layers "$layers"
 config=("$work/student/student.yaml" "run.output_dir=$work/run" "run.cache_dir=$work/cache" "teacher.address=127.0.0.1:$port"
   "data.train=[$work/raw/instructions.jsonl,$work/raw/chat.jsonl,$work/raw/sharegpt.jsonl,$work/raw/pairs.csv]"
   "data.eval=[$work/raw/heldout.jsonl]" "train.max_steps=$steps" "train.eval_steps=$steps" "train.save_steps=$steps" "train.warmup_steps=1"
-  "train.log_steps=2" "train.report_to=[]" "model.threads=1")
+  "train.log_steps=2" "train.report_to=[]" "model.threads=1" "model.lora={rank: 4}" "train.learning_rate=1.0e-2")
 
 # One deployment teaches every command below; the end of this script ends it.
-server up "$work/student/teacher.yaml" "edge.port=$port" >"$work/teacher.log" 2>&1 &
+"$python" -m teacher_server.cli up "$work/student/teacher.yaml" "edge.port=$port" >"$work/teacher.log" 2>&1 &
 pid=$!
 trap 'kill -TERM $pid 2>/dev/null; wait $pid 2>/dev/null || true' EXIT
-until server describe --address "127.0.0.1:$port" >/dev/null 2>&1; do
+until "$python" -m teacher_server.cli describe --address "127.0.0.1:$port" >/dev/null 2>&1; do
   kill -0 $pid 2>/dev/null || { cat "$work/teacher.log" >&2; exit 1; }
   sleep 1
 done
@@ -57,7 +56,8 @@ student evaluate "$work/run" --rows "$work/raw/heldout.jsonl" --tasks "$work/raw
 student infer "$work/run" --prompts "$work/raw/questions.jsonl" --out "$work/before.jsonl" --max-new-tokens 12
 student compare "${config[@]}" --arms sft gkd --seeds 2 --out "$work/compare"
 student report "$work/run" "$work/compare" --evaluation "$work/evaluation/evaluation.json" --out "$work/report.html"
-kill -TERM $pid; wait $pid 2>/dev/null || true
+kill -TERM $pid
+wait $pid || true
 
 student export "$work/run" "$work/exported" --rows "$work/raw/questions.jsonl" --max-new-tokens 12
 
@@ -70,9 +70,9 @@ teachers:
     num_cpus: 0.5
     backend: {kind: vllm, model: $work/exported, dtype: float32, kv_cache_gb: 0.25, enforce_eager: true}
 YAML
-server up "$work/served.yaml" >"$work/served.log" 2>&1 &
+"$python" -m teacher_server.cli up "$work/served.yaml" >"$work/served.log" 2>&1 &
 pid=$!
-until server describe --address "127.0.0.1:$port" >/dev/null 2>&1; do
+until "$python" -m teacher_server.cli describe --address "127.0.0.1:$port" >/dev/null 2>&1; do
   kill -0 $pid 2>/dev/null || { cat "$work/served.log" >&2; exit 1; }
   sleep 1
 done
@@ -81,7 +81,7 @@ student infer "127.0.0.1:$port" --teacher-tokenizer "$work/exported" --prompts "
 import json, sys
 from pathlib import Path
 before, after = ([json.loads(line) for line in (Path(sys.argv[1]) / f"{name}.jsonl").open()] for name in ("before", "after"))
-answers = [[row["answer"] for row in rows] for rows in (before, after)]
+answers = [[row["messages"][-1]["content"] for row in rows] for rows in (before, after)]
 assert len(answers[0]) == len(answers[1]) > 0 and answers[0] == answers[1], f"another answer is served than was trained: {answers}"
 print(f"done: {len(answers[0])} answers of the served export are those of the trained student; look at {sys.argv[1]}/report.html")
 PY
