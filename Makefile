@@ -42,8 +42,8 @@ $(VLLM_STAMP): $(STAMP) deploy/constraints-vllm.txt
 demo: $(STAMP)
 	@$(BIN)/python -m deploy.demo
 
-# In three processes for two cores, since one waits for Ray most of the time; see tests/conftest.py. WORKERS=0 is one process, without workers.
-WORKERS ?= 3
+# In two processes, for two cores; see tests/conftest.py. WORKERS=0 is one process, without workers.
+WORKERS ?= 2
 
 test: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
 	@LYCEUM_VLLM=1 $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder

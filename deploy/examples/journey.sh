@@ -68,7 +68,7 @@ ray: {object_store_mb: 256}
 teachers:
   - name: exported
     num_cpus: 0.5
-    backend: {kind: vllm, model: $work/exported, dtype: float32, kv_cache_gb: 0.25, enforce_eager: true}
+    backend: {kind: vllm, model: $work/exported, dtype: float32, roles: [score, generate], kv_cache_gb: 0.25, enforce_eager: true}
 YAML
 "$python" -m teacher_server.cli up "$work/served.yaml" >"$work/served.log" 2>&1 &
 pid=$!

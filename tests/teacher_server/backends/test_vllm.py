@@ -19,7 +19,11 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer.data.trace_schema import Caps, generation_schema
+from student_trainer.data.rows.formats import Turn
+from student_trainer.data.trace_schema import Caps
+from student_trainer.traces.questions import Question
+from student_trainer.traces.styles.fitting import caps_as_bounds
+from student_trainer.traces.styles.json_text import grammar_schema
 from teacher_server.backends.transformers import backend as transformers_backend
 from teacher_server.backends.vllm import backend as vllm_backend
 from teacher_server.backends.vllm.writing import refuse_sampling, sample_seed
@@ -324,8 +328,11 @@ async def test_finished_samples_obey_their_schema_and_carry_log_probabilities_be
             assert sample.token_ids_n[-1] == tokenizer.eos_token_id
             text = tokenizer.decode(sample.token_ids_n, skip_special_tokens=True)
             jsonschema.validate(json.loads(text), SCHEMA)
-        trace = SamplingSpec(max_new_tokens=20, json_schema=json.dumps(generation_schema(Caps())))
-        assert len(await write(engine, trace, [[5, 6, 7]])) == 1, "vLLM takes the schema of traces"
+        question = Question((Turn("user", "5 + 7 = ?"),), "12", "test:1")
+        for style in ("quotes", "offsets"):
+            held_to = grammar_schema(caps_as_bounds(style, [question], Caps()))
+            trace = SamplingSpec(max_new_tokens=20, json_schema=json.dumps(held_to))
+            assert len(await write(engine, trace, [[5, 6, 7]])) == 1, "vLLM takes the schema of traces"
         ids = [5, 6, 7, *finished[0].token_ids_n.tolist()]
         scored = await engine.score(ScoreCall("r", "t", "", spec_of("full", VOCAB), TokenBatch.pack([ids])))
         np.testing.assert_allclose(scored.label_logp_N.array[2:], finished[0].token_logp_n, atol=5e-4)
