@@ -43,12 +43,17 @@ def train(config: Path) -> StudentProcess:
 
 
 def forward_tokens(server) -> int:
-    """The teacher's own count, a report after everything has been answered."""
-    time.sleep(2.5)
-    done = run_cli("status", "--address", server.address, "--json", house="teacher_server")
-    assert done.returncode == 0, done.stderr
-    (teacher,) = json.loads(done.stdout)["teachers"]
-    return teacher["forward_tokens"]
+    """The teacher's own count, once two reports in a row agree: replicas report every second."""
+    counts = [-1]
+    while len(counts) < 30:
+        time.sleep(2.5)
+        done = run_cli("status", "--address", server.address, "--json", house="teacher_server")
+        assert done.returncode == 0, done.stderr
+        (teacher,) = json.loads(done.stdout)["teachers"]
+        counts.append(teacher["forward_tokens"])
+        if counts[-1] == counts[-2]:
+            return counts[-1]
+    raise AssertionError(f"the count does not come to rest: {counts}")
 
 
 def labels(cache: Path) -> dict[str, bytes]:

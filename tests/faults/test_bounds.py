@@ -226,6 +226,9 @@ async def test_who_does_not_read_its_refusals_is_not_read_from():
     peer = Deaf(1000)
     stream = ScoreStream(servicer._shared, servicer._accounts.enter(""), peer)
     running = asyncio.create_task(stream.run())
+    async with asyncio.timeout(30):
+        while peer.written < 9:
+            await asyncio.sleep(0.01)
     await asyncio.sleep(0.2)
     assert peer.written == 9 and len(stream._out) <= 8
     peer.hears.set()  # and who takes again is read from again

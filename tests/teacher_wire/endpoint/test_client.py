@@ -273,8 +273,9 @@ async def test_cancelling_frees_the_server():
     fake = FakeTeacher(delay_s=30)
     async with connected(fake) as client:
         task = asyncio.create_task(client.score(await client.teacher(), SPECS[0], BATCH))
-        await asyncio.sleep(0.1)
-        assert client.server.servicer.open_requests == 1
+        async with asyncio.timeout(30):
+            while not client.server.servicer.open_requests:
+                await asyncio.sleep(0.01)
         task.cancel()
         await nothing_left(client.server)
 
@@ -348,15 +349,22 @@ async def test_a_reader_that_stops_stops_the_teacher_within_its_window():
         async with Wire(server.address, window_bytes=2 * size + 10) as wire:
             for i in range(20):
                 await wire.ask(f"r{i}", batch)
-            await asyncio.sleep(0.5)
-            assert fake.calls == 2
+            await calls_of(fake, 2)
             got = 0
             while got < size:
                 down = await wire.call.read()
                 got += codec.payload_bytes(down.chunk) if down.HasField("chunk") else 0
             await wire.call.write(pb.ScoreUp(credit=pb.Credit(bytes=size)))
-            await asyncio.sleep(0.3)
-            assert fake.calls == 3
+            await calls_of(fake, 3)
+
+
+async def calls_of(fake, number):
+    """Waits until the teacher was asked so often, and sees that it is not asked again."""
+    async with asyncio.timeout(30):
+        while fake.calls < number:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
+    assert fake.calls == number
 
 
 async def test_a_broken_stream_goes_on_at_the_next_chunk():
