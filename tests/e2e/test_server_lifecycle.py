@@ -53,7 +53,7 @@ def end_under_load(server, number):
     family, code, refused = asyncio.run(scene())
     assert code == 0, server.log()
     assert len(refused) == 8, "each client was told that the server is going"
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=3)
     assert not alive, [process.cmdline() for process in alive]
 
 
