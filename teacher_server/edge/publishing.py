@@ -218,13 +218,15 @@ class _Incoming:
 async def _to_its_end(work: Callable[..., _Result], *arguments: Any) -> _Result:
     """What work in a thread returns; a publisher who leaves does not tear it in two.
 
-    The cancellation is raised once the work is done: a thread cannot be stopped, and the lock of the teacher must not be released beside
-    it. So a revision that has got its name is also wanted.
+    The cancellation is raised once the work is done, however often it is asked for: a thread cannot be stopped, and the lock of the teacher
+    must not be released beside it. So a revision that has got its name is also wanted.
     """
     task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
-        task.exception()
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        task.exception()  # nobody is left to hear of it
         raise

@@ -11,6 +11,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from teacher_server.edge import publishing as publishing_edge
 from teacher_server.publishing import receiving, revisions
 from teacher_wire.core.errors import (
     CapabilityError,
@@ -465,7 +466,7 @@ async def test_a_publisher_that_leaves_while_it_is_deployed_changes_nothing(base
                 await asyncio.sleep(0.01)
 
 
-async def test_a_publisher_that_leaves_between_a_revision_and_its_wish_has_it_deployed(
+async def test_a_revision_is_deployed_although_its_publisher_left_before_it_was_wanted(
     base, student, tmp_path, monkeypatch
 ):
     """Whole is wanted: the two are one step, also to somebody who cancels in the midst of it."""
@@ -491,6 +492,56 @@ async def test_a_publisher_that_leaves_between_a_revision_and_its_wish_has_it_de
         async with asyncio.timeout(20):
             while server.deployed != [publication.revision]:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_publisher_that_leaves_amid_a_write_is_taken_up_where_that_write_ended(
+    base, student, tmp_path, monkeypatch, small_pieces
+):
+    publication, sources = publication_of(student)
+    writing, left = threading.Event(), threading.Event()
+    write = receiving.Receiving.write
+
+    def slow(self, number, data):
+        writing.set()
+        assert left.wait(20)
+        write(self, number, data)
+
+    async with publishing(tmp_path, base) as server, client_of(server) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(receiving.Receiving, "write", slow)
+            gone = asyncio.create_task(client.publish(publication, sources))
+            assert await asyncio.to_thread(writing.wait, 20)
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+            with server.revisions.locked() as free:
+                assert not free, "the lock is held while the thread still writes"
+            left.set()
+            await released(server)
+        sent = []
+        await client.publish(publication, sources, lambda stage, n, whole: sent.append(n))
+        assert sent[0] > codec.PIECE_BYTES, "the piece that was under way was kept, and not sent again"
+        assert server.deployed == [publication.revision]
+
+
+async def test_work_that_is_cancelled_twice_is_done_before_either_is_raised():
+    """As a timeout does to a call whose client goes at the same time."""
+    begun, go, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        assert go.wait(20)
+        done.set()
+
+    task = asyncio.create_task(publishing_edge._to_its_end(work))
+    assert await asyncio.to_thread(begun.wait, 20)
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0.05)
+    assert not task.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert done.is_set()
 
 
 async def test_an_edge_that_goes_down_does_not_wait_for_a_deployment(base, student, tmp_path):
