@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Packs vLLM 0.25.1, Ray 2.60 and what they and our edge need for a GPU machine (x86-64, Python 3.12, torch 2.11+cu130, Hopper) that
+# Packs vLLM 0.25.1, Ray 2.60, bitsandbytes 0.50.2 and what they and our edge need for a GPU machine (x86-64, Python 3.12, torch 2.11+cu130, Hopper) that
 # reaches no package registry: three folders p1, p2, p3 of archives, each below 60 MiB, that gpu_setup.sh unpacks there into one folder.
 #     bash tests/bench/pack_gpu.sh .pack        # about six minutes on two cores; 400 MB of downloads, none of them kept
 #     bash tests/bench/pack_gpu.sh .pack p3     # without vLLM: Ray and the small packages alone
@@ -40,6 +40,13 @@ rm "$work"/ray-*.whl
     chmod +x core/src/ray/gcs/gcs_server core/src/ray/raylet/raylet
 )
 pack "$out/p3/ray.tar.xz" 6 "$work/ray" ray ray-2.60.0.dist-info
+
+# The 4-bit base of QLoRA: bitsandbytes with the kernels of the machine's CUDA alone.
+python3 -m pip download -q "${target[@]}" -d "$work" bitsandbytes==0.50.2
+unzip -q "$work"/bitsandbytes-*.whl -d "$work/bitsandbytes"
+rm "$work"/bitsandbytes-*.whl
+find "$work/bitsandbytes" -name 'libbitsandbytes_*.so' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
+pack "$out/p3/bitsandbytes.tar.xz" 6 "$work/bitsandbytes" .
 
 if [ "$only" != p3 ]; then
 python3 -m pip download -q "${target[@]}" -d "$work" vllm==0.25.1
