@@ -6,6 +6,8 @@ refused: its reply begins with the server's version in every version of the prot
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from typing import Any
 
@@ -17,6 +19,7 @@ from teacher_wire.transport import status_table
 from teacher_wire.transport.caller import Context
 from teacher_wire.v2 import teacher_pb2 as pb
 
+_HEARD_OUT_S = 0.25  # a caller that still writes when its call ends may see gRPC's own "internal error" in place of our refusal
 _METHOD = re.compile(r"/teacher_wire\.v([0-9]{1,6})\.Teacher/(\w+)")
 
 
@@ -33,6 +36,10 @@ class OtherVersions(grpc.GenericRpcHandler):
 
         async def refuse(_requests: Any, context: Context) -> None:
             detail = status_table.to_detail(refusal).SerializeToString()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_HEARD_OUT_S):
+                    while await context.read() is not grpc.aio.EOF:
+                        pass
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refusal), ((status_table.DETAIL_KEY, detail),))
 
         return grpc.stream_stream_rpc_method_handler(refuse)
