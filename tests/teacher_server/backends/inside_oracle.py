@@ -51,7 +51,7 @@ def inside(model, ids) -> Inside:
             )
     with torch.no_grad():
         found = body(
-            torch.tensor(np.asarray(ids)).long()[None],
+            torch.tensor(np.asarray(ids), device=model.device).long()[None],
             output_attentions=True,
             output_hidden_states=True,
             use_cache=False,
@@ -85,7 +85,7 @@ def energy(u_LF):
 
 def quantiles(u_LF):
     size = u_LF.double().abs()
-    size = (size / size.sum(-1, keepdim=True)).numpy()
+    size = (size / size.sum(-1, keepdim=True)).cpu().numpy()
     parts = np.array_split(-np.sort(-size, axis=-1), 16, axis=-1) if size.shape[-1] % 16 == 0 else None
     assert parts is not None, "the oracle knows sixteen equal parts alone"
     return torch.from_numpy(np.stack([part.mean(-1) for part in parts], axis=-1))
