@@ -6,7 +6,8 @@ other, everything let go between them.
     python -m tests.bench.plan_memory --device cuda [--json] [--graphs]
     python -m tests.bench.plan_memory --device cpu --tiny          # a rehearsal: no peak on a CPU, the estimate's parts alone
 
-Columns: estimated and measured GiB in use and held, and estimate / measured. The figures are written to $OUT/plan_memory.json after each case.
+Columns: estimated and measured GiB in use and held, and estimate / measured. The figures are written to $OUT after each case.
+Peaks are a process's own, so that two processes, one `--shape` each, may share a card.
 """
 
 from __future__ import annotations
@@ -69,9 +70,8 @@ SHAPES = {
 STEPS = 4  # the first makes the optimizer's state, the second may record
 
 
-def cases(tiny: bool) -> list[tuple[str, str, bool]]:
+def cases(shapes: list[str]) -> list[tuple[str, str, bool]]:
     """Shape, way of training, checkpointing."""
-    shapes = ["tiny"] if tiny else ["1.5B", "0.5B"]
     return [(shape, way, kept) for shape in shapes for way in ("lora", "qlora", "full") for kept in (True, False)]
 
 
@@ -231,12 +231,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--shape", nargs="+", choices=["1.5B", "0.5B"], default=["1.5B", "0.5B"])
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     bench, rows = Bench(options.device, options.tiny, options.graphs), []
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (estimates alone)"
-    for shape, way, kept in cases(options.tiny):
+    for shape, way, kept in cases(["tiny"] if options.tiny else options.shape):
         row: dict[str, Any] = {"shape": shape, "way": way, "checkpointing": kept}
         try:
             config = bench.config(way, kept)
@@ -264,7 +265,9 @@ def main() -> None:
             torch.cuda.empty_cache()
             torch._dynamo.reset()
         if "OUT" in os.environ:
-            Path(os.environ["OUT"], "plan_memory.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1))
+            Path(os.environ["OUT"], f"plan_memory-{options.shape[0]}.json").write_text(
+                json.dumps({"where": where, "rows": rows}, indent=1)
+            )
         shown = {
             name: round(value, 3) if isinstance(value, float) else value
             for name, value in row.items()
