@@ -1,20 +1,19 @@
 #!/usr/bin/env bash
-# What issues 15 (lines 5 and 6) and 16 (lines 4 and 5) still want of a GPU: three measuring calls on one warm machine of two GPUs, 500 to 560 s each.
+# What issues 16 to 18 still want of a GPU (and how 15's figures were made): measuring calls on one warm machine, 200 to 580 s each.
 #
-# Before the lease, here: `python -m tests.real.fetch REAL && bash tests/bench/pack_real.sh REAL .pack && bash tests/bench/pack_gpu.sh .pack` (p1 and p2 hold vLLM, and
-# only `own` needs them; `pack_gpu.sh .pack p3` makes the rest alone). `.pack` is ignored by git and is named in `carry`. The machine goes back 30 s after a call: send the next at once.
-# Four stashes of about 20 s (leave p1 and p2 out to go without vLLM), then the three calls, all of kind nvidia-h100-x2 or nvidia-h200-x2:
-#     run(carry=[".pack/r1"], timeout_s=120, command="bash tests/bench/gpu_setup.sh stash .pack/r1")                          # and so r2, p1, p2
-#   1 run(carry=[".pack/p3"], timeout_s=590, command="bash tests/bench/gpu_setup.sh stash .pack/p3 && bash tests/bench/gpu_open.sh kernels /tmp/real 500")
-#   2 run(timeout_s=590, command="bash tests/bench/gpu_open.sh layers /tmp/real 540")
-#   3 run(timeout_s=590, command="bash tests/bench/gpu_open.sh own /tmp/real 550")
-# The last number is the budget in seconds, from the start of the call. `kernels`: unpacks everything, then tests/gpu and the kernels alone and the server's costs on the first card,
-# a student's costs on the last one, and with what is left the 400 off-policy steps that `own` goes on from. `layers`: the arms that line 5 lacks, one seed, 400 steps; then
-# cos 12 and cos 24 beside the recipe, three seeds, 1,200 steps. `own`: 200 steps off-policy and on-policy (three seeds; makes the 400 steps if they are lacking), then
-# the engines and the pipeline. Every part leaves JSON and logs in $OUT as it goes, and one that fails does not end the others. Figures are compared within one call: cards differ.
+# Before the lease, here: `python -m tests.real.fetch REAL && bash tests/bench/pack_real.sh REAL .pack && bash tests/bench/pack_gpu.sh .pack` (p1 and p2 hold vLLM, which only
+# ENGINE=vllm needs; p4 holds Ray, which none of these parts needs). `.pack` is ignored by git and is named in `carry`. The machine goes back 30 s after a call: send the next at once.
+# Stashes of 7 s each, then the parts; check the answer of each stash before the next call, since what was not stashed costs the whole call:
+#     run(carry=[".pack/r1"], timeout_s=120, command="bash tests/bench/gpu_setup.sh stash .pack/r1")                          # and so r2 and p3
+#     run(timeout_s=590, command="bash tests/bench/gpu_open.sh own /tmp/real 570")                                            # and so on
+# The last number is the budget in seconds, from the start of the call. `own`: 400 off-policy steps, then 200 more off-policy and on-policy, three seeds (350 s were not enough for six
+# runs at once with engine hf on one H100: three a card, or ENGINE=vllm, which writes 14 times as fast at 1.5B shapes and starts for 80 s). `pipeline`: rollouts beside training, and
+# one after the other. `journey`: cross_loss, plan_memory, qlora, and the curriculum on the real pair. `kernels` (500 s): tests/gpu, the kernels alone, the server's costs on the first card,
+# a student's on the last one. `layers` (530 s): more layers, one seed, 400 steps; cos 12 and cos 24, three seeds, 1,200 steps.
+# Every part leaves JSON and logs in $OUT as it goes, and one that fails does not end the others. Figures are compared within one call: cards differ.
 # PER_GPU: runs at a time on a card. SMALL=1: tiny sizes, to rehearse without a GPU (REAL may then be any pair of `tests.real.fetch`'s names).
 set -uo pipefail
-usage="usage: gpu_open.sh kernels|layers|own REAL SECONDS"
+usage="usage: gpu_open.sh kernels|layers|own|pipeline|journey REAL SECONDS"
 part=${1:?$usage} real=${2:?$usage} budget=${3:?$usage}
 : "${OUT:?is where the figures go}"
 began=$SECONDS
@@ -42,8 +41,8 @@ bench() { # LOG MODULE ...
 prepare() {
     [ -n "$small" ] && return
     if [ ! -e /tmp/site.env ]; then
-        parts=(p3)
-        [ ! -e /tmp/pack/SHA256SUMS.p2 ] || parts=(p1 p2 p3)
+        parts=()
+        for sums in /tmp/pack/SHA256SUMS.p?; do parts+=("${sums##*.}"); done
         bash tests/bench/gpu_setup.sh finish "${parts[@]}" || exit 1
     fi
     # shellcheck disable=SC1091
@@ -102,20 +101,35 @@ layers)
     bench layers-final real_layers final "${pair[@]}" --per-gpu "${PER_GPU:-5}" --seeds $([ -n "$small" ] && echo 0 || echo 0 1 2) --budget-s "$(left 25)" $(steps 2) --arms "cos 12" "cos 24"
     ;;
 own)
-    work=/tmp/lyceum-real warm_s=150 speed_s=220
-    [ -z "$small" ] || work=$OUT/work warm_s=300 speed_s=150
+    work=/tmp/lyceum-real warm_s=230
+    [ -z "$small" ] || work=$OUT/work warm_s=300
     for seed in 0 $([ -n "$small" ] || echo 1 2); do
-        [ -d "$work/warm-$seed/final" ] || { warm "$warm_s"; break; }
+        [ -d "$work/warm-$seed/final" ] || { PER_GPU=3 warm "$warm_s"; break; }
     done
     # shellcheck disable=SC2046
-    bench on_policy-more real_on_policy more "${pair[@]}" --budget-s "$(left "$speed_s")" --per-gpu "${PER_GPU:-5}" --engine "${ENGINE:-hf}" $(steps 2) \
+    bench on_policy-more real_on_policy more "${pair[@]}" --budget-s "$(left 20)" --per-gpu "${PER_GPU:-3}" --engine "${ENGINE:-hf}" $(steps 2) \
         $([ -n "$small" ] && echo --seeds 0 --sampled 2 --max-new-tokens 8) --arms "on-policy, JSD" "on-policy, reverse KL" "off-policy, the recipe"
-    engines=(hf)
-    "$python" -c 'import vllm' 2>/dev/null && [ -z "$small" ] && engines=(hf vllm)
-    shape=()
-    [ -z "$small" ] || shape=(--shape tiny --limit 100)
-    card $((gpus - 1)) bench rollouts-engines rollouts engines --json "${shape[@]}" --engine "${engines[@]}" --batch $([ -n "$small" ] && echo 2 || echo 32) --repeat 1
-    bench rollouts-pipeline rollouts pipeline --json --limit 110 "${shape[@]}" --engine hf --staleness 0 1 --steps $([ -n "$small" ] && echo 1 || echo 6)
+    ;;
+pipeline)
+    shape=(--batch 16 --new-tokens 128 --limit 200)
+    [ -z "$small" ] || shape=(--shape tiny --batch 2 --limit 100)
+    bench rollouts-pipeline rollouts pipeline --json "${shape[@]}" --engine "${ENGINE:-hf}" --staleness 0 1 --steps $([ -n "$small" ] && echo 1 || echo 4)
+    ;;
+journey)
+    # What a run takes of the card, by `plan` and by itself; then the three ways of training. Peaks are a process's own, times are not: the shapes go first, two at a time.
+    if [ -n "$small" ]; then
+        bench plan_memory plan_memory --device cpu --tiny --json
+        bench qlora qlora --device cpu --json --steps 5
+    else
+        bench cross_loss cross_loss --device cuda --json
+        card 0 bench plan_memory-small plan_memory --device cuda --json --shape 0.5B &
+        other=$!
+        card $((gpus - 1)) bench plan_memory-large plan_memory --device cuda --json --shape 1.5B
+        wait "$other"
+        bench qlora qlora --device cuda --json --steps 40
+    fi
+    # shellcheck disable=SC2046
+    bench curriculum real "${pair[@]}" --per-gpu "${PER_GPU:-5}" $(steps 2) --arms "sft" "gkd" "gkd, curriculum"
     ;;
 *)
     echo "$usage" >&2

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On the GPU machine: puts what pack_gpu.sh made into /tmp/site. A carried folder a call, then once `finish`:
-#     bash tests/bench/gpu_setup.sh stash .pack/p1     # and p2, p3, each in the call that carries it
+#     bash tests/bench/gpu_setup.sh stash .pack/p1     # and p2, p3, p4, each in the call that carries it
 #     bash tests/bench/gpu_setup.sh finish && . /tmp/site.env && python3 -m tests.bench.gpu_vllm
-# `finish p3` where Ray and the small packages are enough; `real FOLDER` after stashing r1 and r2 of pack_real.sh makes the real pair there.
+# `finish p3` where the small packages are enough, `finish p3 p4` with Ray; `real FOLDER` after stashing r1 and r2 of pack_real.sh makes the real pair there.
 # `finish` checks that all parts are there and whole, and says which of the machine's own packages /tmp/site puts others in front of.
 # /tmp/site.env sets PYTHONPATH (absolute, since Ray's and vLLM's processes inherit it) and what this set of packages needs.
 set -euo pipefail
@@ -25,7 +25,7 @@ stash)
 finish)
     shift
     parts=("$@")
-    [ $# -gt 0 ] || parts=(p1 p2 p3)
+    [ $# -gt 0 ] || parts=(p1 p2 p3 p4)
     for part in "${parts[@]}"; do
         [ -e "$stash/SHA256SUMS.$part" ] || { echo "$stash lacks $part: the machine was given back in between?" >&2; exit 1; }
     done
@@ -63,12 +63,13 @@ if twice or kept:
 import grpc
 import google.protobuf
 import numpy
+import importlib.util
+
 import pydantic
-import ray
 import torch
 import transformers
 
-print(f"grpcio {grpc.__version__}, protobuf {google.protobuf.__version__}, pydantic {pydantic.__version__}, ray {ray.__version__}, "
+print(f"grpcio {grpc.__version__}, protobuf {google.protobuf.__version__}, pydantic {pydantic.__version__}, ray {importlib.util.find_spec('ray') and __import__('ray').__version__}, "
       f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {numpy.__version__}")
 END
     ;;

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Packs vLLM 0.25.1, Ray 2.60, bitsandbytes 0.50.2 and what they and our edge need for a GPU machine (x86-64, Python 3.12, torch 2.11+cu130, Hopper) that
-# reaches no package registry: three folders p1, p2, p3 of archives, each below 60 MiB, that gpu_setup.sh unpacks there into one folder.
+# reaches no package registry: p1 and p2 (vLLM), p3 (the small packages) and p4 (Ray), folders of archives, each at least 10 MiB below the 64 MiB that
+# travel with the tree; gpu_setup.sh unpacks them there into one folder.
 #     bash tests/bench/pack_gpu.sh .pack        # about six minutes on two cores; 400 MB of downloads, none of them kept
-#     bash tests/bench/pack_gpu.sh .pack p3     # without vLLM: Ray and the small packages alone
+#     bash tests/bench/pack_gpu.sh .pack p3     # without vLLM: p3 and p4 alone
 # Left out: vLLM's attention library for Ampere, its Rust front end and kernels for other chips; of Ray its jars, dashboard pages, debug
 # symbols and the libraries that ray.serve does not import. torch, triton, numpy, transformers are the machine's own.
 set -euo pipefail
@@ -22,7 +23,7 @@ pack() { # ARCHIVE LEVEL FOLDER NAME...: blocks of 8 MiB, so that unpacking uses
     tar -C "$folder" -cf - "$@" | xz -T0 "-$level" --block-size=8MiB >"$archive"
 }
 
-rm -rf "$out/p1" "$out/p2" "$out/p3"
+rm -rf "$out"/p[1-4]
 # Without vLLM its mistral-common stays out too: transformers, when it finds it, reads tokenizers of gguf files by it and fails.
 cp "$here/gpu_packages.txt" "$work/packages.txt"
 [ "$only" != p3 ] || sed -i '/^mistral-common/d' "$work/packages.txt"
@@ -39,7 +40,7 @@ rm "$work"/ray-*.whl
     strip --strip-unneeded _raylet.so core/src/ray/gcs/gcs_server core/src/ray/raylet/raylet
     chmod +x core/src/ray/gcs/gcs_server core/src/ray/raylet/raylet
 )
-pack "$out/p3/ray.tar.xz" 6 "$work/ray" ray ray-2.60.0.dist-info
+pack "$out/p4/ray.tar.xz" 6 "$work/ray" ray ray-2.60.0.dist-info
 
 # The 4-bit base of QLoRA: bitsandbytes with the kernels of the machine's CUDA alone.
 python3 -m pip download -q "${target[@]}" -d "$work" bitsandbytes==0.50.2

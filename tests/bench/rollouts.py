@@ -268,7 +268,7 @@ def run(options: argparse.Namespace) -> None:
         "run": {"output_dir": str(options.folder / "run"), "cache_dir": str(options.folder / "cache")},
         "model": model_section(options.folder),
         "data": {"train": [str(options.folder / "rows.jsonl")], "eval": [], "max_tokens": options.prompt_tokens + 64},
-        "teacher": {"address": f"127.0.0.1:{options.port}"},
+        "teacher": {"address": f"127.0.0.1:{options.port}", "wait_s": 300},  # it is loading
         "labels": {"transport": "hidden"},
         "loss": {"output": {"divergence": "jsd", "beta": 0.5}, "sft_weight": 0.0},
         "on_policy": {
