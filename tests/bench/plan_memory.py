@@ -125,6 +125,7 @@ class Bench:
         for number in range(STEPS):
             if number == 1 and self.device == "cuda":
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # what making the models left, which no loader of ours leaves
                 torch.cuda.reset_peak_memory_stats()
             total = learner(batch, float(self.sequences * (self.length - 1)), 0)
             total.loss.backward()
@@ -187,7 +188,7 @@ class Bench:
         }
         loss = parse_config(tree, "bench").loss
         objective = Objective(loss, self.vocab, spec_of("hidden", self.vocab).signals)
-        head = Head((torch.randn(self.vocab, self.teacher_width, device=device) * 0.03).bfloat16())
+        head = Head(torch.randn(self.vocab, self.teacher_width, device=device, dtype=torch.bfloat16).mul_(0.03))
         learner = Learner(student, objective.terms(student), teacher_head=head)
         learner.train()
         trained = [p for p in learner.parameters() if p.requires_grad]
