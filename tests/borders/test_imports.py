@@ -9,63 +9,70 @@ import pytest
 HEAVY = {"torch", "ray", "transformers", "vllm", "peft"}
 
 
-def loaded_by(code: str, *arguments: str) -> set[str]:
-    """Top-level modules in a fresh interpreter after `code`."""
-    script = f"import sys\n{code}\nprint('\\n'.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
-    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+def loaded_by(*steps: str) -> list[set[str]]:
+    """Top-level modules in one fresh interpreter after each piece of code, those of the pieces before among them."""
+    say = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    script = "\n".join(["import sys", *(line for step in steps for line in (step, say))])
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return [set(line.split()) for line in result.stdout.splitlines()]
 
 
+# Each a fresh interpreter, in which a room is imported behind those that load less: what it may not load, they may not either.
 @pytest.mark.parametrize(
-    ("code", "never"),
+    "rooms",
     [
-        (
-            "import teacher_wire.endpoint.client, teacher_wire.endpoint.servicer, teacher_wire.testing.loopback, teacher_wire.testing.fake_teacher",
-            HEAVY | {"pydantic", "rich", "typer"},
-        ),
-        ("import teacher_server.cli.main, teacher_server.config.server", HEAVY | {"student_trainer"}),
-        ("import student_trainer.cli.main, student_trainer.config.run", HEAVY | {"teacher_server"}),
-        ("import teacher_server.replica.score_queue, teacher_server.decoding.scheduler", HEAVY),
-        (
-            "import teacher_server.control.launch, teacher_server.edge.server, teacher_server.replica.engine",
-            {"student_trainer", "torch"},
-        ),
-        ("import teacher_server.backends.transformers.backend", {"student_trainer", "ray"}),
-        ("import teacher_server.backends.vllm.backend", {"student_trainer", "ray", "vllm"}),
-        ("import student_trainer.training.run, student_trainer.evaluation.report", {"teacher_server", "ray"}),
-        (
-            "import student_trainer.rollout.engines.vllm_engine, student_trainer.rollout.engines.vllm_worker",
-            {"teacher_server", "ray", "vllm"},
-        ),
-        ("import student_trainer.losses.output.loss", {"teacher_server", "ray", "transformers", "peft", "grpc"}),
+        [
+            (
+                "import teacher_wire.endpoint.client, teacher_wire.endpoint.servicer, teacher_wire.testing.loopback, teacher_wire.testing.fake_teacher",
+                HEAVY | {"pydantic", "rich", "typer"},
+            )
+        ],
+        [("import teacher_server.cli.main, teacher_server.config.server", HEAVY | {"student_trainer"})],
+        [("import student_trainer.cli.main, student_trainer.config.run", HEAVY | {"teacher_server"})],
+        [("import teacher_server.replica.score_queue, teacher_server.decoding.scheduler", HEAVY)],
+        [
+            (
+                "import teacher_server.control.launch, teacher_server.edge.server, teacher_server.replica.engine",
+                {"student_trainer", "torch"},
+            )
+        ],
+        [
+            ("import teacher_server.backends.transformers.backend", {"student_trainer", "ray", "vllm"}),
+            ("import teacher_server.backends.vllm.backend", {"student_trainer", "ray", "vllm"}),
+        ],
+        [
+            ("import student_trainer.losses.output.loss", {"teacher_server", "ray", "transformers", "peft", "grpc"}),
+            (
+                "import student_trainer.rollout.engines.vllm_engine, student_trainer.rollout.engines.vllm_worker",
+                {"teacher_server", "ray", "vllm"},
+            ),
+            ("import student_trainer.training.run, student_trainer.evaluation.report", {"teacher_server", "ray"}),
+        ],
     ],
+    ids=["language", "server's commands", "student's commands", "queues", "control", "backends", "training"],
 )
-def test_importing_a_room_loads_only_what_it_may(code, never):
-    assert not loaded_by(code) & never
+def test_importing_a_room_loads_only_what_it_may(rooms):
+    for (code, never), loaded in zip(rooms, loaded_by(*(code for code, _ in rooms)), strict=True):
+        assert not loaded & never, code
+
+
+HELP = """
+import contextlib, io
+from {house}.cli.main import main
+sys.argv = ['x', *{arguments!r}]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+    main()
+"""
 
 
 @pytest.mark.parametrize("house", ["teacher_server", "student_trainer"])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["up", "--help"],
-        ["train", "--help"],
-        ["describe", "--help"],
-        ["label", "--help"],
-        ["cache", "--help"],
-        ["status", "--help"],
-    ],
-)
-def test_help_is_light(house, arguments):
-    code = (
-        f"import sys; sys.argv = ['x', *{arguments!r}]\n"
-        f"from {house}.cli.main import main\n"
-        "import contextlib, io\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):\n"
-        "    main()"
-    )
-    assert not loaded_by(code) & HEAVY
+def test_help_is_light(house):
+    commands = ["", "up", "train", "describe", "label", "cache", "status"]
+    asked = [[*command.split(), "--help"] for command in commands]
+    for arguments, loaded in zip(
+        asked, loaded_by(*(HELP.format(house=house, arguments=arguments) for arguments in asked)), strict=True
+    ):
+        assert not loaded & HEAVY, arguments
 
 
 def test_the_import_contracts_hold():

@@ -387,7 +387,17 @@ def renormalised_top_k(state_ND: Tensor, head: Head, rows: TeacherRows) -> Tenso
 # --------------------------------------------------------------- statistics
 
 
-T_975 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
+T_975 = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}  # by degrees of freedom
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:

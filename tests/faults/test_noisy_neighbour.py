@@ -1,7 +1,7 @@
 """A quiet tenant beside a noisy one with a valid token: nothing of its is refused, and it hardly waits longer.
 
 The edge, the noisy tenant and the quiet one are processes of their own. `make soak` abuses for ten seconds each and holds
-the medians within a factor of two; `make test` for a second or two, on a machine that others use, with a wide bound.
+the medians within a factor of two; `make test` for about a second, on a machine that others use, with a wide bound.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from tests.faults.noisy_abuses import ABUSES
 from tests.faults.noisy_server import VOCAB
 
 SOAK = bool(os.environ.get("LYCEUM_SOAK"))
-SECONDS = 10.0 if SOAK else 1.5
+SECONDS = 10.0 if SOAK else 0.8
 RATIO = 2.0 if SOAK else 25.0
 MORE_MB = 300 if SOAK else 500  # the short run shares its machine with the rest of the suite
 QUIET, NOISY = "q" * 24, "n" * 24

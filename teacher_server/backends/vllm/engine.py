@@ -23,7 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from teacher_server.backends import death_watch
+from teacher_server.backends import death_watch, grammar
 from teacher_server.errors import ServerConfigError
 from teacher_wire.core.errors import RequestError, ServerError, TeacherWireError, UnavailableError
 from teacher_wire.generate.messages import SamplingSpec
@@ -190,7 +190,7 @@ def start(role: Role, loop: Loop, arguments: dict[str, Any]) -> Engine:
             "hf_overrides": {"head_dtype": "model"},
         }
     else:
-        # The grammar is that of `backends.grammar`, white space included.
+        # The grammar is that of `backends.grammar`, white space and control characters included, which come with its text.
         structured = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
         arguments = {**arguments, "structured_outputs_config": structured}
     load = Load()
@@ -228,7 +228,7 @@ def sampling_params(spec: SamplingSpec, seed: int) -> SamplingParams:
 
     With a schema no log-probabilities are asked for: vLLM's are of what the schema leaves.
     """
-    structured = StructuredOutputsParams(json=spec.json_schema) if spec.json_schema else None
+    structured = StructuredOutputsParams(grammar=grammar.strict_text(spec.json_schema)) if spec.json_schema else None
     return SamplingParams(
         temperature=spec.temperature,
         top_p=spec.top_p,

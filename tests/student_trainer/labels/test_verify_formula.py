@@ -12,6 +12,7 @@ from teacher_wire.core.errors import LabelError
 from teacher_wire.core.signals import TeacherSignals
 from teacher_wire.core.tensor import Tensor, float32, token_id_dtype
 from teacher_wire.score.signals import spec_of
+from tests.thorough import covering
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -140,8 +141,7 @@ def both(monkeypatch, signals, spec, batch):
     return found, expected
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "mistake"), covering(DTYPES, MISTAKES))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_same_verdict_as_the_plain_formulas(dtype, mistake):
     seen = set()

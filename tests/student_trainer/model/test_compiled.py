@@ -19,6 +19,7 @@ from student_trainer.config.model import LoraSettings, ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import Student, load_student, quicken
 from student_trainer.model.speed import compiled
+from tests.thorough import thorough
 
 FAMILIES = ["qwen2", "llama", "gemma2", "glm4", "cohere", "granite"]
 
@@ -57,7 +58,15 @@ def same(one: Student, other: Student, length: int) -> None:
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
 
 
-@pytest.mark.parametrize(("family", "checkpointing"), [*((family, True) for family in FAMILIES), ("qwen2", False)])
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [
+        ("qwen2", False),
+        ("llama", True),
+        ("gemma2", True),
+        *(thorough(family, True) for family in FAMILIES if family not in ("llama", "gemma2")),
+    ],
+)
 def test_the_same_values_and_gradients_for_every_length(model_factory, family, checkpointing):
     plain = student_of(model_factory(family), checkpointing=checkpointing)
     quick = copy.deepcopy(plain)
@@ -67,7 +76,7 @@ def test_the_same_values_and_gradients_for_every_length(model_factory, family, c
     assert quick.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", thorough("llama")])
 def test_one_graph_serves_all_layers_and_all_lengths_whatever_came_before(model_factory, family):
     """A resumed run begins at another length, and must go on by the same kernels."""
     student = student_of(model_factory(family))
@@ -94,7 +103,7 @@ def test_measuring_is_left_alone_and_all_can_be_taken_back(model_factory):
     assert [type(m) for m in quick.model.modules()] == [type(m) for m in plain.model.modules()]
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [True, thorough(False)])
 def test_nothing_random_is_computed_twice(model_factory, monkeypatch, kept):
     """A recording cannot hold the generator's state; torch saves it for attention, which might draw, if it is computed again."""
     names: dict[str, list[str]] = {"forward": [], "backward": []}

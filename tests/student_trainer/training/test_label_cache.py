@@ -322,7 +322,8 @@ def test_wrong_input_is_one_line(call, config_file, tmp_path, arguments, named):
         arguments += ["--cache-dir", str(tmp_path / "cache")]
     code, _, err = call(*arguments)
     last = err.strip().splitlines()[-1]
-    assert code == 2 and last.startswith("student-trainer: ") and named in last and "Traceback" not in err, err
+    assert code == (75 if named == "127.0.0.1:1" else 2), err  # who does not answer now may do so later
+    assert last.startswith("student-trainer: ") and named in last and "Traceback" not in err, err
 
 
 def test_the_cache_commands_load_no_torch(tmp_path):
