@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +20,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from student_trainer.cli.asking import AsJson, print_json
 from student_trainer.config.run import TOKENS, cache_folder, labels_folder
 from student_trainer.errors import ConfigError
 from student_trainer.progress import ProgressBar
 from student_trainer.teachers.artifact_files import artifact_files, artifact_folders
 from student_trainer.teachers.offline.record import TeacherRecord
-from student_trainer.teachers.offline.upkeep import drop_unlabelled, export_records, records_of, verify_records
+from student_trainer.teachers.offline.upkeep import (
+    count_damaged,
+    drop_unlabelled,
+    export_records,
+    records_of,
+    verify_records,
+)
 from teacher_wire.labels.budget import File
 from teacher_wire.labels.store import Amount, LabelStore, StoreStats
 
@@ -37,12 +45,42 @@ _DEFAULT = Path("~/.cache/lyceum")
 
 
 @app.command()
-def stats(cache_dir: CacheDir = _DEFAULT) -> None:
+def stats(cache_dir: CacheDir = _DEFAULT, as_json: AsJson = False) -> None:
     """List the labels by teacher and transport, the teachers that are known, their output heads, and the tokenised datasets."""
     with _named(cache_dir) as store:
         shelves, unreadable = store.scan()
         kept = _beside_labels(cache_dir)
-        records = records_of(cache_dir)
+        records, damaged_records = records_of(cache_dir), count_damaged(cache_dir)
+    if as_json:
+        print_json(
+            {
+                "folder": store.folder,
+                "labels": [asdict(shelf) for shelf in shelves],
+                "unreadable_files": unreadable,
+                "teachers": [
+                    {
+                        "name": record.info.name,
+                        "model": record.info.model,
+                        "revision": record.info.revision,
+                        "fingerprint": record.info.fingerprint,
+                        "met_at": list(record.places),
+                        "kept_s": record.kept_s,
+                        "artifacts": _artifacts_here(cache_dir, record),
+                    }
+                    for record in records
+                ],
+                "damaged_teacher_records": damaged_records,
+                "beside": {
+                    _plural(kind).replace(" ", "_"): {
+                        "files": len(files),
+                        "bytes": sum(file.size for file in files),
+                        "newest_use_s": files[-1].used_s,
+                    }
+                    for kind, files in kept.items()
+                },
+            }
+        )
+        return
     console = Console(highlight=False, soft_wrap=True)
     for kind, files in kept.items():
         newest = datetime.fromtimestamp(files[-1].used_s).strftime("%Y-%m-%d %H:%M")
@@ -53,6 +91,8 @@ def stats(cache_dir: CacheDir = _DEFAULT) -> None:
         )
     for record in records:
         console.print(f"teacher {_told(cache_dir, record)}", markup=False)
+    if damaged_records:
+        console.print(f"damaged teacher records: {damaged_records:,}; `student-trainer cache verify` deletes them")
     if not shelves and not unreadable:
         console.print(f"no labels in {store.folder}", markup=False)
         return
@@ -76,17 +116,29 @@ def stats(cache_dir: CacheDir = _DEFAULT) -> None:
 
 
 @app.command()
-def verify(cache_dir: CacheDir = _DEFAULT) -> None:
+def verify(cache_dir: CacheDir = _DEFAULT, as_json: AsJson = False) -> None:
     """Read everything; delete what is damaged. Exit code 1 if something was, or could not be read."""
     with _named(cache_dir) as store, _bar("verifying") as progress:
         whole, damaged = store.verify(progress)
         verified = _verify_artifacts(cache_dir, store)
         verified["teacher_record"] = verify_records(cache_dir, store.drop_damaged)
-    print(f"{_amount(whole)} are whole; {_damage(damaged, store.stats)}")
-    for kind, (whole_files, damaged_files) in verified.items():
-        if whole_files or damaged_files:
-            print(f"{whole_files:,} {_plural(kind)} are whole; {damaged_files:,} were damaged")
-    _complain(store.stats)
+    if as_json:
+        beside = {_plural(kind).replace(" ", "_"): {"whole": w, "damaged": d} for kind, (w, d) in verified.items()}
+        print_json(
+            {
+                "folder": store.folder,
+                "whole": asdict(whole),
+                "damaged": asdict(damaged),
+                "beside": beside,
+                **_trouble(store.stats),
+            }
+        )
+    else:
+        print(f"{_amount(whole)} are whole; {_damage(damaged, store.stats)}")
+        for kind, (whole_files, damaged_files) in verified.items():
+            if whole_files or damaged_files:
+                print(f"{whole_files:,} {_plural(kind)} are whole; {damaged_files:,} were damaged")
+        _complain(store.stats)
     if damaged.sequences or any(damaged_files for _, damaged_files in verified.values()) or store.stats.unreadable:
         raise typer.Exit(1)
 
@@ -119,6 +171,7 @@ def prune(
     teacher: Teacher = "",
     older_than_days: Annotated[float | None, typer.Option(min=0, help="only labels not used for so long")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Delete labels, output heads and tokenised datasets: what fits every option given. --teacher spares what belongs to no one teacher."""
     for name, value in (("--max-gb", max_gb), ("--older-than-days", older_than_days)):
@@ -143,6 +196,17 @@ def prune(
             forgotten = 0 if unreadable else drop_unlabelled(cache_dir, labelled, teacher)
         left = {file.path for files in _beside_labels(cache_dir).values() for file in files}
     gone = {kind: sum(file.path not in left for file in files) for kind, files in kept.items()}
+    if as_json:
+        print_json(
+            {
+                "folder": store.folder,
+                "dry_run": dry_run,
+                "freed": asdict(freed),
+                "beside": {_plural(kind).replace(" ", "_"): count for kind, count in gone.items()},
+                "forgotten_teachers": forgotten,
+            }
+        )
+        return
     told = "".join(f", {count:,} of them {_plural(kind)}" for kind, count in gone.items() if count)
     print(f"{'would free' if dry_run else 'freed'} {_mb(freed.bytes)} MB: {freed.sequences:,} sequences{told}")
     if forgotten:
@@ -154,6 +218,7 @@ def export(
     to: Annotated[Path, typer.Argument(help="folder that can be --cache-dir or run.cache_dir on another machine")],
     cache_dir: CacheDir = _DEFAULT,
     teacher: Teacher = "",
+    as_json: AsJson = False,
 ) -> None:
     """Copy labels, each verified, into another cache folder, with what training without their teacher needs; what is there stays."""
     if labels_folder(to).absolute() == labels_folder(cache_dir).absolute():
@@ -168,32 +233,53 @@ def export(
             raise ConfigError(
                 f"cache export: {error.filename or to}: cannot be written: {error.strerror or error}"
             ) from error
-    print(f"copied {_amount(copied)} to {labels_folder(to)}")
-    parts = (
-        (beside.records, "teacher records"),
-        (beside.artifacts, "artifacts"),
-        (beside.others, "files that join tokenizers"),
-    )
-    if told := ", ".join(f"{count:,} {what}" for count, what in parts if count):
-        print(f"copied with them {told}")
-    if beside.lacking:
-        print(f"not here, and not copied: {', '.join(beside.lacking)}")
-    if damaged.sequences:
-        print(_damage(damaged, store.stats))
-    _complain(store.stats)
+    if as_json:
+        print_json(
+            {
+                "folder": labels_folder(to),
+                "copied": asdict(copied),
+                "damaged": asdict(damaged),
+                "beside": asdict(beside),
+                **_trouble(store.stats),
+            }
+        )
+    else:
+        print(f"copied {_amount(copied)} to {labels_folder(to)}")
+        parts = (
+            (beside.records, "teacher records"),
+            (beside.artifacts, "artifacts"),
+            (beside.others, "files that join tokenizers"),
+        )
+        if told := ", ".join(f"{count:,} {what}" for count, what in parts if count):
+            print(f"copied with them {told}")
+        if beside.lacking:
+            print(f"not here, and not copied: {', '.join(beside.lacking)}")
+        if damaged.sequences:
+            print(_damage(damaged, store.stats))
+        _complain(store.stats)
     if damaged.sequences or store.stats.unreadable:
         raise typer.Exit(1)
 
 
 def _told(cache_dir: Path, record: TeacherRecord) -> str:
     """A record in one line, with which of its teacher's artifacts are here."""
+    here = [kind.replace("_", " ") for kind in _artifacts_here(cache_dir, record)]
+    return f"{record.told} on {record.day}, with its {', '.join(here)}" if here else f"{record.told} on {record.day}"
+
+
+def _artifacts_here(cache_dir: Path, record: TeacherRecord) -> list[str]:
+    """The kinds of a teacher's artifacts that are on this machine."""
     folders = artifact_folders(cache_folder(cache_dir))
-    here = [
-        artifact.kind.replace("_", " ")
+    return [
+        artifact.kind
         for artifact in record.info.artifacts
         if artifact.kind in folders and (folders[artifact.kind] / f"{artifact.sha256}.safetensors").is_file()
     ]
-    return f"{record.told} on {record.day}, with its {', '.join(here)}" if here else f"{record.told} on {record.day}"
+
+
+def _trouble(stats: StoreStats) -> dict[str, object]:
+    """What the disk refused, for `--json`."""
+    return {"undeletable": stats.undeletable, "unreadable": stats.unreadable, "trouble": stats.trouble or None}
 
 
 def _damage(damaged: Amount, stats: StoreStats) -> str:
