@@ -212,6 +212,24 @@ def test_importing_the_api_and_help_load_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
 
 
+@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+def test_help_loads_no_config_and_no_arrays(command):
+    """Typer's own pages take a third of a second; the models of a config, or numpy, would double that."""
+    code = (
+        "import contextlib, io, sys\n"
+        f"sys.argv = ['student-trainer', {command!r}, '--help']\n"
+        "from student_trainer.cli.main import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'grpc', 'yaml', 'student_trainer.config'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=dict(os.environ), check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_plain_data_is_parsed_alike(config_file):
     tree = yaml.safe_load(config_file.read_text())
     assert parse_config(tree, "x").train.max_steps == 6
