@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -228,6 +229,27 @@ def test_help_loads_no_config_and_no_arrays(command):
         [sys.executable, "-c", code], env=dict(os.environ), check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("house", ["student", "teacher"])
+def test_an_interrupt_is_one_line_wherever_it_comes(monkeypatch, capsys, house):
+    """While a command is imported, and before there is a table of commands."""
+    package, name = (
+        ("student_trainer", "student-trainer") if house == "student" else ("teacher_server", "teacher-server")
+    )
+    start = importlib.import_module(f"{package}.cli.__main__").start
+
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [name, "doctor"])
+    table = importlib.import_module(f"{package}.cli.frame.table")
+    monkeypatch.setattr(table, "adopt", interrupted)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            start()
+        assert end.value.code == 130 and capsys.readouterr().err == f"{name}: interrupted\n"
+        monkeypatch.setattr(f"{package}.cli.main.main", interrupted)
 
 
 def test_plain_data_is_parsed_alike(config_file):
