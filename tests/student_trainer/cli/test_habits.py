@@ -231,6 +231,17 @@ def test_help_loads_no_config_and_no_arrays(command):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--learning_rate", "train.learning_rate=..."), ("--max-steps", "train.max_steps=..."), ("--frobnicate", None)],
+)
+def test_an_option_that_is_a_setting_is_told_as_one(typed, meant):
+    """As they are typed after other trainers."""
+    told = " ".join(runner.invoke(app, ["train", "run.yaml", typed, "1"]).output.replace("│", " ").split())
+    assert f"No such option: {typed}" in told
+    assert (f"settings are written behind the config: {meant}" in told) if meant else "settings" not in told
+
+
 @pytest.mark.parametrize("house", ["student", "teacher"])
 def test_an_interrupt_is_one_line_wherever_it_comes(monkeypatch, capsys, house):
     """While a command is imported, and before there is a table of commands."""
