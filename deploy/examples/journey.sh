@@ -8,6 +8,12 @@
 set -euo pipefail
 teacher=$1 work=$2 layers=${3:-1}
 python=${PYTHON:-python3} port=${PORT:-50061} steps=${STEPS:-6}
+until_ready() { # the server that is $pid says so in its log
+  until grep -q "teacher-server ready on" "$1"; do
+    kill -0 $pid 2>/dev/null || { cat "$1" >&2; exit 1; }
+    sleep 0.5
+  done
+}
 student() { echo "== student-trainer $*" >&2; "$python" -m student_trainer.cli "$@"; }
 [ ! -e "$work" ] || { echo "$work is there already" >&2; exit 2; }
 mkdir -p "$work/raw"
@@ -44,15 +50,12 @@ config=("$work/student/student.yaml" "run.output_dir=$work/run" "run.cache_dir=$
 "$python" -m teacher_server.cli up "$work/student/teacher.yaml" "edge.port=$port" >"$work/teacher.log" 2>&1 &
 pid=$!
 trap 'kill -TERM $pid 2>/dev/null; wait $pid 2>/dev/null || true' EXIT
-until "$python" -m teacher_server.cli describe --address "127.0.0.1:$port" >/dev/null 2>&1; do
-  kill -0 $pid 2>/dev/null || { cat "$work/teacher.log" >&2; exit 1; }
-  sleep 1
-done
+until_ready "$work/teacher.log"
 
 student plan "${config[@]}" --budget 24GiB
 student label "${config[@]}"
 student train "${config[@]}"
-student evaluate "$work/run" --rows "$work/raw/heldout.jsonl" --tasks "$work/raw/exam.csv" --answers 2 --max-new-tokens 8 --out "$work/evaluation"
+student evaluate "$work/run" --teacher "127.0.0.1:$port" --rows "$work/raw/heldout.jsonl" --tasks "$work/raw/exam.csv" --answers 2 --max-new-tokens 8 --out "$work/evaluation"
 student infer "$work/run" --prompts "$work/raw/questions.jsonl" --out "$work/before.jsonl" --max-new-tokens 12
 student compare "${config[@]}" --arms sft gkd --seeds 2 --out "$work/compare"
 student report "$work/run" "$work/compare" --evaluation "$work/evaluation/evaluation.json" --out "$work/report.html"
@@ -68,14 +71,11 @@ ray: {object_store_mb: 256}
 teachers:
   - name: exported
     num_cpus: 0.5
-    backend: {kind: vllm, model: $work/exported, dtype: float32, roles: [score, generate], kv_cache_gb: 0.25, enforce_eager: true}
+    backend: {kind: vllm, model: $work/exported, dtype: float32, roles: [generate], kv_cache_gb: 0.25, enforce_eager: true}
 YAML
 "$python" -m teacher_server.cli up "$work/served.yaml" >"$work/served.log" 2>&1 &
 pid=$!
-until "$python" -m teacher_server.cli describe --address "127.0.0.1:$port" >/dev/null 2>&1; do
-  kill -0 $pid 2>/dev/null || { cat "$work/served.log" >&2; exit 1; }
-  sleep 1
-done
+until_ready "$work/served.log"
 student infer "127.0.0.1:$port" --teacher-tokenizer "$work/exported" --prompts "$work/raw/questions.jsonl" --out "$work/after.jsonl" --max-new-tokens 12
 "$python" - "$work" <<'PY'
 import json, sys

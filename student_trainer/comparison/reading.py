@@ -68,13 +68,18 @@ def of_runs(folders: Sequence[Path]) -> Outcome:
     notes = []
     if any(run.cost.train_s is not None for run in runs):
         notes.append(
-            "The time of these runs is what `train` logs at its end, of its last process, measuring and saving included."
+            "The time of these runs is what the command train logs at its end, of its last process, measuring and saving included."
         )
     if len(runs) > 1 and len(seeds) > 1:
         notes.append("These runs have different seeds: no difference between them is paired.")
     steps = {run.name: run.steps for run in runs}
     if len(set(steps.values())) > 1:
         notes.append("These runs made different numbers of steps.")
+    for name, folder, config in zip(names, folders, configs, strict=True):
+        if unread := _log(folder)[1]:
+            notes.append(f"{name}: lines of {LOG_NAME} that cannot be read, and are no part of its curve: {unread:,}.")
+        if not config:
+            notes.append(f"{name}: its {CONFIG_NAME} cannot be read, so no settings of it are shown.")
     return Outcome(
         title=" · ".join(names),
         base=names[0],
@@ -107,7 +112,7 @@ def read_run(
         settings, cost: as in `RunOutcome`.
         error: that ended it; a finished run has none.
     """
-    curve = _curve(folder)
+    curve, _ = _log(folder)
     finished = _result(folder)
     done = finished is not None
     result = finished or {"steps": int(curve[-1]["step"]) if curve else 0, "metrics": {}}
@@ -145,21 +150,21 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _curve(folder: Path) -> list[dict[str, Any]]:
-    """The log; entries that cannot be read are left out."""
+def _log(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The entries of the log, and how many lines are none."""
     try:
         lines = (folder / LOG_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return []
+        return [], 0
     found = []
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and _is_number(entry.get("step")) and entry["step"] is not None:
+        if isinstance(entry, dict) and entry.get("step") is not None and _is_number(entry["step"]):
             found.append(finite(entry))
-    return found
+    return found, len(lines) - len(found)
 
 
 def _layers(folder: Path) -> Layers | None:

@@ -15,14 +15,16 @@ from student_trainer.config.data import DataConfig
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.inputs import source_of
 from student_trainer.data.rows.formats import Conversation, Turn
-from student_trainer.data.rows.intake import Intake
+from student_trainer.data.rows.intake import BadRow, Intake
 from student_trainer.data.rows.sources import parse_source, read_source
 from student_trainer.data.text.encoding import Encoder
 from student_trainer.data.text.templates import choose
 from student_trainer.errors import DataError
 from student_trainer.rollout.prompts import prompt_length
 
-MOST_TOKENS = 1024  # of a prompt or a calibration row; what is longer is counted and left out
+MOST_TOKENS = (
+    1024  # of a prompt or a calibration row; a longer prompt is left out, a longer row cut, and both are counted
+)
 _OURS = (
     "What is the capital of France?", "Write a haiku about rain.", "2 + 2 * 3 =", "Translate to German: good morning", "List three prime numbers.",
     "Explain photosynthesis in one sentence.", "def fibonacci(n):", "Who wrote Hamlet?",
@@ -39,12 +41,16 @@ class Rows:
 
     Attributes:
         told: where they are from.
-        left_out: rows that are too long.
+        limit: tokens of the longest prompt that may be asked, once prompts were.
+        left_out: prompts that are empty or above `limit`.
+        cut: calibration rows that end at `MOST_TOKENS`.
+        bad: rows that cannot be read, in the order of the files.
     """
 
     def __init__(self, tokenizer: Any, rows: str | None, data: DataConfig | None) -> None:
         self._tokenizer, self._data = tokenizer, data
-        self.left_out = 0
+        self.limit, self.left_out, self.cut = MOST_TOKENS, 0, 0
+        self._bad: dict[tuple[str, int], BadRow] = {}
         if rows is not None:
             self._sources, self.told = [parse_source(rows)], rows
         elif data is not None:
@@ -53,6 +59,25 @@ class Rows:
             self.told = f"the run's {'held-out' if data.eval else 'training'} rows"
         else:
             self._sources, self.told = [], "prompts of our own, since no rows are named (--rows)"
+
+    @property
+    def bad(self) -> list[BadRow]:
+        """Each row once, however often the files were read."""
+        return list(self._bad.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """Whatever was left out or cut, one line per reason."""
+        told = []
+        if bad := self.bad:
+            told.append(
+                f"bad rows of {self.told}, left out: {len(bad):,}; the first is {bad[0].file}:{bad[0].line}: {bad[0].reason}"
+            )
+        if self.left_out:
+            told.append(f"prompts that are empty or above {self.limit:,} tokens, not asked: {self.left_out:,}")
+        if self.cut:
+            told.append(f"calibration rows above {MOST_TOKENS:,} tokens, read as far as those: {self.cut:,}")
+        return told
 
     def prompts(self, count: int, most: int | None) -> list[list[int]]:
         """At most `count` prompts, spread over the rows.
@@ -70,7 +95,7 @@ class Rows:
             found = self._encoded(asked)
         else:
             found = [row.example.token_ids[: prompt_length(row.example)].tolist() for row in self._dataset()]
-        limit = min(MOST_TOKENS, most) if most is not None else MOST_TOKENS
+        self.limit = limit = min(MOST_TOKENS, most) if most is not None else MOST_TOKENS
         short = [ids for ids in found if 0 < len(ids) <= limit]
         self.left_out = len(found) - len(short)
         if not short:
@@ -94,11 +119,15 @@ class Rows:
                 value=self.told,
             )
         rows = self._dataset()
-        return [rows[i].example.token_ids[:MOST_TOKENS].tolist() for i in _spread(len(rows), count)]
+        chosen = [rows[i].example.token_ids.tolist() for i in _spread(len(rows), count)]
+        self.cut = sum(len(ids) > MOST_TOKENS for ids in chosen)
+        return [ids[:MOST_TOKENS] for ids in chosen]
 
     def _questions(self) -> list[Conversation] | None:
         """The rows as questions, if they have a prompt and no answer."""
-        rows = [row for source in self._sources for row in read_source(source, Intake("skip"))]
+        intake = Intake("skip")
+        rows = [row for source in self._sources for row in read_source(source, intake)]
+        self._note(intake)
         if any(set(row.fields) - {"prompt", "system"} or not isinstance(row.fields.get("prompt"), str) for row in rows):
             return None
         system = [(Turn("system", str(row.fields["system"])),) if row.fields.get("system") else () for row in rows]
@@ -115,7 +144,14 @@ class Rows:
                 "system_prompt": self._data.system_prompt or "",
                 "template_kwargs": self._data.template_kwargs,
             }
-        return build_dataset(self._sources, self._tokenizer, max_tokens=2**31 - 1, intake=Intake("skip"), **settings)
+        intake = Intake("skip")
+        rows = build_dataset(self._sources, self._tokenizer, max_tokens=2**31 - 1, intake=intake, **settings)
+        self._note(intake)
+        return rows
+
+    def _note(self, intake: Intake) -> None:
+        for row in intake.bad:
+            self._bad.setdefault((row.file, row.line), row)
 
     def _encoded(self, conversations: list[Conversation]) -> list[list[int]]:
         data = self._data

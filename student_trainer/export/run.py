@@ -111,7 +111,7 @@ def export(asked: Export, console: Console) -> Exported:
         prompts = rows.prompts(asked.prompts, None if positions is None else positions - asked.max_new_tokens)
         with ProgressBar(console, "the trained student answers", len(prompts)) as bar:
             answered = parity.answer(model, prompts, asked.max_new_tokens, stop_ids(tokenizer, generation), bar.update)
-        notes = [f"{rows.left_out} prompts were too long to be asked"] if rows.left_out else []
+        notes = rows.notes
         merged = folder if asked.format == "merged" else folder / ".merged"
         with console.status("merging" if trained.is_adapter else "copying"):
             merged.mkdir(exist_ok=True)

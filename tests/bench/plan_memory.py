@@ -5,6 +5,7 @@ teacher's head; the step is the trainer's own calls (`Learner`), compiled where 
 other, everything let go between them.
     python -m tests.bench.plan_memory --device cuda [--json] [--graphs]
     python -m tests.bench.plan_memory --device cpu --tiny          # a rehearsal: no peak on a CPU, the estimate's parts alone
+    python -m tests.bench.plan_memory --documented                 # the table of docs/plan.md: estimates made now beside earlier peaks; no GPU
 
 Columns: estimated and measured GiB in use and held, and estimate / measured. The figures are written to $OUT after each case.
 Peaks are a process's own, so that two processes, one `--shape` each, may share a card.
@@ -67,6 +68,24 @@ SHAPES = {
         "num_key_value_heads": 2,
     },
 }
+# The rows of docs/plan.md, 1.5B shape with LoRA: what differs from a compiled step with checkpointing and exact labels; the peaks in use and held, GiB,
+# as they stand in docs/student-step.md, docs/speed.md and tests/bench/tables/features-student-2026-11-27.json ("" where none was written down).
+_SFT = {"teacher_heads_bytes": 0, "label_bytes": 0, "teacher_logits": 0}
+_HEAD_ALONE = {"label_bytes": 0, "teacher_logits": 0}
+_TAPPED = 2 * 2048 * 1536 * 2  # bytes of one layer's states, bfloat16
+DOCUMENTED: tuple[tuple[str, dict[str, Any], str, str], ...] = (
+    ("eager, checkpointing: SFT, ours", {"compiled": False, **_SFT}, "4.41", ""),
+    ("the same, `hidden`", {"compiled": False}, "5.48", "6.1"),
+    ("the same, `chunk_mb: 256` (peak in the backward pass)", {"compiled": False, "chunk_bytes": 256 << 20}, "5.01", ""),
+    ("compiled, checkpointing: `hidden`, `graphs: false`", {}, "5.85 to 5.89", "6.3"),
+    ("the same and `loss.hidden` of 3 layers", {"feature_bytes": 3 * _TAPPED}, "5.91", "6.30"),
+    ("the same and `loss.hidden` of 6 layers", {"feature_bytes": 6 * _TAPPED}, "5.93", "6.30"),
+    ("recorded passes: `hidden`", {"graphs": True}, "5.29 to 5.4", "7.3 to 7.8"),
+    ("the same and `loss.hidden` of 3 layers", {"graphs": True, "feature_bytes": 6 * _TAPPED}, "5.38", "7.83"),
+    ("the same and `loss.hidden` of 6 layers", {"graphs": True, "feature_bytes": 12 * _TAPPED}, "5.47", "7.80"),
+    ("recorded passes: SFT, the teacher's head lying there", {"graphs": True, **_HEAD_ALONE}, "5.2", "7.3"),
+    ("compiled, **no** checkpointing: SFT, the head lying there", {"checkpointing": False, **_HEAD_ALONE}, "13.0", ""),
+)  # fmt: skip
 STEPS = 4  # the first makes the optimizer's state, the second may record
 
 
@@ -116,6 +135,20 @@ class Bench:
             vocab_rows=self.vocab, teacher_heads_bytes=2 * self.vocab * self.teacher_width, label_bytes=rows * spec.row_bytes(self.teacher_width, 2),
         )  # fmt: skip
         return estimate(shapes_of(self.model_config(shape), config, bfloat16=True), step, on_gpu=on_gpu)
+
+    def documented(self) -> list[str]:
+        """The rows of docs/plan.md; see `DOCUMENTED`. The estimates are of a GPU, wherever this runs."""
+        rows, spec = self.sequences * (self.length - 1), spec_of("hidden", self.vocab)
+        told = ["| step | in use: estimate, measured, ratio | held: estimate, measured, ratio |", "|---|---|---|"]
+        for name, changes, used, held in DOCUMENTED:
+            settings: dict[str, Any] = {
+                "checkpointing": True, "vocab_rows": self.vocab, "teacher_heads_bytes": 2 * self.vocab * self.teacher_width,
+                "label_bytes": rows * spec.row_bytes(self.teacher_width, 2), **changes,
+            }  # fmt: skip
+            shapes = shapes_of(self.model_config("1.5B"), self.config("lora", settings["checkpointing"]), bfloat16=True)
+            found = estimate(shapes, Step(self.sequences, self.length, rows, **settings), on_gpu=True)
+            told.append(f"| {name} | {_beside(found.in_use, used)} | {_beside(found.held, held)} |")
+        return told
 
     def measured(self, shape: str, config: ModelConfig) -> tuple[int, int]:
         """Peak bytes in use and held, of some steps after the first."""
@@ -220,6 +253,14 @@ class Bench:
         return replace(made, labels=LabelTensors.of(signals))
 
 
+def _beside(estimated: int, measured: str) -> str:
+    """`estimate, measured, ratio` in GiB; of a range of peaks both ratios, the smaller first."""
+    if not measured:
+        return f"{estimated / GIB:.2f}"
+    ratios = sorted({f"{estimated / GIB / float(peak):.2f}" for peak in measured.split(" to ")})
+    return f"{estimated / GIB:.2f}, {measured}, {' to '.join(ratios)}"
+
+
 def adapt_checkpointed(model: Any, config: ModelConfig, adapt: Any) -> Any:
     """As the loader has it."""
     if config.gradient_checkpointing:
@@ -235,7 +276,11 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=["1.5B", "0.5B"], default=["1.5B", "0.5B"])
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--documented", action="store_true", help="print the table of docs/plan.md; no GPU is needed")
     options = parser.parse_args()
+    if options.documented:
+        print("\n".join(Bench("cpu", False, False).documented()))
+        return
     bench, rows = Bench(options.device, options.tiny, options.graphs), []
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (estimates alone)"
     for shape, way, kept in cases(["tiny"] if options.tiny else options.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from student_trainer.config.run import labels_folder
 from student_trainer.errors import ConfigError
 from student_trainer.teachers.artifact_cache import fetch_head
 from student_trainer.teachers.artifact_files import artifact_files, artifact_folders, make_room
+from student_trainer.teachers.offline.record import records_folder
 from teacher_wire.endpoint.client import TeacherClient
 from teacher_wire.labels.store import LabelStore
 from teacher_wire.testing.fake_teacher import FakeTeacher
@@ -228,3 +230,39 @@ def test_a_folder_of_heads_with_other_files_in_it(tmp_path):
     assert artifact_files(tmp_path) == [] and len(list(tmp_path.iterdir())) == 2
     os.utime(tmp_path / ("a" * 64 + ".1.partial"), (1, 1))
     assert artifact_files(tmp_path) == [] and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_every_command_of_the_cache_says_the_same_as_one_json_object(call, cache, tmp_path):
+    """Standard output holds one object and nothing else; exit codes are those without `--json`."""
+
+    def asked(*arguments):
+        code, out, _ = call(*arguments, "--cache-dir", cache, "--json")
+        (line,) = out.splitlines()
+        return code, json.loads(line)
+
+    code, found = asked("stats")
+    (shelf,) = found["labels"]
+    assert code == 0 and shelf["sequences"] == 5 and shelf["transport"] == "hidden" and found["unreadable_files"] == 0
+    assert shelf["bytes"] == sum(path.stat().st_size for path in labels_of(cache)) and found["teachers"] == []
+    code, found = asked("export", tmp_path / "other")
+    assert code == 0 and found["copied"]["sequences"] == 5 and len(labels_of(tmp_path / "other")) == 5
+    labels_of(cache)[0].write_bytes(b"damaged")
+    code, found = asked("verify")
+    assert code == 1 and (found["whole"]["sequences"], found["damaged"]["sequences"]) == (4, 1)
+    code, found = asked("prune", "--max-gb", "0", "--dry-run")
+    assert code == 0 and found["dry_run"] and found["freed"]["sequences"] == 4 == len(labels_of(cache))
+    code, found = asked("prune", "--max-gb", "0")
+    assert code == 0 and not found["dry_run"] and found["freed"]["sequences"] == 4 and not labels_of(cache)
+    assert asked("stats")[1]["labels"] == []
+
+
+def test_a_damaged_record_of_a_teacher_is_told_and_left(call, cache):
+    record = records_folder(cache) / "0123456789abcdef-0123456789abcdef.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    code, out, _ = call("stats", "--cache-dir", cache)
+    assert code == 0 and "damaged teacher records: 1; `student-trainer cache verify` deletes them" in out
+    assert (
+        json.loads(call("stats", "--cache-dir", cache, "--json")[1])["damaged_teacher_records"] == 1
+        and record.is_file()
+    )

@@ -7,7 +7,7 @@ In: a command as typer has made it; out: the same command, whose arguments are p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import typer.core
@@ -15,6 +15,7 @@ import typer.main
 
 _CONFIG, _SET, _RESUME = "--config", "--set", "--resume"
 _RESUME_WORDS = ("auto", "no")
+_USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's, which typer has under names that change
 
 
 def adopt(command: Any, examples: Sequence[str] = ()) -> None:
@@ -70,7 +71,26 @@ class ConfigCommand(typer.core.TyperCommand):
             has_overrides=takes(self, "overrides"),
             resume_is_flag=None if resume is None else bool(getattr(resume, "is_flag", False)),
         )
-        return super().parse_args(ctx, plain)
+        try:
+            return super().parse_args(ctx, plain)
+        except _USAGE_ERROR as error:
+            option = getattr(error, "option_name", None)  # of an option that there is not
+            if option and takes(self, "overrides") and self.name != "traces" and (meant := _settings_called(option)):
+                told = " or ".join(f"{setting}=..." for setting in meant)
+                error.message = f"No such option: {option}; settings are written behind the config: {told}"
+            raise
+
+
+def _settings_called(option: str) -> list[str]:
+    """Settings of a run whose field is called as an option that somebody typed, as other trainers have them."""
+    from student_trainer.config.run import TrainConfig
+
+    name, found = option.lstrip("-").replace("-", "_"), []
+    for section, field in TrainConfig.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if name in getattr(kind, "model_fields", {}):
+                found.append(f"{section}.{name}")
+    return found
 
 
 def positional(args: Sequence[str], *, has_config: bool, has_overrides: bool, resume_is_flag: bool | None) -> list[str]:

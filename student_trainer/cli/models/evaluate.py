@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from student_trainer.cli.asking import progress_console
-from student_trainer.config.run import load_config
 from student_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -119,6 +118,8 @@ def _named(models: list[str], before: str | None, base: str | None) -> list[tupl
 
 def _config(config: Path | None, named: list[tuple[str, Located]]) -> TrainConfig | None:
     """The config that is named, or that of the last run folder."""
+    from student_trainer.config.run import load_config
+
     if config is not None:
         return load_config(config)
     own = next((located.config for _, located in reversed(named) if located.config is not None), None)

@@ -11,7 +11,6 @@ import typer.core
 from rich.console import Console
 
 from student_trainer.cli.asking import ConfigFile, Overrides, going_on, progress_console
-from student_trainer.config.run import load_config
 from student_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,6 +91,8 @@ def compare(
         raise ConfigError(f"--minutes {minutes:g}: must be above 0")
     if not arms and not arm:
         raise ConfigError("compare: no arm is named: add --arms sft gkd gkd+sft, for one")
+    from student_trainer.config.run import load_config
+
     loaded = load_config(config, overrides)  # its own errors first, and nothing heavy
     folder = (out or loaded.run.output_dir.with_name(f"{loaded.run.output_dir.name}-compare")).expanduser().absolute()
     plan = _plan(config, overrides, arms or [], arm or [], loaded.run.seed, seeds, equal, minutes, folder)

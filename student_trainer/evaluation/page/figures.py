@@ -14,6 +14,7 @@ from typing import Any
 from student_trainer.evaluation.outcome import Cost, Evaluated, Outcome, RunOutcome
 from student_trainer.evaluation.page.text import short
 from student_trainer.evaluation.report import Interval, Metric, Results, shown_as
+from student_trainer.evaluation.tasks.result import label_of
 
 MOST_RUNS = 400  # rows of the table of all seeds
 _NONE = "none"
@@ -166,7 +167,10 @@ def evaluated_table(evaluated: Sequence[Evaluated]) -> Table | None:
         for name in dict.fromkeys(name for figures in held for name in figures):
             if any(isinstance(figures.get(name), int | float | Mapping) for figures in held):
                 cells = [_evaluated(one, group, name) for one in evaluated]
-                rows.append([Cell(short(name), hint=group if group != "metrics" else ""), *cells])
+                # A cell of bytes has a unit of its own.
+                label = name if group == "tasks" else label_of(name).removesuffix(", GiB")
+                label = label.replace("_", " ") if group == "speed" else label
+                rows.append([Cell(short(label), hint=group if group != "metrics" else ""), *cells])
     return Table("Evaluation", ["", *(short(one.name) for one in evaluated)], rows) if rows else None
 
 

@@ -163,7 +163,9 @@ def _spec(name: str, console: Console) -> Any:
         read = read_choices(path)
         if read.unused:
             unused = ", ".join(read.unused)
-            console.print(f"[yellow]note:[/] {escape(name)}: {escape(unused)} are in no prompt", highlight=False)
+            console.print(
+                f"[yellow]note:[/] {escape(name)}: fields that are in no prompt: {escape(unused)}", highlight=False
+            )
         return read.task()
     return name
 

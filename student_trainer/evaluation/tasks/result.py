@@ -37,6 +37,11 @@ _SPEED = {
 }
 
 
+def label_of(name: str) -> str:
+    """What a figure is called in tables, with its unit; a name that is not ours stays as it is."""
+    return (_SHOWN.get(name) or _SPEED.get(name) or (name,))[0]
+
+
 @dataclass(frozen=True)
 class Measured:
     """One model.

@@ -47,8 +47,13 @@ class Copied:
 
 
 def records_of(cache_dir: Path) -> list[TeacherRecord]:
-    """The teachers that a cache folder knows, damaged records left out."""
+    """The teachers that a cache folder knows, damaged records left out (`count_damaged` tells how many)."""
     return [record for path in record_files(records_folder(cache_dir)) if (record := read_record(path)) is not None]
+
+
+def count_damaged(cache_dir: Path) -> int:
+    """How many records of teachers are damaged; nothing is deleted."""
+    return verify_records(cache_dir, lambda path: None)[1]
 
 
 def verify_records(cache_dir: Path, on_damaged: Callable[[Path], None]) -> tuple[int, int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import typer
@@ -25,6 +28,16 @@ class Command(NamedTuple):
     is_hidden: bool = False
 
 
+@contextlib.contextmanager
+def _interrupted_in_one_line(program: str | None) -> Iterator[None]:
+    """Ctrl-C is one line and exit code 130 wherever a command was; one that has more to say of it catches it first."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 class CommandTable(typer.core.TyperGroup):
     """A group whose commands stand in `table`; a subclass says which.
 
@@ -39,6 +52,14 @@ class CommandTable(typer.core.TyperGroup):
             self.add_command(
                 typer.core.TyperCommand(command.name, help=command.help, hidden=command.is_hidden), command.name
             )
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **named: Any) -> Any:
+        with _interrupted_in_one_line(info_name):
+            return super().make_context(info_name, args, *more, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _interrupted_in_one_line(ctx.info_name):
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, stub, rest = super().resolve_command(ctx, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -210,6 +211,56 @@ def test_train_goes_on_from_a_checkpoint_that_is_named(config_of, monkeypatch, c
 def test_importing_the_api_and_help_load_nothing_heavy():
     code = "import sys, student_trainer.api; sys.exit(bool({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+def test_help_loads_no_config_and_no_arrays(command):
+    """Typer's own pages take a third of a second; the models of a config, or numpy, would double that."""
+    code = (
+        "import contextlib, io, sys\n"
+        f"sys.argv = ['student-trainer', {command!r}, '--help']\n"
+        "from student_trainer.cli.main import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'grpc', 'yaml', 'student_trainer.config'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=dict(os.environ), check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--learning_rate", "train.learning_rate=..."), ("--max-steps", "train.max_steps=..."), ("--frobnicate", None)],
+)
+def test_an_option_that_is_a_setting_is_told_as_one(typed, meant):
+    """As they are typed after other trainers."""
+    told = " ".join(runner.invoke(app, ["train", "run.yaml", typed, "1"]).output.replace("│", " ").split())
+    assert f"No such option: {typed}" in told
+    assert (f"settings are written behind the config: {meant}" in told) if meant else "settings" not in told
+
+
+@pytest.mark.parametrize("house", ["student", "teacher"])
+def test_an_interrupt_is_one_line_wherever_it_comes(monkeypatch, capsys, house):
+    """While a command is imported, and before there is a table of commands."""
+    package, name = (
+        ("student_trainer", "student-trainer") if house == "student" else ("teacher_server", "teacher-server")
+    )
+    start = importlib.import_module(f"{package}.cli.__main__").start
+
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [name, "doctor"])
+    table = importlib.import_module(f"{package}.cli.frame.table")
+    monkeypatch.setattr(table, "adopt", interrupted)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            start()
+        assert end.value.code == 130 and capsys.readouterr().err == f"{name}: interrupted\n"
+        monkeypatch.setattr(f"{package}.cli.main.main", interrupted)
 
 
 def test_plain_data_is_parsed_alike(config_file):

@@ -216,3 +216,14 @@ def test_a_report_reads_the_names_that_runs_write_and_loads_no_torch():
         assert getattr(reading, name) == getattr(run_folder, name)
     code = "import sys, student_trainer.comparison.reporting, student_trainer.comparison.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_run_wrote_and_cannot_be_read_is_counted(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"no": "step"}\n')
+    found = of_runs([folder])
+    assert [entry["step"] for entry in found.arms[0].curve] == [1]
+    assert "mine: lines of train_log.jsonl that cannot be read, and are no part of its curve: 2." in found.notes
+    assert "mine: its config.yaml cannot be read, so no settings of it are shown." in found.notes

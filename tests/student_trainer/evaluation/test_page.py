@@ -209,3 +209,9 @@ def test_a_disk_that_refuses_is_told_in_a_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"--out .*page.html: cannot be written: Not a directory|File exists"):
         write_page([tmp_path], [], tmp_path / "file" / "page.html")
+
+
+def test_the_figures_of_an_evaluation_are_called_as_evaluate_calls_them():
+    markdown = as_markdown(report_of([comparison()], evaluated=EVALUATED)).replace("\\", "")
+    assert "avg_response_len, tokens" in markdown and "decode, tok/s" in markdown and "| ceval-valid tasks" in markdown
+    assert "decode_tokens_per_s" not in markdown

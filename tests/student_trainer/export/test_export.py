@@ -17,6 +17,7 @@ from student_trainer.errors import ConfigError, DataError, ModelError, RunError
 from student_trainer.export import awq, parity, run
 from student_trainer.export.gguf import SCRIPT
 from student_trainer.export.parity import Tolerance
+from student_trainer.export.prompts import Rows
 from student_trainer.export.run import Export, export
 from tests.student_trainer.export import tiny_converter_path
 from tests.tiny import make_model
@@ -318,3 +319,24 @@ def test_vllm_answers_as_before_the_export(tmp_path):
     model, _ = load_trained(find_trained(source))
     expected = parity.answer(model, prompts, 16, [], lambda done: None).answers
     assert found == expected
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named(model_factory, tmp_path):
+    """Unreadable lines and rows of no known shape, long prompts, and calibration rows that are cut: each has a line of its own."""
+    rows = tmp_path / "rows.jsonl"
+    long = "the cat sat " * 1500
+    lines = [
+        {"instruction": "Go on.", "output": "the cat"},
+        {"instruction": 7, "output": "a mat"},
+        {"instruction": long, "output": "a mat"},
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    base = model_factory("qwen2")
+    made = export(Export(base, tmp_path / "out", rows=str(rows), **SMALL), QUIET)
+    bad, above = made.notes
+    assert bad.startswith(f"bad rows of {rows}, left out: 2; the first is {rows}:4: ")
+    assert above == "prompts that are empty or above 122 tokens, not asked: 1"
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["notes"] == list(made.notes)
+    calibrated = Rows(AutoTokenizer.from_pretrained(base), str(rows), None)
+    assert [len(ids) > 1 for ids in calibrated.whole(8)] == [True, True] and calibrated.cut == 1
+    assert "calibration rows above 1,024 tokens, read as far as those: 1" in calibrated.notes
