@@ -14,7 +14,7 @@ Weight = Annotated[float, Field(ge=0, le=100)]
 
 
 class SourceConfig(Settings):
-    """One file, folder or hub data set (docs/rows.md).
+    """One file, folder or hub data set (docs/data/rows.md).
 
     Attributes:
         path: `~` is the home folder; `path#N` (or `sample`) takes N rows.

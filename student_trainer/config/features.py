@@ -53,7 +53,7 @@ class HiddenLossConfig(Settings):
     """Hidden states of chosen blocks (algorithms.md 4).
 
     Attributes:
-        weight: of this term; 0 is off. `auto` is what was measured (docs/results.md): 12, constant, where the student's width is the teacher's, as of
+        weight: of this term; 0 is off. `auto` is what was measured (docs/results/results.md): 12, constant, where the student's width is the teacher's, as of
             one cut from it; else 1, annealed over half of the run unless `anneal` says otherwise. For `proj_cos` alone.
         layers: `uniform(n)`; blocks of the student, each paired with the teacher's block at the same share of its depth; or pairs
             [student, teacher]. Counted by outputs from 1; 0 is the embedding, the last is before the final norm.
@@ -121,7 +121,7 @@ FeatureConfig = HiddenLossConfig | AttentionLossConfig | FfnLossConfig
 
 # `loss.preset` -> what it stands for; what is written beside it wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The origin article's numbers. Nothing published supports them, and on the real pair they did worse than anything else (docs/results.md).
+    # The origin article's numbers. Nothing published supports them, and on the real pair they did worse than anything else (docs/results/results.md).
     "article": {
         "output": {"weight": 0.2, "temperature": {"kind": "linear", "start": 8.0, "end": 1.2, "share": 1.0}},
         "hidden": {"weight": 0.5, "layers": [1, 5, 12]},

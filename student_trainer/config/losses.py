@@ -82,9 +82,9 @@ class LossConfig(Settings):
     Attributes:
         output: the distillation term, or null.
         sft_weight: of the cross-entropy with the data's own tokens. 0.5 beside a distillation term if left out, which did better than either
-            term alone on rows whose answers are good (docs/results.md); set 0 where the answers are the teacher's own or poor.
+            term alone on rows whose answers are good (docs/results/results.md); set 0 where the answers are the teacher's own or poor.
         chunk_mb: bound on logits held at a time.
-        hidden, attention, ffn: terms on what happens inside the layers, or null (docs/layers.md). They need `output`.
+        hidden, attention, ffn: terms on what happens inside the layers, or null (docs/train/layers.md). They need `output`.
         preset: `article` stands for the numbers of the article that the project started from; what is written beside it wins.
     """
 

@@ -48,7 +48,7 @@ class ModelConfig(Settings):
         attention: transformers' attn_implementation; `auto` is sdpa, and eager where the model caps its attention scores softly (Gemma 2), which
             sdpa would leave out.
         lora: adapters, or null to train every weight.
-        quantize: keeps the linear layers of the frozen base in 4 bit (docs/qlora.md); passes are computed in `dtype`. Needs `lora` and
+        quantize: keeps the linear layers of the frozen base in 4 bit (docs/train/qlora.md); passes are computed in `dtype`. Needs `lora` and
             bitsandbytes. The output head, embeddings and norms stay in `dtype`.
         compiled: compute decoder layers as compiled functions while training (`model/speed/compiled.py`); `auto`: on a GPU.
         graphs: record the passes of each length that comes often and replay them with one launch each (`model/speed/cuda_graphs.py`); needs a GPU,

@@ -33,7 +33,7 @@ class ShareConfig(Settings):
 
 
 class PublishConfig(Settings):
-    """Pushes the student's weights to its server as a new revision of a teacher, while training goes on (docs/publishing.md).
+    """Pushes the student's weights to its server as a new revision of a teacher, while training goes on (docs/operate/publishing.md).
 
     Attributes:
         every: optimizer steps between two revisions.

@@ -17,7 +17,7 @@ WhenMissing = Literal["reweight", "wait", "fail"]
 
 
 class ContextConfig(Settings):
-    """What of each row the teacher alone is told: a hint, the reference answer, a document, another system prompt (docs/objectives.md).
+    """What of each row the teacher alone is told: a hint, the reference answer, a document, another system prompt (docs/train/objectives.md).
 
     Attributes:
         field: of the rows, whose text it is; a row without it is a bad row.
@@ -40,7 +40,7 @@ class ContextConfig(Settings):
 
 
 class CrossTokenizerConfig(Settings):
-    """How a teacher with another tokenizer than the student's is learned from (docs/many_teachers.md); unused with the same one.
+    """How a teacher with another tokenizer than the student's is learned from (docs/train/many_teachers.md); unused with the same one.
 
     Attributes:
         alm_weight: of a token in groups of tokens that are not one to one, whose likelihoods as a whole are compared, against a token that is.
@@ -70,7 +70,7 @@ class TeacherConfig(Settings):
         answer_s: how long a request that the server has taken may stay without any part of its answer before it is made again.
         allow_template_mismatch: learn although the teacher's chat template differs from ours.
         offline: never connect: who the teacher is, its output head and its labels are those that `student-trainer label`, or an earlier run, has
-            left in `run.cache_dir` (docs/one_card.md). `address` or `embedded` then only says which teacher is meant, and may be left out.
+            left in `run.cache_dir` (docs/recipes/one_card.md). `address` or `embedded` then only says which teacher is meant, and may be left out.
         fingerprint: the teacher's must begin so; "" for any. Offline it chooses among the teachers on disk.
         context: what of each row the teacher alone is told; null for nothing.
         cross_tokenizer: how it is learned from if its tokenizer is another one.

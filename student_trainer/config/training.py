@@ -23,8 +23,8 @@ class OptimizationConfig(Settings):
         keep_checkpoints: how many to keep, beside the one that the link `best` names.
         best_metric: held-out figure that decides which checkpoint the link `best` names: nll_per_byte, nll_per_token, kl_to_teacher (of
             one of several teachers kl_to_NAME), acc1 or acc3; of accuracies the highest is best, of the others the lowest.
-        packing: the student reads several short rows of a micro-batch in one row, none of which sees another (docs/packing.md).
-        report_to: trackers (docs/tracking.md): trackio, tensorboard, wandb, or another of transformers. `auto` is trackio where it is
+        packing: the student reads several short rows of a micro-batch in one row, none of which sees another (docs/train/packing.md).
+        report_to: trackers (docs/train/tracking.md): trackio, tensorboard, wandb, or another of transformers. `auto` is trackio where it is
             installed, and nothing where it is not; `none`, or an empty list, is nothing.
         project: under which trackers file the run; its name there is that of its folder.
         push_to_hub, hub_id, hub_private: whether final/ is uploaded to the Hugging Face hub at the end, as `owner/name`, and whether only its

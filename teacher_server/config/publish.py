@@ -13,7 +13,7 @@ TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
 class PublishConfig(Settings):
-    """Lets students publish revisions of a teacher (docs/publishing.md).
+    """Lets students publish revisions of a teacher (docs/operate/publishing.md).
 
     Attributes:
         tenants: who may; without tokens or client certificates, whoever calls itself so.

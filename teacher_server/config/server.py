@@ -61,7 +61,7 @@ class StoreConfig(_Strict):
 
 
 class EdgeLimitsConfig(_Strict):
-    """What one edge holds for its peers at most (docs/operating.md). Beyond it a request is refused as overloaded or waits.
+    """What one edge holds for its peers at most (docs/operate/operating.md). Beyond it a request is refused as overloaded or waits.
 
     Attributes:
         calls, tenant_calls: open Score streams, Generate and Artifact calls, of all and of one tenant.

@@ -8,7 +8,7 @@ gRPC on loopback ports. `B merged` is a teacher of the second half with another 
 Columns: KL(truth | student) in nats a symbol over all topics, mean and standard deviation over seeds; its paired difference to the better of the students of A alone and of B alone with a
 95 % t interval; the KL on each half; every seed. Runs that `--work` holds from before are not made again, so a bench that is cut off goes on where it was.
 Gates (issue 17): by weights and by route below either single-teacher student, with an interval that excludes 0; with B merged, by route, at most 0.1 over all topics (and, more than the issue asks, on
-the second half: what is missed there is at letters behind which a merge would begin; docs/results.md).
+the second half: what is missed there is at letters behind which a merge would begin; docs/results/results.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What terms on layers are worth on the real pair: beside the recipe alone, at equal steps and at equal time, with seeds and intervals.
 
-Teacher, students, rows and commands are those of `tests.bench.real`; the recipe alone is forward KL with half the hard labels (docs/results.md); the arms are
+Teacher, students, rows and commands are those of `tests.bench.real`; the recipe alone is forward KL with half the hard labels (docs/results/results.md); the arms are
 `layer_arms`. Each part reads what the one before has left in --work, so that all run unattended one after the other:
 
     python -m tests.bench.real_layers sweep --real REAL    # every arm, 400 steps: all of the first seed, then of the others as far as --budget-s goes

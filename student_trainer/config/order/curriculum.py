@@ -15,7 +15,7 @@ Weight = Annotated[float, Field(ge=0, le=100)]
 
 
 class CurriculumConfig(Settings):
-    """How hard a row is, and how fast harder rows are let in (docs/curriculum.md).
+    """How hard a row is, and how fast harder rows are let in (docs/train/curriculum.md).
 
     A row's difficulty is nll * z(the teacher's negative log-likelihood per token of its answer) + length * z(log of its tokens) + trace_steps *
     z(steps of its trace), z over all rows of data.train. In step s the easiest share c(s) of the rows may come, with
