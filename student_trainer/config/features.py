@@ -35,8 +35,8 @@ class AnnealConfig(Settings):
     """A weight that falls to 0 as half a cosine: features are scaffolding.
 
     Attributes:
-        share: of the run's steps, until it is 0.
-        steps: optimizer steps until it is 0.
+        share: share of the run's steps after which the weight is 0.
+        steps: optimizer steps after which the weight is 0.
     """
 
     share: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -53,15 +53,17 @@ class HiddenLossConfig(Settings):
     """Hidden states of chosen blocks (algorithms.md 4).
 
     Attributes:
-        weight: of this term; 0 is off. `auto` is what was measured (docs/results/results.md): 12, constant, where the student's width is the teacher's, as of
-            one cut from it; else 1, annealed over half of the run unless `anneal` says otherwise. For `proj_cos` alone.
-        layers: `uniform(n)`; blocks of the student, each paired with the teacher's block at the same share of its depth; or pairs
-            [student, teacher]. Counted by outputs from 1; 0 is the embedding, the last is before the final norm.
-        objective: `proj_cos` and `proj_sl1` go through a learned projector; `gram`, `cka` and `rkd` compare how rows lie to one another.
-        reduction: how the teacher's states travel: principal components as int8, the whole state as int8, or as it is.
-        rank: principal components; null: all of the teacher's basis.
-        anneal: null: the weight stays.
-        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
+        weight: weight of this term; 0 switches it off. `auto` is what was measured best (docs/results/results.md): 12, constant, where the
+            student has the teacher's width, as a student cut from it has; otherwise 1, annealed over half of the run unless `anneal` is
+            set. `auto` is known for `proj_cos` alone.
+        layers: `uniform(n)`; blocks of the student, each paired with the teacher's block at the same share of its depth; or pairs [student,
+            teacher]. Blocks are counted by their outputs from 1; 0 is the embedding, and the last one is read before the final norm.
+        objective: what is compared: `proj_cos` and `proj_sl1` go through a learned projector; `gram`, `cka` and `rkd` compare how rows lie
+            relative to one another, without a projector.
+        reduction: how the teacher's states travel: `pca` as principal components in int8, `int8` whole in int8, `none` as they are.
+        rank: number of principal components; null takes all of the teacher's basis.
+        anneal: how the weight falls to 0; null keeps it constant.
+        teacher: with several teachers, whose layers are learned from; null takes the first one that has the student's tokenizer.
     """
 
     weight: Weight | Literal["auto"] = "auto"
@@ -85,11 +87,12 @@ class AttentionLossConfig(Settings):
     """Where chosen blocks look (algorithms.md 5).
 
     Attributes:
-        weight: of this term; 0 is off.
-        layers: as of `hidden`, from 1.
-        objective: `pooled_kl` of head-averaged maps in blocks of 64 keys; `relation` of keys and of values, more bytes and more detail.
-        anneal: null: the weight stays.
-        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
+        weight: weight of this term; 0 switches it off.
+        layers: blocks, as in `loss.hidden.layers`, from 1.
+        objective: `pooled_kl` compares head-averaged maps in blocks of 64 keys; `relation` compares relations of keys and of values, which
+            takes more bytes and keeps more detail.
+        anneal: how the weight falls to 0; null keeps it constant.
+        teacher: with several teachers, whose layers are learned from; null takes the first one that has the student's tokenizer.
     """
 
     weight: Weight
@@ -103,11 +106,11 @@ class FfnLossConfig(Settings):
     """How much the FFN of chosen blocks works at each token (algorithms.md 6); experimental.
 
     Attributes:
-        weight: of this term; 0 is off.
-        layers: as of `hidden`, from 1.
-        objective: `energy`: correlation of the activation's size over each sequence; `quantiles`: its profile at each token.
-        anneal: null: the weight stays.
-        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
+        weight: weight of this term; 0 switches it off.
+        layers: blocks, as in `loss.hidden.layers`, from 1.
+        objective: `energy` correlates the size of the activation over each sequence; `quantiles` compares its profile at each token.
+        anneal: how the weight falls to 0; null keeps it constant.
+        teacher: with several teachers, whose layers are learned from; null takes the first one that has the student's tokenizer.
     """
 
     weight: Weight

@@ -23,10 +23,12 @@ class CurriculumConfig(Settings):
 
     Attributes:
         start: share of the rows that may come in step 0.
-        power: of c(s): 1 lets rows in at a constant rate, 2 more of them early.
-        steps: optimizer steps until every row may come; null: half of the run's, written into run.json when the run begins.
-        mix: share of the places of a window that go to any row at all until then, against forgetting and against an order that is wrong.
-        nll, length, trace_steps: weights of the parts of a row's difficulty; 0 leaves a part out.
+        power: exponent of c(s): 1 lets rows in at a constant rate, 2 more of them early.
+        steps: optimizer steps until every row may come; null takes half of the run's, written into run.json when the run begins.
+        mix: share of the places of a window that go to any row at all until then, against forgetting and against a wrong order.
+        nll: weight of the teacher's negative log-likelihood per token in a row's difficulty; 0 leaves it out.
+        length: weight of the log of a row's tokens; 0 leaves it out.
+        trace_steps: weight of the number of steps of a row's trace; 0 leaves it out.
     """
 
     start: Annotated[float, Field(gt=0, le=1)] = 0.1
