@@ -67,7 +67,7 @@ def gkd_loss(
     normalizer: float | Tensor | None = None,
     chunk_mb: int = 256,
 ) -> GkdLoss:
-    """Generalised knowledge distillation of one batch (algorithms.md 1-3).
+    """Generalised knowledge distillation of one batch (docs/concepts/method.md 1-3).
 
     Args:
         student: logits [B, L, S] of the batch that the labels are of; with `head`, states [B, L, D] after the final norm instead.

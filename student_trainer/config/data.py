@@ -54,7 +54,7 @@ def listed_sources(value: Any) -> list[Any]:
 
 
 class TraceTasksConfig(Settings):
-    """What rows of format `trace` become; see `data.trace_rows.TraceTasks` (algorithms.md 7.3).
+    """What rows of format `trace` become; see `data.trace_rows.TraceTasks` (docs/concepts/method.md 7.3).
 
     Attributes:
         tasks: tasks made of each trace: `reason` teaches the steps and the answer, `answer` the answer alone.

@@ -1,4 +1,4 @@
-"""The sections `loss.hidden`, `loss.attention` and `loss.ffn`: what is learned from inside the teacher's layers (algorithms.md 4, 5, 6)."""
+"""The sections `loss.hidden`, `loss.attention` and `loss.ffn`: what is learned from inside the teacher's layers (docs/concepts/method.md 4, 5, 6)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class AnnealConfig(Settings):
 
 
 class HiddenLossConfig(Settings):
-    """Hidden states of chosen blocks (algorithms.md 4).
+    """Hidden states of chosen blocks (docs/concepts/method.md 4).
 
     Attributes:
         weight: weight of this term; 0 switches it off. `auto` is what was measured best (docs/results/results.md): 12, constant, where the
@@ -84,7 +84,7 @@ class HiddenLossConfig(Settings):
 
 
 class AttentionLossConfig(Settings):
-    """Where chosen blocks look (algorithms.md 5).
+    """Where chosen blocks look (docs/concepts/method.md 5).
 
     Attributes:
         weight: weight of this term; 0 switches it off.
@@ -103,7 +103,7 @@ class AttentionLossConfig(Settings):
 
 
 class FfnLossConfig(Settings):
-    """How much the FFN of chosen blocks works at each token (algorithms.md 6); experimental.
+    """How much the FFN of chosen blocks works at each token (docs/concepts/method.md 6); experimental.
 
     Attributes:
         weight: weight of this term; 0 switches it off.

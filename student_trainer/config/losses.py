@@ -18,7 +18,7 @@ from student_trainer.config.files import Settings
 
 
 class ScheduleConfig(Settings):
-    """A number that changes with the optimizer step (algorithms.md 11).
+    """A number that changes with the optimizer step (docs/concepts/method.md 11).
 
     Attributes:
         kind: shape of the way from `start` to `end`.
@@ -42,7 +42,7 @@ class ScheduleConfig(Settings):
 
 
 class OutputLossConfig(Settings):
-    """Divergence of the output distributions (algorithms.md 1), or reverse KL on the student's own samples as a policy gradient (10).
+    """Divergence of the output distributions (docs/concepts/method.md 1), or reverse KL on the student's own samples as a policy gradient (10).
 
     Attributes:
         weight: weight of this term.

@@ -1,4 +1,4 @@
-"""The section `on_policy`: which sequences the student writes itself (GKD, Agarwal et al. 2023; algorithms.md 10)."""
+"""The section `on_policy`: which sequences the student writes itself (GKD, Agarwal et al. 2023; docs/concepts/method.md 10)."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class TeacherConfig(Settings):
 
 
 class LabelConfig(Settings):
-    """How labels travel (algorithms.md 2, 3).
+    """How labels travel (docs/concepts/method.md 2, 3).
 
     Attributes:
         transport: what travels: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass; `full` sends every

@@ -1,4 +1,4 @@
-"""Two teachers who have each read half of the topics of task 1 (algorithms.md 12), on two addresses, and students of one of them and of both.
+"""Two teachers who have each read half of the topics of task 1 (docs/concepts/method.md 12), on two addresses, and students of one of them and of both.
 
 A run is the product's own `train` on rows of text (`tests/e2e/task1_text.py`), in this process: 512 fixed sequences, 250 steps of 32. The teachers are the product's engine behind
 gRPC on loopback ports. `B merged` is a teacher of the second half with another tokenizer: other ids, and eight tokens of two letters.

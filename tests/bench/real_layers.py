@@ -11,7 +11,7 @@ Teacher, students, rows and commands are those of `tests.bench.real`; the recipe
 `--arms "cos 12" "cos 24"` names the arms of a part, which then needs no part before it. Runs that the budget leaves no time for are not started, those under way at its end are cut off, and what they have logged counts; one that fails is told of
 and the others go on. WORK/layers-PART.json, and a copy in $OUT, is written after every run.
 
-Weights are of 1 - cosine (0..2): the trial of algorithms.md 4.2 took half of it, so that its 6 is 3 here. Columns: held-out NLL (nats per UTF-8 byte) / KL
+Weights are of 1 - cosine (0..2): the trial of docs/concepts/method.md 4.2 took half of it, so that its 6 is 3 here. Columns: held-out NLL (nats per UTF-8 byte) / KL
 to the teacher (nats per token) at three steps; differences to the recipe alone of the same student at the last step, and at the time that the recipe took
 for it (read between two evaluations, before the arm's own schedule has ended, which is to its disadvantage), paired by seed, with 95 % t intervals.
 """

@@ -1,4 +1,4 @@
-"""The section `curriculum`: easy rows first, harder ones let in as the run goes on (algorithms.md 11)."""
+"""The section `curriculum`: easy rows first, harder ones let in as the run goes on (docs/concepts/method.md 11)."""
 
 from __future__ import annotations
 
