@@ -119,6 +119,6 @@ _HEAD = """# Errors
 <!-- Made by `make reference` from the error classes and deploy/docs/errors.yaml. -->
 
 Whatever a user, an operator or the other machine can cause is one line that names field, value and limit, and one of these classes. A traceback is a
-fault of ours: please report it. What a command's exit code means is in [commands](commands.md#exit-codes); symptoms rather than names are in
+fault of ours: please report it. The commands print the sentence; the class is what Python code catches and what travels on the wire. What a command's exit code means is in [commands](commands.md#exit-codes); symptoms rather than names are in
 [troubleshooting](../operate/troubleshooting.md).
 """

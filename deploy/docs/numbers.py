@@ -248,6 +248,11 @@ def students_table() -> str:
     )
 
 
+def _student_gib(size: str, way: str) -> str:
+    found = next(one for one in read("sizing.json")["students"] if (one["size"], one["way"]) == (size, way))
+    return f"{found['hidden'] / 2**30:.1f}"
+
+
 def link_table() -> str:
     """Mbit/s that labels of a 7B teacher take at a student's speed."""
     labels = read("sizing.json")["teachers"][0]["row_bytes"]
@@ -278,5 +283,8 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "real.sft": lambda: f"{mean(_best('sft')):.3f}",
     "real.difference": lambda: difference(_best("gkd + 0.5 hard labels"), _best("sft")),
     "real.teacher": lambda: f"{_real('sft')[0][0]['teacher_nll_per_byte']:.3f}",
+    "student.lora": lambda: _student_gib("1.5B", "lora"),
+    "student.3b": lambda: _student_gib("3B", "lora"),
+    "student.7b": lambda: _student_gib("7B", "qlora"),
     "head.7b": lambda: _gb(read("sizing.json")["teachers"][0]["head"], 2),
 }

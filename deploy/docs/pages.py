@@ -15,6 +15,14 @@ from deploy.docs.settings import PAGES, settings_page
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+PROTO = ROOT / "proto" / "teacher_wire" / "v2" / "teacher.proto"
+_PROTO = """# teacher.proto
+
+<!-- Made by `make reference` from proto/teacher_wire/v2/teacher.proto. -->
+
+The specification of the [wire protocol](wire.md); in an installation it lies in the package `teacher_wire.v2`.
+
+"""
 
 
 def wanted() -> dict[Path, str]:
@@ -23,6 +31,7 @@ def wanted() -> dict[Path, str]:
     pages = {reference / f"{name}.md": settings_page(page) for name, page in PAGES.items()}
     pages[reference / "errors.md"] = error_page()
     pages[reference / "examples.md"] = example_page()
+    pages[reference / "proto.md"] = f"{_PROTO}```protobuf\n{PROTO.read_text().rstrip()}\n```\n"
     pages[reference / "cli.md"] = command_page()
     for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
         text = pages.get(path, path.read_text())
