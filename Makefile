@@ -1,4 +1,5 @@
-# make demo | make test | make real | make lint | make bench | make soak | make thorough | make extras | make setup-vllm: each sets up what it needs by itself.
+# make demo | make test | make docs | make real | make lint | make bench | make soak | make thorough | make extras | make wheel | make setup-vllm: each sets up what it
+# needs by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ STUBS := proto/teacher_wire/v2/teacher.proto
 REAL ?= $(HOME)/.cache/lyceum-real
 REAL_TESTS ?= tests/real
 
-.PHONY: setup setup-vllm demo test real lint format bench soak thorough extras stubs schemas clean
+.PHONY: setup setup-vllm demo test docs reference real lint format bench soak thorough extras wheel stubs schemas clean
 
 setup: $(STAMP)
 
@@ -77,6 +78,31 @@ soak: $(STAMP)
 # Each house installed alone; by hand, it needs a few minutes and 3 GB.
 extras: $(STAMP)
 	@$(BIN)/python -m tests.e2e.check_extras
+
+# The documentation site in build/site, which needs no server. What of it is made from code is brought up to date first; a warning is an error.
+DOCS_VENV ?= .tools/docs
+
+docs: $(DOCS_VENV)/.installed reference
+	@$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+# Material 9 warns about what its successor will do; ours is this version.
+export NO_MKDOCS_2_WARNING := 1
+
+$(DOCS_VENV)/.installed: pyproject.toml deploy/constraints-docs.txt
+	@echo "== installing mkdocs-material into $(DOCS_VENV) (once)"
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --requirement deploy/constraints-docs.txt
+	@touch $@
+
+# Settings, errors, options, examples and numbers of the pages; tests/docs says when they are old.
+reference: # not of $(STAMP), as `stubs`
+	@PYTHONPATH=.:proto $(BIN)/python -m deploy.docs
+
+# Wheel and sdist, each installed outside the checkout, where it serves and trains; by hand, it needs minutes and gigabytes.
+wheel: $(STAMP)
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m tests.e2e.check_wheel
 
 # The JSON schemas that editors read; tests/deploy/test_schemas.py says when they are old.
 schemas: # not of $(STAMP), as `stubs`

@@ -3,7 +3,7 @@
 In: a step, a seed, a slot. Out: the same value on every rank, in every process, after every resume.
 Must never remember a call: a run resumed at step s is the run that was never stopped.
 
-Source: algorithms.md 11. Philox-4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+Source: docs/concepts/method.md 11. Philox-4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GKD, then DPO: what `train` or `export` left goes on in TRL's DPOTrainer. python deploy/examples/dpo.py MODEL PREFERENCES.jsonl OUT
 
 MODEL is a folder as transformers reads it (an export, `final/` of a run that trains every weight, or merged adapters). A row of PREFERENCES has
-`prompt`, `chosen` and `rejected`, each a list of messages. Needs `pip install trl`; see docs/dpo.md.
+`prompt`, `chosen` and `rejected`, each a list of messages. Needs `pip install trl`; see docs/after/dpo.md.
 """
 
 import sys

@@ -67,14 +67,14 @@ def gkd_loss(
     normalizer: float | Tensor | None = None,
     chunk_mb: int = 256,
 ) -> GkdLoss:
-    """Generalised knowledge distillation of one batch (algorithms.md 1-3).
+    """Generalised knowledge distillation of one batch (docs/concepts/method.md 1-3).
 
     Args:
         student: logits [B, L, S] of the batch that the labels are of; with `head`, states [B, L, D] after the final norm instead.
             Row t is about token t+1, as models give it: do not shift.
         labels: from `Teacher.labels`.
         head: the student's output head: the model itself (scale, softcap and adapters of its head are found), or an `nn.Linear`.
-        divergence, beta, alpha, normalization, temperature, tempered_head: as of `loss.output` of a run (docs/objectives.md).
+        divergence, beta, alpha, normalization, temperature, tempered_head: as of `loss.output` of a run (docs/train/objectives.md).
         tau_squared: multiply the divergence by temperature squared.
         kd_weight, sft_weight: of the divergence, and of the cross-entropy with the batch's own tokens (the labelled ones).
         normalizer: what the sums are divided by; None for N. Under gradient accumulation pass the labelled rows of the whole window,

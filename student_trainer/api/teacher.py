@@ -81,7 +81,7 @@ def connect(
         tokenizer: the student's fast tokenizer, to be compared with the teacher's. None compares nothing, and warns of it: then
             that the ids mean the same on both sides is the caller's promise.
         vocab_rows: ids that the student's output head has, if fewer than the teacher's; None for at least as many.
-        transport, k, compression, check: as of the section `labels` of a run (docs/labels.md).
+        transport, k, compression, check: as of the section `labels` of a run (docs/concepts/labels.md).
         ca_file, cert_file, key_file, tenant, proxy, wait_s, retry_s, answer_s: as of the section `teacher` of a run; times in seconds.
         cache_dir: where the output head and the labels are kept, shared with the runs of this machine.
         keep_labels: keep labels on disk and use those that are there; later epochs and runs then cost the teacher nothing.

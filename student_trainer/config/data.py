@@ -14,14 +14,16 @@ Weight = Annotated[float, Field(ge=0, le=100)]
 
 
 class SourceConfig(Settings):
-    """One file, folder or hub data set (docs/rows.md).
+    """One file, folder or hub data set (docs/data/rows.md).
 
     Attributes:
-        path: `~` is the home folder; `path#N` (or `sample`) takes N rows.
-        format: a key of `data.formats.FORMATS`, or `auto` to recognise it by the fields.
-        split, subset: of a folder or hub id.
-        columns: name of a field in the rows -> the name it is read by; null leaves the field out on purpose.
-        tags: of all of its rows, beside those of `tag_field`: which of several teachers are asked about them.
+        path: file, folder or hub id. `~` is the home folder; `path#N` takes N rows, the same ones every time.
+        format: name of a row format (docs/data/rows.md), or `auto` to recognise it by the fields of the rows.
+        sample: number of rows to take, as `path#N` says it; null takes all.
+        split: split of a folder or hub id.
+        subset: subset (configuration) of a hub id.
+        columns: a field's name in the rows -> the name by which it is read; null as the name leaves the field out on purpose.
+        tags: tags of all rows of this source, beside those of `tag_field`. They decide which of several teachers are asked about a row.
     """
 
     path: HomeText
@@ -52,7 +54,22 @@ def listed_sources(value: Any) -> list[Any]:
 
 
 class TraceTasksConfig(Settings):
-    """What rows of format `trace` become; see `data.trace_rows.TraceTasks` (algorithms.md 7.3)."""
+    """What rows of format `trace` become; see `data.trace_rows.TraceTasks` (docs/concepts/method.md 7.3).
+
+    Attributes:
+        tasks: tasks made of each trace: `reason` teaches the steps and the answer, `answer` the answer alone.
+        reason_prefix: text before the user's last turn that asks for the reasoning; at inference the prefix chooses the task.
+        answer_prefix: text before the user's last turn that asks for the answer alone.
+        open_tag: text before the steps; take the student's own tag if its template has one.
+        close_tag: text behind the steps.
+        reason_share: weight of the task `reason` relative to the task `answer`.
+        gamma: exponent of the answer's confidence in the weights; 0 ignores confidence.
+        answer_weight: weight of the characters of the answer.
+        step_weight: weight of the characters of a step.
+        evidence_weight: weight of the characters that a step quotes from the prompt.
+        markup_weight: weight of numbers, tags and line breaks around the steps.
+        evidence_bonus: share by which a step with verified evidence weighs more.
+    """
 
     tasks: Annotated[tuple[Literal["reason", "answer"], ...], Field(min_length=1)] = ("reason", "answer")
     reason_prefix: str = "[reason] "
@@ -72,19 +89,23 @@ class DataConfig(Settings):
     """What is learned from.
 
     Attributes:
-        train, eval: sources, in this order.
-        template: `chat` (the tokenizer's), `plain`, `auto`, the name of one of a tokenizer's several templates, or a file (./x.jinja).
-        template_kwargs: variables of the chat template, such as enable_thinking; a row's own stand before them.
-        turns: which answers of a conversation are learned: all, in one sequence where the template allows it (`auto`) or each in its
-            own (`each`), or the `last` alone.
-        date: the day that a chat template prints; without it, that of the run's first start.
-        max_tokens: longest sequence.
-        overlong: what to do with a longer one; `drop` counts and reports them.
-        bad_rows: what to do with a row that cannot be learned from; `skip` counts such rows and writes them to `bad_rows.jsonl` in the
-            run folder.
-        traces: what rows of format `trace` become.
-        tag_field: of the rows, whose text, or list of texts, are a row's tags: which of several teachers are asked about it
-            (`teachers[].tags`). A row without it has the tags of its source alone. null: no field has tags.
+        train: sources of training rows, in this order.
+        eval: sources of held-out rows, in this order. Needed by `train.eval_steps`, `evaluate` and `compare`.
+        template: `chat` (the tokenizer's chat template), `plain`, `auto`, the name of one of a tokenizer's several templates, or a file
+            (./x.jinja).
+        template_kwargs: variables of the chat template, such as enable_thinking; a row's own values take precedence.
+        turns: which answers of a conversation are learned: all of them in one sequence where the template allows it (`auto`), all of them
+            in a sequence each (`each`), or only the `last`.
+        date: the day that a chat template prints; without it the day of the run's first start, which is kept in run.json.
+        system_prompt: system message of conversations that have none; null adds none.
+        max_tokens: longest sequence, in tokens of the student.
+        overlong: what happens to a longer row: `refuse` ends the run, `drop` leaves the row out, counts it and reports it. No row is ever
+            cut.
+        bad_rows: what happens to a row that cannot be learned from: `refuse` ends the run, `skip` counts the row and writes it to
+            `bad_rows.jsonl` in the run folder.
+        traces: how rows of format `trace` become text and weights.
+        tag_field: field of the rows whose text, or list of texts, is a row's tags, by which several teachers are chosen
+            (`teachers[].tags`). A row without the field has the tags of its source; null reads no field.
     """
 
     train: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""The sections `loss.hidden`, `loss.attention` and `loss.ffn`: what is learned from inside the teacher's layers (algorithms.md 4, 5, 6)."""
+"""The sections `loss.hidden`, `loss.attention` and `loss.ffn`: what is learned from inside the teacher's layers (docs/concepts/method.md 4, 5, 6)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class AnnealConfig(Settings):
     """A weight that falls to 0 as half a cosine: features are scaffolding.
 
     Attributes:
-        share: of the run's steps, until it is 0.
-        steps: optimizer steps until it is 0.
+        share: share of the run's steps after which the weight is 0.
+        steps: optimizer steps after which the weight is 0.
     """
 
     share: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -50,18 +50,20 @@ class AnnealConfig(Settings):
 
 
 class HiddenLossConfig(Settings):
-    """Hidden states of chosen blocks (algorithms.md 4).
+    """Hidden states of chosen blocks (docs/concepts/method.md 4).
 
     Attributes:
-        weight: of this term; 0 is off. `auto` is what was measured (docs/results.md): 12, constant, where the student's width is the teacher's, as of
-            one cut from it; else 1, annealed over half of the run unless `anneal` says otherwise. For `proj_cos` alone.
-        layers: `uniform(n)`; blocks of the student, each paired with the teacher's block at the same share of its depth; or pairs
-            [student, teacher]. Counted by outputs from 1; 0 is the embedding, the last is before the final norm.
-        objective: `proj_cos` and `proj_sl1` go through a learned projector; `gram`, `cka` and `rkd` compare how rows lie to one another.
-        reduction: how the teacher's states travel: principal components as int8, the whole state as int8, or as it is.
-        rank: principal components; null: all of the teacher's basis.
-        anneal: null: the weight stays.
-        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
+        weight: weight of this term; 0 switches it off. `auto` is what was measured best (docs/results/results.md): 12, constant, where the
+            student has the teacher's width, as a student cut from it has; otherwise 1, annealed over half of the run unless `anneal` is
+            set. `auto` is known for `proj_cos` alone.
+        layers: `uniform(n)`; blocks of the student, each paired with the teacher's block at the same share of its depth; or pairs [student,
+            teacher]. Blocks are counted by their outputs from 1; 0 is the embedding, and the last one is read before the final norm.
+        objective: what is compared: `proj_cos` and `proj_sl1` go through a learned projector; `gram`, `cka` and `rkd` compare how rows lie
+            relative to one another, without a projector.
+        reduction: how the teacher's states travel: `pca` as principal components in int8, `int8` whole in int8, `none` as they are.
+        rank: number of principal components; null takes all of the teacher's basis.
+        anneal: how the weight falls to 0; null keeps it constant.
+        teacher: with several teachers, whose layers are learned from; null takes the first one that has the student's tokenizer.
     """
 
     weight: Weight | Literal["auto"] = "auto"
@@ -82,14 +84,15 @@ class HiddenLossConfig(Settings):
 
 
 class AttentionLossConfig(Settings):
-    """Where chosen blocks look (algorithms.md 5).
+    """Where chosen blocks look (docs/concepts/method.md 5).
 
     Attributes:
-        weight: of this term; 0 is off.
-        layers: as of `hidden`, from 1.
-        objective: `pooled_kl` of head-averaged maps in blocks of 64 keys; `relation` of keys and of values, more bytes and more detail.
-        anneal: null: the weight stays.
-        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
+        weight: weight of this term; 0 switches it off.
+        layers: blocks, as in `loss.hidden.layers`, from 1.
+        objective: `pooled_kl` compares head-averaged maps in blocks of 64 keys; `relation` compares relations of keys and of values, which
+            takes more bytes and keeps more detail.
+        anneal: how the weight falls to 0; null keeps it constant.
+        teacher: with several teachers, whose layers are learned from; null takes the first one that has the student's tokenizer.
     """
 
     weight: Weight
@@ -100,14 +103,14 @@ class AttentionLossConfig(Settings):
 
 
 class FfnLossConfig(Settings):
-    """How much the FFN of chosen blocks works at each token (algorithms.md 6); experimental.
+    """How much the FFN of chosen blocks works at each token (docs/concepts/method.md 6); experimental.
 
     Attributes:
-        weight: of this term; 0 is off.
-        layers: as of `hidden`, from 1.
-        objective: `energy`: correlation of the activation's size over each sequence; `quantiles`: its profile at each token.
-        anneal: null: the weight stays.
-        teacher: of several, whose layers; null: the first one that has the student's tokenizer.
+        weight: weight of this term; 0 switches it off.
+        layers: blocks, as in `loss.hidden.layers`, from 1.
+        objective: `energy` correlates the size of the activation over each sequence; `quantiles` compares its profile at each token.
+        anneal: how the weight falls to 0; null keeps it constant.
+        teacher: with several teachers, whose layers are learned from; null takes the first one that has the student's tokenizer.
     """
 
     weight: Weight
@@ -121,7 +124,7 @@ FeatureConfig = HiddenLossConfig | AttentionLossConfig | FfnLossConfig
 
 # `loss.preset` -> what it stands for; what is written beside it wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The origin article's numbers. Nothing published supports them, and on the real pair they did worse than anything else (docs/results.md).
+    # The origin article's numbers. Nothing published supports them, and on the real pair they did worse than anything else (docs/results/results.md).
     "article": {
         "output": {"weight": 0.2, "temperature": {"kind": "linear", "start": 8.0, "end": 1.2, "share": 1.0}},
         "hidden": {"weight": 0.5, "layers": [1, 5, 12]},

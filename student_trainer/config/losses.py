@@ -18,13 +18,14 @@ from student_trainer.config.files import Settings
 
 
 class ScheduleConfig(Settings):
-    """A number that changes with the optimizer step (algorithms.md 11).
+    """A number that changes with the optimizer step (docs/concepts/method.md 11).
 
     Attributes:
-        kind: how it goes from `start` to `end`.
-        start, end: its values.
-        steps: optimizer steps from start to end; or
-        share: of the run's steps.
+        kind: shape of the way from `start` to `end`.
+        start: value at step 0.
+        end: value at the end, which holds from then on.
+        steps: optimizer steps from start to end; set this or `share`.
+        share: share of the run's steps from start to end; set this or `steps`.
     """
 
     kind: Literal["constant", "linear", "cosine", "exponential"] = "linear"
@@ -41,20 +42,21 @@ class ScheduleConfig(Settings):
 
 
 class OutputLossConfig(Settings):
-    """Divergence of the output distributions (algorithms.md 1), or reverse KL on the student's own samples as a policy gradient (10).
+    """Divergence of the output distributions (docs/concepts/method.md 1), or reverse KL on the student's own samples as a policy gradient (10).
 
     Attributes:
-        weight: of this term.
-        divergence: which; `pg_rkl` is the policy gradient, for the section `on_policy`, and needs of the teacher no more than the
-            log-probability of each token (`labels.transport: given`).
-        beta: of `jsd`; 0 is forward KL, 1 reverse KL, exactly.
-        alpha: of `skew_kl`, `skew_rkl` (0.1 if null) and `adaptive_kl` (0.5 if null).
-        normalization: `paper`, or `unit` = D / (beta (1 - beta)), comparable across beta.
-        temperature: of the loss, constant or a schedule. Not the temperature of sampling.
-        tau_squared: multiply by temperature squared; null means: under a schedule.
-        clip: of `pg_rkl`, 0.2 if null: a token stops to teach once its probability has changed by more than this share since it was
+        weight: weight of this term.
+        divergence: divergence of the teacher's and the student's distribution. `pg_rkl` is the policy gradient for the section `on_policy`;
+            it needs of the teacher no more than the log-probability of each token (`labels.transport: given`).
+        beta: coefficient of `jsd`; 0 is exactly forward KL, 1 exactly reverse KL.
+        alpha: skew of `skew_kl` and `skew_rkl` (0.1 if null), or the head's share of `adaptive_kl` (0.5 if null).
+        normalization: `paper` is the definition of the GKD paper; `unit` divides it by beta (1 - beta), so that losses are comparable
+            across beta.
+        temperature: temperature of the loss, a constant or a schedule. It is not the temperature of sampling.
+        tau_squared: whether the loss is multiplied by the temperature squared; null does so under a schedule.
+        clip: clip of `pg_rkl`, 0.2 if null: a token stops teaching once its probability has changed by more than this share since it was
             sampled. `.inf` clips nothing.
-        tempered_head: with `top_k`, the other objective of algorithms.md 2.4 that has a meaning at any temperature.
+        tempered_head: with `top_k` labels, a different objective that has a meaning at any temperature (docs/concepts/temperature.md).
     """
 
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -80,12 +82,15 @@ class LossConfig(Settings):
     """The training objective: distillation, hard labels, or both.
 
     Attributes:
-        output: the distillation term, or null.
-        sft_weight: of the cross-entropy with the data's own tokens. 0.5 beside a distillation term if left out, which did better than either
-            term alone on rows whose answers are good (docs/results.md); set 0 where the answers are the teacher's own or poor.
-        chunk_mb: bound on logits held at a time.
-        hidden, attention, ffn: terms on what happens inside the layers, or null (docs/layers.md). They need `output`.
-        preset: `article` stands for the numbers of the article that the project started from; what is written beside it wins.
+        output: the distillation term; null trains on hard labels alone.
+        sft_weight: weight of the cross-entropy with the data's own tokens. 0.5 beside a distillation term if left out, which did better
+            than either term alone on rows whose answers are good (docs/results/results.md); set 0 where the answers are the teacher's own
+            or poor.
+        chunk_mb: largest size of logits held at a time, in MiB.
+        hidden: a term on hidden states of chosen layers (docs/train/layers.md); null for none. Needs `output`.
+        attention: a term on attention maps of chosen layers; null for none. Needs `output`.
+        ffn: a term on FFN activation of chosen layers; null for none. Needs `output`.
+        preset: `article` stands for the numbers of the article that the project started from; settings written beside it take precedence.
     """
 
     output: OutputLossConfig | None = OutputLossConfig()

@@ -14,8 +14,12 @@ class LoraSettings(Settings):
     """Low-rank adapters (peft).
 
     Attributes:
-        rank, alpha, dropout, target_modules: as in peft.
-        fused: compute plain layers as one function each (`model/speed/lora.py`), with peft's parameters and files.
+        rank: rank of the adapters, as peft's `r`.
+        alpha: scale of the adapters, as peft's `lora_alpha`: their output is multiplied by alpha / rank.
+        dropout: dropout before the adapters, as peft's `lora_dropout`.
+        target_modules: modules that get adapters, as in peft: `all-linear`, a regular expression, or a list of names.
+        fused: whether plain linear layers and their adapters are computed as one function (`model/speed/lora.py`), with peft's parameters
+            and files.
     """
 
     rank: Positive = 16
@@ -29,8 +33,8 @@ class QuantizeSettings(Settings):
     """A base in 4 bit under its adapters (QLoRA, bitsandbytes); `quantize: nf4` stands for `quantize: {kind: nf4}`.
 
     Attributes:
-        kind: of the 4-bit numbers; nf4 has its levels at the quantiles of a normal distribution, fp4 is a small float.
-        double: the scale of each block of 64 weights is kept in 8 bit too, which takes 4.13 bits per weight in place of 4.5.
+        kind: 4-bit number format: nf4 has its levels at the quantiles of a normal distribution, fp4 is a small float.
+        double: whether the scale of each block of 64 weights is kept in 8 bit too, which takes 4.13 bits per weight instead of 4.5.
     """
 
     kind: Literal["nf4", "fp4"] = "nf4"
@@ -41,19 +45,23 @@ class ModelConfig(Settings):
     """The student.
 
     Attributes:
-        path: hub id or local folder of a model, or of an adapter (its base is then loaded too): with `lora` training goes on with
-            the adapter, without it is merged first.
-        dtype: of frozen weights, of the passes, and of the result; what is trained is float32 in memory in any case. float16 is
+        path: hub id or local folder of a model, or of an adapter, whose base is then loaded too: with `lora` training goes on with the
+            adapter, without it the adapter is merged first.
+        revision: revision (branch, tag or commit) of a hub id; null takes its default.
+        dtype: dtype of frozen weights, of the passes, and of the result; trained weights are float32 in memory in any case. float16 is
             refused: it would need a loss scaler.
-        attention: transformers' attn_implementation; `auto` is sdpa, and eager where the model caps its attention scores softly (Gemma 2), which
-            sdpa would leave out.
+        attention: transformers' attn_implementation; `auto` is sdpa, and eager where the model soft-caps its attention scores (Gemma 2),
+            which sdpa would leave out.
         lora: adapters, or null to train every weight.
-        quantize: keeps the linear layers of the frozen base in 4 bit (docs/qlora.md); passes are computed in `dtype`. Needs `lora` and
-            bitsandbytes. The output head, embeddings and norms stay in `dtype`.
-        compiled: compute decoder layers as compiled functions while training (`model/speed/compiled.py`); `auto`: on a GPU.
-        graphs: record the passes of each length that comes often and replay them with one launch each (`model/speed/cuda_graphs.py`); needs a GPU,
-            compiled layers and no dropout; `auto`: where these are given. Lengths are then padded to a few.
-        threads: torch threads on CPU.
+        quantize: keeps the linear layers of the frozen base in 4 bit (docs/train/qlora.md); passes are computed in `dtype`. Needs `lora`
+            and bitsandbytes. The output head, embeddings and norms stay in `dtype`.
+        gradient_checkpointing: whether activations inside decoder layers are computed again in the backward pass instead of being kept:
+            less memory, about a third more compute.
+        compiled: whether decoder layers are compiled while training (`model/speed/compiled.py`); `auto` compiles on a GPU.
+        graphs: whether the passes of frequent lengths are recorded as CUDA graphs and replayed with one launch each
+            (`model/speed/cuda_graphs.py`). Needs a GPU, compiled layers and no dropout; `auto` records where these are given. Lengths are
+            then padded to a few.
+        threads: torch threads on a CPU.
     """
 
     path: HomeText

@@ -1,4 +1,4 @@
-"""The section `on_policy`: which sequences the student writes itself (GKD, Agarwal et al. 2023; algorithms.md 10)."""
+"""The section `on_policy`: which sequences the student writes itself (GKD, Agarwal et al. 2023; docs/concepts/method.md 10)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ class ShareConfig(Settings):
     """The share of sequences that are rollouts: `start` for a `warmup` share of the run's steps, then in a straight line over a `ramp` share to `end`.
 
     Attributes:
-        start, end: shares of the sequences of a window.
-        warmup, ramp: shares of the run's steps.
+        start: share of the sequences of a window at the start of the run.
+        end: share of the sequences of a window from the end of the ramp on.
+        warmup: share of the run's steps with `start`.
+        ramp: share of the run's steps over which the share goes from `start` to `end`.
     """
 
     start: Fraction = 0.0
@@ -33,12 +35,13 @@ class ShareConfig(Settings):
 
 
 class PublishConfig(Settings):
-    """Pushes the student's weights to its server as a new revision of a teacher, while training goes on (docs/publishing.md).
+    """Pushes the student's weights to its server as a new revision of a teacher, while training goes on (docs/operate/publishing.md).
 
     Attributes:
         every: optimizer steps between two revisions.
-        teacher: its name on the server of the section `teacher`; where the run learns from that one, its labels move along.
-        on_failure: what to do when a revision does not go live: `skip` says so, counts it and goes on with the one before; `stop` ends the run.
+        teacher: name of the teacher on the server of the section `teacher`. If the run learns from that teacher, its labels move along.
+        on_failure: what happens when a revision does not go live: `skip` reports it, counts it and goes on with the previous one; `stop`
+            ends the run.
     """
 
     every: Positive
@@ -50,18 +53,20 @@ class OnPolicyConfig(Settings):
     """On-policy distillation: the student's own completions, scored by the teacher.
 
     Attributes:
-        share: of the sequences of each window that are rollouts; a number, or a schedule. The coin of each sample is a function of
+        share: share of the sequences of each window that are rollouts: a number, or a schedule. Whether a sequence is one is a function of
             (seed, step, place in the window).
-        max_new_tokens: of a completion, at least 2; one that is cut off there stays, its last token with weight 0.
-        temperature, top_p: of sampling.
+        max_new_tokens: longest completion, at least 2 tokens; one that is cut off there is kept, its last token with weight 0.
+        temperature: temperature of sampling.
+        top_p: nucleus of sampling: the smallest set of tokens with this mass.
         samples_per_prompt: completions of each prompt that is drawn; consecutive on-policy places of a window share it.
-        engine: `hf` writes in this process; `vllm` in a process of its own, which is given the weights every `sync_steps`.
-        sync_steps: optimizer steps between two loads of the weights; above 1 only where max_staleness allows it.
-        max_staleness: optimizer steps that the weights of a rollout may be behind; 0 is one after the other, reproducible to the bit.
-        batch: sequences that are written at a time.
-        on_failure: what to do with a prompt that gets no completion: `skip` learns from the row instead and counts it, `stop` ends the run
+        engine: `hf` samples in this process; `vllm` in a process of its own, which is given the weights every `sync_steps`.
+        sync_steps: optimizer steps between two loads of the weights into the engine; above 1 only where max_staleness allows it.
+        max_staleness: optimizer steps by which the weights of a rollout may be behind. 0 samples and trains in turn, reproducible to the
+            bit.
+        batch: sequences sampled at a time.
+        on_failure: what happens to a prompt that gets no completion: `skip` learns from the row instead and counts it, `stop` ends the run
             with its name.
-        publish: the student becomes a teacher of the server; null for none.
+        publish: publishes the student as a revision of a teacher of its server; null for not at all.
     """
 
     share: Fraction | ShareConfig = ShareConfig()

@@ -40,9 +40,9 @@ class RunConfig(Settings):
     """Where the run lives and what makes it repeatable.
 
     Attributes:
-        output_dir: folder of this run; must not hold another run. Kept absolute, as `cache_dir`; `~` is the home directory.
-        seed: of initialisation, order and dropout.
-        cache_dir: shared by all runs of this machine (labels, tokenised rows, output heads).
+        output_dir: folder of this run; it must not hold another run. Kept absolute, as `cache_dir` is; `~` is the home directory.
+        seed: seed of initialisation, order and dropout.
+        cache_dir: folder shared by all runs of this machine, for labels, tokenised rows and output heads.
     """
 
     output_dir: AbsolutePath
@@ -54,10 +54,12 @@ class TrainConfig(Settings):
     """Everything `student-trainer train` needs.
 
     Attributes:
-        teacher, teachers: whom to learn from: one, or several; neither without `loss.output`.
-        combine: what several teachers teach together: the weighted sum of their losses, the loss of their mixture (`prob_mix`), each row by
-            the one teacher that has a tag of it (`route`), or weighted by how sure each is (`confidence`).
-        when_missing: what is done while one of several teachers does not answer: `wait`, learn from the others alone (`reweight`), or `fail`.
+        teacher: the one teacher to learn from. Set this or `teachers`; neither is needed if `loss.output` is null.
+        teachers: several teachers to learn from, each with a weight and rows of its own.
+        combine: how several teachers teach together: the weighted sum of their losses (`loss_sum`), the loss of their mixture (`prob_mix`),
+            each row by the one teacher that has a tag of it (`route`), or weighted by how certain each is (`confidence`).
+        when_missing: what is done while one of several teachers does not answer: `wait` for it, learn from the others alone (`reweight`),
+            or `fail`.
     """
 
     run: RunConfig

@@ -17,12 +17,14 @@ WhenMissing = Literal["reweight", "wait", "fail"]
 
 
 class ContextConfig(Settings):
-    """What of each row the teacher alone is told: a hint, the reference answer, a document, another system prompt (docs/objectives.md).
+    """What of each row the teacher alone is told: a hint, the reference answer, a document, another system prompt (docs/train/objectives.md).
 
     Attributes:
-        field: of the rows, whose text it is; a row without it is a bad row.
-        template: what becomes of the message: `{message}` stands for the message as the student reads it, `{context}` for the field's text.
-        role: whose message: the last one of the `user` before the answers, or the `system` message, which is made if there is none.
+        field: field of the rows whose text the teacher is told; a row without it is a bad row.
+        template: text that replaces the message: `{message}` stands for the message as the student reads it, `{context}` for the field's
+            text.
+        role: which message is replaced: the last one of the `user` before the answers, or the `system` message, which is added if there is
+            none.
     """
 
     field: Annotated[str, Field(min_length=1)]
@@ -40,12 +42,13 @@ class ContextConfig(Settings):
 
 
 class CrossTokenizerConfig(Settings):
-    """How a teacher with another tokenizer than the student's is learned from (docs/many_teachers.md); unused with the same one.
+    """How a teacher with another tokenizer than the student's is learned from (docs/train/many_teachers.md); unused with the same one.
 
     Attributes:
-        alm_weight: of a token in groups of tokens that are not one to one, whose likelihoods as a whole are compared, against a token that is.
-        alm_temperature: of that comparison.
-        min_coverage: a sample of which a smaller share of tokens is one to one is not labelled by this teacher.
+        alm_weight: weight of a token in groups that are not one to one, whose likelihoods are compared as a whole, relative to a token that
+            is one to one.
+        alm_temperature: temperature of that comparison.
+        min_coverage: smallest share of one-to-one tokens with which this teacher labels a sample.
     """
 
     alm_weight: Annotated[float, Field(ge=0)] = 0.5
@@ -57,23 +60,27 @@ class TeacherConfig(Settings):
     """Whom to learn from: a server at `address`, or one started beside us from `embedded`.
 
     Attributes:
-        address: HOST:PORT; several with commas are edges of one server, of which any will do.
-        name: which teacher of the server; may be left out if it has one.
-        embedded: a teacher-server config; needs the teacher extra.
-        ca_file, cert_file, key_file: TLS.
-        token_env: environment variable that holds our token.
-        tenant: whose account this run is on; a token says it already.
-        proxy: `auto` takes the HTTP proxy that grpc_proxy, https_proxy or http_proxy names (no_proxy excepted), `none` takes none, else
-            http://HOST:PORT. Addresses of this machine never take one.
-        wait_s: how long to wait for the server at the start.
-        retry_s: how long a request is retried while the server is away.
-        answer_s: how long a request that the server has taken may stay without any part of its answer before it is made again.
-        allow_template_mismatch: learn although the teacher's chat template differs from ours.
-        offline: never connect: who the teacher is, its output head and its labels are those that `student-trainer label`, or an earlier run, has
-            left in `run.cache_dir` (docs/one_card.md). `address` or `embedded` then only says which teacher is meant, and may be left out.
-        fingerprint: the teacher's must begin so; "" for any. Offline it chooses among the teachers on disk.
-        context: what of each row the teacher alone is told; null for nothing.
-        cross_tokenizer: how it is learned from if its tokenizer is another one.
+        address: HOST:PORT of the server. Several addresses with commas are edges of one server, any of which will do.
+        embedded: path of a teacher-server config: the server is started and stopped with the run. Needs the teacher extra.
+        name: name of the teacher on the server; may be left out if the server has only one.
+        ca_file: PEM file of the authority that signed the server's certificate; with it the connection uses TLS.
+        cert_file: PEM file of the student's own certificate, for servers that ask for one.
+        key_file: PEM file of the key of `cert_file`.
+        token_env: environment variable that holds the token.
+        tenant: tenant on whose account the run is; with a token the token decides it.
+        proxy: `auto` takes the HTTP proxy that grpc_proxy, https_proxy or http_proxy name (no_proxy excepted), `none` takes none, anything
+            else is http://HOST:PORT. Addresses of this machine are never reached through a proxy.
+        wait_s: seconds to wait for the server at the start.
+        retry_s: seconds for which a request is retried while the server is away.
+        answer_s: seconds without any part of an answer after which a request that the server has taken is made again.
+        allow_template_mismatch: learn although the teacher's chat template differs from the student's.
+        offline: never connect: the teacher's identity, output head and labels are those that `student-trainer label` or an earlier run left
+            in `run.cache_dir` (docs/recipes/one_card.md). `address` or `embedded` then only says which teacher is meant, and may be left
+            out.
+        fingerprint: first digits that the teacher's fingerprint must have; empty accepts any. Offline it chooses among the teachers on
+            disk.
+        context: text of each row that the teacher alone is told; null for none.
+        cross_tokenizer: how a teacher with another tokenizer is learned from; unused with the same tokenizer.
     """
 
     address: str | None = None
@@ -121,18 +128,19 @@ class TeacherConfig(Settings):
 
 
 class LabelConfig(Settings):
-    """How labels travel (algorithms.md 2, 3).
+    """How labels travel (docs/concepts/method.md 2, 3).
 
     Attributes:
-        transport: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass;
-            `full` sends every logit, for small vocabularies; `given` sends the log-probability of each token alone, for `pg_rkl`; `auto` picks the exact one that fits card and link.
-        k: kept entries of `top_k`.
-        extra_ids: of `top_k`, the student's own likeliest ids per row that are kept too, for divergences that weigh by the
-            student (reverse KL, JSD). Asked for when the student has seen the batch, so not ahead.
-        compression: of `hidden`: int8 in blocks takes half the bytes (algorithms.md 3.4).
-        check: of which rows of `hidden` labels the teacher sends lse and logp(label), for the student to recompute: a sample that finds
-            every wrong sequence and one wrong row in eight, or all of them, which costs the teacher a product with its head. The other
-            transports always send them of all rows.
+        transport: what travels: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass; `full` sends every
+            logit, for small vocabularies; `given` sends the log-probability of each token alone, for `pg_rkl`; `auto` picks the exact
+            transport that fits card and link.
+        k: entries kept by `top_k`.
+        extra_ids: number of the student's own likeliest ids per row that `top_k` keeps too, for divergences that weigh by the student
+            (reverse KL, JSD). They are known only once the student has seen the batch, so labels are not fetched ahead.
+        compression: compression of `hidden`: int8 in blocks takes half the bytes (docs/concepts/method.md 3.4).
+        check: rows of `hidden` labels for which the teacher sends log-sum-exp and log-probability, for the student to recompute: a sample
+            that finds every wrong sequence and one wrong row in eight, or all rows, which costs the teacher a product with its head. The
+            other transports always send them for all rows.
     """
 
     transport: Literal["hidden", "top_k", "full", "given", "auto"] = "hidden"
@@ -156,13 +164,14 @@ class OneOfTeachersConfig(TeacherConfig):
     """One of several teachers of a run.
 
     Attributes:
-        alias: what the run calls it, in its log, its errors and `loss.*.teacher`; its `name` if left out. Every teacher of a run has another.
-        weight: its share of the loss, beside the weights of the others that are asked about the same sample.
-        labels: how its labels travel; a transport's name stands for a section. The section `labels` of the run if left out.
-        tags: asked only about rows that have one of them (`data.tag_field`, `data.train[].tags`); empty: about rows of which no other
-            teacher has a tag under `combine: route`, else about every row.
-        when_missing: of this teacher; the run's if null.
-        cache: keep its labels on disk and use them; the run's `cache.labels` if null.
+        alias: name of this teacher in the log, in errors and in `loss.*.teacher`; its `name` if left out. No two teachers of a run share
+            one.
+        weight: share of the loss relative to the other teachers that are asked about the same sample.
+        labels: how this teacher's labels travel; the name of a transport stands for a section. The section `labels` of the run if left out.
+        tags: the teacher is asked only about rows that have one of these tags (`data.tag_field`, `data.train[].tags`). Empty: about rows of
+            which no other teacher has a tag under `combine: route`, else about every row.
+        when_missing: what is done while this teacher does not answer; the run's setting if null.
+        cache: whether this teacher's labels are kept on disk and used; the run's `cache.labels` if null.
     """
 
     alias: str = ""
@@ -192,10 +201,10 @@ class FeedConfig(Settings):
     """How far labels are fetched ahead of the step that needs them.
 
     Attributes:
-        max_mb: host memory of labels requested or waiting: in wire bytes, decoded, and in pinned copies. One request is
-            made however large it is. Labels of held-out rows are kept beside it up to as much again.
-        max_batches: micro-batches requested or waiting, at most; how many it takes to hide the teacher's time is measured.
-        window_mb: reply bytes the server may have under way.
+        max_mb: host memory, in MiB, of labels requested or waiting: in wire bytes, decoded, and in pinned copies. One request is always
+            made, however large it is. Labels of held-out rows may take as much again.
+        max_batches: micro-batches requested or waiting, at most. How many it takes to hide the teacher's time is measured.
+        window_mb: MiB of replies that the server may have under way.
     """
 
     max_mb: Positive = 768
@@ -207,9 +216,9 @@ class CacheConfig(Settings):
     """What is kept on disk for all runs of this machine: labels in `run.cache_dir/labels`, teachers' output heads in `run.cache_dir/heads`.
 
     Attributes:
-        labels: keep labels and use them; whatever a teacher was asked once, it need not be asked again.
-        max_gb: budget of the labels; the longest unused go first.
-        heads_gb: budget of the heads, likewise; 0 keeps none.
+        labels: whether labels are kept and used, so that a teacher is asked about a sequence only once.
+        max_gb: budget of the labels in GiB; the least recently used go first.
+        heads_gb: budget of the output heads in GiB, likewise; 0 keeps none.
     """
 
     labels: bool = True

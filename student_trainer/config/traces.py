@@ -105,7 +105,8 @@ class TagsConfig(_Strict):
     """What stands around the reasoning of a teacher that thinks in tags of its own; read with style `free`.
 
     Attributes:
-        open, close: each on its own; the opening one may be written by the teacher's chat template.
+        open: tag before the reasoning; it may be written by the teacher's chat template.
+        close: tag behind the reasoning.
     """
 
     open: Annotated[str, Field(min_length=1)] = "<think>"
@@ -122,14 +123,15 @@ class QuestionConfig(_Strict):
     """What is asked.
 
     Attributes:
-        sources: rows of any training format, whose last answer is the known one, or of format `question`:
-            `{prompt, answer, system}`, the last two optional.
-        template: `chat` (the tokenizer's), `plain`, or `auto`.
-        system_prompt: put before questions that have no system turn.
-        instruction: said to the teacher after it; the student never sees it. null is the one of the style (`INSTRUCTIONS`).
+        sources: rows of any training format, whose last answer is the known one, or of format `question`: `{prompt, answer, system}`, the
+            last two optional.
+        template: `chat` (the tokenizer's chat template), `plain`, or `auto`.
+        system_prompt: system message of questions that have none.
+        instruction: instruction to the teacher after the system message; the student never sees it. null takes the one of the style.
         examples: worked examples of your own, shown to the teacher before the question; the student never sees them.
-        builtin_examples: show two short ones of ours. null shows them with styles `quotes` and `steps` where there are none of your own.
-        use_answers: hold traces to the known answers; false lets the majority of samples decide.
+        builtin_examples: whether two short built-in examples are shown. null shows them with styles `quotes` and `steps` where you give
+            none.
+        use_answers: whether traces must reach the known answers; false lets the majority of samples decide.
     """
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
@@ -150,12 +152,15 @@ class SamplingConfig(_Strict):
     """How traces are drawn.
 
     Attributes:
-        samples: of each question; from 4 on, their agreement is the confidence in an answer.
-        temperature, top_p, max_new_tokens, seed: see `teacher_wire.generate.messages.SamplingSpec`.
-        json_schema: hold the teacher to the schema of a draft; false trusts it to know the form. null is true, and false with style `free`,
-            which has no schema.
-        fit_budget: with the schema, make its lists and strings so short that the longest draft takes `max_new_tokens`; false leaves them
-            as long as `caps` allows, for a teacher that is known to keep short.
+        samples: samples of each question; from 4 on their agreement is the confidence in an answer.
+        temperature: temperature of sampling; 0 takes the likeliest token.
+        top_p: nucleus of sampling.
+        max_new_tokens: longest sample, in tokens.
+        seed: seed of all samples.
+        json_schema: whether the teacher is held to the schema of a draft by a grammar; false trusts it to know the form. null is true, and
+            false with style `free`, which has no schema.
+        fit_budget: with the schema, whether its lists and strings are made so short that the longest draft takes `max_new_tokens`; false
+            leaves them as long as `caps` allows, for a teacher that is known to be brief.
     """
 
     samples: Positive = 4
@@ -168,7 +173,15 @@ class SamplingConfig(_Strict):
 
 
 class CapsConfig(_Strict):
-    """The longest accepted trace; lengths in UTF-8 bytes."""
+    """The longest accepted trace; lengths in UTF-8 bytes.
+
+    Attributes:
+        steps: most steps of a trace.
+        step_bytes: longest step, in UTF-8 bytes.
+        evidence: most quotes of a trace.
+        evidence_bytes: longest quote, in UTF-8 bytes.
+        answer_bytes: longest answer, in UTF-8 bytes.
+    """
 
     steps: Positive = 32
     step_bytes: Positive = 1024
@@ -178,7 +191,12 @@ class CapsConfig(_Strict):
 
 
 class AcceptConfig(_Strict):
-    """When to stop: fewer than `min_rate` of at least `after` samples accepted."""
+    """When to stop: fewer than `min_rate` of at least `after` samples accepted.
+
+    Attributes:
+        min_rate: smallest share of samples that must be accepted.
+        after: number of samples after which the share is looked at.
+    """
 
     min_rate: Fraction = 0.2
     after: Positive = 200
@@ -188,12 +206,14 @@ class GenerateConfig(_Strict):
     """How the teacher answers the rows of `data.train` anew.
 
     Attributes:
-        output_dir: of rows.jsonl, refused.jsonl and stats.json; the same command goes on with what is there.
-        samples: answers of each row, a row each.
-        temperature, top_p: of sampling; at temperature 0 the likeliest token is taken every time.
-        max_new_tokens: of an answer; one that is cut off there is refused, since it teaches no end.
-        seed: of all samples.
-        prompts_per_call, calls: rows of one call, and calls under way.
+        output_dir: folder of rows.jsonl, refused.jsonl and stats.json; the same command goes on with what is there.
+        samples: answers of each row; each becomes a row.
+        temperature: temperature of sampling; 0 takes the likeliest token every time.
+        top_p: nucleus of sampling.
+        max_new_tokens: longest answer, in tokens; one that is cut off there is refused, since it teaches no end.
+        seed: seed of all samples.
+        prompts_per_call: rows of one call.
+        calls: calls under way at a time.
     """
 
     output_dir: AbsolutePath
@@ -218,12 +238,13 @@ class TracesConfig(_Strict):
     """Everything `student-trainer traces` needs.
 
     Attributes:
-        output_dir: of traces.jsonl, quarantine.jsonl, stats.json.
+        output_dir: folder of traces.jsonl, quarantine.jsonl and stats.json.
         tokenizer: folder or hub id of the student's tokenizer; the teacher must have the same.
-        style: how the teacher writes: `quotes`, short JSON of steps, the words of the prompt that each rests on, and an answer; `steps`, the
-            same without quotes, for teachers too small to copy; `offsets`, JSON with ids and byte offsets, for teachers tuned to it;
+        style: how the teacher writes: `quotes`, short JSON of steps, the words of the prompt that each rests on, and an answer; `steps`,
+            the same without quotes, for teachers too small to copy; `offsets`, JSON with ids and byte offsets, for teachers tuned to it;
             `free`, its own reasoning in `tags` or plain lines, and a line `Answer: ...`.
-        prompts_per_call, calls: questions of one call, and calls under way.
+        prompts_per_call: questions of one call.
+        calls: calls under way at a time.
     """
 
     output_dir: AbsolutePath

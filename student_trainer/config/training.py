@@ -17,21 +17,36 @@ class OptimizationConfig(Settings):
     Attributes:
         batch_size: sequences of one micro-batch.
         accumulation: micro-batches of one optimizer step.
-        max_steps: optimizer steps; null means `epochs` over the data.
-        warmup_steps, schedule, min_lr_share: of the learning rate.
-        log_steps, eval_steps, save_steps: in optimizer steps; 0 is never (the end always counts).
-        keep_checkpoints: how many to keep, beside the one that the link `best` names.
-        best_metric: held-out figure that decides which checkpoint the link `best` names: nll_per_byte, nll_per_token, kl_to_teacher (of
-            one of several teachers kl_to_NAME), acc1 or acc3; of accuracies the highest is best, of the others the lowest.
-        packing: the student reads several short rows of a micro-batch in one row, none of which sees another (docs/packing.md).
-        report_to: trackers (docs/tracking.md): trackio, tensorboard, wandb, or another of transformers. `auto` is trackio where it is
-            installed, and nothing where it is not; `none`, or an empty list, is nothing.
-        project: under which trackers file the run; its name there is that of its folder.
-        push_to_hub, hub_id, hub_private: whether final/ is uploaded to the Hugging Face hub at the end, as `owner/name`, and whether only its
-            owner can see it. The token is the hub's own (`hf auth login`, or HF_TOKEN), never a setting.
-        nonfinite: what a step does whose loss or gradient is NaN or infinite: `stop` ends the run before the update, `skip`
-            leaves that update out and counts it in the log.
-        max_skipped: updates left out one after another, at most; then the run ends, whatever `nonfinite` says.
+        epochs: passes over the data; may be a fraction.
+        max_steps: optimizer steps; null takes `epochs`.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: AdamW's weight decay.
+        betas: AdamW's betas.
+        max_grad_norm: norm to which gradients are clipped; 0 clips nothing.
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        schedule: course of the learning rate after the warm-up.
+        min_lr_share: share of the peak learning rate at which `linear` and `cosine` end.
+        bf16: compute the passes in bfloat16 by autocast, with float32 weights; `model.dtype: bfloat16` has such passes already.
+        log_steps: optimizer steps between two log entries.
+        eval_steps: optimizer steps between two measurements of held-out rows; 0 measures at the end alone.
+        eval_batch_size: rows measured at a time.
+        save_steps: optimizer steps between two checkpoints, a multiple of `log_steps`; 0 saves at the end alone.
+        keep_checkpoints: number of checkpoints kept, beside the one that the link `best` names.
+        best_metric: held-out figure that decides which checkpoint the link `best` names: nll_per_byte, nll_per_token, kl_to_teacher
+            (kl_to_NAME for one of several teachers), acc1 or acc3. Of accuracies the highest is best, of the others the lowest.
+        packing: whether the student reads several short rows of a micro-batch in one row, none of which attends to another
+            (docs/train/packing.md).
+        report_to: trackers (docs/train/tracking.md): trackio, tensorboard, wandb, or another that transformers knows. `auto` is trackio
+            where it is installed, and nothing where it is not; `none` or an empty list is nothing.
+        project: project under which trackers file the run; the run is named after its folder.
+        push_to_hub: whether final/ is uploaded to the Hugging Face hub at the end. The token is the hub's own (`hf auth login`, or
+            HF_TOKEN), never a setting.
+        hub_id: name on the hub, `owner/name`.
+        hub_private: whether only its owner can see the uploaded model.
+        nonfinite: what happens at a step whose loss or gradient is NaN or infinite: `stop` ends the run before the update, `skip` leaves
+            that update out and counts it in the log.
+        max_skipped: updates left out in a row before the run ends, whatever `nonfinite` says.
+        deterministic: whether torch uses deterministic algorithms, so that a resumed run ends with the same bits.
     """
 
     batch_size: Positive = 2

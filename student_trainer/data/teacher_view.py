@@ -2,7 +2,7 @@
 
 In: a row, its conversation, and which field of the row goes where; out: the conversation as the teacher is asked it, and a `TeacherView`
 of the tokens that came of it. Both sides render their own prompt; their targets are the same ids and are joined by position
-(algorithms.md 10). Must never change what the student reads, nor pair targets that differ.
+(docs/concepts/method.md 10). Must never change what the student reads, nor pair targets that differ.
 
 Axes: L tokens of the teacher's sequence, n of a completion.
 """

@@ -1,7 +1,7 @@
 """Rows of format `trace` as two tasks: reason and then answer, or answer at once, each after its own prefix.
 
 In: a row that `student-trainer traces` wrote; out: conversations whose last turn carries a weight for every character.
-Must never teach a rationale that was not verified: a row without a trace teaches its answer alone. Source: algorithms.md 7.3.
+Must never teach a rationale that was not verified: a row without a trace teaches its answer alone. Source: docs/concepts/method.md 7.3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TASKS = ("reason", "answer")
 
 @dataclass(frozen=True)
 class TraceTasks:
-    """How a trace becomes text and weights; the defaults are those of algorithms.md 7.3.
+    """How a trace becomes text and weights; the defaults are those of docs/concepts/method.md 7.3.
 
     Attributes:
         tasks: which of `reason` and `answer` are made.

@@ -3,7 +3,7 @@
 In: JSON text that a teacher wrote; out: a `Trace`, or a `TraceError` whose reason is one of `REASONS`.
 It trusts nothing that a model wrote, and never repairs anything but a code fence (see `trace_verify` for spans).
 
-Offsets are half-open, in UTF-8 bytes of the exact user content (algorithms.md 7.1).
+Offsets are half-open, in UTF-8 bytes of the exact user content (docs/concepts/method.md 7.1).
 """
 
 from __future__ import annotations

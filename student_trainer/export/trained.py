@@ -1,6 +1,6 @@
 """What is exported: a run's result, an adapter, or a whole model; and how it is loaded to be asked.
 
-In: a folder; out: `Trained`. An adapter keeps its base as `model.path` finds it (docs/models.md).
+In: a folder; out: `Trained`. An adapter keeps its base as `model.path` finds it (docs/train/models.md).
 """
 
 from __future__ import annotations

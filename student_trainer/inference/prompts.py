@@ -1,7 +1,7 @@
 """Turns of a conversation to the ids that inference begins with, and the ids that end an answer.
 
 In: turns; out: ids, token for token those of `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`, by the templates of training.
-Control tokens that a user types stay text, as in training (docs/templates.md).
+Control tokens that a user types stay text, as in training (docs/data/templates.md).
 """
 
 from __future__ import annotations

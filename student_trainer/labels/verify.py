@@ -23,7 +23,7 @@ from teacher_wire.core.signals import AnswerShape, Signal, SignalSpec, TeacherSi
 from teacher_wire.core.tensor import FLOATS, Tensor
 from teacher_wire.score.signals import Attention, Full, Hidden, LayerStates, TopK
 
-# Probabilities that must sum to 1, and figures computed twice: float32 log-sums over bf16 logits (algorithms.md 3.6).
+# Probabilities that must sum to 1, and figures computed twice: float32 log-sums over bf16 logits (docs/concepts/method.md 3.6).
 MASS_TOLERANCE = 1e-3
 LSE_TOLERANCE = (0.02, 0.002)  # absolute, relative
 LOGP_TOLERANCE = 0.05

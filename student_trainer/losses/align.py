@@ -24,7 +24,7 @@ def wanted_rows(loss_mask_T: np.ndarray, cu_lengths_B1: np.ndarray) -> np.ndarra
     Raises:
         DataError: a sequence supervises its first token, which no row describes; names the sequence.
 
-    Source: algorithms.md, notation ("the state at position t-1 predicts token t").
+    Source: docs/concepts/method.md, notation ("the state at position t-1 predicts token t").
     """
     _check_lengths(loss_mask_T, cu_lengths_B1)
     first_B = loss_mask_T[cu_lengths_B1[:-1]]

@@ -35,7 +35,7 @@ class Divergence:
     Raises:
         ConfigError: an unknown name, or a number out of range.
 
-    Source: algorithms.md 1.1, 1.2.
+    Source: docs/concepts/method.md 1.1, 1.2.
     """
 
     kind: str = "forward_kl"
@@ -55,7 +55,7 @@ class Divergence:
 
 
 def advice(spec: Divergence) -> str | None:
-    """One sentence for the user if `spec` is legal but rarely meant, else None (algorithms.md 1.2)."""
+    """One sentence for the user if `spec` is legal but rarely meant, else None (docs/concepts/method.md 1.2)."""
     near_an_end = 0 < spec.beta < 0.05 or 0.95 < spec.beta < 1
     if spec.kind != "jsd" or spec.normalization != "paper" or not near_an_end:
         return None
@@ -76,7 +76,7 @@ def divergence_and_grad(log_p_CV: Tensor, log_q_CV: Tensor, spec: Divergence) ->
         grad_CV with respect to the logits whose softmax is q (for tempered logits z / tau, the caller divides by tau).
         A row of infinite divergence has no derivative; where inf - inf would appear, its gradient is 0.
 
-    Holds two further [C, V] buffers at a time, `adaptive_kl` four. Source: algorithms.md 1.1.
+    Holds two further [C, V] buffers at a time, `adaptive_kl` four. Source: docs/concepts/method.md 1.1.
     """
     return KINDS[spec.kind](log_p_CV, log_q_CV, spec)
 

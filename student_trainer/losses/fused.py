@@ -3,7 +3,7 @@
 In: float32 logits [C, V] on a CUDA device. Out: figures per row, and the gradient in the dtype it will be multiplied in.
 Must never be the only way: `divergence.py` and `truncated.py` are the oracle, and what runs wherever `usable` says no.
 
-Axes: C rows of a chunk, V vocabulary rows. Source: algorithms.md 1.1, 3.2. An outcome of probability 0 has weight 0.
+Axes: C rows of a chunk, V vocabulary rows. Source: docs/concepts/method.md 1.1, 3.2. An outcome of probability 0 has weight 0.
 """
 
 # mypy: disable-error-code="no-untyped-def"

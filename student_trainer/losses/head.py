@@ -36,7 +36,7 @@ class Head:
         final_softcap: 0.0 for none, else c in c * tanh(z / c).
         lora: an adapter on the weight, or None.
 
-    Source: algorithms.md 3.1, 3.2.
+    Source: docs/concepts/method.md 3.1, 3.2.
     """
 
     weight_VD: Tensor
@@ -72,7 +72,7 @@ class Head:
         return grad_CV
 
     def slice(self, vocab_rows: int) -> Head:
-        """The head over ids 0..vocab_rows-1, sharing memory (algorithms.md 1.6).
+        """The head over ids 0..vocab_rows-1, sharing memory (docs/concepts/method.md 1.6).
 
         Raises:
             ValueError: the head has fewer rows.

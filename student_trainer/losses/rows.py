@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class HiddenRows:
-    """States after the teacher's final norm, and its head: exact at every temperature (algorithms.md 3).
+    """States after the teacher's final norm, and its head: exact at every temperature (docs/concepts/method.md 3).
 
     Attributes:
         hidden_ND: in the wire's dtype.
@@ -87,7 +87,7 @@ class FullRows:
 
 @dataclass(frozen=True, eq=False)
 class TopKRows:
-    """K logits a row and the exact log-mass of all others (algorithms.md 2); a label outside the K changes nothing.
+    """K logits a row and the exact log-mass of all others (docs/concepts/method.md 2); a label outside the K changes nothing.
 
     Attributes:
         topk_ids_NK: int64, distinct in a row.
@@ -151,7 +151,7 @@ class TopKRows:
 
 @dataclass(frozen=True, eq=False)
 class GivenRows:
-    """Nothing but what the teacher says of the tokens that are there: enough for a policy gradient (algorithms.md 10).
+    """Nothing but what the teacher says of the tokens that are there: enough for a policy gradient (docs/concepts/method.md 10).
 
     The student can recompute neither figure, so these rows carry no evidence of being about its tokens.
 

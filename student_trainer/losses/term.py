@@ -191,7 +191,7 @@ class LossTerm(Protocol):
             outputs: of the student, with the taps that all terms need.
             labels: the teacher's; None in a run without one, or where this term's teacher, one of several, has not answered.
             rows: which of the flattened states are supervised.
-            normalizer: Z of the whole accumulation window over all ranks (algorithms.md 1.5).
+            normalizer: Z of the whole accumulation window over all ranks (docs/concepts/method.md 1.5).
             step: of the optimizer, counted from 0; schedules are functions of it.
         """
 

@@ -18,7 +18,7 @@ from student_trainer.losses.divergence import Divergence, divergence_and_grad
 def check_temperature(transport: str, temperature: float, tempered_head: bool) -> None:
     """Refuses a temperature at which the labels have no exact meaning.
 
-    Top-k labels are taken at temperature 1 and do not determine the tail's mass at any other (algorithms.md 2.4), so
+    Top-k labels are taken at temperature 1 and do not determine the tail's mass at any other (docs/concepts/method.md 2.4), so
     even 1 < tau <= 1.5 would be a guess: it is refused like the rest. Only labels computed by the server at tau could
     serve there, which the wire does not carry.
 
@@ -52,7 +52,7 @@ def bucket_and_grad(
     Returns:
         loss_C in nats; grad_CV with respect to the student's logits: tail token i gets grad[tail] * q_i / q_tail.
 
-    Source: algorithms.md 2.1.
+    Source: docs/concepts/method.md 2.1.
     """
     rest_CV, log_q_tail_C = _rest(topk_ids_CK, log_q_CV)
     log_q_CK = log_q_CV.gather(-1, topk_ids_CK)
@@ -82,7 +82,7 @@ def tempered_head_and_grad(
     Returns:
         loss_C in nats; grad_CV with respect to the student's raw logits (tau is dealt with inside).
 
-    Source: algorithms.md 2.4, option 4.
+    Source: docs/concepts/method.md 2.4, option 4.
     """
     rest_CV, log_q_tail_C = _rest(topk_ids_CK, log_q_CV)
     log_q_CK = log_q_CV.gather(-1, topk_ids_CK)
@@ -104,7 +104,7 @@ def _rest(topk_ids_CK: Tensor, log_q_CV: Tensor) -> tuple[Tensor, Tensor]:
     """The student outside the kept ids (-inf inside), and the log of its mass there.
 
     A sum over the rest, not log(1 - sum over the head): that cancels when the head holds nearly everything, and with
-    it goes the gradient that would pull the tail back (algorithms.md 2.1).
+    it goes the gradient that would pull the tail back (docs/concepts/method.md 2.1).
     """
     rest_CV = log_q_CV.scatter(-1, topk_ids_CK, -torch.inf)
     return rest_CV, rest_CV.logsumexp(-1)

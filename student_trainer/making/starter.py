@@ -48,7 +48,7 @@ def teacher_yaml(pair: Pair) -> str:
     memory = 4096 if pair.on_gpu else 256
     return (
         f"# The teacher of {_quoted(str(pair.student))}: teacher-server up {_shell(pair.student / TEACHER_NAME)}\n"
-        "# Reached from this machine only. For students elsewhere set edge.host, and edge.tls with edge.tokens_file (docs/operating.md).\n"
+        "# Reached from this machine only. For students elsewhere set edge.host, and edge.tls with edge.tokens_file (docs/operate/operating.md).\n"
         "edge: {host: 127.0.0.1, port: 50051}\n"
         f"ray: {{object_store_mb: {memory}}}\n"
         "teachers:\n"
@@ -56,7 +56,7 @@ def teacher_yaml(pair: Pair) -> str:
         f"    num_cpus: {2 if pair.on_gpu else 0.5}\n"
         f"{gpus}"
         "    backend:\n"
-        "      kind: transformers # or vllm, which writes faster: docs/speed.md\n"
+        "      kind: transformers # or vllm, which writes faster: docs/results/speed.md\n"
         f"      model: {_quoted(pair.teacher)}\n"
         f"      dtype: {dtype}\n"
         f"      {device}\n"
@@ -71,7 +71,7 @@ def student_yaml(pair: Pair) -> str:
     """
     rows = pair.rows or ROWS_PLACEHOLDER
     placeholder = (
-        "" if pair.rows else " # put your rows here: messages, instruction/output, prompt/completion ... (docs/rows.md)"
+        "" if pair.rows else " # put your rows here: messages, instruction/output, prompt/completion ... (docs/data/rows.md)"
     )
     limit = min(pair.max_tokens or _MOST_TOKENS, _MOST_TOKENS)
     dtype = "bfloat16" if pair.on_gpu else "float32"
@@ -95,8 +95,8 @@ def student_yaml(pair: Pair) -> str:
         "  overlong: drop # counted and told; refuse stops at the first longer row\n"
         'teacher: {address: "127.0.0.1:50051"} # of teacher.yaml; or, started and stopped with the run on this machine:\n'
         f"# teacher: {{embedded: {_quoted(str(pair.student / TEACHER_NAME))}}}\n"
-        "labels: {transport: hidden} # exact at every temperature (docs/labels.md)\n"
-        "loss: {output: {divergence: forward_kl}, sft_weight: 0.5} # sft_weight 0 where the rows' answers are poor (docs/results.md)\n"
+        "labels: {transport: hidden} # exact at every temperature (docs/concepts/labels.md)\n"
+        "loss: {output: {divergence: forward_kl}, sft_weight: 0.5} # sft_weight 0 where the rows' answers are poor (docs/results/results.md)\n"
         "train:\n"
         "  epochs: 3\n"
         f"  batch_size: {2 if pair.on_gpu else 4}\n"

@@ -53,7 +53,7 @@ def cheapest_under(memory: Memory, budget: int) -> WayOut | None:
 def candidates(config: TrainConfig) -> Iterator[Changes]:
     """Combinations of settings, the cheapest first.
 
-    Costs are shares of a step's time as measured (docs/speed.md): smaller chunks 0.09, passes that are not recorded 0.3, checkpointing
+    Costs are shares of a step's time as measured (docs/results/speed.md): smaller chunks 0.09, passes that are not recorded 0.3, checkpointing
     0.33, each halving of the batch 0.2. Adapters in place of all weights, and a base in 4 bit, are another run, and come last.
     """
     model, train = config.model, config.train

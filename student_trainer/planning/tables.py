@@ -111,7 +111,7 @@ def capabilities(name: str, info: TeacherInfo) -> Table:
 def coverage_table(coverage: tuple[TeacherCoverage, ...]) -> Table:
     """A column per teacher with another tokenizer."""
     table = Table(
-        title="what teachers with another tokenizer can teach (docs/cross_tokenizer.md)", title_justify="left"
+        title="what teachers with another tokenizer can teach (docs/train/cross_tokenizer.md)", title_justify="left"
     )
     table.add_column("")
     for taught in coverage:

@@ -107,7 +107,7 @@ class TokensSeen:
 
 def shared_rows(info: TeacherInfo, student: StudentFacts) -> int:
     """V: ids that both heads and the tokenizer have. Rows beyond the tokenizer are untrained padding and differ between
-    sizes of one family (algorithms.md 1.6).
+    sizes of one family (docs/concepts/method.md 1.6).
     """
     return min(student.vocab_rows, info.vocab_rows, student.tokenizer_size)
 

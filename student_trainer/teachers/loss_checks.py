@@ -169,7 +169,7 @@ def temperature_of(output: OutputLossConfig, run_steps: int = 1) -> Schedule:
 
 
 def has_tau_squared(output: OutputLossConfig) -> bool:
-    """Without it a temperature schedule would be a learning-rate schedule (algorithms.md 1.4)."""
+    """Without it a temperature schedule would be a learning-rate schedule (docs/concepts/method.md 1.4)."""
     if output.tau_squared is not None:
         return output.tau_squared
     return isinstance(output.temperature, ScheduleConfig) and output.temperature.kind != "constant"

@@ -1,7 +1,7 @@
 """All samples of one question judged together: which are right, how sure the teacher is, and which one is kept.
 
 In: a question and its samples, written in the style of the run; out: a `Judgement`. The order of checks is `student_trainer.traces.verify`'s; confidence is
-agreement, not what a model says of itself (algorithms.md 7.2).
+agreement, not what a model says of itself (docs/concepts/method.md 7.2).
 """
 
 from __future__ import annotations

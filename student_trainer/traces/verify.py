@@ -1,4 +1,4 @@
-"""Whether a trace may be learned from: the deterministic order of algorithms.md 7.2, with a reason for every no.
+"""Whether a trace may be learned from: the deterministic order of docs/concepts/method.md 7.2, with a reason for every no.
 
 In: the text a teacher wrote, in whatever style, and the exact user content; out: a `Verdict`. The same text gets the same verdict for ever;
 nothing here samples, asks a model, or lets anything through that it could not check.
@@ -25,7 +25,7 @@ from student_trainer.traces.styles.bounds import Bounds
 from student_trainer.traces.styles.draft import Draft, Reading
 from student_trainer.traces.styles.reading import read_draft
 
-# More steps than this share with nothing left of their evidence, and the whole trace is invented (algorithms.md 7.2).
+# More steps than this share with nothing left of their evidence, and the whole trace is invented (docs/concepts/method.md 7.2).
 MAX_LOST_SHARE = 0.5
 _ENDS = (".", "!", "?", "。", "！", "？", ")")  # of a sentence
 

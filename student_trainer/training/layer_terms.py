@@ -91,7 +91,7 @@ def _section(
 
 
 def auto_weight(objective: Objective, student_width: int) -> FeatureWeight:
-    """What `loss.hidden.weight: auto` stands for, by measurement (docs/results.md): a student that was cut from its teacher gains by a large weight to the
+    """What `loss.hidden.weight: auto` stands for, by measurement (docs/results/results.md): a student that was cut from its teacher gains by a large weight to the
     end, one of another width starts behind a projector that knows nothing, and a large weight holds it back.
     """
     assert objective.loss.hidden is not None and objective.features is not None

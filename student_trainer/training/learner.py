@@ -34,7 +34,7 @@ from student_trainer.training.windows import PaddedBatch
 from teacher_wire.core.batch import TokenBatch
 
 PROJECTORS = "projectors.safetensors"
-# Times the student's learning rate, without weight decay: projectors start from nothing (algorithms.md 4.2). Not above the second number, unless the
+# Times the student's learning rate, without weight decay: projectors start from nothing (docs/concepts/method.md 4.2). Not above the second number, unless the
 # student's own rate is.
 PROJECTOR_RATE, HIGHEST_PROJECTOR_RATE = 10.0, 1e-3
 
@@ -123,7 +123,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def with_own_ids(self, batch: PaddedBatch, count: int, step: int) -> TokenBatch:
-        """The tokens of a micro-batch with the student's `count` likeliest ids of each row, as it is now (algorithms.md 2.1)."""
+        """The tokens of a micro-batch with the student's `count` likeliest ids of each row, as it is now (docs/concepts/method.md 2.1)."""
         if batch.likeliest_NM is None:
             ids_NM = self._likeliest_ids(batch.input_ids_BL, batch.index_N, count, step, batch.packing)
         else:  # rollouts: the ids are those of their sampling, without a second pass

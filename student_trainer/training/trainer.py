@@ -135,7 +135,7 @@ class DistillationTrainer(KeepingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], float]:
-        """The micro-batches of one window with their labels, and Z, the weight of its supervised rows (algorithms.md 1.5)."""
+        """The micro-batches of one window with their labels, and Z, the weight of its supervised rows (docs/concepts/method.md 1.5)."""
         for _ in range(num_batches):
             next(epoch_iterator)  # transformers counts them
         step = self.state.global_step

@@ -30,21 +30,22 @@ class TransformersBackend(BackendConfig):
     """A causal language model that transformers loads, with every signal.
 
     Attributes:
+        kind: `transformers`.
         model: hub id or local folder.
-        revision: of a hub id.
-        dtype: of weights and arithmetic.
-        device: `auto` is cuda when there is one.
-        threads: torch threads of a replica on CPU.
-        attention: transformers' attn_implementation; `auto` is sdpa, and eager where the model caps its attention scores softly (Gemma 2), which
-            sdpa would leave out.
-        serve_head: students may fetch the output head (needed for `hidden`).
-        reduce_mb: bound on logits held at a time while reducing; without it 1280 on CUDA, 64 elsewhere.
-        packing: `auto` runs sequences one behind the other without padding where a probe finds the same states.
-        layers: `fused` are our own for Llama-shaped models, `transformers` are theirs; `auto` is fused on CUDA.
-        prefix_min_tokens: a prefix of that many tokens that sequences of a batch share is computed once (packed and
-            not deterministic); 0 never shares.
-        quantization: `fp8` multiplies the layers' matrices as float8 rows, on Hopper or newer, with fused layers; the error of
-            the labels is measured at loading.
+        revision: revision (branch, tag or commit) of a hub id.
+        dtype: dtype of weights and arithmetic.
+        device: torch device; `auto` is cuda where there is one.
+        threads: torch threads of a replica on a CPU.
+        attention: transformers' attn_implementation; `auto` is sdpa, and eager where the model soft-caps its attention scores (Gemma 2),
+            which sdpa would leave out.
+        serve_head: whether students may fetch the output head, which `hidden` labels need.
+        reduce_mb: MiB of logits held at a time while labels are reduced; if null 1280 on CUDA, 64 elsewhere.
+        packing: `auto` runs sequences one behind the other without padding where a probe finds the same states; `off` pads.
+        layers: `fused` are our own layers for Llama-shaped models, `transformers` are the library's; `auto` is fused on CUDA.
+        prefix_min_tokens: length from which a prefix that sequences of a batch share is computed once (packed, and not deterministic); 0
+            never shares.
+        quantization: `fp8` multiplies the layers' matrices as float8 rows, on Hopper or newer, with fused layers; the error of the labels
+            is measured at loading.
     """
 
     built_by: ClassVar = "teacher_server.backends.transformers.backend"
@@ -73,24 +74,25 @@ class VllmBackend(BackendConfig):
     (vocabulary x width x bytes of the dtype, 1.1 GB for Qwen2.5-7B) and `reduce_mb`.
 
     Attributes:
+        kind: `vllm`.
         model: hub id or local folder.
-        revision: of a hub id.
-        dtype: of weights and arithmetic.
+        revision: revision (branch, tag or commit) of a hub id.
+        dtype: dtype of weights and arithmetic.
         roles: `score`, `generate` or both.
-        max_model_len: longest sequence; the model's own limit if not given. The key-value cache must hold one.
-        gpu_memory_utilization: part of a GPU that all engines of the replica take together, in equal parts: weights,
-            activations and what is left as key-value cache. Not used where `kv_cache_gb` is given.
-        kv_cache_gb: key-value cache of each engine; on a CPU 1 if not given.
-        tensor_parallel_size: GPUs (or processes on a CPU) that each engine is spread over; `num_gpus` must give as many.
-        prefix_caching: reuse of cached prompts by `generate`. Labels need every token's state, so `score` never reads it.
-        max_batch_tokens: tokens of one forward pass of an engine. `batch.max_tokens` should be no less: two such batches are
-            under way at a time, so that the engine computes the next labels while the last travel and are reduced.
-        max_sequences: that an engine runs at once.
-        enforce_eager: no compilation and no CUDA graphs: starts in seconds, writes slower.
-        threads: of each engine on a CPU, and of the reductions.
-        serve_head: students may fetch the output head (needed for `hidden`).
-        reduce_mb: bound on logits held at a time while reducing; without it 640 on CUDA, 64 elsewhere.
-        answer_mb: largest answer to one request; `full` takes rows x vocabulary x bytes of the dtype.
+        max_model_len: longest sequence; the model's own limit if null. The KV cache must hold one.
+        gpu_memory_utilization: share of a GPU that all engines of the replica take together, in equal parts: weights, activations and, with
+            what is left, KV cache. Not used where `kv_cache_gb` is given.
+        kv_cache_gb: GiB of KV cache of each engine; on a CPU 1 if null.
+        tensor_parallel_size: GPUs (processes on a CPU) over which each engine is spread; `num_gpus` must give as many.
+        prefix_caching: whether `generate` reuses cached prompts. Labels need every token's state, so `score` never reads the cache.
+        max_batch_tokens: tokens of one forward pass of an engine. `batch.max_tokens` should be no less: two such batches are under way at a
+            time, so that the engine computes the next labels while the last are reduced and sent.
+        max_sequences: sequences that an engine runs at once.
+        enforce_eager: no compilation and no CUDA graphs: starts in seconds, generates more slowly.
+        threads: threads of each engine on a CPU, and of the reductions.
+        serve_head: whether students may fetch the output head, which `hidden` labels need.
+        reduce_mb: MiB of logits held at a time while labels are reduced; if null 640 on CUDA, 64 elsewhere.
+        answer_mb: MiB of the largest answer to one request; `full` takes rows x vocabulary x bytes of the dtype.
     """
 
     built_by: ClassVar = "teacher_server.backends.vllm.backend"
@@ -124,10 +126,14 @@ class FakeBackend(BackendConfig):
     """The deterministic fake of `teacher_wire.testing.fake_teacher`, for trying things out without a model.
 
     Attributes:
+        kind: `fake`.
+        vocab_rows: ids of its vocabulary.
+        hidden_size: width of its states.
         layers: blocks that it pretends to have.
-        delay_s: of every forward pass.
-        tokens_per_s: as fast as it pretends to be; null for as fast as it is.
-        breaks_after: forward passes after which every one raises a CUDA error, as a lost context does; 0 for never.
+        seed: seed of its answers.
+        delay_s: seconds of every forward pass.
+        tokens_per_s: speed that it pretends to have; null is as fast as it can.
+        breaks_after: forward passes after which every further one raises a CUDA error, as a lost context does; 0 for never.
     """
 
     built_by: ClassVar = "teacher_server.backends.fake"

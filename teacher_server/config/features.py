@@ -19,12 +19,13 @@ class FeaturesConfig(Settings):
     Only the reduction `pca` of `layers` needs them: all other signals of layers are offered without this section.
 
     Attributes:
-        layers: `all`, or numbers of blocks, rising; 0 is the embedding.
-        rank: components of a layer, but no more than the model is wide.
-        calibration: a text, or JSONL of which every text in a row counts; null is Python's documentation, which every Python carries.
-        calibration_tokens: of the beginning of it.
-        folder: where bases are kept, so that a revision has the same one wherever and whenever it is loaded: replicas on several machines
-            need a folder that all of them see. null computes them at every loading, and another machine may round otherwise.
+        layers: `all`, or rising numbers of blocks; 0 is the embedding.
+        rank: principal components of a layer, at most the model's width.
+        calibration: a text file, or JSONL of which every text of a row counts; null takes Python's documentation, which every Python
+            carries.
+        calibration_tokens: tokens taken from the beginning of it.
+        folder: folder where bases are kept, so that a revision has the same basis wherever and whenever it is loaded; replicas on several
+            machines need one that all of them see. null computes bases at every loading, and another machine may round otherwise.
     """
 
     layers: Annotated[tuple[Literal["all"] | Layer, ...], Field(min_length=1)] = ("all",)

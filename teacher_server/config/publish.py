@@ -13,15 +13,16 @@ TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
 class PublishConfig(Settings):
-    """Lets students publish revisions of a teacher (docs/publishing.md).
+    """Lets students publish revisions of a teacher (docs/operate/publishing.md).
 
     Attributes:
-        tenants: who may; without tokens or client certificates, whoever calls itself so.
-        keep: revisions that stay on disk, the one that serves among them; older ones are deleted.
-        max_gb: of the files of one revision. The disk holds at most `keep` + 2 of them: one more while it is received, one more while
+        tenants: tenants that may publish; without tokens or client certificates, whoever calls itself so.
+        keep: revisions that stay on disk, the serving one among them; older ones are deleted.
+        max_gb: GiB of the files of one revision. The disk holds at most `keep` + 2 of them: one more while it is received, one more while
             replicas change.
-        folder: where they are kept; all machines that run edges, replicas or `up` must see it. A folder of its own for each server.
-        upload_s: longest time from the first word of a publication until all of its files are there; then its call is broken off.
+        folder: folder of the revisions. All machines that run edges, replicas or `up` must see it; each server needs a folder of its own.
+        upload_s: longest time, in seconds, from the first word of a publication until all of its files are there; then its call is broken
+            off.
     """
 
     tenants: Annotated[tuple[TenantName, ...], Field(min_length=1)]

@@ -34,10 +34,11 @@ class TlsConfig(_Strict):
     """Certificates of the edge, followed while it runs.
 
     Attributes:
-        cert_file, key_file: PEM, the key without a passphrase.
-        client_ca_file: with it every student must show a certificate signed by this authority.
-        tenant: what of a student's certificate names its tenant where there are no tokens: `dns` is its first DNS name, `uri` the
-            last part of its first URI (SPIFFE), `common_name` the subject's.
+        cert_file: PEM file of the server's certificate, followed by its chain.
+        key_file: PEM file of the key, without a passphrase.
+        client_ca_file: PEM file of an authority; with it every student must show a certificate signed by it.
+        tenant: part of a student's certificate that names its tenant where there are no tokens: `dns` is its first DNS name, `uri` the last
+            part of its first URI (SPIFFE), `common_name` the subject's.
     """
 
     cert_file: Path
@@ -50,9 +51,9 @@ class StoreConfig(_Strict):
     """Labels that are computed once for everybody.
 
     Attributes:
-        memory_mb: newest labels kept in the edge's memory; 0 for none.
-        folder: where labels are kept on disk, shared by all edges that see it; None for nowhere.
-        disk_gb: budget of the folder; the least recently used go first.
+        memory_mb: MiB of the newest labels kept in the edge's memory; 0 for none.
+        folder: folder where labels are kept on disk, shared by all edges that see it; null keeps none on disk.
+        disk_gb: budget of the folder in GiB; the least recently used go first.
     """
 
     memory_mb: Annotated[int, Field(ge=0)] = 256
@@ -61,19 +62,22 @@ class StoreConfig(_Strict):
 
 
 class EdgeLimitsConfig(_Strict):
-    """What one edge holds for its peers at most (docs/operating.md). Beyond it a request is refused as overloaded or waits.
+    """What one edge holds for its peers at most (docs/operate/operating.md). Beyond it a request is refused as overloaded or waits.
 
     Attributes:
-        calls, tenant_calls: open Score streams, Generate and Artifact calls, of all and of one tenant.
-        heads, tenant_heads: of these, Artifact calls (output heads), each of up to gigabytes.
+        calls: open Score streams and Generate, Artifact and Tokenize calls, of all tenants together.
+        tenant_calls: open Score streams and Generate, Artifact and Tokenize calls of one tenant.
+        heads: of `calls`, Artifact calls (output heads), each of up to gigabytes.
+        tenant_heads: of `tenant_calls`, Artifact calls.
         tenant_requests: unanswered requests of one tenant.
-        request_mb: longest Score request.
-        requests_held_mb, tenant_requests_held_mb: bytes of unanswered requests.
-        replies_held_mb, tenant_replies_held_mb: label bytes being computed, or computed and not taken.
-        unproven_replies_held_mb: of these, what a tenant may hold that has taken nothing lately; what it took in the
-            last seconds is added.
-        kept_replies_mb: sent replies that a broken stream may go on with.
-        stall_s: a peer that takes nothing for this long is dropped.
+        request_mb: longest Score request in MiB.
+        requests_held_mb: MiB of unanswered requests, of all tenants together.
+        tenant_requests_held_mb: MiB of unanswered requests of one tenant.
+        replies_held_mb: MiB of labels being computed, or computed and not taken, of all tenants together.
+        tenant_replies_held_mb: MiB of labels being computed, or computed and not taken, of one tenant.
+        unproven_replies_held_mb: the same for a tenant that has taken nothing lately; what it took in the last seconds is added.
+        kept_replies_mb: MiB of sent replies with which a broken stream can go on.
+        stall_s: seconds after which a peer that takes nothing is dropped.
     """
 
     calls: Annotated[int, Field(ge=1)] = 4096
@@ -95,17 +99,18 @@ class EdgeConfig(_Strict):
     """Where students connect.
 
     Attributes:
-        host, port: loopback unless TLS and tokens are set.
-        tls: certificates, or plain text.
-        tokens_file: lines of `TENANT TOKEN`; with it, every call needs a token.
-        drain_s: how long in-flight requests may finish when the server goes down.
-        window_mb: largest reply window a student may open.
-        reflection: serve grpc reflection, for grpcurl.
-        keepalive_s: a student that says nothing is asked after this time, and dropped if it does not answer within
-            `keepalive_timeout_s`.
-        count: edges, at most one a node; each listens on the same port of its node.
+        host: address to listen on: loopback, unless TLS and credentials are set.
+        port: port to listen on.
+        tls: certificates; null is plain text.
+        tokens_file: file of lines `TENANT TOKEN`; with it every call needs a token.
+        drain_s: seconds for which requests under way may finish when the server goes down.
+        window_mb: largest reply window, in MiB, that a student may open.
+        reflection: serve gRPC reflection, for grpcurl.
+        keepalive_s: seconds of silence after which a student is asked whether it is there.
+        keepalive_timeout_s: seconds without an answer after which a student that was asked is dropped.
+        count: number of edges, at most one per node; each listens on the same port of its node.
         store: labels kept by the edge.
-        limits: what is held for students at most.
+        limits: most that is held for students.
     """
 
     host: str = "127.0.0.1"
@@ -142,12 +147,13 @@ class RayConfig(_Strict):
     """The Ray cluster: our own on this machine, or a running one.
 
     Attributes:
-        address: HOST:PORT of a running cluster's head, or `auto` for the one that runs on this machine; without it, or with
-            `local`, a cluster of our own, whatever RAY_ADDRESS says.
-        listen: where the processes of our own cluster listen, Prometheus metrics included: `loopback` is reached from this
-            machine only, `all` is every interface.
-        metrics_port: of our own cluster; Ray chooses one if not given.
-        num_cpus, object_store_mb: of our own cluster.
+        address: HOST:PORT of a running cluster's head, or `auto` for the one that runs on this machine. Without it, or with `local`, a
+            cluster of our own is started, whatever RAY_ADDRESS says.
+        listen: where the processes of our own cluster listen, Prometheus metrics included: `loopback` is reached from this machine only,
+            `all` is every interface.
+        metrics_port: port of Prometheus metrics of our own cluster; Ray chooses one if null.
+        num_cpus: CPUs of our own cluster; Ray counts those of the machine if null.
+        object_store_mb: MiB of shared memory of our own cluster.
     """
 
     address: Annotated[str, Field(pattern=r"^(auto|local|\S+:\d{1,5})$")] | None = None
@@ -175,9 +181,9 @@ class BatchConfig(_Strict):
 
     Attributes:
         max_tokens: token budget of one forward pass; a larger request has one of its own.
-        max_queue_tokens: of a replica; a tenant that would hold more than its share of it is refused as overloaded.
+        max_queue_tokens: tokens that may wait at a replica; a tenant that would hold more than its share of them is refused as overloaded.
         interactive_tokens: token budget of a forward pass of interactive requests, and of one of bulk requests while interactive ones come;
-            bulk requests above it are then cut between their sequences. At most `max_tokens`.
+            larger bulk requests are then cut between their sequences. At most `max_tokens`, an eighth of it if null.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] = 16_384
@@ -199,7 +205,15 @@ class BatchConfig(_Strict):
 
 
 class LimitsConfig(_Strict):
-    """What one request may ask for. `max_sequence_tokens` defaults to the model's own limit."""
+    """What one request may ask for. `max_sequence_tokens` defaults to the model's own limit.
+
+    Attributes:
+        max_sequence_tokens: longest sequence of a request; the model's own limit if null.
+        max_request_tokens: tokens of one request.
+        max_request_sequences: sequences of one request.
+        max_k: largest k of `top_k`.
+        max_reply_mb: MiB of labels of one request.
+    """
 
     max_sequence_tokens: Annotated[int, Field(ge=2)] | None = None
     max_request_tokens: Annotated[int, Field(ge=2)] = 65_536
@@ -212,14 +226,14 @@ class GenerationConfig(_Strict):
     """How much may be written at a time, and what one call may ask for.
 
     Attributes:
-        max_running: sequences that are written at once.
-        max_cache_tokens: slots of KV cache of all running sequences, each counted when it starts at prompt and
-            max_new_tokens; where rows are padded (transformers), at the longest of those it shares a cache with.
-        max_queue_tokens: the same of all that wait; beyond it a call is refused as overloaded.
-        max_new_tokens: of one sample.
-        max_samples: of one prompt.
-        max_call_tokens: prompt and new tokens of all samples of a call.
-        max_schema_bytes: of a JSON schema.
+        max_running: sequences written at once.
+        max_cache_tokens: slots of KV cache of all running sequences, each counted from its start at prompt and max_new_tokens; where rows
+            are padded (transformers), at the longest of those with which it shares a cache.
+        max_queue_tokens: the same for all sequences that wait; beyond it a call is refused as overloaded.
+        max_new_tokens: longest sample, in tokens.
+        max_samples: samples of one prompt.
+        max_call_tokens: prompt and new tokens of all samples of one call.
+        max_schema_bytes: bytes of a JSON schema.
     """
 
     max_running: Annotated[int, Field(ge=1)] = 64
@@ -235,7 +249,11 @@ class AutoscalingConfig(_Strict):
     """Ray Serve's autoscaling of one teacher, on the tokens that wait in a replica's queue.
 
     Attributes:
+        min_replicas: fewest replicas.
+        max_replicas: most replicas.
         target_queued_tokens: queued tokens per replica above which one is added.
+        upscale_delay_s: seconds for which more replicas must be wanted before one is added.
+        downscale_delay_s: seconds for which fewer replicas must be wanted before one is removed.
     """
 
     min_replicas: Annotated[int, Field(ge=1)] = 1
@@ -255,15 +273,18 @@ class TeacherConfig(_Strict):
     """One teacher: its own Serve deployment.
 
     Attributes:
-        name: what students call it.
-        deterministic: every sequence is computed by itself, so that its labels are always the same bits, whatever
-            else is asked at the time; slower, since forward passes are not shared.
-        features: what states of layers are projected on; without it they are not, and a student that asks for it is refused.
+        name: name by which students ask for it.
+        backend: the model behind the teacher; `kind` chooses the settings.
+        deterministic: whether every sequence is computed by itself, so that its labels always have the same bits, whatever else is asked at
+            the time; slower, since forward passes are not shared.
+        features: basis of the states of layers; without it states do not travel as principal components, and a student that asks for them
+            is refused.
         publish: who may replace its weights while it serves; null for nobody.
-        num_cpus, num_gpus: Ray's share of a replica.
-        hang_s: a call of the backend (a forward pass, the wait for its answers, one step of writing) that has run this long
-            counts as hung: the replica is unhealthy and replaced. Must be well above the longest batch; null for never.
-        max_ongoing_requests: requests a replica holds; beyond, they wait at the edge, first come first served for all tenants.
+        num_cpus: CPUs that Ray sets aside for a replica.
+        num_gpus: GPUs that Ray sets aside for a replica.
+        hang_s: seconds after which a call of the backend (a forward pass, the wait for its answers, one step of writing) counts as hung:
+            the replica is unhealthy and replaced. Must be well above the longest batch; null for never.
+        max_ongoing_requests: requests that a replica holds; beyond it they wait at the edge, first come first served for all tenants.
     """
 
     name: Name
@@ -310,11 +331,11 @@ class TenantConfig(_Strict):
     """What one tenant may take. Its name is the first word of its line in `edge.tokens_file`.
 
     Attributes:
-        weight: its share under contention, relative to the others'.
-        tokens_per_s: tokens computed for it; stored labels cost nothing.
-        inflight_tokens: tokens waiting or being computed for it.
-        bytes_per_s: of labels sent to it.
-        operator: may see the other tenants in `teacher-server status`.
+        weight: share under contention, relative to the other tenants'.
+        tokens_per_s: tokens per second computed for it; stored labels cost nothing. null for no quota.
+        inflight_tokens: tokens waiting or being computed for it; null for no quota.
+        bytes_per_s: bytes per second of labels sent to it; null for no quota.
+        operator: whether it sees the other tenants in `teacher-server status`.
     """
 
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
@@ -329,7 +350,15 @@ Tenants = Annotated[dict[Name, TenantConfig], Field(default_factory=dict)]
 
 
 class ServerConfig(_Strict):
-    """Everything `teacher-server up` needs. `tenants` and `teachers` may change while it runs."""
+    """Everything `teacher-server up` needs. `tenants` and `teachers` may change while it runs.
+
+    Attributes:
+        edge: where students connect. Changes take a restart.
+        ray: the Ray cluster. Changes take a restart.
+        teachers: the teachers; followed while the server runs.
+        tenants: weights and quotas by tenant; `default` holds for every tenant without an entry, each on its own account. Followed while
+            the server runs.
+    """
 
     edge: EdgeConfig = EdgeConfig()
     ray: RayConfig = RayConfig()

@@ -1,6 +1,6 @@
 """The teachers behind their Serve handles: one way for every call to find a replica, be asked again, and end in one error table.
 
-A Ray failure becomes an error of the wire here: a dead replica is UNAVAILABLE, not INTERNAL (reliability.md 0.3), and a cancelled
+A Ray failure becomes an error of the wire here: a dead replica is UNAVAILABLE, not INTERNAL, and a cancelled
 call cancels the replica's work (0.6). While replicas come, go or hold different weights, a request is asked again until it
 meets one that can answer it; a Generate call takes its samples so far along, so that none is written twice.
 """

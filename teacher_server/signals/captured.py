@@ -72,7 +72,7 @@ class FfnActivation:
     """Of the input u of one block's `down_proj` (with experts: of the routed sum), for the rows at hand.
 
     Attributes:
-        energy_R: float32, log(norm(u) / sqrt(width) + 1e-6) (algorithms.md 6).
+        energy_R: float32, log(norm(u) / sqrt(width) + 1e-6) (docs/concepts/method.md 6).
         quantiles_RQ: float32, means of the sixteen equal parts of |u| / sum |u| sorted from the largest; None if not wanted.
     """
 

@@ -19,7 +19,7 @@ _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32:
 
 
 def lse_and_label(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp [C] and log-probability of the label [C], float32, at temperature 1 (algorithms.md 3.6)."""
+    """Log-sum-exp [C] and log-probability of the label [C], float32, at temperature 1 (docs/concepts/method.md 3.6)."""
     lse_C = log_sum_exp(logits_CV)
     return lse_C, label_logp(logits_CV, lse_C, labels_C)
 
@@ -36,7 +36,7 @@ def top_k(logits_CV: Tensor, k: int, extra_CM: Tensor | None = None) -> tuple[Te
 
     Order is by falling logit, then rising id, and a tie at the border keeps the lower ids: bf16 logits
     tie often, and the answer must not depend on the kernel. The tail is a log-sum-exp of what is left,
-    never log(1 - sum), which cancels (algorithms.md 2.1).
+    never log(1 - sum), which cancels (docs/concepts/method.md 2.1).
     """
     others_CV = logits_CV if extra_CM is None else logits_CV.scatter(-1, extra_CM, -torch.inf)
     if kernels.usable(logits_CV, k):

@@ -61,7 +61,7 @@ def wish_of(spec: SignalSpec) -> Wish:
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The output projection with what an architecture does to logits afterwards (algorithms.md 3.1)."""
+    """The output projection with what an architecture does to logits afterwards (docs/concepts/method.md 3.1)."""
 
     weight_VD: Tensor
     bias_V: Tensor | None

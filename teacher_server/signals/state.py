@@ -42,7 +42,7 @@ class PackedState:
 
 
 def pack(state_CD: Tensor) -> PackedState:
-    """int8 in blocks of 128 with the 16 channels of largest magnitude kept apart (algorithms.md 3.4).
+    """int8 in blocks of 128 with the 16 channels of largest magnitude kept apart (docs/concepts/method.md 3.4).
 
     Without the outliers a block's scale is that of its bulk: KL of the labels 1.1e-4 instead of 3e-3 where some
     channels are 30 times the others, as they are in trained models.

@@ -1,6 +1,6 @@
 """The counters of replicas and edges as Prometheus metrics, exported by Ray on every node's metrics port.
 
-In: the same totals and gauges that go to the cluster state; out: `lyceum_*` series. docs/operating.md lists them.
+In: the same totals and gauges that go to the cluster state; out: `lyceum_*` series. docs/operate/operating.md lists them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Task 2 of algorithms.md 12 with any number of digits, an end of turn, and a hint that only one side may see.
+"""Task 2 of docs/concepts/method.md 12 with any number of digits, an end of turn, and a hint that only one side may see.
 
 `[HINT c0 c1 ...] BOS a0 b0 a1 b1 ... = c0 c1 ... END`, least significant digits first. In: a seed; out: rows, and the share of fresh problems that
 a model answers without a mistake.

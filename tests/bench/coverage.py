@@ -3,7 +3,7 @@
 LYCEUM_REAL names the folder of real tokenizers (tests/real/fetch.py). A text is a completion with its end of turn; `masked` must be 0.
     LYCEUM_REAL=FOLDER python -m tests.bench.coverage [--json] [--write]
 
---write puts the figures into tests/bench/tables/coverage.json and the table into docs/cross_tokenizer.md.
+--write puts the figures into tests/bench/tables/coverage.json and the table into docs/train/cross_tokenizer.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ENDS = {
     "DeepSeek V3": ("<｜end▁of▁sentence｜>",),
 }
 TABLE = Path("tests/bench/tables/coverage.json")
-PAGE = Path("docs/cross_tokenizer.md")
+PAGE = Path("docs/train/cross_tokenizer.md")
 
 
 @cache

@@ -1,7 +1,7 @@
 """What a teacher costs the loss: one of the student's tokenizer, one of another, two at once, and their mixture, at V = 152k.
 
 Random weights and states in the shapes of Qwen2.5-1.5B and 7B on a GPU, narrower ones on a CPU. The partition has the figures that were
-measured of two real vocabularies (algorithms.md 8.4): most classes are pairs, some are large, one holds everything without a partner.
+measured of two real vocabularies (docs/concepts/method.md 8.4): most classes are pairs, some are large, one holds everything without a partner.
     python -m tests.bench.cross_loss [--device cuda] [--rows N] [--json]
 
 Columns: time of the loss with its gradients (median of rounds, which are interleaved; CPU time of one thread without a GPU), its ratio to the plain loss with one

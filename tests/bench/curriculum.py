@@ -1,4 +1,4 @@
-"""Easy rows first against all rows at once on task 1 of algorithms.md 12, whose truth is known: five seeds, paired intervals.
+"""Easy rows first against all rows at once on task 1 of docs/concepts/method.md 12, whose truth is known: five seeds, paired intervals.
 
 Rows, students and labels over gRPC are those of `tests/e2e/task1.py`; the order is the product's (`training/curriculum`), from the likelihood in the
 labels that the student learns from. All rows of the task are of one length, so that the likelihood alone orders them. Beside `easy first` and `uniform` there is

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On the GPU machine, once gpu_setup.sh has made /tmp/site.env and REAL: the measurements of terms on layers, in three calls of less than ten minutes on one warm
 # machine of one, two or four GPUs. Each reads what the one before has left in /tmp/lyceum-real, and leaves JSON in $OUT.
-#     bash tests/bench/gpu_layers.sh sweep REAL 450     # every arm; beside it, on the CPU, tasks 1 and 2 of algorithms.md 12
+#     bash tests/bench/gpu_layers.sh sweep REAL 450     # every arm; beside it, on the CPU, tasks 1 and 2 of docs/concepts/method.md 12
 #     bash tests/bench/gpu_layers.sh final REAL 540     # the best of it, its neighbours and others, three seeds
 #     bash tests/bench/gpu_layers.sh rest REAL 330      # seconds a step; what layers cost the server and a student's step at 7B and 1.5B shapes
 # The last number is the budget in seconds: of `rest` with one or two GPUs one part after the other takes twice as long. WEIGHTS names the tasks' weights,

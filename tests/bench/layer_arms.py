@@ -14,7 +14,7 @@ from typing import Any
 
 STUDENT, NARROW = "smollm2-15", "smollm2-narrow"
 HALF = {"share": 0.5}
-LIGHT = {"weight": 0.05, "anneal": HALF}  # of attention, as algorithms.md 4.2 has it
+LIGHT = {"weight": 0.05, "anneal": HALF}  # of attention, as docs/concepts/method.md 4.2 has it
 UNIFORM = "uniform(3)"
 _WORDS = re.compile(r"\[.*\]|\S+")  # a list of blocks is one
 _NUMBER = re.compile(r"[0-9.]+(e[-+]?[0-9]+)?")

@@ -1,4 +1,4 @@
-"""Two teachers who have each read half of the topics of task 1 (algorithms.md 12), on two addresses, and students of one of them and of both.
+"""Two teachers who have each read half of the topics of task 1 (docs/concepts/method.md 12), on two addresses, and students of one of them and of both.
 
 A run is the product's own `train` on rows of text (`tests/e2e/task1_text.py`), in this process: 512 fixed sequences, 250 steps of 32. The teachers are the product's engine behind
 gRPC on loopback ports. `B merged` is a teacher of the second half with another tokenizer: other ids, and eight tokens of two letters.
@@ -8,7 +8,7 @@ gRPC on loopback ports. `B merged` is a teacher of the second half with another 
 Columns: KL(truth | student) in nats a symbol over all topics, mean and standard deviation over seeds; its paired difference to the better of the students of A alone and of B alone with a
 95 % t interval; the KL on each half; every seed. Runs that `--work` holds from before are not made again, so a bench that is cut off goes on where it was.
 Gates (issue 17): by weights and by route below either single-teacher student, with an interval that excludes 0; with B merged, by route, at most 0.1 over all topics (and, more than the issue asks, on
-the second half: what is missed there is at letters behind which a merge would begin; docs/results.md).
+the second half: what is missed there is at letters behind which a merge would begin; docs/results/results.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What terms on layers are worth on the real pair: beside the recipe alone, at equal steps and at equal time, with seeds and intervals.
 
-Teacher, students, rows and commands are those of `tests.bench.real`; the recipe alone is forward KL with half the hard labels (docs/results.md); the arms are
+Teacher, students, rows and commands are those of `tests.bench.real`; the recipe alone is forward KL with half the hard labels (docs/results/results.md); the arms are
 `layer_arms`. Each part reads what the one before has left in --work, so that all run unattended one after the other:
 
     python -m tests.bench.real_layers sweep --real REAL    # every arm, 400 steps: all of the first seed, then of the others as far as --budget-s goes
@@ -11,7 +11,7 @@ Teacher, students, rows and commands are those of `tests.bench.real`; the recipe
 `--arms "cos 12" "cos 24"` names the arms of a part, which then needs no part before it. Runs that the budget leaves no time for are not started, those under way at its end are cut off, and what they have logged counts; one that fails is told of
 and the others go on. WORK/layers-PART.json, and a copy in $OUT, is written after every run.
 
-Weights are of 1 - cosine (0..2): the trial of algorithms.md 4.2 took half of it, so that its 6 is 3 here. Columns: held-out NLL (nats per UTF-8 byte) / KL
+Weights are of 1 - cosine (0..2): the trial of docs/concepts/method.md 4.2 took half of it, so that its 6 is 3 here. Columns: held-out NLL (nats per UTF-8 byte) / KL
 to the teacher (nats per token) at three steps; differences to the recipe alone of the same student at the last step, and at the time that the recipe took
 for it (read between two evaluations, before the arm's own schedule has ended, which is to its disadvantage), paired by seed, with 95 % t intervals.
 """

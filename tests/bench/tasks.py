@@ -1,4 +1,4 @@
-"""Terms on layers on tasks 1 and 2 of algorithms.md 12, whose truth is known: the output alone, with hidden states, the article's preset, over five seeds.
+"""Terms on layers on tasks 1 and 2 of docs/concepts/method.md 12, whose truth is known: the output alone, with hidden states, the article's preset, over five seeds.
 
 Teachers and students are those of `tests/e2e/task1.py` and `tests/soak/task2.py`: labels over gRPC from the product's engine, learned from by the product's own terms in a plain
 loop. CPU, `--workers` processes of one thread. A run that is cut off leaves what it has in $OUT/tasks.json.

@@ -276,7 +276,7 @@ def facts(exact: Exact, student_NV: Tensor) -> str:
 
 
 def synthetic(vocab_rows: int, rows: int, width: int = 3584, forward_kl: float = 0.116) -> Scene:
-    """Rows like those of algorithms.md 2.2: states with eight outlier channels, 64 leading ids over a random bulk.
+    """Rows like those of docs/concepts/method.md 2.2: states with eight outlier channels, 64 leading ids over a random bulk.
 
     The student's logits are the teacher's, 3 % flatter (so that it has mass of its own in the tail), with independent
     noise as large as gives the stated forward KL.

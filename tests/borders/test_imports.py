@@ -1,4 +1,4 @@
-"""The borders of architecture.md 4: who may import whom, seen from clean interpreters and from the import contracts."""
+"""The borders of CONTRIBUTING.md: who may import whom, seen from clean interpreters and from the import contracts."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_the_import_contracts_hold():
 
 
 def test_nothing_loads_code_from_data():
-    """No pickle, no torch.load, no remote code on wire, cache or checkpoint (architecture.md 7)."""
+    """No pickle, no torch.load, no remote code on wire, cache or checkpoint."""
     root = Path(__file__).parents[2]
     for folder in ("proto", "teacher_server", "student_trainer"):
         for file in (root / folder).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The size of rooms: no module above 400 lines, no package with more than twelve loose modules, no import cycle (architecture.md 2)."""
+"""The size of rooms: no module above 400 lines, no package with more than twelve loose modules, no import cycle (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/rows.md says what is accepted: its examples are rows of the formats it names, and its tables name what the code knows."""
+"""docs/data/rows.md says what is accepted: its examples are rows of the formats it names, and its tables name what the code knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from student_trainer.data.rows.formats import ANSWERS, FORMATS, Row, detect, par
 from student_trainer.data.rows.messages import CALL_ROLES, FLAG_FIELDS, ROLE_NAMES
 from tests.cases.material import ROOT
 
-PAGE = (ROOT / "docs" / "rows.md").read_text()
+PAGE = (ROOT / "docs" / "data" / "rows.md").read_text()
 EXAMPLES = [
     (name, line)
     for name, block in re.findall(r"```jsonl (\w+)\n(.*?)```", PAGE, re.DOTALL)

@@ -1,4 +1,4 @@
-"""The hand-over to TRL's DPO (docs/dpo.md), with the real package, on a tiny student that this house has trained and merged."""
+"""The hand-over to TRL's DPO (docs/after/dpo.md), with the real package, on a tiny student that this house has trained and merged."""
 
 import json
 

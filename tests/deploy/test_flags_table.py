@@ -1,4 +1,4 @@
-"""The README's table from ms-swift's flags to ours: every flag of it has a translation here that parses, and together they train."""
+"""The table of docs/migrate/ms_swift.md from ms-swift's flags to ours: every flag of it has a translation here that parses, and together they train."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ OURS: dict[str, list[str]] = {
     "--model": ["model.path=Qwen/Qwen2.5-0.5B-Instruct"],
     "--teacher_model": [],  # the server's: see the test
     "--teacher_model_server": ["teacher.address=gpu-box:50051"],
+    "--tuner_type": ["model.lora=null"],
     "--train_type": ["model.lora=null"],
     "--lora_rank": ["model.lora.rank=16"],
     "--lora_alpha": ["model.lora.alpha=32"],
@@ -80,7 +81,7 @@ OUR_OPTIONS = {"--resume", "--resume-from", "--set", "--generate"}  # of the com
 
 def rows() -> list[tuple[str, str]]:
     """Both cells of every row of the table."""
-    text = (ROOT / "README.md").read_text().partition("| ms-swift (`swift rlhf")[2].partition("\n\n")[0]
+    text = (ROOT / "docs" / "migrate" / "ms_swift.md").read_text().partition("| ms-swift (`swift rlhf")[2].partition("\n\n")[0]
     cells = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
     assert all(len(cell) == 2 for cell in cells)
     return [(one, other) for one, other in cells]

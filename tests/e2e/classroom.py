@@ -61,7 +61,7 @@ from teacher_wire.tokenizing.messages import TokenizeCall, TokenizedRow
 
 CACHE = Path(__file__).parents[2] / ".cache" / "classroom"
 ASKED_AT_ONCE = 64  # sequences of one request
-# algorithms.md 12: the same optimizer for teachers, students and arms.
+# docs/concepts/method.md 12: the same optimizer for teachers, students and arms.
 OPTIMIZATION = OptimizationConfig(learning_rate=3e-3, warmup_steps=30, schedule="cosine", min_lr_share=0.05)
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
 

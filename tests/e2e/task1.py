@@ -1,4 +1,4 @@
-"""Task 1 of algorithms.md 12: a stochastic language whose true next-token distribution is known.
+"""Task 1 of docs/concepts/method.md 12: a stochastic language whose true next-token distribution is known.
 
 Eight topics, each a Markov chain over 32 symbols; the first token of a sequence names the topic, every later one is
 drawn. In: a model; out: the mean KL(truth | model) a token, which soft labels lower far more than hard ones can.

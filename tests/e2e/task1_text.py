@@ -1,4 +1,4 @@
-"""Task 1 of algorithms.md 12 as text, in two tokenizers, with teachers who know only half of its topics.
+"""Task 1 of docs/concepts/method.md 12 as text, in two tokenizers, with teachers who know only half of its topics.
 
 A sequence is written in 33 characters, a digit for the topic and a letter for each symbol, so that a run of the product reads it from rows like
 any text. `LETTERS` has one token for every byte; `MERGED` has its ids in another order and 8 or more tokens of two and more letters, learned by BPE from the same language. The true

@@ -1,4 +1,4 @@
-"""The proof that labels over the real wire teach: task 1 of algorithms.md 12, five seeds, with its stated thresholds.
+"""The proof that labels over the real wire teach: task 1 of docs/concepts/method.md 12, five seeds, with its stated thresholds.
 
 What claims no interval, the order of the transports and int8 states, is shown on the first three of them. A student takes half
 a minute: `make test` trains two seeds of the gate and one of what claims no interval, against the same thresholds; an interval

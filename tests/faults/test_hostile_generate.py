@@ -1,6 +1,6 @@
 """Two thousand hostile Generate requests over real gRPC: refused by name, or answered; the engine lives and holds nothing.
 
-Row 32 of reliability.md. Requests are made below the client, which would refuse them before sending.
+Requests are made below the client, which would refuse them before sending.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Two thousand hostile Score requests over real gRPC: refused by name, or answered; the server lives and holds nothing.
 
-Row 32 of reliability.md. Every field of a request, and bytes of messages, are drawn by hypothesis; they are sent below the
+Every field of a request, and bytes of messages, are drawn by hypothesis; they are sent below the
 client, which would refuse them before sending. The backends are the fake and transformers here,
 and vLLM in tests/teacher_server/test_vllm_backend.py, whose engine has started already.
 

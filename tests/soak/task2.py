@@ -1,4 +1,4 @@
-"""Task 2 of algorithms.md 12: reversed, interleaved addition, learned from noisy answers.
+"""Task 2 of docs/concepts/method.md 12: reversed, interleaved addition, learned from noisy answers.
 
 `BOS a0 b0 a1 b1 a2 b2 = c0 c1 c2 c3`, least significant digits first. The fixed problems of a student have each digit of
 the sum replaced by a random one with probability 0.2; a teacher that knows how to add labels them all the same.

@@ -1,4 +1,4 @@
-"""Nightly proof that capability travels: task 2 of algorithms.md 12 over the real wire, with its stated gate.
+"""Nightly proof that capability travels: task 2 of docs/concepts/method.md 12 over the real wire, with its stated gate.
 
 Most of the gain is the teacher undoing the noise of the data's answers; that soft labels beat hard clean ones is what
 task 1 shows. Some seeds jump late, so only the mean and the sign over five of them are asked.

@@ -79,7 +79,7 @@ async def test_a_node_dies_and_training_goes_on(model_factory, tmp_path, capsys)
         head, node, student = machines.values()
         ca, cert, key = make_certificates(tmp_path, f"{head.address},IP:{node.address}")
         (tmp_path / "tokens").write_text(f"lab {token}\n")
-        health = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "3"}  # docs/operating.md
+        health = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "3"}  # docs/operate/operating.md
         env = {f"RAY_health_check_{name}": value for name, value in health.items()}
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "LYCEUM_TOKEN": token}
         tls = {"cert_file": str(cert), "key_file": str(key)}

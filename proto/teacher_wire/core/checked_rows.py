@@ -1,4 +1,4 @@
-"""Which rows of an answer carry the two numbers by which a student checks it, if not all of them do (algorithms.md 3.6).
+"""Which rows of an answer carry the two numbers by which a student checks it, if not all of them do (docs/concepts/method.md 3.6).
 
 In: a batch; out: a flag per wanted row, the same on both sides of the wire. The first and the last wanted row of every sequence are checked,
 and one row in eight of the others: a shifted or foreign sequence never passes, a single wrong row is found in an eighth of the cases.

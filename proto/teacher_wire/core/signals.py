@@ -130,7 +130,7 @@ class SignalSpec:
     """What is asked about each wanted row, over which part of the vocabulary.
 
     Attributes:
-        vocab_rows: V; distributions are over ids 0..V-1 (algorithms.md 1.6).
+        vocab_rows: V; distributions are over ids 0..V-1 (docs/concepts/method.md 1.6).
         signals: at least one, of different kinds.
         check: of which rows lse and logp(label) are sent: of `all`, or of the `sampled` ones (`checked_rows`).
 

@@ -1,6 +1,6 @@
 """How a connection is made: channel options, TLS, token. The same options on both sides.
 
-Keepalive finds a dead or frozen peer within 40 s; reconnects back off 1-2 s (reliability.md A4).
+Keepalive finds a dead or frozen peer within 40 s; reconnects back off 1-2 s.
 """
 
 from __future__ import annotations

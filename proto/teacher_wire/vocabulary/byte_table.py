@@ -1,4 +1,4 @@
-"""The bytes that each id of a tokenizer stands for, and the roles of those that stand for none (algorithms.md 8.3).
+"""The bytes that each id of a tokenizer stands for, and the roles of those that stand for none (docs/concepts/method.md 8.3).
 
 `tokenizer_file.byte_table` makes one of a tokenizer.json; teachers give theirs away as an artifact (`artifacts/kinds/byte_table.py`).
 

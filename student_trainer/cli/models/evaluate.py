@@ -39,7 +39,7 @@ def evaluate(
         str | None, typer.Option(help="folder of the teacher's tokenizer, if no student has it")
     ] = None,
     rows: Annotated[
-        list[str] | None, typer.Option(help="held-out rows, any format of docs/rows.md; path#N for N of them")
+        list[str] | None, typer.Option(help="held-out rows, any format of docs/data/rows.md; path#N for N of them")
     ] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks by name, or paths of local ones, with commas")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="questions of each task, from its beginning")] = None,

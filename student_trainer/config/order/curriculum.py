@@ -1,4 +1,4 @@
-"""The section `curriculum`: easy rows first, harder ones let in as the run goes on (algorithms.md 11)."""
+"""The section `curriculum`: easy rows first, harder ones let in as the run goes on (docs/concepts/method.md 11)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Weight = Annotated[float, Field(ge=0, le=100)]
 
 
 class CurriculumConfig(Settings):
-    """How hard a row is, and how fast harder rows are let in (docs/curriculum.md).
+    """How hard a row is, and how fast harder rows are let in (docs/train/curriculum.md).
 
     A row's difficulty is nll * z(the teacher's negative log-likelihood per token of its answer) + length * z(log of its tokens) + trace_steps *
     z(steps of its trace), z over all rows of data.train. In step s the easiest share c(s) of the rows may come, with
@@ -23,10 +23,12 @@ class CurriculumConfig(Settings):
 
     Attributes:
         start: share of the rows that may come in step 0.
-        power: of c(s): 1 lets rows in at a constant rate, 2 more of them early.
-        steps: optimizer steps until every row may come; null: half of the run's, written into run.json when the run begins.
-        mix: share of the places of a window that go to any row at all until then, against forgetting and against an order that is wrong.
-        nll, length, trace_steps: weights of the parts of a row's difficulty; 0 leaves a part out.
+        power: exponent of c(s): 1 lets rows in at a constant rate, 2 more of them early.
+        steps: optimizer steps until every row may come; null takes half of the run's, written into run.json when the run begins.
+        mix: share of the places of a window that go to any row at all until then, against forgetting and against a wrong order.
+        nll: weight of the teacher's negative log-likelihood per token in a row's difficulty; 0 leaves it out.
+        length: weight of the log of a row's tokens; 0 leaves it out.
+        trace_steps: weight of the number of steps of a row's trace; 0 leaves it out.
     """
 
     start: Annotated[float, Field(gt=0, le=1)] = 0.1

@@ -1,4 +1,4 @@
-"""Which tokens of a text in one tokenizer stand for the same bytes as which in another (algorithms.md 8.3).
+"""Which tokens of a text in one tokenizer stand for the same bytes as which in another (docs/concepts/method.md 8.3).
 
 In: the ids of one completion in both, with their byte tables; out: groups, which end at the same byte on both sides and at none before.
 Offsets are bytes and never characters: several tokens inside one character of many bytes would share a span of characters.

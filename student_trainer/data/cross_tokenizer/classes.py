@@ -1,4 +1,4 @@
-"""A partition of two vocabularies in which every class has ids of both, so that their distributions can be compared (algorithms.md 8.4).
+"""A partition of two vocabularies in which every class has ids of both, so that their distributions can be compared (docs/concepts/method.md 8.4).
 
 In: the byte tables of both, and which token each tokenizer begins a text with; out: the class of every id. Ids with the same bytes are of
 one class; an id whose bytes the other vocabulary lacks is of the class of the token that the other tokenizer begins these bytes with: "123"

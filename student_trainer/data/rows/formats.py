@@ -1,7 +1,7 @@
 """Rows as people write them, turned into conversations.
 
 In: one row (a JSON object) with its place. Out: a `Conversation` that ends with the assistant.
-Must never guess: a missing, mistyped or unsupported field is a `DataError` naming file, line and field. Shapes: docs/rows.md.
+Must never guess: a missing, mistyped or unsupported field is a `DataError` naming file, line and field. Shapes: docs/data/rows.md.
 """
 
 from __future__ import annotations

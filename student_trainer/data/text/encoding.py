@@ -1,6 +1,6 @@
 """Answers to token ids: prompts exactly as inference tokenises them, targets as the whole text is tokenised.
 
-In: `Answer`s of conversations; out: sequences of ids, each with its supervised tokens. The rules (docs/templates.md):
+In: `Answer`s of conversations; out: sequences of ids, each with its supervised tokens. The rules (docs/data/templates.md):
 
 1. The ids before a target are the tokenizer's ids of the prompt alone. A token is supervised iff it stands behind them and
    belongs to the target, so offsets inside a multi-byte character decide nothing.

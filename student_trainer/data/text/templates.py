@@ -1,7 +1,7 @@
 """Conversations to answers: for each trained turn the exact inference prompt, and the text the model is to write behind it.
 
 In: a `Conversation`, the tokenizer, a chat template. Out: `Answer`s; `encoding` makes ids of them and decides what shares a sequence.
-Must never alter a content, nor supervise anything but an assistant's words and the end of its turn. See docs/templates.md.
+Must never alter a content, nor supervise anything but an assistant's words and the end of its turn. See docs/data/templates.md.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def _load(manager: Any, name: str, spec: Any, *, is_whole: bool = False) -> Mapp
             raise DataError(f"task {name}: cannot be built: {_chain(error)}") from error
         raise DataError(
             f"task {name}: its data set{_data_set(manager, spec)} cannot be loaded here: {_chain(error)}; bring it into the cache of `datasets` "
-            "(HF_HOME) of this machine, or name a local file (docs/evaluate.md)"
+            "(HF_HOME) of this machine, or name a local file (docs/after/evaluate.md)"
         ) from error
     return found
 

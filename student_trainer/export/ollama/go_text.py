@@ -1,7 +1,7 @@
 """The part of Go's text/template that Modelfiles are written in: text, if, range, variables, comparisons, slice, index and len.
 
 In: a template's source and data; out: text, as Ollama's `template.Execute` renders messages. What is not of this part is refused by name,
-never passed over. Checked against Go itself (docs/export.md).
+never passed over. Checked against Go itself (docs/after/export.md).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.cross_tokenizer.bridge import Groups
 
-LEAST_SHARE = 0.3  # of a sample's whole weight, that those who have answered must have (algorithms.md 9)
+LEAST_SHARE = 0.3  # of a sample's whole weight, that those who have answered must have (docs/concepts/method.md 9)
 _ROUNDING = 1e-9
 
 

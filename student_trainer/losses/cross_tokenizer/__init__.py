@@ -1,1 +1,1 @@
-"""Distillation from a teacher with another tokenizer (algorithms.md 8.4)."""
+"""Distillation from a teacher with another tokenizer (docs/concepts/method.md 8.4)."""

@@ -1,4 +1,4 @@
-"""What joins the rows of a teacher with another tokenizer to the student's: classes of ids, and groups of rows (algorithms.md 8.4).
+"""What joins the rows of a teacher with another tokenizer to the student's: classes of ids, and groups of rows (docs/concepts/method.md 8.4).
 
 Axes: Vs ids of the student, Vt of the teacher, K classes; N supervised rows of the student in a micro-batch, M of the teacher; G groups.
 """

@@ -2,7 +2,7 @@
 
 In: log-likelihoods of a text under teacher and student. Out: a binary cross-entropy at a temperature (ALM), and its slope.
 
-Axes: G groups. Source: algorithms.md 8.4; Minixhofer et al. 2025 (arXiv 2503.20083).
+Axes: G groups. Source: docs/concepts/method.md 8.4; Minixhofer et al. 2025 (arXiv 2503.20083).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The divergence between two models with different vocabularies, over the classes that the ids of both fall into (algorithms.md 8.4).
+"""The divergence between two models with different vocabularies, over the classes that the ids of both fall into (docs/concepts/method.md 8.4).
 
 In: logits of the student and the teacher's row of the same place in the text. Out: loss a row, exact gradient on the student's logits.
 With a class for each pair of equal ids it is the divergence over ids itself.

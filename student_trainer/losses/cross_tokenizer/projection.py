@@ -5,7 +5,7 @@ A class of one id keeps its logit exactly. A larger one has the log-sum-exp of i
 of ids that are all improbable must not underflow. Sums are over gathered ids, never scattered ones: the same numbers on every call.
 
 Axes: C rows of a chunk, V ids of one side, K classes, n classes of a bucket, s ids of each, filled up.
-Source: algorithms.md 8.4.
+Source: docs/concepts/method.md 8.4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a block looks, compared between models of different heads (algorithms.md 5).
+"""Where a block looks, compared between models of different heads (docs/concepts/method.md 5).
 
 In: queries and keys of the student, with gradients, and pooled maps, or keys and values, of the teacher; out: a loss per row. Maps are made
 again in chunks of sequences and rows, in the forward pass and once more in the backward pass, whose gradients are written out: a graph of the

@@ -1,4 +1,4 @@
-"""How much a block's FFN works at each token, compared between models of different widths (algorithms.md 6).
+"""How much a block's FFN works at each token, compared between models of different widths (docs/concepts/method.md 6).
 
 In: what enters `down_proj` of the student, or an energy per row of both models; out: figures per row, or a loss per sequence.
 

@@ -1,6 +1,6 @@
 """How much the FFN of chosen blocks works at each token as a term: correlation of energies per sequence, or sorted quantiles.
 
-In: energies of the student and of the teacher; out: a differentiable number and figures per block. Experimental and weak (algorithms.md 6).
+In: energies of the student and of the teacher; out: a differentiable number and figures per block. Experimental and weak (docs/concepts/method.md 6).
 
 Axes: N supervised rows, B sequences, Q quantiles.
 """

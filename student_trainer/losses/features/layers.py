@@ -31,7 +31,7 @@ def uniform_count(text: str) -> int | None:
 
 
 def uniform(count: int, blocks: int) -> tuple[int, ...]:
-    """`count` of a model's blocks, evenly spread; the last one is the last but one of the model (algorithms.md 4.2): 5, 10, 14 of 15.
+    """`count` of a model's blocks, evenly spread; the last one is the last but one of the model (docs/concepts/method.md 4.2): 5, 10, 14 of 15.
 
     Args:
         count: 1..blocks - 1.

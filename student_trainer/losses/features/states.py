@@ -1,4 +1,4 @@
-"""Distances between the hidden states of two models of different widths (algorithms.md 4.2).
+"""Distances between the hidden states of two models of different widths (docs/concepts/method.md 4.2).
 
 In: states of the student, projected or not, and of the teacher, of the same rows; out: a loss per row, or one number of all rows at hand.
 Computed in float32, or in float64 where that is given. The teacher's side must not require gradients.

@@ -1,6 +1,6 @@
 """What the three terms on features have in common: a weight that may fall to 0, pairs of blocks, figures per block.
 
-In: losses per row of each pair; out: their mean over the pairs, weighted and divided by the normalizer (algorithms.md 1.5), and what the log
+In: losses per row of each pair; out: their mean over the pairs, weighted and divided by the normalizer (docs/concepts/method.md 1.5), and what the log
 says of it. Rows that a term leaves out (sinks, short contexts) count for nothing above and stay in the normalizer below.
 
 Axes: N supervised rows.
@@ -20,7 +20,7 @@ from student_trainer.losses.features.layers import LayerPair
 from student_trainer.losses.term import Mean, StudentOutputs, SupervisedRows, TeacherLabels, TermResult
 from student_trainer.schedules import Schedule
 
-# Rows before it are sinks in most models: massive activations that teach nothing (algorithms.md 4.2).
+# Rows before it are sinks in most models: massive activations that teach nothing (docs/concepts/method.md 4.2).
 FIRST_POSITION = 4
 
 

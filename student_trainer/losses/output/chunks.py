@@ -4,7 +4,7 @@ In: logits [C, V], the teacher's rows, labels and weights of the same rows. Out:
 Must never touch a head or a parameter: `loss.py` runs over chunks and pulls the gradients back.
 
 Axes: C rows of a chunk, V vocabulary rows, K kept ids.
-Source: algorithms.md 2, 3.2.
+Source: docs/concepts/method.md 2, 3.2.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 In: gradients on h W^T of each chunk. Out: a loss that carries them to the states, the head and its adapter.
 
 Axes: N rows, C rows of a chunk, V vocabulary rows, D width, R rank.
-Source: algorithms.md 3.2.
+Source: docs/concepts/method.md 3.2.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Gradients:
         return self.hidden_ND, self.weight_VD, self.bias_V, self.a_RD, self.b_VR
 
     def add(self, grad_CV: Tensor, h_CD: Tensor, index_C: Tensor | slice, head: Head) -> None:
-        """Adds a chunk's share; `grad_CV` is on h W^T (algorithms.md 3.2)."""
+        """Adds a chunk's share; `grad_CV` is on h W^T (docs/concepts/method.md 3.2)."""
         lora = head.lora
         if self.weight_VD is not None:
             add_outer(self.weight_VD, grad_CV, h_CD)

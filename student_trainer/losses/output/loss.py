@@ -5,7 +5,7 @@ Must never hold more than a chunk of logits, nor wait for the device: not at all
 else once, when the rows of weight 0 are dropped.
 
 Axes: N rows, M rows of weight above 0, C rows of a chunk, V vocabulary rows, K kept ids, D width, R rank.
-Source: algorithms.md 3.2.
+Source: docs/concepts/method.md 3.2.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def output_loss(
         rows: the teacher's, in the same order; None for hard labels only (then kd_weight must be 0).
         label_ids_N: int64, the token each row describes; read where the weight is not 0. Beside the states, or on the host.
         weights_N: >= 0, where the labels are; rows of weight 0 are never projected.
-        normalizer: Z of the whole accumulation window over all ranks, not of this call (algorithms.md 1.5).
+        normalizer: Z of the whole accumulation window over all ranks, not of this call (docs/concepts/method.md 1.5).
         spec: what to compute.
         sampled_logp_N: where the labels are: log-probabilities that tokens of the student's own had when they were sampled, NaN for those
             of the data. None: all are the data's. A token of the student's own has no cross-entropy, a policy gradient no other rows.

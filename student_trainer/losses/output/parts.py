@@ -29,7 +29,7 @@ class Joining:
     Attributes:
         teachers: their names, in the order of the log; also of those that have not answered about a micro-batch.
         bridged: those of them with another tokenizer.
-        combine: `loss_sum`, `prob_mix`, `route` or `confidence` (algorithms.md 9). `route` is a sum of one.
+        combine: `loss_sum`, `prob_mix`, `route` or `confidence` (docs/concepts/method.md 9). `route` is a sum of one.
     """
 
     teachers: tuple[str, ...]
@@ -69,7 +69,7 @@ class Index:
 
 @dataclass(frozen=True, eq=False)
 class LongGroups:
-    """Groups of tokens that are not one against one, in the order of the text (algorithms.md 8.4).
+    """Groups of tokens that are not one against one, in the order of the text (docs/concepts/method.md 8.4).
 
     Attributes:
         first_G: on the host, the first of each group's rows among the M kept ones.

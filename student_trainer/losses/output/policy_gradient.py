@@ -5,7 +5,7 @@ clipped surrogate of every row and its slope. Its expectation over the student's
 whole vocabulary, exactly, while the weights that sampled are the present ones.
 Must never give a gradient to the advantage, nor say anything about a token that the student has not sampled.
 
-Axes: C rows of a chunk. Source: algorithms.md 10; Schulman et al. 2017 (clipping).
+Axes: C rows of a chunk. Source: docs/concepts/method.md 10; Schulman et al. 2017 (clipping).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class OutputLossSpec:
     Attributes:
         divergence: of teacher and student.
         temperature: of the divergence; hard labels are always at 1.
-        tau_squared: multiply the divergence, and so its gradient, by temperature squared (algorithms.md 1.4).
+        tau_squared: multiply the divergence, and so its gradient, by temperature squared (docs/concepts/method.md 1.4).
         kd_weight, sft_weight: of the two terms; a weight of 0 leaves the sum in the parts.
         tempered_head: the objective of `truncated.tempered_head_and_grad`, for top-k rows only.
         policy_gradient: in place of the divergence, on the student's own samples; None for the divergence.
@@ -48,7 +48,7 @@ class OutputLossSpec:
             )
 
     def chunk_rows(self, vocab_rows: int, bytes_each: int = 16) -> int:
-        """C: [C, V] fills `chunk_bytes`; four float32 buffers unless said otherwise (algorithms.md 3.3).
+        """C: [C, V] fills `chunk_bytes`; four float32 buffers unless said otherwise (docs/concepts/method.md 3.3).
 
         Whole tiles of a matrix product where there are some.
         """

@@ -113,7 +113,7 @@ class OutputTerm:
         return TermResult(loss.total, _figures(loss.parts, spec) | _by_teacher(loss, joining), loss.integrity)
 
     def likeliest_ids(self, outputs: StudentOutputs, rows: SupervisedRows, count: int, step: int) -> Tensor:
-        """int64 [N, count], the student's own likeliest ids of each row, for labels that shall name them (algorithms.md 2.1)."""
+        """int64 [N, count], the student's own likeliest ids of each row, for labels that shall name them (docs/concepts/method.md 2.1)."""
         head = self._head()
         chunk_rows = self._spec_at(step).chunk_rows(head.vocab_rows)
         chunks = rows.of(outputs.final_BLD).split(chunk_rows)

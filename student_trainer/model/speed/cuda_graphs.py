@@ -24,7 +24,7 @@ from student_trainer.model.forward import StudentForward
 
 STEPS_AN_OCTAVE = 8
 SHORTEST = 32
-WORTH_RECORDING = 6  # a recording takes 0.4 s, what six to twelve replays save (docs/speed.md)
+WORTH_RECORDING = 6  # a recording takes 0.4 s, what six to twelve replays save (docs/results/speed.md)
 MOST_SHAPES = 64  # recordings share one pool of memory; each keeps its states and some 10 MB of its own
 # Between a replay and the plain passes, as a share of the norm of what they give; of a gradient near nothing, of a hundredth of the largest.
 _TOLERANCE, _NEAR_NOTHING = 1e-2, 1e-2

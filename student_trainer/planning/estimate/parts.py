@@ -18,10 +18,10 @@ Gradients of earlier micro-batches lie there in all four, if `accumulation` is a
     activations  without checkpointing what each block keeps (`blocks.BlockBytes.saved`, compiled `kept`); with it each block's
                  input, and of compiled blocks attention's output too
     loss chunk   C V e: e = 4 + 2 (+ 4 with a teacher's logits) of fused kernels over bfloat16 heads (4 + 4 + 4 of others), 16 + 4 without
-                 kernels; C as in `OutputLossSpec.chunk_rows` (algorithms.md 3.3)
+                 kernels; C as in `OutputLossSpec.chunk_rows` (docs/concepts/method.md 3.3)
     recordings   activations and one block's passing bytes again: a recording's pool is its own, and while it is tried the plain
                  passes lie beside it. What the recorded passes need is no part of torch's "in use"
-    slack        a fifth of what comes and goes, and 66 MiB a stream that cuBLAS has seen: measured (docs/plan.md)
+    slack        a fifth of what comes and goes, and 66 MiB a stream that cuBLAS has seen: measured (docs/train/plan.md)
 
 Axes: N supervised rows, C rows of a chunk, V vocabulary rows, D width.
 """

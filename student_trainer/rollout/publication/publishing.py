@@ -140,7 +140,7 @@ async def _ask(
             await client.publish(asked, [])
         except TeacherWireError as error:
             error.add_note(
-                f"on_policy.publish.teacher={settings.teacher}: the server takes no revisions from this run (docs/publishing.md); without on_policy.publish it trains"
+                f"on_policy.publish.teacher={settings.teacher}: the server takes no revisions from this run (docs/operate/publishing.md); without on_policy.publish it trains"
             )
             raise
     if info.revision:

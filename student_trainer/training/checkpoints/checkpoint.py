@@ -72,7 +72,7 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -
 
 
 def save_random(folder: Path) -> None:
-    """Writes torch's generators, of the host and of the GPU in use; nothing else in a run may draw (architecture.md A9)."""
+    """Writes torch's generators, of the host and of the GPU in use; nothing else in a run may draw."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda0"] = torch.cuda.get_rng_state()

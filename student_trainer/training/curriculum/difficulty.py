@@ -1,6 +1,6 @@
 """How hard rows are, from figures of each: a number, and the order that follows. Pure arithmetic: asks nobody, draws nothing.
 
-Source: algorithms.md 11. Axes: N rows.
+Source: docs/concepts/method.md 11. Axes: N rows.
 """
 
 from __future__ import annotations

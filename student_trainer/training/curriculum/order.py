@@ -3,7 +3,7 @@
 In: rows by rising difficulty; out: micro-batch number -> indices of examples, as `data.batch_plan.RunOrder` gives them, so that the feed,
 the trainer and a resumed run compute the same list. What step s holds does not depend on how many steps the run has.
 
-Source: algorithms.md 11; Platanios et al., "Competence-based curriculum learning" (NAACL 2019). Axes: N rows, W places of a window.
+Source: docs/concepts/method.md 11; Platanios et al., "Competence-based curriculum learning" (NAACL 2019). Axes: N rows, W places of a window.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The projection of states on the principal components of their block (algorithms.md 4.2).
+"""The projection of states on the principal components of their block (docs/concepts/method.md 4.2).
 
 Axes: C rows, D width, R components, M massive channels.
 """

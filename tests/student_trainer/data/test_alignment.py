@@ -1,4 +1,4 @@
-"""Groups of two tokenisations of one text, against the two pointers of algorithms.md 8.3, on random and on real tokenizers' tokens."""
+"""Groups of two tokenisations of one text, against the two pointers of docs/concepts/method.md 8.3, on random and on real tokenizers' tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALPHABET = "a1 \n\r\t▁é你😀👍🏽\u0301<|im_end|>"
 
 
 def two_pointers(ends_a, ends_b):
-    """The groups of two lists of rising ends, as algorithms.md 8.3 writes them."""
+    """The groups of two lists of rising ends, as docs/concepts/method.md 8.3 writes them."""
     i = j = si = sj = 0
     found = []
     while i < len(ends_a) and j < len(ends_b):

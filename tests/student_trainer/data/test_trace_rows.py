@@ -75,7 +75,7 @@ def test_every_token_has_the_weight_of_its_part(tmp_path):
     (reason, answer), made, _ = dataset(tmp_path, row(), gamma=2.0, reason_share=3.0)
     sure = 0.8**2
     assert np.allclose(answer.target_weights, sure)
-    parts = {  # algorithms.md 7.3: c_ans^gamma * part
+    parts = {  # docs/concepts/method.md 7.3: c_ans^gamma * part
         "kinds": 0.5 * 0.5**2 * 1.2, "7=": 0.5 * 0.25**2, "pears": 0.25, "think>": 0.1, "[ev": 0.1, "12<|im_end|>": 1.0,
     }  # fmt: skip
     ids = reason.token_ids[reason.loss_mask]

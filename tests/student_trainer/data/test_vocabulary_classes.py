@@ -1,4 +1,4 @@
-"""The partition of two vocabularies, against a union-find written as algorithms.md 8.4 says it."""
+"""The partition of two vocabularies, against a union-find written as docs/concepts/method.md 8.4 says it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def divergence(p: Tensor, q: Tensor, kind: str, beta: float = 0.5, alpha: float = 0.1, unit: bool = False) -> Tensor:
-    """Every kind, of probabilities [N, V] (algorithms.md 1.1)."""
+    """Every kind, of probabilities [N, V] (docs/concepts/method.md 1.1)."""
     if kind == "forward_kl" or (kind == "jsd" and beta == 0):
         return kl(p, q)
     if kind == "reverse_kl" or (kind == "jsd" and beta == 1):
@@ -69,7 +69,7 @@ def coarsen(p_NV: Tensor, ids_NK: Tensor) -> Tensor:
 def tempered_head(
     student_NV: Tensor, teacher_NV: Tensor, ids_NK: Tensor, tau: float, tau_squared: bool, **kind: float | str
 ) -> Tensor:
-    """algorithms.md 2.4, option 4."""
+    """docs/concepts/method.md 2.4, option 4."""
     p, q = coarsen(teacher_NV.softmax(-1), ids_NK), coarsen(student_NV.softmax(-1), ids_NK)
     p_2 = torch.stack([p[:, :-1].sum(-1), p[:, -1]], -1)
     q_2 = torch.stack([q[:, :-1].sum(-1), q[:, -1]], -1)

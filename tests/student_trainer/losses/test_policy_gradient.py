@@ -1,6 +1,6 @@
 """Reverse KL as a policy gradient: its expectation, its clipping, and what becomes of rows that were not sampled.
 
-Expectations are exact sums over the vocabulary in float64, so nothing here is a matter of luck (algorithms.md 10).
+Expectations are exact sums over the vocabulary in float64, so nothing here is a matter of luck (docs/concepts/method.md 10).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def test_trackio_that_does_not_begin_ends_only_a_run_that_named_it(config_of, mo
 
 
 class FakeWandb(types.ModuleType):
-    """Records calls; the real package in offline mode was tried by hand (docs/tracking.md)."""
+    """Records calls; the real package in offline mode was tried by hand (docs/train/tracking.md)."""
 
     def __init__(self):
         super().__init__("wandb")

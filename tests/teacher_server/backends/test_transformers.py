@@ -224,7 +224,7 @@ def test_only_wanted_rows_come_back(model_factory):
 
 
 def test_a_smaller_vocabulary_is_renormalised(model_factory):
-    """Qwen2.5-7B has 152,064 rows and 1.5B 151,936: the distribution is over the shared ones (algorithms.md 1.6)."""
+    """Qwen2.5-7B has 152,064 rows and 1.5B 151,936: the distribution is over the shared ones (docs/concepts/method.md 1.6)."""
     teacher = backend(model_factory("qwen2"))
     batch = TokenBatch.pack([[5, 7, 11, 13]])
     (small,) = teacher.score([(batch, spec_of("full", 280))])

@@ -84,7 +84,7 @@ def test_ids_take_as_few_bytes_as_the_vocabulary_allows():
     assert token_id_dtype((1 << 16) + 1) == "uint24"
     # k=64 of a bf16 teacher with a vocabulary of 152,064: at most 350 bytes per token (speed.md)
     assert spec_of("top_k", 152_064, k=64).row_bytes(3584, 2) == 332
-    assert spec_of("hidden", 152_064, reduction="int8").row_bytes(3584, 2) == 3704 + 8  # algorithms.md 2.5
+    assert spec_of("hidden", 152_064, reduction="int8").row_bytes(3584, 2) == 3704 + 8  # docs/concepts/method.md 2.5
 
 
 @pytest.mark.parametrize("extra", [[[1, 1], [2, 3]], [[1, -2], [2, 3]], [[1, 2]], [[]]])

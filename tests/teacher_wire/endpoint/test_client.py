@@ -60,7 +60,7 @@ async def connected(service, *, limits=None, **options):
 
 
 async def nothing_left(server, within_s=5.0):
-    """Invariant I1 of reliability.md: after everything, the server holds nothing."""
+    """After everything, the server holds nothing."""
     async with asyncio.timeout(within_s):
         while server.servicer.open_requests or server.servicer._kept.kept_bytes:
             await asyncio.sleep(0.01)
@@ -341,7 +341,7 @@ async def test_of_several_edges_any_will_do():
 
 
 async def test_a_reader_that_stops_stops_the_teacher_within_its_window():
-    """Check 9 of reliability.md: without credits, no forward pass beyond the window."""
+    """Without credits, no forward pass beyond the window."""
     fake = FakeTeacher()
     batch = big_batch()
     size = codec.reply_bytes(ScoreCall("", "", "", SPECS[1], batch), fake.teacher_info())

@@ -1,4 +1,4 @@
-"""What states of chosen blocks are projected on before they travel: principal components, calibrated once a revision (algorithms.md 4.2).
+"""What states of chosen blocks are projected on before they travel: principal components, calibrated once a revision (docs/concepts/method.md 4.2).
 
 Axes: D width, R rank of the basis, M massive channels.
 """

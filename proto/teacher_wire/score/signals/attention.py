@@ -1,4 +1,4 @@
-"""Where a row looks, in blocks of positions and averaged over heads, so that numbers of heads need not agree (algorithms.md 5)."""
+"""Where a row looks, in blocks of positions and averaged over heads, so that numbers of heads need not agree (docs/concepts/method.md 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How strongly a row moves the feed-forward network of chosen blocks: one number a row, or a profile (algorithms.md 6)."""
+"""How strongly a row moves the feed-forward network of chosen blocks: one number a row, or a profile (docs/concepts/method.md 6)."""
 
 from __future__ import annotations
 

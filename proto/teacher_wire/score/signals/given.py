@@ -1,4 +1,4 @@
-"""Nothing but the evidence of each row: log-sum-exp and the log-probability of the token that is there (algorithms.md 10)."""
+"""Nothing but the evidence of each row: log-sum-exp and the log-probability of the token that is there (docs/concepts/method.md 10)."""
 
 from __future__ import annotations
 

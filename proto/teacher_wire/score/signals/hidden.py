@@ -1,4 +1,4 @@
-"""The state after the final norm, from which a student with the teacher's head has every logit (algorithms.md 3)."""
+"""The state after the final norm, from which a student with the teacher's head has every logit (docs/concepts/method.md 3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from teacher_wire.core.axes import Axis
 from teacher_wire.core.errors import RequestError
 from teacher_wire.core.signals import AnswerShape, Field, Signal
 
-# States as int8: channels of one scale, and the channels of largest magnitude that are sent as they are (algorithms.md 3.4).
+# States as int8: channels of one scale, and the channels of largest magnitude that are sent as they are (docs/concepts/method.md 3.4).
 BLOCK_CHANNELS = 128
 OUTLIER_CHANNELS = 16
 REDUCTIONS = ("none", "int8")

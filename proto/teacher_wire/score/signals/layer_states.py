@@ -1,4 +1,4 @@
-"""The residual stream at the output of chosen blocks, as a student of another width can align to it (algorithms.md 4)."""
+"""The residual stream at the output of chosen blocks, as a student of another width can align to it (docs/concepts/method.md 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values of chosen blocks, from which a student forms relations between tokens by itself (algorithms.md 5, MiniLMv2)."""
+"""Keys and values of chosen blocks, from which a student forms relations between tokens by itself (docs/concepts/method.md 5, MiniLMv2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The k likeliest ids of a row with their logits, and the exact mass of all others (algorithms.md 2)."""
+"""The k likeliest ids of a row with their logits, and the exact mass of all others (docs/concepts/method.md 2)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ In: logits [C, V], what each teacher says of some of the rows, labels and weight
 Must never touch a head or a parameter: `joined.py` runs over chunks and pulls the gradients back.
 
 Axes: C rows of a chunk, P of them that a teacher has a distribution of, V ids of the student.
-Source: algorithms.md 3.2, 9.
+Source: docs/concepts/method.md 3.2, 9.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ the kept ids and one for the rest, which is less, so that a teacher with `top_k`
 Where a teacher has another tokenizer, rows cannot be compared one by one: then every share is decided by the mean over a sequence.
 
 Axes: N supervised rows, M kept rows, P of them that a teacher has a distribution of, G groups, F their rows, B sequences.
-Source: algorithms.md 9.
+Source: docs/concepts/method.md 9.
 """
 
 from __future__ import annotations

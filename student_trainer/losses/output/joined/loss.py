@@ -5,7 +5,7 @@ carries the graph, figures of all and of each teacher, the evidence of each.
 Must never hold more than a chunk of logits, nor wait for the device: labels, weights, shares and places are on the host.
 
 Axes: N rows, M rows of weight above 0, C rows of a chunk, P rows that a teacher has a distribution of, V ids of the student.
-Source: algorithms.md 3.2, 8.4, 9.
+Source: docs/concepts/method.md 3.2, 8.4, 9.
 """
 
 from __future__ import annotations

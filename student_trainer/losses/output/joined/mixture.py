@@ -1,4 +1,4 @@
-"""The divergence of the student from the mixture of its teachers (`prob_mix`), which a sum of divergences is not (algorithms.md 9).
+"""The divergence of the student from the mixture of its teachers (`prob_mix`), which a sum of divergences is not (docs/concepts/method.md 9).
 
 In: what all teachers say of a chunk of rows. Out: one distribution a row, held against the student's as a single teacher's would be, at
 any temperature: what is softened is the mixture, not its parts.
