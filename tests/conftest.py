@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -88,6 +89,7 @@ def pytest_collection_finish():
     """What was imported for five thousand tests is looked at by no later collection of garbage: it took a second each time."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # some libraries tell of what is left at the end
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from student_trainer.training.metrics import TIMED
-from tests.e2e.conftest import call_cli, run_cli
+from tests.e2e.conftest import call_cli, run_cli, server_config, transformers_teacher
 from tests.student_trainer.conftest import run_config
 from tests.students import run_student, start_student
+from tests.thorough import thorough
 
 pytestmark = pytest.mark.ray
 
@@ -40,9 +41,9 @@ def adapter_hash(folder):
 STEPS = {"max_steps": 24, "batch_size": 2, "accumulation": 2, "save_steps": 3, "log_steps": 1, "learning_rate": 1e-2}
 
 
-@pytest.mark.parametrize(("transport", "kept"), [("hidden", False), ("top_k", True)])
+@pytest.mark.parametrize(("transport", "kept"), [("hidden", False), thorough("top_k", True)])
 def test_killed_at_a_random_step_and_resumed(teachers, model_factory, rows_file, tmp_path, transport, kept):
-    """With labels on disk, and without: then it is the teacher that must answer the same again."""
+    """With labels on disk (test_shared_training kills such a run too), and without: then it is the teacher that must answer the same again."""
     model = model_factory("qwen2")
     labels = {"transport": transport, "k": 16}
     sections = {"train": STEPS, "labels": labels, "cache": {"labels": kept}}
@@ -168,16 +169,24 @@ def test_a_teacher_with_another_tokenizer(teachers, model_factory, rows_file, tm
     assert "kl_to_teacher" in result.stderr
 
 
-def test_one_command_with_an_embedded_teacher(model_factory, rows_file, tmp_path):
-    from tests.e2e.conftest import server_config, transformers_teacher
-
+def embedded_config(model_factory, rows_file, tmp_path):
     server = tmp_path / "server.yaml"
     server.write_text(yaml.safe_dump(server_config(transformers_teacher("exact", model_factory("qwen2", seed=5)))))
-    config = write_config(
-        tmp_path, model_factory("qwen2"), rows_file, None, teacher={"embedded": str(server), "address": None}
-    )
-    result = run_cli("train", config)
+    teacher = {"embedded": str(server), "address": None}
+    return write_config(tmp_path, model_factory("qwen2"), rows_file, None, teacher=teacher)
+
+
+@pytest.mark.thorough  # tests/deploy/test_examples.py runs the example of one
+def test_one_command_with_an_embedded_teacher(model_factory, rows_file, tmp_path):
+    result = run_cli("train", embedded_config(model_factory, rows_file, tmp_path))
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
-    broken = run_student("train", config, "teacher.embedded=/no/such.yaml", f"run.output_dir={tmp_path / 'other'}")
-    assert broken.returncode == 2 and "/no/such.yaml" in broken.stderr
+
+
+def test_an_embedded_teacher_without_a_config_is_one_clear_line(
+    model_factory, rows_file, tmp_path, capsys, monkeypatch
+):
+    config = embedded_config(model_factory, rows_file, tmp_path)
+    code, stderr = call_cli(capsys, monkeypatch, "train", config, "teacher.embedded=/no/such.yaml")
+    assert code == 2 and "/no/such.yaml" in stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()

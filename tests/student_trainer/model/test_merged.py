@@ -9,6 +9,7 @@ from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import load_student
 from student_trainer.model.merged import merged_state, save_merged
+from tests.thorough import covering
 
 IDS = torch.arange(3, 30)[None]
 
@@ -28,8 +29,10 @@ def trained(student):
     return {name: p.detach().clone() for name, p in student.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2", "granitemoe", "phi"])
-@pytest.mark.parametrize("lora", [None, {"rank": 4}, {"rank": 4, "fused": False}])
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    covering(["qwen2", "llama", "gemma2", "granitemoe", "phi"], [None, {"rank": 4}, {"rank": 4, "fused": False}]),
+)
 def test_the_folder_computes_what_the_student_does(model_factory, tmp_path, family, lora):
     student = student_of(model_factory(family), lora=lora)
     weights = trained(student)

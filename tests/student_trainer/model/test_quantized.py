@@ -15,6 +15,7 @@ from student_trainer.model.merged import merged_state, save_merged
 from student_trainer.model.quantized import weights as quantized
 from student_trainer.model.saving import save_student
 from student_trainer.model.speed import compiled
+from tests.thorough import covering
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[5, 9, 200, 17, 3, 44, 250, 8], [7, 7, 1, 90, 33, 2, 0, 0]])
@@ -61,11 +62,15 @@ def gradients(model, head):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
 @pytest.mark.parametrize(
-    ("quantize", "fused"), [("nf4", True), ({"kind": "nf4", "double": False}, True), ("nf4", False), ("fp4", True)]
+    ("family", "quantized"),
+    covering(
+        ["qwen2", "llama"],
+        [("nf4", True), ({"kind": "nf4", "double": False}, True), ("nf4", False), ("fp4", True)],
+    ),
 )
-def test_forward_and_gradients_are_those_of_the_dequantised_weights(model_factory, family, quantize, fused):
+def test_forward_and_gradients_are_those_of_the_dequantised_weights(model_factory, family, quantized):
+    quantize, fused = quantized
     config = settings(model_factory(family, hidden=64), quantize=quantize, lora={"rank": 4, "fused": fused})
     student = stirred(load_student(config, 0))
     twin = plain_twin(student, config)

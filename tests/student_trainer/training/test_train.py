@@ -25,6 +25,7 @@ from teacher_wire.core.errors import LabelError, MismatchError
 from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import fake_for, run_config
+from tests.thorough import covering
 
 QUIET = Console(file=io.StringIO())
 
@@ -40,12 +41,14 @@ def adapter_hash(folder):
 
 
 @pytest.mark.parametrize(
-    "lora", [None, {"rank": 4}, {"rank": 4, "target_modules": ["q_proj", "lm_head"]}], ids=["full", "lora", "lora_head"]
+    ("labels", "lora"),
+    covering(
+        [("hidden", "forward_kl"), ("top_k", "jsd"), ("full", "reverse_kl")],
+        [None, {"rank": 4}, {"rank": 4, "target_modules": ["q_proj", "lm_head"]}],
+    ),
 )
-@pytest.mark.parametrize(
-    ("transport", "divergence"), [("hidden", "forward_kl"), ("top_k", "jsd"), ("full", "reverse_kl")]
-)
-def test_a_run_learns_and_leaves_a_model(config_of, transport, divergence, lora):
+def test_a_run_learns_and_leaves_a_model(config_of, labels, lora):
+    transport, divergence = labels
     model = {"lora": lora}
     config = config_of(
         model=model,

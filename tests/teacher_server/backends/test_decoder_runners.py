@@ -14,6 +14,7 @@ from teacher_server.backends.transformers.fused import FusedBody
 from teacher_wire.core.batch import TokenBatch
 from teacher_wire.score.signals import spec_of
 from tests.teacher_server.backends.test_transformers import FAMILIES, TOLERANCE, backend, direct_logits, sequences
+from tests.thorough import covering
 
 PROMPT = sequences(seed=7, lengths=(40,))[0]
 MIXED = [*sequences(lengths=(3, 40, 2, 17)), *(PROMPT + tail for tail in sequences(seed=8, lengths=(2, 5, 30, 5)))]
@@ -26,14 +27,16 @@ def logits(teacher, rows):
 
 
 @pytest.mark.parametrize(
-    ("family", "way"),
-    [(family, "packed") for family in FAMILIES if family != "gemma2"]
-    + [(family, "fused") for family in ("qwen2", "llama", "internlm3")]
-    + [("gemma2", "padded")],
+    ("runner", "mode"),
+    covering(
+        [(family, "packed") for family in FAMILIES if family != "gemma2"]
+        + [(family, "fused") for family in ("qwen2", "llama", "internlm3")]
+        + [("gemma2", "padded")],
+        [("float32", 0), ("bfloat16", 16), ("float32", 16), ("bfloat16", 0)],  # 0: prefixes apart
+    ),
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shared", [0, 16], ids=["apart", "prefixes_shared"])
-def test_states_are_the_models_own(model_factory, family, way, dtype, shared):
+def test_states_are_the_models_own(model_factory, runner, mode):
+    (family, way), (dtype, shared) = runner, mode
     folder = model_factory(family)
     layers = "fused" if way == "fused" else "transformers"
     teacher = backend(folder, dtype, layers=layers, prefix_min_tokens=shared)
