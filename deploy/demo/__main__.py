@@ -84,9 +84,10 @@ def _teacher(cache: Path, data: Path, tokenizer: Path, console: Console) -> Path
     import torch
     from transformers import AutoTokenizer
 
-    from .teacher import TeacherRecipe, train_teacher
     from student_trainer.data.dataset import build_dataset
     from student_trainer.data.rows.sources import DataSource
+
+    from .teacher import TeacherRecipe, train_teacher
 
     torch.set_num_threads(2)
     rows = build_dataset(

@@ -22,7 +22,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def test_there_is_one_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", teacher_wire.__version__)
     assert teacher_server.__version__ == teacher_wire.__version__
-    assert PROJECT["project"]["dynamic"] == ["version"] and PROJECT["tool"]["hatch"]["version"]["path"] == "proto/teacher_wire/__init__.py"
+    assert (
+        PROJECT["project"]["dynamic"] == ["version"]
+        and PROJECT["tool"]["hatch"]["version"]["path"] == "proto/teacher_wire/__init__.py"
+    )
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == teacher_wire.__version__ and citation["license"] == PROJECT["project"]["license"]
     assert f"## {teacher_wire.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
@@ -32,7 +35,11 @@ def test_there_is_one_version():
 def test_the_name_is_the_same_everywhere():
     name = PROJECT["project"]["name"]
     assert name == "lyceum-distill"
-    for path in [*(ROOT / "student_trainer").rglob("*.py"), *(ROOT / "teacher_server").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]:
+    for path in [
+        *(ROOT / "student_trainer").rglob("*.py"),
+        *(ROOT / "teacher_server").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.md"),
+    ]:
         assert not re.search(r"pip install '?lyceum\[", path.read_text()), path
 
 
@@ -54,7 +61,12 @@ def test_the_manifests_and_their_config_can_be_read():
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"grpc": config.edge.port, "metrics": config.ray.metrics_port}
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-    for path in (config.edge.tls.cert_file, config.edge.tokens_file, config.edge.store.folder, Path(container["args"][-1])):
+    for path in (
+        config.edge.tls.cert_file,
+        config.edge.tokens_file,
+        config.edge.store.folder,
+        Path(container["args"][-1]),
+    ):
         assert any(str(path).startswith(mount) for mount in mounts), path
     assert parts[1]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= config.edge.drain_s + 10
 

@@ -32,8 +32,7 @@ def anchors(path: Path) -> set[str]:
 
 def links(path: Path) -> Iterator[str]:
     """Targets of every link and picture."""
-    for target in re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", prose(path.read_text())):
-        yield target
+    yield from re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", prose(path.read_text()))
 
 
 def marked_blocks(path: Path, mark: str) -> list[str]:

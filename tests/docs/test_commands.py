@@ -58,7 +58,11 @@ class Playground:
         blocks = marked_blocks(page, mark)
         assert blocks, f"{page} has no block marked {mark}"
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-        return [self._one(line.replace("50051", str(self.port))) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        return [
+            self._one(line.replace("50051", str(self.port)))
+            for line in lines
+            if line.strip() and not line.lstrip().startswith("#")
+        ]
 
     def _one(self, line: str) -> str:
         words = shlex.split(line, comments=True)
@@ -68,7 +72,15 @@ class Playground:
             done = run_student(*words[1:], cwd=self.folder, env=self.env, timeout=200)
         elif words[0] == "teacher-server":
             command = [sys.executable, "-m", "teacher_server.cli", *words[1:]]
-            done = subprocess.run(command, cwd=self.folder, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(
+                command,
+                cwd=self.folder,
+                env={**os.environ, **self.env},
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
         else:
             raise AssertionError(f"nobody knows how to run {line!r}")
         assert done.returncode == 0, f"$ {line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
@@ -78,7 +90,15 @@ class Playground:
         command = [sys.executable, "-m", "teacher_server.cli"]
         env = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
         if self._server is not None:
-            done = subprocess.run([*command, "config", "show", *arguments], cwd=self.folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(
+                [*command, "config", "show", *arguments],
+                cwd=self.folder,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
             assert done.returncode == 0, done.stderr
             return done.stdout
         log = self.folder / "server.log"
@@ -138,7 +158,14 @@ def test_certificates_and_tokens_are_what_the_server_takes(tmp_path):
         pytest.skip("no openssl")
     for page in (DOCS / "recipes" / "two_boxes.md", DOCS / "operate" / "security.md"):
         for block in marked_blocks(page, "certificates"):
-            done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", block],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
             assert done.returncode == 0, done.stderr
     check = ["openssl", "verify", "-CAfile", "ca.pem", "server.pem", "group-a.pem"]
     assert subprocess.run(check, cwd=tmp_path, capture_output=True, check=False).returncode == 0

@@ -21,7 +21,9 @@ def test_what_is_committed_is_current(path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "page"), [(TrainConfig, "run"), (ServerConfig, "server"), (TracesConfig, "traces")], ids=["run", "server", "traces"]
+    ("kind", "page"),
+    [(TrainConfig, "run"), (ServerConfig, "server"), (TracesConfig, "traces")],
+    ids=["run", "server", "traces"],
 )
 def test_every_setting_has_a_meaning_a_default_and_a_page(kind, page):
     text = (ROOT / "docs" / "reference" / f"{page}_settings.md").read_text()

@@ -37,10 +37,18 @@ def test_what_a_page_links_to_is_there(path):
 
 def test_pages_that_code_and_configs_name_are_there():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    files = [ROOT / name for name in tracked] if tracked else [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    files = (
+        [ROOT / name for name in tracked]
+        if tracked
+        else [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    )
     missing = set()
     for file in files:
-        if file.suffix not in (".py", ".md", ".yaml", ".yml", ".json", ".toml", ".sh", "") or not file.is_file() or file.stat().st_size > 1 << 20:
+        if (
+            file.suffix not in (".py", ".md", ".yaml", ".yml", ".json", ".toml", ".sh", "")
+            or not file.is_file()
+            or file.stat().st_size > 1 << 20
+        ):
             continue
         for name in re.findall(r"(?<![\w/.-])docs/[\w/-]+\.md", file.read_text(errors="replace")):
             if not (ROOT / name).is_file():
@@ -60,7 +68,12 @@ def test_the_site_has_every_page_and_asks_nobody():
     named = pages(site["nav"])
     assert len(named) == len(set(named))
     assert {DOCS / name for name in named} == set(DOCS.rglob("*.md"))
-    assert site["theme"]["font"] is False and "plugins" not in site and "extra_javascript" not in site and "repo_url" not in site
+    assert (
+        site["theme"]["font"] is False
+        and "plugins" not in site
+        and "extra_javascript" not in site
+        and "repo_url" not in site
+    )
     for file in (DOCS / "assets").glob("*.*"):
         if file.suffix in (".css", ".svg"):
             text = file.read_text().replace("http://www.w3.org/2000/svg", "")
@@ -69,5 +82,7 @@ def test_the_site_has_every_page_and_asks_nobody():
 
 def test_no_page_points_at_what_a_reader_has_not():
     absent = re.compile(r"\.\./shared|algorithms\.md|architecture\.md|ecosystem\.md|reliability\.md")
-    assert [path.relative_to(ROOT).as_posix() for path in PAGES if path.name != "log.md" and absent.search(path.read_text())] == []
+    assert [
+        path.relative_to(ROOT).as_posix() for path in PAGES if path.name != "log.md" and absent.search(path.read_text())
+    ] == []
     assert Path(ROOT / "docs" / "log.md").is_file()
