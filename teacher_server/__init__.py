@@ -1,3 +1,5 @@
 """The teacher's house: serves labels over gRPC from models that Ray Serve places. Never imports student_trainer."""
 
-__version__ = "0.1.0"
+from teacher_wire import __version__
+
+__all__ = ["__version__"]

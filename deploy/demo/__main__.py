@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import yaml
 from rich.console import Console
 
-from deploy.demo.corpus import CorpusConfig, build_corpus, train_tokenizer
-from deploy.demo.models import SIZES, write_model
+from .corpus import CorpusConfig, build_corpus, train_tokenizer
+from .models import SIZES, write_model
 
 if TYPE_CHECKING:
     from student_trainer.evaluation.outcome import Outcome
@@ -84,9 +84,10 @@ def _teacher(cache: Path, data: Path, tokenizer: Path, console: Console) -> Path
     import torch
     from transformers import AutoTokenizer
 
-    from deploy.demo.teacher import TeacherRecipe, train_teacher
     from student_trainer.data.dataset import build_dataset
     from student_trainer.data.rows.sources import DataSource
+
+    from .teacher import TeacherRecipe, train_teacher
 
     torch.set_num_threads(2)
     rows = build_dataset(

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deploy.demo.models import SIZES, ModelSize, write_model
+from .models import SIZES, ModelSize, write_model
 
 REVISION = 2  # of the loop below: raised when the same recipe makes other weights
 BUCKET = 8  # batches sorted by length together: less padding, order still mixed
@@ -72,7 +72,7 @@ def train_teacher(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from deploy.demo.muon import Muon
+    from .muon import Muon
 
     start = cache / "teacher-start"
     parameters = write_model(start, tokenizer, recipe.size, recipe.seed)

@@ -94,7 +94,10 @@ COMMANDS = (
     ),
     Command(
         "config", "student_trainer.cli.configs.config", "Show a resolved config, or the schema of all settings.",
-        ("student-trainer config show student.yaml train.epochs=2", "student-trainer config schema > student.schema.json"),
+        (
+            "student-trainer config show student.yaml train.epochs=2", "student-trainer config schema > student.schema.json",
+            "student-trainer config examples ~/lyceum",
+        ),
     ),
 )  # fmt: skip
 
@@ -116,9 +119,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from teacher_wire import PROTOCOL, __version__
 
-        print(f"student-trainer {version('lyceum')}")
+        print(f"student-trainer {__version__} (protocol {PROTOCOL})")
         raise typer.Exit
 
 

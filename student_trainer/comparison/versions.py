@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-_LIBRARIES = ("lyceum", "torch", "transformers", "peft", "tokenizers", "datasets", "bitsandbytes")
+_LIBRARIES = ("lyceum-distill", "torch", "transformers", "peft", "tokenizers", "datasets", "bitsandbytes")
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ def check_awq() -> None:
     """
     if importlib.util.find_spec("llmcompressor") is None:
         raise ModelError(
-            "--format awq: llmcompressor is not installed here: pip install 'lyceum[export]' (llmcompressor 0.14 holds transformers 5.17: best in "
+            "--format awq: llmcompressor is not installed here: pip install 'lyceum-distill[export]' (llmcompressor 0.14 holds transformers 5.17: best in "
             "an environment of its own)"
         )
     import torch

@@ -71,7 +71,9 @@ def student_yaml(pair: Pair) -> str:
     """
     rows = pair.rows or ROWS_PLACEHOLDER
     placeholder = (
-        "" if pair.rows else " # put your rows here: messages, instruction/output, prompt/completion ... (docs/data/rows.md)"
+        ""
+        if pair.rows
+        else " # put your rows here: messages, instruction/output, prompt/completion ... (docs/data/rows.md)"
     )
     limit = min(pair.max_tokens or _MOST_TOKENS, _MOST_TOKENS)
     dtype = "bfloat16" if pair.on_gpu else "float32"

@@ -41,7 +41,7 @@ def embedded_teacher(config: Path) -> Iterator[str]:
         raise ConfigError(f"teacher.embedded {config}: no such file")
     if importlib.util.find_spec("teacher_server") is None or importlib.util.find_spec("ray") is None:
         raise ConfigError(
-            "teacher.embedded needs the teacher extra: pip install 'lyceum[teacher]', or set teacher.address"
+            "teacher.embedded needs the teacher extra: pip install 'lyceum-distill[teacher]', or set teacher.address"
         )
     port = _free_port()
     command = [

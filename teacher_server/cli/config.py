@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,3 +44,23 @@ def schema() -> None:
     from teacher_server.config.server import ServerConfig
 
     print(json.dumps(json_schema(ServerConfig, "teacher-server"), indent=1, ensure_ascii=False))
+
+
+@app.command()
+def examples(
+    folder: Annotated[
+        Path | None, typer.Argument(help="where to copy them; without it only say where they are")
+    ] = None,
+) -> None:
+    """Copy the example configs that this installation carries."""
+    from teacher_server.errors import ServerConfigError
+    from teacher_wire.diagnosis.examples import copy_examples, examples_folder
+
+    try:
+        print(
+            copy_examples(folder.expanduser())
+            if folder is not None
+            else examples_folder() or "none in this installation"
+        )
+    except OSError as error:
+        raise ServerConfigError(str(error)) from error

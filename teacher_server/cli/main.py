@@ -59,9 +59,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from teacher_wire import PROTOCOL, __version__
 
-        print(f"teacher-server {version('lyceum')}")
+        print(f"teacher-server {__version__} (protocol {PROTOCOL})")
         raise typer.Exit
 
 

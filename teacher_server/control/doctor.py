@@ -89,7 +89,10 @@ def _tls(config: ServerConfig, tls: TlsConfig) -> Iterator[Check]:
         check_tls(tls)
     except ServerConfigError as error:
         yield Check(
-            "bad", "edge.tls", str(error), "make a new certificate and key, or correct the path (docs/operate/operating.md)"
+            "bad",
+            "edge.tls",
+            str(error),
+            "make a new certificate and key, or correct the path (docs/operate/operating.md)",
         )
         return
     found = certificates.own_certificate(tls.cert_file.expanduser(), tls.key_file.expanduser())

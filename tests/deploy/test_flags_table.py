@@ -81,7 +81,12 @@ OUR_OPTIONS = {"--resume", "--resume-from", "--set", "--generate"}  # of the com
 
 def rows() -> list[tuple[str, str]]:
     """Both cells of every row of the table."""
-    text = (ROOT / "docs" / "migrate" / "ms_swift.md").read_text().partition("| ms-swift (`swift rlhf")[2].partition("\n\n")[0]
+    text = (
+        (ROOT / "docs" / "migrate" / "ms_swift.md")
+        .read_text()
+        .partition("| ms-swift (`swift rlhf")[2]
+        .partition("\n\n")[0]
+    )
     cells = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
     assert all(len(cell) == 2 for cell in cells)
     return [(one, other) for one, other in cells]

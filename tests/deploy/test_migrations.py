@@ -134,5 +134,9 @@ def test_the_other_packages_have_these_settings(name, package, places):
         for path in (folder / place).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef):
-                    known |= {one.target.id for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)}
+                    known |= {
+                        one.target.id
+                        for one in node.body
+                        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+                    }
     assert set(theirs(name)) - known == set()

@@ -32,7 +32,7 @@ _COMPARE = {
 }  # fmt: skip
 
 
-def versions(extra: str, optional: Mapping[str, str], distribution: str = "lyceum") -> Iterator[Check]:
+def versions(extra: str, optional: Mapping[str, str], distribution: str = "lyceum-distill") -> Iterator[Check]:
     """Python and every package that an extra of our distribution names, against its bounds.
 
     Args:

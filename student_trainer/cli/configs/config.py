@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,3 +49,23 @@ def schema(kind: Annotated[Kind, typer.Option(help="of a run, or of traces")] = 
         else json_schema(TracesConfig, "student-trainer: traces")
     )
     print(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+@app.command()
+def examples(
+    folder: Annotated[
+        Path | None, typer.Argument(help="where to copy them; without it only say where they are")
+    ] = None,
+) -> None:
+    """Copy the example configs that this installation carries."""
+    from student_trainer.errors import ConfigError
+    from teacher_wire.diagnosis.examples import copy_examples, examples_folder
+
+    try:
+        print(
+            copy_examples(folder.expanduser())
+            if folder is not None
+            else examples_folder() or "none in this installation"
+        )
+    except OSError as error:
+        raise ConfigError(str(error)) from error

@@ -40,7 +40,7 @@ from student_trainer.teachers.connect import Connection, connections
 TEACHER = "teacher"
 SHOWN_SAMPLES = 6
 _SPEED_TEXT = "The quick brown fox jumps over the lazy dog. "
-_PACKAGES = ("lyceum", "torch", "transformers", "peft", "lm_eval")
+_PACKAGES = ("lyceum-distill", "torch", "transformers", "peft", "lm_eval")
 
 
 @dataclass(frozen=True)

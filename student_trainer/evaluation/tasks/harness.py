@@ -58,7 +58,7 @@ def load_tasks(names: Sequence[str], console: Console) -> Tasks:
         DataError: a file that is none, or a data set that cannot be had here.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'lyceum[evaluate]'")
+        raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'lyceum-distill[evaluate]'")
     with _quiet():
         from lm_eval.tasks import TaskManager
 

@@ -26,7 +26,7 @@ def check_quantizable(config: ModelConfig) -> None:
     """
     if config.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"model.quantize={config.quantize.kind}: needs bitsandbytes, which is not installed: pip install 'lyceum[qlora]'"
+            f"model.quantize={config.quantize.kind}: needs bitsandbytes, which is not installed: pip install 'lyceum-distill[qlora]'"
         )
 
 

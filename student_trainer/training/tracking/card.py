@@ -23,7 +23,7 @@ from student_trainer.model.load import Student
 from student_trainer.teachers.session import TeacherSession
 
 NAME = "README.md"
-_PACKAGES = ("lyceum", "torch", "transformers", "peft", "bitsandbytes")
+_PACKAGES = ("lyceum-distill", "torch", "transformers", "peft", "bitsandbytes")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FIGURES = {
     "nll_per_byte": "held-out NLL, nats per byte",
