@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parent.parent
+HOST = "LYCEUM_STUDENTS_HOST"  # for scripts that a test starts: `run_as_python` beneath them asks the test's own host
 
 
 def _ready(files: list[Any], limit_s: float | None) -> list[Any]:
@@ -152,9 +153,24 @@ def run_student(*arguments: object, timeout: float = 240, cwd: Path | str | None
     return subprocess.CompletedProcess(["student-trainer", *map(str, arguments)], process.wait(), stdout, stderr)
 
 
+def run_as_python(folder: Path) -> dict[str, str]:
+    """Variables for a script that calls `$PYTHON`: a program in `folder` that is Python but for `-m student_trainer.cli`, which is forked."""
+    program = folder / "python"
+    program.write_text(
+        f"""#!/bin/sh
+if [ "$1 $2" = "-m student_trainer.cli" ]; then shift 2; exec {sys.executable} {__file__} run "$@"; fi
+exec {sys.executable} "$@"
+"""
+    )
+    program.chmod(0o755)
+    return {"PYTHON": str(program), HOST: _host()}
+
+
 @functools.cache
 def _host() -> str:
-    """The address of this process's host, which ends with it."""
+    """The address of this process's host, which ends with it; or of the host of a process above this one, if that has told it."""
+    if HOST in os.environ:
+        return os.environ[HOST]
     folder = tempfile.mkdtemp(prefix="students-")
     address = os.path.join(folder, "host")
     path = os.pathsep.join([str(_ROOT), str(_ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
@@ -240,6 +256,11 @@ def _begin(connection: socket.socket) -> list[str]:
     return request["arguments"]
 
 
+if __name__ == "__main__" and sys.argv[1] == "run":  # as `run_as_python` has it
+    done = run_student(*sys.argv[2:], timeout=800)
+    sys.stdout.write(done.stdout)
+    sys.stderr.write(done.stderr)
+    sys.exit(done.returncode)
 if __name__ == "__main__":
     sys.argv = ["student-trainer", *_serve(sys.argv[1])]
     runpy.run_module("student_trainer.cli", run_name="__main__", alter_sys=True)

@@ -3,12 +3,12 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import free_port
+from tests.students import run_as_python
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "examples" / "journey.sh"
 
@@ -22,7 +22,7 @@ def test_from_raw_files_to_a_served_student(model_factory, tmp_path):
         "qwen2", seed=5, hidden=128, num_hidden_layers=4
     )  # vLLM's CPU kernels know no narrower heads
     work = tmp_path / "work"
-    environment = {**os.environ, "PYTHON": sys.executable, "PORT": str(free_port()), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **run_as_python(tmp_path), "PORT": str(free_port()), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         ["bash", SCRIPT, teacher, work, "2"], env=environment, capture_output=True, text=True, timeout=880, check=False
     )
