@@ -89,7 +89,7 @@ def error_page() -> str:
                 inside.add(f"| `{one.name}` | `{one.module}` | {entry['inside']} |")
                 continue
             parts.append(
-                f"### {one.name}\n\n{one.sentence}\n\n`{one.module}`; a {one.bases[0]}; {'; '.join(_facts(one, entry))}.\n\n"
+                f"### {one.name}\n\n{one.sentence}\n\n`{one.module}`; {'an' if one.bases[0][0] in 'AEIOU' else 'a'} {one.bases[0]}; {'; '.join(_facts(one, entry))}.\n\n"
                 f"- **Cause**: {entry['cause']}\n- **Way out**: {entry['fix']}\n"
             )
     rows = "\n".join(sorted(inside))
