@@ -19,9 +19,8 @@ from teacher_wire.transport import status_table
 from teacher_wire.transport.caller import Context
 from teacher_wire.v2 import teacher_pb2 as pb
 
-_HEARD_OUT_S = (
-    0.25  # a caller that still writes when its call ends may see gRPC's own "internal error" in place of our refusal
-)
+# A caller that still writes when its call ends may see gRPC's own "internal error" in place of our refusal.
+_HEARD_OUT_S = 0.25
 _METHOD = re.compile(r"/teacher_wire\.v([0-9]{1,6})\.Teacher/(\w+)")
 
 
