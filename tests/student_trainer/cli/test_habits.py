@@ -85,7 +85,7 @@ def test_help_of_every_command_has_examples_and_a_short_form(command):
 
 
 def test_the_version_is_the_packages():
-    assert runner.invoke(app, ["--version"]).output == "student-trainer 0.1.0\n"
+    assert runner.invoke(app, ["--version"]).output == "student-trainer 0.1.0 (protocol 2)\n"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_help_of_every_command_has_examples_and_a_short_form(command):
 
 def test_the_root_shows_no_hidden_command_and_the_version():
     assert "guard" not in runner.invoke(app, ["--help"]).output
-    assert runner.invoke(app, ["--version"]).output == "teacher-server 0.1.0\n"
+    assert runner.invoke(app, ["--version"]).output == "teacher-server 0.1.0 (protocol 2)\n"
 
 
 @pytest.mark.parametrize(
