@@ -5,7 +5,7 @@ teacher's head; the step is the trainer's own calls (`Learner`), compiled where 
 other, everything let go between them.
     python -m tests.bench.plan_memory --device cuda [--json] [--graphs]
     python -m tests.bench.plan_memory --device cpu --tiny          # a rehearsal: no peak on a CPU, the estimate's parts alone
-    python -m tests.bench.plan_memory --documented                 # the table of docs/plan.md: estimates made now beside earlier peaks; no GPU
+    python -m tests.bench.plan_memory --documented                 # the table of docs/train/plan.md: estimates made now beside earlier peaks; no GPU
 
 Columns: estimated and measured GiB in use and held, and estimate / measured. The figures are written to $OUT after each case.
 Peaks are a process's own, so that two processes, one `--shape` each, may share a card.
@@ -68,8 +68,8 @@ SHAPES = {
         "num_key_value_heads": 2,
     },
 }
-# The rows of docs/plan.md, 1.5B shape with LoRA: what differs from a compiled step with checkpointing and exact labels; the peaks in use and held, GiB,
-# as they stand in docs/student-step.md, docs/speed.md and tests/bench/tables/features-student-2026-11-27.json ("" where none was written down).
+# The rows of docs/train/plan.md, 1.5B shape with LoRA: what differs from a compiled step with checkpointing and exact labels; the peaks in use and held, GiB,
+# as they stand in docs/results/student-step.md, docs/results/speed.md and tests/bench/tables/features-student-2026-11-27.json ("" where none was written down).
 _SFT = {"teacher_heads_bytes": 0, "label_bytes": 0, "teacher_logits": 0}
 _HEAD_ALONE = {"label_bytes": 0, "teacher_logits": 0}
 _TAPPED = 2 * 2048 * 1536 * 2  # bytes of one layer's states, bfloat16
@@ -137,7 +137,7 @@ class Bench:
         return estimate(shapes_of(self.model_config(shape), config, bfloat16=True), step, on_gpu=on_gpu)
 
     def documented(self) -> list[str]:
-        """The rows of docs/plan.md; see `DOCUMENTED`. The estimates are of a GPU, wherever this runs."""
+        """The rows of docs/train/plan.md; see `DOCUMENTED`. The estimates are of a GPU, wherever this runs."""
         rows, spec = self.sequences * (self.length - 1), spec_of("hidden", self.vocab)
         told = ["| step | in use: estimate, measured, ratio | held: estimate, measured, ratio |", "|---|---|---|"]
         for name, changes, used, held in DOCUMENTED:
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=["1.5B", "0.5B"], default=["1.5B", "0.5B"])
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--documented", action="store_true", help="print the table of docs/plan.md; no GPU is needed")
+    parser.add_argument("--documented", action="store_true", help="print the table of docs/train/plan.md; no GPU is needed")
     options = parser.parse_args()
     if options.documented:
         print("\n".join(Bench("cpu", False, False).documented()))
