@@ -113,7 +113,7 @@ def test_every_argument_counts(other: str) -> None:
 
 
 def test_streams_keep_their_numbers() -> None:
-    assert STREAMS == {"data": 0, "on_policy": 1, "rollout": 2}
+    assert STREAMS == {"data": 0, "on_policy": 1, "rollout": 2, "curriculum": 3, "curriculum pack": 4}
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1000])

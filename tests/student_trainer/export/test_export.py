@@ -213,7 +213,7 @@ def test_rows_and_prompts_of_a_stranger(model_factory, tmp_path, rows_file):
         "".join(json.dumps({"prompt": text}) + "\n" for text in ("the cat", "an old dog " * 40, "run by"))
     )
     made = export(Export(base, tmp_path / "a", rows=str(questions), **SMALL), QUIET)
-    assert made.parity.prompts == 2 and made.notes == ("1 prompts were too long to be asked",)
+    assert made.parity.prompts == 2 and made.notes == ("prompts that are empty or above 122 tokens, not asked: 1",)
     made = export(Export(base, tmp_path / "b", rows=f"{rows_file}#2", **SMALL), QUIET)
     assert made.parity.prompts == 2
     with pytest.raises(DataError, match="no such file"):
@@ -255,7 +255,7 @@ def test_sources_that_are_none(model_factory, tmp_path, rows_file):
 def test_awq_without_llm_compressor_is_one_line(model_factory, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llmcompressor", None)
     monkeypatch.setattr(awq.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"llmcompressor is not installed here: pip install 'lyceum\[export\]'"):
+    with pytest.raises(ModelError, match=r"llmcompressor is not installed here: pip install 'lyceum-distill\[export\]'"):
         export(Export(model_factory("qwen2"), tmp_path / "out", "awq"), QUIET)
     monkeypatch.setattr(awq.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)

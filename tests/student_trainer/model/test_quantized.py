@@ -192,7 +192,7 @@ def test_refusals_name_the_setting(model_factory, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="double=False"):
         quantized.check_as_stored(settings(folder), ours)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs bitsandbytes, .* 'lyceum\[qlora\]'"):
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes, .* 'lyceum-distill\[qlora\]'"):
         quantized.check_quantizable(settings(folder))
 
 
