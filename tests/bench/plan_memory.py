@@ -276,7 +276,9 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=["1.5B", "0.5B"], default=["1.5B", "0.5B"])
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--documented", action="store_true", help="print the table of docs/train/plan.md; no GPU is needed")
+    parser.add_argument(
+        "--documented", action="store_true", help="print the table of docs/train/plan.md; no GPU is needed"
+    )
     options = parser.parse_args()
     if options.documented:
         print("\n".join(Bench("cpu", False, False).documented()))

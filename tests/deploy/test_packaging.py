@@ -55,7 +55,13 @@ def test_the_examples_that_an_installation_carries_can_be_copied(tmp_path):
 
 def test_the_manifests_and_their_config_can_be_read():
     parts = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "teacher.yaml").read_text()))
-    assert [part["kind"] for part in parts] == ["ConfigMap", "Deployment", "PersistentVolumeClaim", "Service"]
+    assert [part["kind"] for part in parts] == [
+        "ConfigMap",
+        "Deployment",
+        "PersistentVolumeClaim",
+        "Service",
+        "NetworkPolicy",
+    ]
     config = parse_as(ServerConfig, yaml.safe_load(parts[0]["data"]["server.yaml"]), "ConfigMap")
     container = parts[1]["spec"]["template"]["spec"]["containers"][0]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}

@@ -20,7 +20,9 @@ def examples_folder() -> Path | None:
 
 
 def copy_examples(target: Path) -> Path:
-    """Copies the examples into `target/examples`, and the schemas that they name beside them; returns the copy.
+    """Copies the examples into `target/deploy/examples`, and the schemas that they name beside them; returns the copy.
+
+    So they lie as in a checkout, and the commands of the pages hold from `target` on.
 
     Raises:
         FileNotFoundError: this installation has none.
@@ -29,11 +31,11 @@ def copy_examples(target: Path) -> Path:
     source = examples_folder()
     if source is None:
         raise FileNotFoundError("this installation holds no example configs: install the wheel, or a checkout")
-    copied = target / "examples"
+    copied = target / "deploy" / "examples"
     if copied.exists():
         raise FileExistsError(f"{copied} is there already: name another folder")
     shutil.copytree(source, copied, ignore=shutil.ignore_patterns("__pycache__"))
     schema = source.parent / "schema"
-    if schema.is_dir() and not (target / "schema").exists():
-        shutil.copytree(schema, target / "schema")
+    if schema.is_dir() and not (target / "deploy" / "schema").exists():
+        shutil.copytree(schema, target / "deploy" / "schema")
     return copied

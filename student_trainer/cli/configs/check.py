@@ -32,6 +32,7 @@ def check(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fals
 
     `plan` checks all the rest. Exits with 2 if something must be changed.
     """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: this command asks nobody
     loaded = load_any(config, overrides)
     from student_trainer.config.run import TrainConfig
 
@@ -48,7 +49,6 @@ def check(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fals
 
 def _of_run(config: TrainConfig, resume: bool) -> list[Finding]:
     from student_trainer.findings import Findings
-    from student_trainer.model.load import load_outline
     from student_trainer.training.checks import check_folder, check_settings
     from student_trainer.training.tracking.trackers import make_trackers
 
@@ -56,7 +56,7 @@ def _of_run(config: TrainConfig, resume: bool) -> list[Finding]:
     findings.add(check_settings(config))
     findings.attempt("train.report_to", lambda: make_trackers(config, lambda _: None), "trackers work")
     findings.add(check_folder(config, resume))
-    findings.attempt("model.path", lambda: load_outline(config.model), f"{config.model.path} can be read")
+    _model(findings, config)
     findings.add(_device(config))
     for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for number, source in enumerate(sources):
@@ -64,6 +64,23 @@ def _of_run(config: TrainConfig, resume: bool) -> list[Finding]:
     for teacher in config.every_teacher:
         _teacher(findings, teacher)
     return findings.all
+
+
+def _model(findings: Findings, config: TrainConfig) -> None:
+    """Whether the student can be read; a hub id that has not been fetched yet is left to `plan`, which asks the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from student_trainer.data.rows.sources import HUB_ID
+    from student_trainer.findings import Finding
+    from student_trainer.model.load import load_outline
+
+    path = str(config.model.path)
+    is_id = HUB_ID.fullmatch(path) is not None and path[0] != "." and path.count("/") == 1 and not Path(path).exists()
+    if is_id and not isinstance(try_to_load_from_cache(path, "config.json", revision=config.model.revision), str):
+        told = f"{path} is no folder here and has not been fetched from the hub yet; `plan` and `train` ask the hub"
+        findings.add([Finding.good("model.path", told, told)])
+        return
+    findings.attempt("model.path", lambda: load_outline(config.model), f"{path} can be read")
 
 
 def _of_traces(config: TracesConfig) -> list[Finding]:

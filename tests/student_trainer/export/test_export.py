@@ -255,7 +255,9 @@ def test_sources_that_are_none(model_factory, tmp_path, rows_file):
 def test_awq_without_llm_compressor_is_one_line(model_factory, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llmcompressor", None)
     monkeypatch.setattr(awq.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"llmcompressor is not installed here: pip install 'lyceum-distill\[export\]'"):
+    with pytest.raises(
+        ModelError, match=r"llmcompressor is not installed here: pip install 'lyceum-distill\[export\]'"
+    ):
         export(Export(model_factory("qwen2"), tmp_path / "out", "awq"), QUIET)
     monkeypatch.setattr(awq.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
