@@ -253,13 +253,16 @@ def _student_gib(size: str, way: str) -> str:
     return f"{found['hidden'] / 2**30:.1f}"
 
 
+def _mbit(labels: str, speed: int = 10_000) -> str:
+    """Mbit/s of a student that takes so many answer tokens a second from a 7B teacher."""
+    return f"{speed * read('sizing.json')['teachers'][0]['row_bytes'][labels] * 8 / 1e6:,.0f}"
+
+
 def link_table() -> str:
     """Mbit/s that labels of a 7B teacher take at a student's speed."""
-    labels = read("sizing.json")["teachers"][0]["row_bytes"]
-    speeds = (1_000, 5_000, 10_000, 40_000)
     rows = [
-        [f"{speed:,}", *(f"{speed * labels[name] * 8 / 1e6:,.0f}" for name in ("hidden", "int8", "top_k 128"))]
-        for speed in speeds
+        [f"{speed:,}", *(_mbit(name, speed) for name in ("hidden", "int8", "top_k 128"))]
+        for speed in (1_000, 5_000, 10_000, 40_000)
     ]
     return _markdown(
         ["answer tokens/s of the student", "`hidden`, Mbit/s", "int8, Mbit/s", "`top_k` 128, Mbit/s"], rows
@@ -286,5 +289,8 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "student.lora": lambda: _student_gib("1.5B", "lora"),
     "student.3b": lambda: _student_gib("3B", "lora"),
     "student.7b": lambda: _student_gib("7B", "qlora"),
+    "link.hidden": lambda: _mbit("hidden"),
+    "link.int8": lambda: _mbit("int8"),
+    "link.top_k": lambda: _mbit("top_k 128"),
     "head.7b": lambda: _gb(read("sizing.json")["teachers"][0]["head"], 2),
 }

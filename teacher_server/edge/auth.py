@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 MIN_TOKEN_CHARS = 16
 REVOKE_EVERY_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_SENT = "students send what $LYCEUM_TOKEN holds, or the variable that teacher.token_env names"
+_UNKNOWN = (
+    f"the token is not known here: it must be one of this server's edge.tokens_file, without the tenant's name; {_SENT}"
+)
+_NONE = f"this server needs a token, and none was sent; {_SENT}"
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 
 
@@ -136,7 +141,7 @@ def tenant_of(
         if tokens is not None:
             found = tokens.tenant(_bearer(metadata))
             if found is None:  # taken out after the interceptor had looked
-                raise AuthenticationError("the token is not known here", field="authorization")
+                raise AuthenticationError(_UNKNOWN, field="authorization")
             return found
         named = _value(metadata, TENANT_KEY)
         if certificates is not None and certificates.client_ca_file is not None:
@@ -186,7 +191,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         token = _bearer(details.invocation_metadata)
         tenant = self._tokens.tenant(token)
         if tenant is None:
-            said = "the token is not known here" if token else "this server needs a token"
+            said = _UNKNOWN if token else _NONE
             return _refusal(handler, AuthenticationError(said, field="authorization"))
         named = _value(details.invocation_metadata, TENANT_KEY)
         if named not in ("", tenant):

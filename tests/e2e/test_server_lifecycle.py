@@ -202,7 +202,8 @@ def test_tls_and_tokens(tmp_path):
         for token in ("", "wrong-token-of-some-length"):
             with pytest.raises(AuthenticationError) as caught:
                 asyncio.run(ask(Credentials(ca_file=ca, token=token)))
-            assert secret not in str(caught.value)
+            assert secret not in str(caught.value) and "$LYCEUM_TOKEN" in str(caught.value)
+            assert ("edge.tokens_file" in str(caught.value)) == bool(token)
         with pytest.raises(UnavailableError):
             asyncio.run(ask(Credentials(token=secret)))  # plain text to a TLS port
         (other := tmp_path / "other").mkdir()

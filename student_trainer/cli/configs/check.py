@@ -76,7 +76,12 @@ def _model(findings: Findings, config: TrainConfig) -> None:
 
     path = str(config.model.path)
     is_id = HUB_ID.fullmatch(path) is not None and path[0] != "." and path.count("/") == 1 and not Path(path).exists()
-    if is_id and not isinstance(try_to_load_from_cache(path, "config.json", revision=config.model.revision), str):
+    fetched = [
+        name
+        for name in ("config.json", "adapter_config.json")
+        if is_id and isinstance(try_to_load_from_cache(path, name, revision=config.model.revision), str)
+    ]
+    if is_id and not fetched:
         told = f"{path} is no folder here and has not been fetched from the hub yet; `plan` and `train` ask the hub"
         findings.add([Finding.good("model.path", told, told)])
         return

@@ -30,6 +30,16 @@ def test_a_hub_id_that_was_never_fetched_is_left_to_plan(no_network):
     assert one.ok and "`plan` and `train` ask the hub" in one.fix and "nobody/has-this-model" in one.fix
 
 
+def test_an_adapter_that_was_fetched_is_read(no_network, monkeypatch):
+    import huggingface_hub
+
+    kept = {"adapter_config.json"}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _id, name, **_: "x" if name in kept else None)
+    assert "has not been fetched" not in found("nobody/has-this-adapter").what
+    kept.clear()
+    assert "has not been fetched" in found("nobody/has-this-adapter").what
+
+
 def test_a_mistyped_folder_is_bad_at_once(no_network, tmp_path):
     for path in ("smal", tmp_path / "none", "./none"):
         one = found(path)
