@@ -129,7 +129,7 @@ journey)
         bench qlora qlora --device cuda --json --steps 40
     fi
     # shellcheck disable=SC2046
-    bench curriculum real "${pair[@]}" --per-gpu "${PER_GPU:-5}" $(steps 2) --arms "sft" "gkd" "gkd, curriculum"
+    bench curriculum real "${pair[@]}" --per-gpu "${PER_GPU:-5}" --budget-s "$(left 25)" $(steps 2) --arms "sft" "gkd" "gkd, curriculum"
     ;;
 *)
     echo "$usage" >&2

@@ -37,6 +37,7 @@ TRAIN_ROWS, HELD_OUT_ROWS = 5_000, 512
 MAX_BYTES, MAX_TOKENS = 1_000, 512
 BATCH = 32
 EVERY = 100  # steps between evaluations
+LEAST_S = 30.0  # that a run is begun for
 SHOWN = (200, 400)  # steps of the table, beside the last
 SKEW = {"output": {"divergence": "skew_kl", "alpha": 0.1}, "sft_weight": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
@@ -294,12 +295,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--arms", nargs="*", default=[arm for arm in ARMS if "curriculum" not in arm], choices=list(ARMS)
     )
+    parser.add_argument(
+        "--budget-s", type=float, help="seconds from the start to the end of the last run, which is cut off there"
+    )
     options = parser.parse_args(arguments)
     if options.write_rows is not None:
         write_rows(options.write_rows)
         return
     if options.real is None:
         parser.error("--real is needed: where tests.real.fetch brought the model")
+    began = time.monotonic()
     gpus = prepared(options)
     server = Server(options.work, options.real / "smollm2", gpus)
     short = max(EVERY, options.steps // 3 // EVERY * EVERY)
@@ -308,15 +313,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in range(options.seeds)
         for arm in options.arms
     ]
-    began = time.monotonic()
+    ended: dict[str, Any] = {}
+
+    def one(job: Job, gpu: int | None) -> Any:
+        """A run, kept at once; one for which no time is left is not begun."""
+        left_s = None if options.budget_s is None else options.budget_s - (time.monotonic() - began)
+        if left_s is not None and left_s < LEAST_S:
+            return []
+        ended[f"{job.arm}, seed {job.seed}"] = run(options, job, server.address, gpu, gpus, left_s)
+        if os.environ.get("OUT"):
+            (Path(os.environ["OUT"]) / "real-runs.json").write_text(json.dumps(ended))
+        return ended[f"{job.arm}, seed {job.seed}"]
+
     try:
-        found = spread(jobs, gpus, options.per_gpu, lambda job, gpu: run(options, job, server.address, gpu, gpus))
+        found = spread(jobs, gpus, options.per_gpu, one)
     finally:
         server.stop()
+    lacking = {job.seed for job, entries in zip(jobs, found, strict=True) if not entries}
+    if lacking:
+        print(
+            f"seeds left out, since a run of theirs did not come to its first evaluation: {sorted(lacking)}",
+            file=sys.stderr,
+        )
     results = {
-        arm: [entries for job, entries in zip(jobs, found, strict=True) if job.arm == arm] for arm in options.arms
+        arm: [entries for job, entries in zip(jobs, found, strict=True) if job.arm == arm and job.seed not in lacking]
+        for arm in options.arms
     }
-    title = f"real pair, {machine(gpus)}, {options.seeds} seeds, {options.steps} steps of {options.batch} rows, {time.monotonic() - began:.0f} s"
+    if len(lacking) == options.seeds:
+        raise SystemExit("no seed has runs of all arms")
+    title = f"real pair, {machine(gpus)}, {options.seeds - len(lacking)} seeds, {options.steps} steps of {options.batch} rows, {time.monotonic() - began:.0f} s"
     show(title, table(results, options.steps), as_json=options.json)
     if os.environ.get("OUT"):
         (Path(os.environ["OUT"]) / "real.json").write_text(json.dumps({"title": title, "results": results}, indent=1))
