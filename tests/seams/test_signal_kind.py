@@ -183,7 +183,7 @@ def test_entries_of_pairs_and_sequences_travel_with_their_rows(chunk_bytes, seed
     for tensor in entries.values():
         tensor.array[...] = rng.random(tensor.shape)
     whole = TeacherSignals(entries, "f")
-    chunks = [down.chunk for down, _ in codec.encode_chunks(call, 1, whole, chunk_bytes)]
+    chunks = [pb.ScoreDown.FromString(data).chunk for data, _ in codec.encode_chunks(call, 1, whole, chunk_bytes)]
     assert sum(codec.decode_chunk(chunk, answer) for chunk in chunks) == codec.reply_bytes(call, info)
     found = codec.finish_reply(answer, pb.ScoreDone(rows=batch.rows, chunks=len(chunks)), call)
     positions = batch.rows_of() - batch.cu_lengths_B1[batch.sequences_of_rows()]

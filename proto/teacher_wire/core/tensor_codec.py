@@ -45,13 +45,21 @@ def encode(tensor: Tensor) -> pb.Tensor:
 
 def fill(message: pb.Tensor, tensor: Tensor) -> None:
     """Writes `tensor` into an empty message; in its place within another one it need not be copied there."""
-    array = tensor.array
     message.dtype = _CODE[tensor.dtype]
-    message.shape.extend(array.shape)
+    message.shape.extend(tensor.array.shape)
+    message.data = data_of(tensor).tobytes()
+
+
+def header(tensor: Tensor) -> pb.Tensor:
+    """All of `tensor` as a message but its data."""
+    return pb.Tensor(dtype=_CODE[tensor.dtype], shape=tensor.array.shape)
+
+
+def data_of(tensor: Tensor) -> np.ndarray:
+    """The bytes that travel, little-endian and contiguous; the tensor's own where it lies so."""
     if tensor.dtype == "uint24":
-        message.data = pack_uint24(array).tobytes()
-    else:
-        message.data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+        return pack_uint24(tensor.array)
+    return np.ascontiguousarray(tensor.array, dtype=tensor.array.dtype.newbyteorder("<"))
 
 
 def decode(message: pb.Tensor, field: str) -> Tensor:

@@ -22,6 +22,7 @@ from teacher_wire.core.parsing import check_names, check_request_id
 from teacher_wire.core.signals import TeacherSignals, Timing
 from teacher_wire.core.tensor import FLOATS, Tensor
 from teacher_wire.score.assembly import Assembly
+from teacher_wire.score.chunk_writer import write_chunk
 from teacher_wire.score.signals.wire import decode_spec, encode_spec
 from teacher_wire.v2 import teacher_pb2 as pb
 
@@ -226,24 +227,17 @@ def check_call(call: ScoreCall, info: TeacherInfo) -> int:
 
 def encode_chunks(
     call: ScoreCall, reply_id: int, signals: TeacherSignals, chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[tuple[pb.ScoreDown, int]]:
-    """The answer to `call` as chunks of whole rows, about `chunk_bytes` of payload each, in the envelopes in which they travel, each with
-    its payload bytes.
-
-    They are built in place: a message handed to the constructor of another one is copied.
-    """
+) -> Iterator[tuple[bytes, int]]:
+    """The answer to `call` as chunks of whole rows, about `chunk_bytes` of payload each, as they travel (`ScoreDown`), each with
+    its payload bytes."""
     entries = Entries(call.batch)
+    axes = {name: _AXIS_CODE[axis_of(name)] for name in signals.tensors}
     for index, (start, stop) in enumerate(_spans(entries, signals, call.batch.rows, chunk_bytes)):
-        down, size = pb.ScoreDown(), 0
-        chunk = down.chunk
-        chunk.request_id, chunk.reply_id, chunk.index = call.request_id, reply_id, index
-        chunk.first_row, chunk.rows = start, stop - start
-        for name, tensor in signals.slice(entries, start, stop).tensors.items():
-            named = chunk.tensors.add()
-            named.name, named.axis = name, _AXIS_CODE[axis_of(name)]
-            tensor_codec.fill(named.tensor, tensor)
-            size += tensor.payload_bytes
-        yield down, size
+        head = pb.ScoreChunk(
+            request_id=call.request_id, reply_id=reply_id, index=index, first_row=start, rows=stop - start
+        )
+        tensors = signals.slice(entries, start, stop).tensors
+        yield write_chunk(head, tensors, axes), sum(tensor.payload_bytes for tensor in tensors.values())
 
 
 def _spans(entries: Entries, signals: TeacherSignals, rows: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:

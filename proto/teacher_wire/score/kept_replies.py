@@ -97,7 +97,7 @@ class ReplyEncoder:
 
     def encode(self, count: int) -> list[tuple[bytes, int]]:
         """The next chunks as they travel, each with its payload bytes; none once all are encoded."""
-        chunks = [(down.SerializeToString(), size) for down, size in islice(self._rest, count)]
+        chunks = list(islice(self._rest, count))
         self._chunks += chunks
         return chunks
 

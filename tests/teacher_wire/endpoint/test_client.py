@@ -371,7 +371,9 @@ async def test_a_broken_stream_goes_on_at_the_next_chunk():
     fake = FakeTeacher()
     batch = big_batch(sequences=40)
     call = ScoreCall("r", "fake", "", SPECS[1], batch)
-    expected = [down.chunk for down, _ in codec.encode_chunks(call, 0, fake.signals(SPECS[1], batch))]
+    expected = [
+        pb.ScoreDown.FromString(data).chunk for data, _ in codec.encode_chunks(call, 0, fake.signals(SPECS[1], batch))
+    ]
     assert len(expected) > 2
     with serve(fake) as server:
         async with Wire(server.address, 64 << 20) as wire:

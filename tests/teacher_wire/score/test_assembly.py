@@ -29,8 +29,7 @@ def asked(name, seed=0, tokens=30, dtype="bfloat16"):
 
 def chunks_of(signals, call, chunk_bytes=200):
     """As they come off the wire."""
-    downs = codec.encode_chunks(call, 1, signals, chunk_bytes)
-    return [pb.ScoreDown.FromString(down.SerializeToString()).chunk for down, _ in downs]
+    return [pb.ScoreDown.FromString(data).chunk for data, _ in codec.encode_chunks(call, 1, signals, chunk_bytes)]
 
 
 def done(signals, chunks):

@@ -74,7 +74,7 @@ def test_chunks_cut_anywhere_join_to_the_same_answer(batch, chunk_bytes):
     spec = SignalSpec(64, EVERY, "sampled")
     call = ScoreCall("r", "fake", "", spec, batch)
     answer, whole = Assembly(call, INFO), FAKE.signals(spec, batch)
-    chunks = [down.chunk for down, _ in codec.encode_chunks(call, 1, whole, chunk_bytes)]
+    chunks = [pb.ScoreDown.FromString(data).chunk for data, _ in codec.encode_chunks(call, 1, whole, chunk_bytes)]
     assert (
         sum(codec.decode_chunk(chunk, answer) for chunk in chunks)
         == codec.check_call(call, INFO)
