@@ -1,9 +1,11 @@
-"""The one progress bar of this house: a title, a bar, how far it is, the time left, and figures beside it.
+"""The one progress bar of this house: a title, a bar, how far it is, the time left, and figures beside it; and what has no total.
 
 In: a total and how much of it is done; out: one live line on a terminal, which goes when the work ends, and nothing elsewhere.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -51,3 +53,11 @@ class ProgressBar:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def working(console: Console, what: str) -> AbstractContextManager[object]:
+    """Shows that something is under way that may take minutes: a live line on a terminal, a line that stays elsewhere."""
+    if console.is_terminal:
+        return console.status(what)
+    console.print(f"{what} ...", markup=False)
+    return nullcontext()

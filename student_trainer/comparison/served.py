@@ -10,6 +10,7 @@ from rich.console import Console
 
 from student_trainer.config.run import TrainConfig
 from student_trainer.config.teachers import TeacherConfig
+from student_trainer.progress import working
 from student_trainer.teachers.embedded import embedded_teacher
 
 Teacher = TypeVar("Teacher", bound=TeacherConfig)
@@ -43,6 +44,6 @@ class Served(contextlib.ExitStack):
             return teacher
         file = teacher.embedded
         if file not in self._addresses:
-            with self._console.status(f"starting the embedded teacher of {file}, for all runs"):
+            with working(self._console, f"starting the embedded teacher of {file}, for all runs"):
                 self._addresses[file] = self.enter_context(embedded_teacher(file))
         return teacher.model_copy(update={"address": self._addresses[file], "embedded": None})

@@ -34,7 +34,7 @@ from student_trainer.export.trained import Trained, check_dtype, find_trained
 from student_trainer.files import disk_trouble_named, sync_tree
 from student_trainer.model import adapters
 from student_trainer.model.limits import position_limit
-from student_trainer.progress import ProgressBar
+from student_trainer.progress import ProgressBar, working
 
 RECORD_NAME, GGUF_NAME, MODELFILE_NAME = "export.json", "model.gguf", "Modelfile"
 Format = Literal["merged", "awq", "gguf", "ollama"]
@@ -105,7 +105,7 @@ def export(asked: Export, console: Console) -> Exported:
     rows = Rows(tokenizer, asked.rows, trained.data)
     calibration = rows.whole(asked.calibration_rows) if asked.format == "awq" else []
     with _folder(asked.out) as folder:
-        with console.status("loading the trained student"):
+        with working(console, "loading the trained student"):
             model, student = load_trained(trained)
         positions = position_limit(model.config.get_text_config())
         prompts = rows.prompts(asked.prompts, None if positions is None else positions - asked.max_new_tokens)
@@ -113,7 +113,7 @@ def export(asked: Export, console: Console) -> Exported:
             answered = parity.answer(model, prompts, asked.max_new_tokens, stop_ids(tokenizer, generation), bar.update)
         notes = rows.notes
         merged = folder if asked.format == "merged" else folder / ".merged"
-        with console.status("merging" if trained.is_adapter else "copying"):
+        with working(console, "merging" if trained.is_adapter else "copying"):
             merged.mkdir(exist_ok=True)
             write_merged(trained, student, merged, dtype)
         del model, student
@@ -121,7 +121,7 @@ def export(asked: Export, console: Console) -> Exported:
         torch.cuda.empty_cache()
         where: dict[str, Any] = {}
         if asked.format == "awq":
-            with console.status(f"quantising, calibrated on {len(calibration)} rows"):
+            with working(console, f"quantising, calibrated on {len(calibration)} rows"):
                 write_awq(merged, folder, calibration)
             _copy_rest(merged, folder)
         elif converter is not None:
@@ -182,7 +182,7 @@ def _gguf(
     positions: int | None, console: Console,
 ) -> list[str]:  # fmt: skip
     """Writes the file, and for Ollama its Modelfile; returns what should be known."""
-    with console.status(f"converting by {converter}"):
+    with working(console, f"converting by {converter}"):
         write_gguf(merged, folder / GGUF_NAME, converter, asked.outtype)
     facts = read_facts(folder / GGUF_NAME)
     if not can_be_read_back(facts.architecture) and not asked.unproven:

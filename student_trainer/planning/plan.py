@@ -26,6 +26,7 @@ from student_trainer.planning.resumption import check_resumption
 from student_trainer.planning.samples import Sample, samples_of
 from student_trainer.planning.step_time import StepTime, measure_step
 from student_trainer.planning.traffic import Traffic, traffic_of
+from student_trainer.progress import working
 from student_trainer.teachers.session import TeacherSession
 from student_trainer.training.checks import all_findings
 from teacher_wire.core.info import TeacherInfo
@@ -177,7 +178,7 @@ def plan(config: TrainConfig, console: Console, asked: Asked = Asked()) -> Plan:
         for session in sessions:
             if config.loss.output is None:
                 continue
-            with console.status(f"measuring teacher {session.name or session.info.name}"):
+            with working(console, f"measuring teacher {session.name or session.info.name}"):
                 setting = "teacher" if len(sessions) == 1 else f"teachers.{session.name}"
                 weighed = findings.attempt(
                     setting, partial(traffic_of, config, session, data), "it labels micro-batches of this run"
@@ -185,7 +186,7 @@ def plan(config: TrainConfig, console: Console, asked: Asked = Asked()) -> Plan:
             traffic += [weighed] if weighed is not None else []
         made.traffic = tuple(traffic)
         if asked.measure:
-            with console.status("loading the student and measuring some steps"):
+            with working(console, "loading the student and measuring some steps"):
                 made.step = findings.attempt("model", lambda: measure_step(config, data), "some steps were measured")
 
     made.findings = tuple(all_findings(config, console, resume=asked.resume, look=look))
@@ -203,7 +204,7 @@ def _look_at_memory(made: Plan, memory: Memory, findings: Findings, budget: int 
     if config.on_policy is not None:
         told = "the engine that writes rollouts is not in the estimate of memory, nor are rollouts in that of time"
         findings.add([Finding.good("on_policy", "rollouts are not estimated", f"rollouts are not estimated: {told}")])
-    with console.status("estimating the memory of a step"):
+    with working(console, "estimating the memory of a step"):
         try:
             made.memory = memory.of(config)
         except StudentError as error:

@@ -142,7 +142,7 @@ def train(
                 )  # fmt: skip
             except AlreadyFinished:
                 console.print("the run is finished: nothing to resume")
-                result = result_of(folder)
+                result = result_of(folder, lambda said: console.print(f"[yellow]note:[/] {escape(said)}"))
     if config.train.push_to_hub:
         console.print(f"on the hub: {push(config, folder / FINAL_NAME)}", markup=False)
     return result

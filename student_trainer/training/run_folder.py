@@ -383,12 +383,20 @@ def finish(folder: Path, steps: int, metrics: dict[str, float]) -> RunResult:
     return result_of(folder)
 
 
-def result_of(folder: Path) -> RunResult:
-    """What a finished run left."""
+def result_of(folder: Path, note: Callable[[str], None] = lambda _: None) -> RunResult:
+    """What a finished run left.
+
+    Args:
+        note: told how many entries of the log cannot be read, where the curve has gaps.
+    """
     result = read_object(folder / RESULT_NAME)
-    curve = []
+    curve, damaged = [], 0
     if (folder / LOG_NAME).is_file():
-        for line in (folder / LOG_NAME).read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a damaged line: the curve has a gap
+        for line in (folder / LOG_NAME).read_bytes().split(b"\n"):
+            try:
                 curve.append(_numbers(json.loads(line)))
+            except (ValueError, AttributeError):
+                damaged += bool(line.strip(b"\0 "))
+    if damaged:
+        note(f"{LOG_NAME}: {damaged} entries cannot be read and are left out")
     return RunResult(folder, result["steps"], _numbers(result["metrics"]), curve)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-import typer.core
 from rich.console import Console
 
 from student_trainer.cli.asking import ConfigFile, Overrides, going_on, progress_console
+from student_trainer.cli.frame.habits import ConfigCommand
 from student_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _APART = "\x1f"  # between the name and the settings of a free arm, on the way t
 _EQUAL = ("steps", "time")
 
 
-class _Arms(typer.core.TyperCommand):
+class _Arms(ConfigCommand):
     """Lets `--arms` take all names up to the next option or override, and `--arm` a name and its settings."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -35,6 +35,7 @@ from student_trainer.inference.prompt_file import FilePrompt, prompts_of
 from student_trainer.inference.prompts import Prompter
 from student_trainer.inference.served import served_teacher
 from student_trainer.inference.speakers import tokenizer_of
+from student_trainer.progress import working
 from student_trainer.teachers.connect import Connection, connections
 
 TEACHER = "teacher"
@@ -155,7 +156,7 @@ def _measured(
     )  # fmt: skip
     speed: Mapping[str, Any] = {}
     if request.with_speed and writes:
-        with console.status(f"measuring the speed of {engine.name}"):
+        with working(console, f"measuring the speed of {engine.name}"):
             text = engine.prompter.tokenizer(_SPEED_TEXT, add_special_tokens=False)["input_ids"]
             speed = measure_speed(engine, text).figures()
     made = Measured(engine.name, what, figures, scores, speed)
@@ -175,7 +176,7 @@ def _connected(teacher: TeacherConfig | None, console: Console) -> Iterator[Conn
 @contextlib.contextmanager
 def _loaded(request: Request, name: str, located: Located, console: Console) -> Iterator[StudentEngine]:
     """A student while the block runs; its memory is free behind it."""
-    with console.status(f"loading {located.named}"):
+    with working(console, f"loading {located.named}"):
         student = load(located, request.device, request.dtype)
         student.check(ModelConfig(path=located.path))  # whose states and head are read below
     template, kwargs, _ = _template(request)

@@ -24,6 +24,7 @@ from rich.markup import escape
 from student_trainer.data.rows.files import READERS, suffix_of
 from student_trainer.errors import ConfigError, DataError, StudentError
 from student_trainer.evaluation.tasks.choice_file import read_choices
+from student_trainer.progress import working
 from teacher_wire.core.errors import TeacherWireError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def load_tasks(names: Sequence[str], console: Console) -> Tasks:
         registered = [spec for spec in specs if isinstance(spec, str) and not _is_yaml(spec)]
         manager: Any = None
         asked, built = [], []
-        with console.status("looking for the tasks"):
+        with working(console, "looking for the tasks"):
             index = _TaskTexts()
             for name in registered:
                 index.require(name)
@@ -75,7 +76,7 @@ def load_tasks(names: Sequence[str], console: Console) -> Tasks:
             if any(name not in manager.task_index for name in registered):
                 manager = TaskManager(include_path=folders or None)
         for name, spec in zip(names, specs, strict=True):
-            with console.status(f"loading task {name}"):
+            with working(console, f"loading task {name}"):
                 try:
                     found = _load(manager, name, spec)
                 except KeyError:  # a group of tasks of other families, or a file that includes one

@@ -231,13 +231,14 @@ def test_help_loads_no_config_and_no_arrays(command):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [("--learning_rate", "train.learning_rate=..."), ("--max-steps", "train.max_steps=..."), ("--frobnicate", None)],
 )
-def test_an_option_that_is_a_setting_is_told_as_one(typed, meant):
+def test_an_option_that_is_a_setting_is_told_as_one(command, typed, meant):
     """As they are typed after other trainers."""
-    told = " ".join(runner.invoke(app, ["train", "run.yaml", typed, "1"]).output.replace("│", " ").split())
+    told = " ".join(runner.invoke(app, [command, "run.yaml", typed, "1"]).output.replace("│", " ").split())
     assert f"No such option: {typed}" in told
     assert (f"settings are written behind the config: {meant}" in told) if meant else "settings" not in told
 
