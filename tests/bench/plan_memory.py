@@ -89,9 +89,12 @@ DOCUMENTED: tuple[tuple[str, dict[str, Any], str, str], ...] = (
 STEPS = 4  # the first makes the optimizer's state, the second may record
 
 
-def cases(shapes: list[str]) -> list[tuple[str, str, bool]]:
+WAYS = ("lora", "qlora", "full")
+
+
+def cases(shapes: list[str], ways: list[str]) -> list[tuple[str, str, bool]]:
     """Shape, way of training, checkpointing."""
-    return [(shape, way, kept) for shape in shapes for way in ("lora", "qlora", "full") for kept in (True, False)]
+    return [(shape, way, kept) for shape in shapes for way in ways for kept in (True, False)]
 
 
 class Bench:
@@ -274,6 +277,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--shape", nargs="+", choices=["1.5B", "0.5B"], default=["1.5B", "0.5B"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -285,7 +289,7 @@ def main() -> None:
         return
     bench, rows = Bench(options.device, options.tiny, options.graphs), []
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (estimates alone)"
-    for shape, way, kept in cases(["tiny"] if options.tiny else options.shape):
+    for shape, way, kept in cases(["tiny"] if options.tiny else options.shape, options.ways):
         row: dict[str, Any] = {"shape": shape, "way": way, "checkpointing": kept}
         try:
             config = bench.config(way, kept)
@@ -313,7 +317,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             torch._dynamo.reset()
         if "OUT" in os.environ:
-            Path(os.environ["OUT"], f"plan_memory-{options.shape[0]}.json").write_text(
+            Path(os.environ["OUT"], f"plan_memory-{options.shape[0]}-{'-'.join(options.ways)}.json").write_text(
                 json.dumps({"where": where, "rows": rows}, indent=1)
             )
         shown = {

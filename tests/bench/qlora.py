@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,31 +159,34 @@ def main() -> None:
     if given.arm:
         print(json.dumps(run_arm(given.arm[0], Path(given.arm[1]), given.device, steps)))
         return
+    from tests.bench.real import cards as card_names
     from tests.bench.table import show
 
     found = []
     with tempfile.TemporaryDirectory(prefix="lyceum-qlora-") as folder:
         on_gpu = given.device == "cuda"
         make_base(Path(folder), REAL if on_gpu else TINY, "bfloat16" if on_gpu else "float32")
-        for arm in ARMS:
-            command = [
-                sys.executable,
-                "-m",
-                "tests.bench.qlora",
-                "--device",
-                given.device,
-                "--steps",
-                str(steps),
-                "--arm",
-                arm,
-                folder,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        cards = card_names() if on_gpu else []
+        together = len(ARMS) if len(cards) >= len(ARMS) else 1  # with a card for each
+
+        def by_itself(place: int) -> subprocess.CompletedProcess[str]:
+            """An arm in a process of its own."""
+            command = [sys.executable, "-m", "tests.bench.qlora", "--device", given.device, "--steps", str(steps)]
+            env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": cards[place]} if together > 1 else {})}
+            command += ["--arm", ARMS[place], folder]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if not done.returncode:
+                figures = json.loads(done.stdout.splitlines()[-1])
+                print(json.dumps({name: value for name, value in figures.items() if name != "curve"}), flush=True)
+            return done
+
+        with ThreadPoolExecutor(together) as pool:
+            runs = list(zip(ARMS, pool.map(by_itself, range(len(ARMS))), strict=True))
+        for arm, done in runs:
             if done.returncode:
                 print(f"{arm}: failed\n{done.stderr[-3000:]}", file=sys.stderr)
                 continue  # the others keep their figures
             found.append(json.loads(done.stdout.splitlines()[-1]))
-            print(json.dumps({name: value for name, value in found[-1].items() if name != "curve"}), flush=True)
     curves = {arm["arm"]: arm.pop("curve") for arm in found}
     show(f"2 x 2,048 tokens, {given.device}" if on_gpu else "tiny shapes, a rehearsal", found, as_json=False)
     marks = sorted({0, *(round(k * (steps - 1) / 9) for k in range(1, 10))})

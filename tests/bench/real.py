@@ -242,12 +242,13 @@ def table(results: dict[str, list[Evaluations]], steps: int) -> list[dict[str, o
 
     bests = {arm: [min(e["nll_per_byte"] for e in run) for run in runs] for arm, runs in results.items()}
     rows: list[dict[str, object]] = []
+    base = "sft" if "sft" in results else next(iter(results))
     for arm, runs in results.items():
         row: dict[str, object] = {"arm": arm}
         row |= {f"{step}: NLL / KL": at_step(runs, step) for step in shown_steps(steps)}
         best_steps = sorted({int(min(run, key=lambda e: e["nll_per_byte"])["step"]) for run in runs})
         row["best NLL (steps)"] = f"{statistics.fmean(bests[arm]):.4f} ({', '.join(map(str, best_steps))})"
-        row["best, minus SFT's best"] = "" if arm == "sft" else told_of(paired(bests[arm], bests["sft"]))
+        row[f"best, minus {base}'s best"] = "" if arm == base else told_of(paired(bests[arm], bests[base]))
         rows.append(row)
     teacher = next(iter(results.values()))[0][0]
     rows.append(
