@@ -2,7 +2,7 @@
 
 Random weights and states in the shapes of Qwen2.5-1.5B and 7B on a GPU, narrower ones on a CPU. The partition has the figures that were
 measured of two real vocabularies (docs/concepts/method.md 8.4): most classes are pairs, some are large, one holds everything without a partner.
-    python -m tests.bench.cross_loss [--device cuda] [--rows N] [--json]
+    python -m tests.bench.cross_loss [--device cuda] [--rows N] [--profile "bridged, hidden"] [--json]
 
 Columns: time of the loss with its gradients (median of rounds, which are interleaved; CPU time of one thread without a GPU), its ratio to the plain loss with one
 teacher, and the memory that the pass takes at most beyond what it is given (on a GPU).
@@ -155,12 +155,31 @@ def measured(found: dict[str, Callable[[], Tensor]], rounds: int, device: str) -
     return {name: (statistics.median(times[name]), peaks[name]) for name in found}
 
 
+def profile(arm: Callable[[], Tensor], device: str) -> None:
+    """Where the time of one pass goes: a device that waits for launches shows many calls and little time in them."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    arm()
+    with torch.profiler.profile(activities=activities) as seen:
+        arm()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    averages = seen.key_averages()
+    for column in ("self_cuda_time_total" if device == "cuda" else "self_cpu_time_total", "count"):
+        print(averages.table(sort_by=column, row_limit=25, max_name_column_width=60))
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=list(SHAPES), default="cpu")
     parser.add_argument("--rows", type=int, default=0, help="of a pass; 0 for the default of the device")
     parser.add_argument("--divergence", default="forward_kl")
+    parser.add_argument(
+        "--profile",
+        metavar="ARM",
+        help="print the operations of that arm alone, by their time on the device and by their number",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object in the last line")
     options = parser.parse_args()
     if options.device == "cpu":
@@ -170,7 +189,13 @@ def main() -> None:
         shape = Shape(options.rows, shape.student, shape.teacher, shape.rounds)
     world = World(shape, options.device)
     spec = OutputLossSpec(Divergence(options.divergence), sft_weight=0.5)
-    found = measured(arms(world, spec), shape.rounds, options.device)
+    every = arms(world, spec)
+    if options.profile:
+        if options.profile not in every:
+            parser.error(f"--profile {options.profile}: choose {', '.join(every)}")
+        profile(every[options.profile], options.device)
+        return
+    found = measured(every, shape.rounds, options.device)
     print(
         f"{shape.rows} rows, V {VOCAB:,} and {OTHER_VOCAB:,}, {CLASSES:,} classes, widths {shape.student} and {shape.teacher}, {options.device}"
     )
