@@ -117,8 +117,8 @@ def _checked(message: pb.Tensor, field: str) -> tuple[str, tuple[int, ...], byte
         raise TensorError("too many axes", field=f"{field}.shape", value=len(message.shape), limit=MAX_AXES)
     shape = tuple(message.shape)
     expected = math.prod(shape) * DTYPES[name][1]  # Python ints: no overflow to hide in
-    if any(axis >= 1 << 40 for axis in shape):  # empty, and yet more than numpy can count
-        raise TensorError("axis too long", field=f"{field}.shape", value=list(shape), limit="2^40")
+    if math.prod(axis or 1 for axis in shape) >= 1 << 40:  # empty, and yet more than numpy can count
+        raise TensorError("axes too long", field=f"{field}.shape", value=list(shape), limit="2^40")
     data = message.data
     if expected != len(data):
         raise TensorError(

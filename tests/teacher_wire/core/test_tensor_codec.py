@@ -50,6 +50,26 @@ def test_broken_tensors_are_refused_by_field(message, field):
     assert caught.value.field == field
 
 
+@given(
+    st.lists(st.sampled_from([0, 1, 3, 2**20, 2**39, 2**40, 2**53, 2**63, 2**64 - 1]), max_size=6),
+    st.sampled_from(sorted(DTYPES)),
+)
+def test_shapes_of_a_hostile_peer_are_read_or_refused(shape, name):
+    """Nothing but a TensorError may come of them; numpy cannot count some shapes that hold nothing."""
+    message = pb.Tensor(dtype=tensor_codec.dtype_code(name), shape=shape)
+    try:
+        assert tensor_codec.decode(message, "x").array.size == 0
+    except TensorError as error:
+        assert error.field.startswith("x.")
+
+
+def test_an_empty_tensor_whose_axes_are_each_short_is_refused():
+    """As the fuzz of a vLLM teacher found it."""
+    message = pb.Tensor(dtype=tensor_codec.dtype_code("int32"), shape=[41_166_215, 8_512_140, 7_464_889_010, 0])
+    with pytest.raises(TensorError, match="axes too long"):
+        tensor_codec.decode(message, "x")
+
+
 def test_bfloat16_reads_as_the_numbers_it_means():
     bits = np.array([0x3F80, 0xC000, 0x0000, 0x7F80], np.uint16)  # 1, -2, 0, inf
     np.testing.assert_array_equal(Tensor("bfloat16", bits).as_float32(), np.float32([1, -2, 0, np.inf]))
