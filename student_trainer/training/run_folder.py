@@ -384,11 +384,7 @@ def finish(folder: Path, steps: int, metrics: dict[str, float]) -> RunResult:
 
 
 def result_of(folder: Path, note: Callable[[str], None] = lambda _: None) -> RunResult:
-    """What a finished run left.
-
-    Args:
-        note: told how many entries of the log cannot be read, where the curve has gaps.
-    """
+    """What a finished run left; `note` is told how many entries of the log cannot be read, where the curve has gaps."""
     result = read_object(folder / RESULT_NAME)
     curve, damaged = [], 0
     if (folder / LOG_NAME).is_file():
