@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What issues 16 to 18 still want of a GPU (and how 15's figures were made): measuring calls on one warm machine, 200 to 580 s each.
 #
-# Before the lease, here: `python -m tests.real.fetch REAL && bash tests/bench/pack_real.sh REAL .pack && bash tests/bench/pack_gpu.sh .pack` (p1 and p2 hold vLLM, which only
+# Before the lease, here: `python -m tests.real.fetch REAL && bash tests/bench/pack_real.sh REAL .pack && bash tests/bench/pack_gpu.sh .pack` (p1, p2 and p5 hold vLLM, which only
 # ENGINE=vllm needs; p4 holds Ray, which none of these parts needs). `.pack` is ignored by git and is named in `carry`. The machine goes back 30 s after a call: send the next at once.
 # Stashes of 7 s each, then the parts; check the answer of each stash before the next call, since what was not stashed costs the whole call:
 #     run(carry=[".pack/r1"], timeout_s=120, command="bash tests/bench/gpu_setup.sh stash .pack/r1")                          # and so r2 and p3

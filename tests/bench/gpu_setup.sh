@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On the GPU machine: puts what pack_gpu.sh made into /tmp/site. A carried folder a call, then once `finish`:
-#     bash tests/bench/gpu_setup.sh stash .pack/p1     # and p2, p3, p4, each in the call that carries it
+#     bash tests/bench/gpu_setup.sh stash .pack/p1     # and p2 to p5, each in the call that carries it
 #     bash tests/bench/gpu_setup.sh finish && . /tmp/site.env && python3 -m tests.bench.gpu_vllm
 # `finish p3` where the small packages are enough, `finish p3 p4` with Ray; `real FOLDER` after stashing r1 and r2 of pack_real.sh makes the real pair there.
 # `finish` checks that all parts are there and whole, and says which of the machine's own packages /tmp/site puts others in front of.
@@ -25,7 +25,7 @@ stash)
 finish)
     shift
     parts=("$@")
-    [ $# -gt 0 ] || parts=(p1 p2 p3 p4)
+    [ $# -gt 0 ] || parts=(p1 p2 p3 p4 p5)
     for part in "${parts[@]}"; do
         [ -e "$stash/SHA256SUMS.$part" ] || { echo "$stash lacks $part: the machine was given back in between?" >&2; exit 1; }
     done

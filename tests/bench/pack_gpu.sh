@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs vLLM 0.25.1, Ray 2.60, bitsandbytes 0.50.2 and what they and our edge need for a GPU machine (x86-64, Python 3.12, torch 2.11+cu130, Hopper) that
-# reaches no package registry: p1 and p2 (vLLM), p3 (the small packages) and p4 (Ray), folders of archives, each at least 10 MiB below the 64 MiB that
+# reaches no package registry: p1, p2 and p5 (vLLM), p3 (the small packages) and p4 (Ray), folders of archives, each at least 10 MiB below the 64 MiB that
 # travel with the tree; gpu_setup.sh unpacks them there into one folder.
 #     bash tests/bench/pack_gpu.sh .pack        # about six minutes on two cores; 400 MB of downloads, none of them kept
 #     bash tests/bench/pack_gpu.sh .pack p3     # without vLLM: p3 and p4 alone
@@ -23,7 +23,7 @@ pack() { # ARCHIVE LEVEL FOLDER NAME...: blocks of 8 MiB, so that unpacking uses
     tar -C "$folder" -cf - "$@" | xz -T0 "-$level" --block-size=8MiB >"$archive"
 }
 
-rm -rf "$out"/p[1-4]
+rm -rf "$out"/p[1-5]
 # Without vLLM its mistral-common stays out too: transformers, when it finds it, reads tokenizers of gguf files by it and fails.
 cp "$here/gpu_packages.txt" "$work/packages.txt"
 [ "$only" != p3 ] || sed -i '/^mistral-common/d' "$work/packages.txt"
@@ -61,7 +61,7 @@ pack "$out/p2/vllm_moe.tar.xz" 3 "$work/vllm" "$moe"
     rm -rf "$core" "$moe" vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so vllm/vllm-rs vllm/third_party/deep_gemm vllm/third_party/fmha_sm100
     find vllm \( -name '*.cu' -o -name '*.hpp' -o -name '*.h' \) -delete
 )
-pack "$out/p2/vllm_python.tar.xz" 6 "$work/vllm" vllm vllm-0.25.1.dist-info
+pack "$out/p5/vllm_python.tar.xz" 6 "$work/vllm" vllm vllm-0.25.1.dist-info
 fi
 
 for part in "$out"/p?; do
