@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, TypeVar
 
 import yaml
@@ -314,17 +315,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in range(options.seeds)
         for arm in options.arms
     ]
-    ended: dict[str, Any] = {}
+    ended: dict[str, Evaluations] = {}
+    writing = Lock()
 
-    def one(job: Job, gpu: int | None) -> Any:
+    def one(job: Job, gpu: int | None) -> Evaluations:
         """A run, kept at once; one for which no time is left is not begun."""
         left_s = None if options.budget_s is None else options.budget_s - (time.monotonic() - began)
         if left_s is not None and left_s < LEAST_S:
             return []
-        ended[f"{job.arm}, seed {job.seed}"] = run(options, job, server.address, gpu, gpus, left_s)
-        if os.environ.get("OUT"):
-            (Path(os.environ["OUT"]) / "real-runs.json").write_text(json.dumps(ended))
-        return ended[f"{job.arm}, seed {job.seed}"]
+        entries = run(options, job, server.address, gpu, gpus, left_s)
+        with writing:
+            ended[f"{job.arm}, seed {job.seed}"] = entries
+            if os.environ.get("OUT"):
+                (Path(os.environ["OUT"]) / "real-runs.json").write_text(json.dumps(ended))
+        return entries
 
     try:
         found = spread(jobs, gpus, options.per_gpu, one)

@@ -79,7 +79,7 @@ def _decode_tensor(message: pb.ArtifactTensor) -> TensorHeader:
         raise LabelError(error.message, field=error.field, value=error.value, limit=error.limit) from error
     if dtype == "uint24":
         raise LabelError("not a dtype of artifacts", field=f"artifact.{name}.dtype", value=dtype)
-    if len(message.shape) > tensor_codec.MAX_AXES or any(axis >= 1 << 40 for axis in message.shape):
+    if not tensor_codec.countable(message.shape):
         raise LabelError("a shape that cannot be", field=f"artifact.{name}.shape", value=list(message.shape)[:5])
     return TensorHeader(name, dtype, tuple(message.shape))
 

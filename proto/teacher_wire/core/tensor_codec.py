@@ -7,6 +7,7 @@ product(shape) * width bytes is refused. `message.data` copies each time it is r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -106,6 +107,11 @@ def of_bytes(name: str, shape: tuple[int, ...], data: np.ndarray) -> Tensor:
     return Tensor(name, data.view(np.dtype(DTYPES[name][0]).newbyteorder("<")).reshape(shape).view(DTYPES[name][0]))
 
 
+def countable(shape: Sequence[int]) -> bool:
+    """Whether numpy can hold such a shape: it counts the axes' product without those of 0, so that an empty one can be too long."""
+    return len(shape) <= MAX_AXES and math.prod(axis or 1 for axis in shape) < 1 << 40
+
+
 def _values(name: str, data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.dtype(DTYPES[name][0]).newbyteorder("<"))
 
@@ -117,7 +123,7 @@ def _checked(message: pb.Tensor, field: str) -> tuple[str, tuple[int, ...], byte
         raise TensorError("too many axes", field=f"{field}.shape", value=len(message.shape), limit=MAX_AXES)
     shape = tuple(message.shape)
     expected = math.prod(shape) * DTYPES[name][1]  # Python ints: no overflow to hide in
-    if math.prod(axis or 1 for axis in shape) >= 1 << 40:  # empty, and yet more than numpy can count
+    if not countable(shape):
         raise TensorError("axes too long", field=f"{field}.shape", value=list(shape), limit="2^40")
     data = message.data
     if expected != len(data):

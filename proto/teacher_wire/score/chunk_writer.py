@@ -1,8 +1,7 @@
 """A chunk of an answer as it travels, its tensors copied once.
 
 In: rows of an answer; out: a serialised `ScoreDown`, byte for byte what protobuf makes of the same message. Protobuf copies each tensor three
-times (into bytes, into the message, into the serialised one), which is a third of the edge's work for wide labels. Only the frames
-around the data are written here (protobuf's encoding guide: tag, length, content); everything in them is serialised by protobuf.
+times: into bytes, into the message, into the serialised one (docs/log.md has what that cost). Only the frames around the data are written here (protobuf's encoding guide: tag, length, content); everything in them is serialised by protobuf.
 """
 
 from __future__ import annotations

@@ -195,3 +195,12 @@ def test_the_kinds_are_a_visible_dict():
         BYTE_TABLE: ByteTableKind,
     }
     assert all(name == kind.name for name, kind in kinds.KINDS.items())
+
+
+@pytest.mark.parametrize(
+    "shape", [[1 << 62], [1 << 39, 1 << 39, 0], [41_166_215, 8_512_140, 7_464_889_010, 0], [1] * 5]
+)
+def test_a_shape_that_numpy_cannot_count_is_refused_whatever_it_holds(shape):
+    header = pb.ArtifactHeader(kind="x", tensors=[pb.ArtifactTensor(name="t", dtype=pb.FLOAT32, shape=shape)])
+    with pytest.raises(LabelError, match=r"artifact\.t\.shape"):
+        codec.decode_header(header)
