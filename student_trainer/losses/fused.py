@@ -44,6 +44,14 @@ def row_figures(
     return lse_C, ahead_C
 
 
+def row_best(z_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row (-inf if every logit is), and int64, its likeliest id (the first of equal ones)."""
+    lse_C = z_CV.new_empty(len(z_CV))
+    best_C = torch.empty_like(lse_C, dtype=torch.long)
+    _launch(_row_best, z_CV, z_CV, lse_C, best_C)
+    return lse_C, best_C
+
+
 def softmax_grad(
     z_CV: Tensor, lse_C: Tensor, scale_C: Tensor, label_ids_C: Tensor, label_scale_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -131,6 +139,25 @@ if triton is not None:
             top = new_top
         tl.store(lse_ptr + row, tl.log(total) + tl.where(top == -float("inf"), 0.0, top))
         tl.store(ahead_ptr + row, ahead)
+
+    @triton.jit
+    def _row_best(z_ptr, lse_ptr, best_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        z_ptr += row * VOCAB
+        top = -float("inf")
+        total = 0.0
+        best = 0
+        for start in range(0, VOCAB, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + ids, mask=ids < VOCAB, other=-float("inf"))
+            here = tl.max(z)
+            best = tl.where(here > top, tl.min(tl.where(z == here, ids, VOCAB)), best)
+            new_top = tl.maximum(top, here)
+            base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
+            total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base))
+            top = new_top
+        tl.store(lse_ptr + row, tl.log(total) + tl.where(top == -float("inf"), 0.0, top))
+        tl.store(best_ptr + row, best)
 
     @triton.jit
     def _softmax_grad(

@@ -7,7 +7,6 @@ Axes: G groups. Source: docs/concepts/method.md 8.4; Minixhofer et al. 2025 (arX
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,14 +33,12 @@ def binarised(
     return loss_G, slope_G
 
 
-def sums_of(value_F: Tensor, start_G1: np.ndarray) -> Tensor:
-    """[G], sums of neighbours, those of group g from `start_G1[g]` on; a difference of two running sums, whose order is always the same.
+def sums_of(value_F: Tensor, begin_G1: Tensor) -> Tensor:
+    """[G], sums of neighbours, those of group g from `begin_G1[g]` on; a difference of two running sums, whose order is always the same.
 
     Args:
         value_F: float64, finite.
-        start_G1: on the host, from 0 to F.
+        begin_G1: int64, from 0 to F.
     """
     before_F1 = torch.nn.functional.pad(value_F.cumsum(0), (1, 0))
-    edge_G1 = torch.from_numpy(start_G1)
-    edge_G1 = (edge_G1.pin_memory() if value_F.is_cuda else edge_G1).to(value_F.device, non_blocking=True)
-    return before_F1[edge_G1[1:]] - before_F1[edge_G1[:-1]]
+    return before_F1[begin_G1[1:]] - before_F1[begin_G1[:-1]]

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from student_trainer.losses import fused
 from student_trainer.losses.cross_tokenizer.bridge import VocabularyClasses
 from student_trainer.losses.divergence import Divergence, divergence_and_grad
 from student_trainer.losses.output.spec import OutputLossSpec
@@ -39,7 +38,7 @@ class Projected(NamedTuple):
 
 def projected_terms(
     z_CV: Tensor,
-    log_q_CV: Tensor | None,
+    log_q_CV: Tensor,
     rows: FullRows | TopKRows,
     classes: VocabularyClasses,
     coefficient_C: Tensor,
@@ -49,63 +48,53 @@ def projected_terms(
 
     Args:
         z_CV: of the student, left as they are.
-        log_q_CV: its log-probabilities, likewise; None: with kernels in place of passes over [C, V] and [C, K], of float32 on a GPU.
+        log_q_CV: its log-probabilities, likewise.
         rows: the teacher's, over its own ids.
         classes: of both vocabularies.
         coefficient_C: every factor of a row's loss, but s(tau).
         spec: what is computed; of top-k rows at temperature 1.
     """
-    is_fused, tau = log_q_CV is None, spec.temperature
+    tau = spec.temperature
     scale = tau**2 if spec.tau_squared else 1.0
-    if isinstance(rows, TopKRows):
-        soft_CV = z_CV.log_softmax(-1) if log_q_CV is None else log_q_CV
-    elif log_q_CV is None:
-        soft_CV = z_CV if tau == 1 else z_CV / tau
-    else:
-        soft_CV = log_q_CV if tau == 1 else (z_CV / tau).log_softmax(-1)
-    class_CK = classes.of_student.project(soft_CV, is_fused)
-    factor_C = coefficient_C if tau == scale == 1 else coefficient_C * (scale / tau)
+    is_plain = tau == 1 or isinstance(rows, TopKRows)
+    soft_CV = log_q_CV if is_plain else (z_CV / tau).log_softmax(-1)
+    class_CK = classes.of_student.project(soft_CV)
+    factor_C = coefficient_C * (scale / tau)
     safe_C: Tensor | None = None
     if isinstance(rows, TopKRows):
         topk_logp_Ck, tail_logp_C = rows.bucket(z_CV.dtype)
         kept = KeptClasses.of(classes.teacher_Vt[rows.topk_ids_NK], topk_logp_Ck)
-        if classes.giants is not None:
-            is_giant_Ck = classes.is_giant_K[kept.class_Ck]
-            safe_C = ~(is_giant_Ck & kept.is_last_Ck & (kept.logp_Ck > _HALF)).any(-1)
+        safe_C = safe_among_kept(kept, classes)
         loss_C, grad_CK = class_bucket_and_grad(kept, tail_logp_C, class_CK, spec.divergence)
-        grad_CK.mul_((factor_C if safe_C is None else factor_C * safe_C)[:, None])
     else:
-        teacher_CK = classes.of_teacher.project(rows.logits_NV if tau == 1 else rows.logits_NV / tau, is_fused)
-        log_p_CK = teacher_CK if is_fused else teacher_CK.log_softmax(-1)
-        lse_C = _lse(teacher_CK) if is_fused else torch.zeros_like(factor_C)
-        if classes.giants is not None:
-            safe_C = log_p_CK.index_select(-1, classes.giants).amax(-1) - lse_C <= _HALF
-            factor_C = factor_C * safe_C
-        if is_fused:
-            loss_C, grad_CK = _by_kernel(teacher_CK, lse_C, class_CK, factor_C, spec.divergence)
-        else:
-            loss_C, grad_CK = divergence_and_grad(log_p_CK, class_CK, spec.divergence)
-            grad_CK.mul_(factor_C[:, None])
-    grad_CV = classes.of_student.spread(grad_CK, soft_CV, class_CK, is_fused)
-    loss_C = loss_C if scale == 1 else loss_C * scale
+        log_p_CK = classes.of_teacher.project(rows.logits_NV if tau == 1 else rows.logits_NV / tau).log_softmax(-1)
+        safe_C = safe_among_all(log_p_CK, None, classes)
+        loss_C, grad_CK = divergence_and_grad(log_p_CK, class_CK, spec.divergence)
+    grad_CK.mul_((factor_C if safe_C is None else factor_C * safe_C)[:, None])
+    grad_CV = classes.of_student.spread(grad_CK, soft_CV, class_CK)
+    loss_C = loss_C * scale
     return Projected(loss_C if safe_C is None else loss_C.masked_fill(~safe_C, 0), grad_CV, safe_C)
 
 
-def _lse(z_CK: Tensor) -> Tensor:
-    """[C], by a kernel."""
-    no_label_C = torch.zeros(len(z_CK), dtype=torch.long, device=z_CK.device)
-    return fused.row_figures(z_CK, no_label_C, z_CK[:, 0].contiguous())[0]
+def safe_among_all(class_CK: Tensor, lse_C: Tensor | None, classes: VocabularyClasses) -> Tensor | None:
+    """bool [C], rows of which the teacher has at most half its mass in one giant class; None: there is no such class.
+
+    Args:
+        class_CK: its logits over classes.
+        lse_C: their log-sum-exp; None: they are log-probabilities.
+    """
+    if classes.giants is None:
+        return None
+    most_C = class_CK.index_select(-1, classes.giants).amax(-1)
+    return (most_C if lse_C is None else most_C - lse_C) <= _HALF
 
 
-def _by_kernel(
-    teacher_CK: Tensor, teacher_lse_C: Tensor, class_CK: Tensor, factor_C: Tensor, spec: Divergence
-) -> tuple[Tensor, Tensor]:
-    """`divergence_and_grad` of two sets of class logits; the gradient times `factor_C`."""
-    lse_C, no_label_C = _lse(class_CK), torch.zeros(len(class_CK), dtype=torch.long, device=class_CK.device)
-    return fused.divergence_grad(
-        *(teacher_CK, teacher_lse_C, class_CK, lse_C, factor_C, spec, 1.0),
-        *(lse_C, no_label_C, None, class_CK.dtype),
-    )
+def safe_among_kept(kept: KeptClasses, classes: VocabularyClasses) -> Tensor | None:
+    """Likewise, of a truncated teacher."""
+    if classes.giants is None:
+        return None
+    is_giant_Ck = classes.is_giant_K[kept.class_Ck]
+    return ~(is_giant_Ck & kept.is_last_Ck & (kept.logp_Ck > _HALF)).any(-1)
 
 
 class KeptClasses(NamedTuple):

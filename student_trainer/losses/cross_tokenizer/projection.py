@@ -11,13 +11,14 @@ Source: docs/concepts/method.md 8.4.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from student_trainer.errors import DataError
-from student_trainer.losses.cross_tokenizer import kernels
+from student_trainer.losses.cross_tokenizer.kernels import SortedIds
 
 _GROWTH = 1.5  # sizes of classes in one bucket differ by this factor at most: little is filled up, and buckets are few
 
@@ -30,14 +31,12 @@ class Bucket:
         class_n: int64, which.
         ids_ns: int64, their ids, one class behind another, [n * s]; a class that is filled up repeats its last.
         is_filler_ns: bool [n, s], the repeated ones; None if there are none.
-        size_n: int64, how many ids each class has.
         size: s.
     """
 
     class_n: Tensor
     ids_ns: Tensor
     is_filler_ns: Tensor | None
-    size_n: Tensor
     size: int
 
 
@@ -65,28 +64,27 @@ class SideOfClasses:
     def classes(self) -> int:
         return self.first_K.numel()
 
-    def project(self, z_CV: Tensor, is_fused: bool = False) -> Tensor:
+    @cached_property
+    def sorted_ids(self) -> SortedIds:
+        """As kernels go through them; waits for the device, so once a run."""
+        return SortedIds.of(self.class_V, self.size_K)
+
+    def project(self, z_CV: Tensor) -> Tensor:
         """[C, K], log of the sum of exp(z) over the ids of each class: logits whose softmax has the masses of the classes.
 
         Args:
             z_CV: logits, or log-probabilities.
-            is_fused: with kernels, of float32 on a GPU.
         """
         class_CK = z_CV.index_select(-1, self.first_K)
         for bucket in self.buckets:
-            if is_fused and bucket.size <= kernels.LARGEST:
-                kernels.sum_bucket(z_CV, bucket.ids_ns, bucket.size_n, bucket.class_n, class_CK)
-                continue
             member_Cns = z_CV.index_select(-1, bucket.ids_ns).view(len(z_CV), -1, bucket.size)
             if bucket.is_filler_ns is not None:
                 member_Cns.masked_fill_(bucket.is_filler_ns, -torch.inf)
             class_CK.index_copy_(-1, bucket.class_n, member_Cns.logsumexp(-1))
         return class_CK
 
-    def spread(self, grad_CK: Tensor, z_CV: Tensor, class_CK: Tensor, is_fused: bool = False) -> Tensor:
+    def spread(self, grad_CK: Tensor, z_CV: Tensor, class_CK: Tensor) -> Tensor:
         """[C, V], a gradient on `class_CK = project(z_CV)` as one on `z_CV`: each id gets its share of its class."""
-        if is_fused:
-            return kernels.spread(grad_CK, z_CV, self.class_V, class_CK)
         grad_CV = grad_CK.index_select(-1, self.class_V)
         for bucket in self.buckets:
             share_Cns = z_CV.index_select(-1, bucket.ids_ns).view(len(z_CV), -1, bucket.size)
@@ -133,7 +131,6 @@ class SideOfClasses:
                     torch.from_numpy(class_n).to(device),
                     torch.from_numpy(order_V[place_ns].reshape(-1)).to(device),
                     torch.from_numpy(filler_ns).to(device) if filler_ns.any() else None,
-                    torch.from_numpy(size_n).to(device),
                     size,
                 )
             )

@@ -75,6 +75,7 @@ class LongGroups:
         first_G: on the host, the first of each group's rows among the M kept ones.
         student: all their rows among the M kept ones, group by group; those of group g begin at `student_start_G1[g]`, on the host.
         teacher: all their rows among the teacher's; likewise.
+        student_begin_G1, teacher_begin_G1: the same on the device.
         student_group_F: int64, the group of each of the student's.
         weight_G: sum over its rows of weight times share, in the dtype of the losses.
         tokens_G: of the student, float64.
@@ -85,6 +86,8 @@ class LongGroups:
     student_start_G1: np.ndarray
     teacher: Index
     teacher_start_G1: np.ndarray
+    student_begin_G1: Tensor
+    teacher_begin_G1: Tensor
     student_group_F: Tensor
     weight_G: Tensor
     tokens_G: Tensor
@@ -110,6 +113,8 @@ class LongGroups:
             start_G1,
             Index.of(teacher_F, device),
             teacher_start_G1,
+            on_device(torch.from_numpy(start_G1), device),
+            on_device(torch.from_numpy(teacher_start_G1), device),
             on_device(torch.from_numpy(np.repeat(np.arange(len(tokens_G)), tokens_G)), device),
             on_device(torch.from_numpy(weight_G).to(dtype), device),
             on_device(torch.from_numpy(tokens_G.astype(np.float64)), device),

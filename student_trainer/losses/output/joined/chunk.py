@@ -17,8 +17,10 @@ from torch import Tensor
 
 from student_trainer.losses import fused
 from student_trainer.losses.cross_tokenizer.bridge import VocabularyClasses
+from student_trainer.losses.cross_tokenizer.by_kernel import Spread, projected_by_kernel
 from student_trainer.losses.cross_tokenizer.projected import projected_terms
 from student_trainer.losses.output.chunks import fused_terms, kd_terms, on_samples
+from student_trainer.losses.output.joined import kernels
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import FullRows, TeacherRows, TopKRows
 
@@ -32,12 +34,14 @@ class Piece:
         rows: the teacher's, without states; over its own ids.
         coefficient_P: weight times share over the normalizer.
         classes: of both vocabularies; None if the ids are the student's.
+        lse_P: log-sum-exp of its logits at temperature 1, if that is known.
     """
 
     where: slice | Tensor
     rows: TeacherRows
     coefficient_P: Tensor
     classes: VocabularyClasses | None = None
+    lse_P: Tensor | None = None
 
 
 class PieceFigures(NamedTuple):
@@ -64,14 +68,22 @@ class Chunk:
         sampled_logp_C: as in `chunk_terms`.
         spec: what is computed.
         is_fused: with kernels in place of passes over [C, V].
+        grad_dtype: that the gradient is rounded to before it is multiplied; used with kernels.
     """
 
     def __init__(
-        self, z_CV: Tensor, label_ids_C: Tensor, sampled_logp_C: Tensor | None, spec: OutputLossSpec, is_fused: bool
+        self,
+        z_CV: Tensor,
+        label_ids_C: Tensor,
+        sampled_logp_C: Tensor | None,
+        spec: OutputLossSpec,
+        is_fused: bool,
+        grad_dtype: torch.dtype,
     ) -> None:
         self._z_CV, self._labels_C, self._sampled_C = z_CV, label_ids_C, sampled_logp_C
-        self._spec, self._is_fused = replace(spec, sft_weight=0.0), is_fused
+        self._spec, self.is_fused, self._grad_dtype = replace(spec, sft_weight=0.0), is_fused, grad_dtype
         self._grad_CV: Tensor | None = None
+        self._spread: tuple[Spread, Tensor | None] | None = None  # what is not yet in it, and the row of each of the C
         label_C1 = label_ids_C[:, None]
         label_z_C1 = z_CV.gather(-1, label_C1)
         if is_fused:
@@ -85,6 +97,8 @@ class Chunk:
 
     def add(self, piece: Piece) -> PieceFigures:
         """A teacher's distributions, by the divergence or the policy gradient; over classes if its ids are others."""
+        if self.is_fused and piece.classes is not None and self._spec.policy_gradient is None:
+            return self._add_projected(piece, piece.classes)
         z_PV, labels_P, sampled_P = self._of(self._z_CV, piece), self._of(self._labels_C, piece), self._sampled_C
         sampled_P = None if sampled_P is None else self._of(sampled_P, piece)
         if self._spec.policy_gradient is not None:
@@ -98,12 +112,13 @@ class Chunk:
             return PieceFigures(found.loss_C, found.clipped_C)
         if piece.classes is not None:
             assert isinstance(piece.rows, FullRows | TopKRows), "states are opened, and given rows refused"
-            log_q_PV = None if self._is_fused else self._of(self._log_q_CV, piece)
-            factor_P = self._spec.kd_weight * piece.coefficient_P
+            log_q_PV, factor_P = self._of(self._log_q_CV, piece), self._spec.kd_weight * piece.coefficient_P
             projected = projected_terms(z_PV, log_q_PV, piece.rows, piece.classes, factor_P, self._spec)
             self._add(projected.grad_CV, piece)
             return PieceFigures(projected.loss_C, None, projected.safe_C)
-        if self._is_fused:
+        if self.is_fused and isinstance(piece.rows, FullRows):
+            return self._add_full(piece, piece.rows, z_PV, labels_P)
+        if self.is_fused:
             row, grad_PV = fused_terms(z_PV, piece.rows, labels_P, piece.coefficient_P, self._spec, z_PV.dtype)
             self._add(grad_PV, piece)
             return PieceFigures(row.kd_C, None)
@@ -117,20 +132,56 @@ class Chunk:
         Args:
             scale_C: slope of the loss in -log q(label), such as the weight of the cross-entropy; None: it is 0 in every row.
         """
-        if scale_C is None and self._grad_CV is not None:
-            return self._grad_CV
+        if self.is_fused and not (scale_C is None and self._spread is None):
+            return self._written(scale_C, self._grad_dtype)
         if scale_C is None:
-            return torch.zeros_like(self._z_CV)
-        if self._is_fused:
-            grad_CV = fused.softmax_grad(self._z_CV, self._lse_C, scale_C, self._labels_C, scale_C, self._z_CV.dtype)
-        else:
-            scale_C1 = scale_C[:, None]
-            grad_CV = self._log_q_CV.exp_().mul_(scale_C1).scatter_add_(-1, self._labels_C[:, None], -scale_C1)
+            return torch.zeros_like(self._z_CV) if self._grad_CV is None else self._grad_CV
+        scale_C1 = scale_C[:, None]
+        grad_CV = self._log_q_CV.exp_().mul_(scale_C1).scatter_add_(-1, self._labels_C[:, None], -scale_C1)
         return grad_CV if self._grad_CV is None else self._grad_CV.add_(grad_CV)
+
+    def _written(self, scale_C: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The gradient so far, with that of the labels, in one pass."""
+        spread, place_C = (None, None) if self._spread is None else self._spread
+        return kernels.gradient(self._z_CV, self._lse_C, scale_C, self._labels_C, self._grad_CV, spread, place_C, dtype)
+
+    def _add_projected(self, piece: Piece, classes: VocabularyClasses) -> PieceFigures:
+        """A teacher of another tokenizer, with kernels; what gives each id its share waits for the pass that writes the gradient."""
+        assert isinstance(piece.rows, FullRows | TopKRows), "states are opened, and given rows refused"
+        row_P = place_C = None
+        if isinstance(piece.where, Tensor) or piece.where != slice(0, len(self._z_CV)):
+            every_C = torch.arange(len(self._z_CV), device=self._z_CV.device)
+            row_P = every_C[piece.where]
+            place_C = torch.full_like(every_C, -1).index_copy_(0, row_P, every_C[: len(row_P)])
+        found = projected_by_kernel(
+            *(self._z_CV, row_P, self._of(self._lse_C, piece), piece.rows, piece.lse_P, classes),
+            *(self._spec.kd_weight * piece.coefficient_P, self._spec),
+        )
+        if self._spread is not None:
+            self._grad_CV = self._written(None, self._z_CV.dtype)
+        self._spread = found.spread, place_C
+        return PieceFigures(found.loss_P, None, found.safe_P)
+
+    def _add_full(self, piece: Piece, rows: FullRows, z_PV: Tensor, labels_P: Tensor) -> PieceFigures:
+        """A teacher of the student's tokenizer, with kernels; log-sum-exps that are known are not summed again."""
+        tau, lse_P, teacher_lse_P = self._spec.temperature, self._of(self._lse_C, piece), piece.lse_P
+        tempered_P = lse_P
+        if teacher_lse_P is None or tau != 1:
+            teacher_lse_P = fused.row_figures(rows.logits_NV, labels_P, lse_P, tau)[0]
+        if tau != 1:
+            tempered_P = fused.row_figures(z_PV, labels_P, lse_P, tau)[0]
+        scale = tau**2 if self._spec.tau_squared else 1.0
+        kd_scale_P = self._spec.kd_weight * piece.coefficient_P * (scale / tau)
+        loss_P, grad_PV = fused.divergence_grad(
+            *(rows.logits_NV, teacher_lse_P, z_PV, tempered_P, kd_scale_P, self._spec.divergence, tau),
+            *(lse_P, labels_P, None, z_PV.dtype),
+        )
+        self._add(grad_PV, piece)
+        return PieceFigures(loss_P if scale == 1 else loss_P * scale, None)
 
     def _probabilities(self, piece: Piece) -> Tensor:
         """[P, V], of the student; a buffer of its own."""
-        if self._is_fused:
+        if self.is_fused:
             return (self._of(self._z_CV, piece) - self._of(self._lse_C, piece)[:, None]).exp_()
         return self._of(self._log_q_CV, piece).exp()
 

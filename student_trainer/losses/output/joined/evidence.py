@@ -7,7 +7,9 @@ Axes: P rows of a teacher.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,29 @@ from student_trainer.losses import fused
 from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.output.parts import Index, TeacherPart
 from student_trainer.losses.rows import FullRows, GivenRows, HiddenRows, Seen, TeacherRows, TopKRows, seen_in_logits
+
+
+class Looked(NamedTuple):
+    """Rows of a teacher that have been opened.
+
+    Attributes:
+        rows: without states.
+        label_logp_P: of the token that each describes.
+        lse_P: of their logits; None of rows without.
+        likeliest_P: int64, their likeliest ids; None of given rows.
+    """
+
+    rows: TeacherRows
+    label_logp_P: Tensor
+    lse_P: Tensor | None = None
+    likeliest_P: Tensor | None = None
+
+    def part(self, where: slice) -> Looked:
+        """Some neighbours of them, without a copy."""
+        if where == slice(0, len(self.label_logp_P)):
+            return self
+        lse_P, likeliest_P = (None if there is None else there[where] for there in (self.lse_P, self.likeliest_P))
+        return Looked(self.rows.take(where), self.label_logp_P[where], lse_P, likeliest_P)
 
 
 @dataclass(eq=False)
@@ -42,30 +67,33 @@ class Read:
     row: list[np.ndarray] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
 
-    def look(
-        self, part: TeacherPart, index: Index, first: int, last: int, dtype: torch.dtype
-    ) -> tuple[TeacherRows, Tensor]:
-        """Opens rows `first` to `last` of `index` and looks at them.
+    def look(self, part: TeacherPart, spans: Sequence[tuple[Index, int, int]], dtype: torch.dtype) -> Looked:
+        """Opens rows of the teacher and looks at them.
 
-        Returns:
-            the rows, and the log-probability of the token that each describes.
+        Args:
+            spans: of each index the rows `first` to `last`, one behind another.
         """
-        at_P = index.part(first, last)
-        rows = opened(part.rows.take(at_P), dtype)
-        self.row.append(index.host_P[first:last])
-        if not isinstance(rows, FullRows):
-            return rows, rows.label_logp_N.to(dtype)
-        seen = _seen(rows.logits_NV, part.labels_R[at_P])
-        self.seen.append(seen)
-        return rows, seen.label_logp_C
-
-    def note_likeliest(self, part: TeacherPart, rows: TeacherRows) -> None:
-        """Which id each of some rows finds likeliest; nothing of given rows."""
-        if isinstance(rows, FullRows):
-            best_P = rows.logits_NV.argmax(-1)
-        elif isinstance(rows, TopKRows):
-            best_P = rows.topk_ids_NK.gather(-1, rows.topk_logits_NK.argmax(-1, keepdim=True))[:, 0]
+        spans = [span for span in spans if span[1] < span[2]]
+        if len(spans) == 1:
+            ((index, first, last),) = spans
+            at_P = index.part(first, last)
         else:
+            at_P = torch.cat([index.device_P[first:last] for index, first, last in spans])
+        rows = opened(part.rows.take(at_P), dtype)
+        self.row += [index.host_P[first:last] for index, first, last in spans]
+        if isinstance(rows, TopKRows):
+            best_P = rows.topk_ids_NK.gather(-1, rows.topk_logits_NK.argmax(-1, keepdim=True))[:, 0]
+            return Looked(rows, rows.label_logp_N.to(dtype), None, best_P)
+        if not isinstance(rows, FullRows):
+            return Looked(rows, rows.label_logp_N.to(dtype))
+        seen, best_P = _seen(rows.logits_NV, part.labels_R[at_P])
+        self.seen.append(seen)
+        return Looked(rows, seen.label_logp_C, seen.lse_C, best_P)
+
+    def note_likeliest(self, part: TeacherPart, looked: Looked) -> None:
+        """Which id each of some rows finds likeliest; nothing of given rows."""
+        best_P = looked.likeliest_P
+        if best_P is None:
             return
         if part.bridge is not None:
             classes = part.bridge.classes
@@ -73,13 +101,12 @@ class Read:
         self.likeliest.append(best_P)
 
 
-def _seen(z_PV: Tensor, label_ids_P: Tensor) -> Seen:
-    """`seen_in_logits`, by a kernel where there is one."""
+def _seen(z_PV: Tensor, label_ids_P: Tensor) -> tuple[Seen, Tensor]:
+    """`seen_in_logits` and the likeliest ids, by a kernel where there is one."""
     if z_PV.dtype != torch.float32 or not fused.usable(z_PV):
-        return seen_in_logits(z_PV, label_ids_P)
-    label_z_P = z_PV.gather(-1, label_ids_P[:, None])[:, 0]
-    lse_P, _ = fused.row_figures(z_PV, label_ids_P, label_z_P)
-    return Seen(lse_P, label_z_P - lse_P)
+        return seen_in_logits(z_PV, label_ids_P), z_PV.argmax(-1)
+    lse_P, best_P = fused.row_best(z_PV)
+    return Seen(lse_P, z_PV.gather(-1, label_ids_P[:, None])[:, 0] - lse_P), best_P
 
 
 def opened(rows: TeacherRows, dtype: torch.dtype) -> TeacherRows:

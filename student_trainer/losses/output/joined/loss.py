@@ -24,14 +24,14 @@ from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.matmul import wide
 from student_trainer.losses.output.chunks import has_kernel
 from student_trainer.losses.output.gradients import Attach, Gradients
-from student_trainer.losses.output.joined.adding import add, add_groups, chunk_rows
+from student_trainer.losses.output.joined.adding import add, chunk_rows
 from student_trainer.losses.output.joined.checks import check_part
 from student_trainer.losses.output.joined.chunk import Chunk
 from student_trainer.losses.output.joined.confidence import by_confidence
 from student_trainer.losses.output.joined.evidence import Read, evidence_of
 from student_trainer.losses.output.joined.figures import TeacherFigures, by_teacher, kd_of, teacher_figures, whole
 from student_trainer.losses.output.joined.mixture import Mixture
-from student_trainer.losses.output.loss import LossParts, check_sampled, check_values
+from student_trainer.losses.output.loss import LossParts, check_sampled, check_values, narrow
 from student_trainer.losses.output.parts import Joining, Kept, chunk_bounds, on_device, part_of
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.term import JoinedLabels
@@ -97,6 +97,7 @@ def joined_loss(
         and all(has_kernel(part.rows, spec) for part in parts)
     )
     trained = (if_trained(student_hidden_ND), *head.trained())
+    grad_dtype = torch.bfloat16 if narrow(student_hidden_ND, head) else dtype
     gradients = Gradients(*(None if t is None else torch.zeros_like(t, dtype=dtype) for t in trained))
     read = {part.name: Read() for part in parts}
     mixture = Mixture(parts) if joining.combine == "prob_mix" else None
@@ -115,15 +116,13 @@ def joined_loss(
             h_CD, labels_C = student_hidden_ND[index_C], labels_M[start:stop]
             z_CV = head.logits(h_CD)
             sampled_C = None if sampled_M is None else sampled_M[start:stop]
-            chunk = Chunk(z_CV, labels_C, sampled_C, spec, is_fused)
+            chunk = Chunk(z_CV, labels_C, sampled_C, spec, is_fused, grad_dtype)
             slope_C = hard_M[start:stop]
             if mixture is not None:
                 mixture.add(chunk, read, (start, stop), head.vocab_rows, normalizer, dtype)
             for part in parts if mixture is None else ():
-                add(chunk, part, read[part.name], (start, stop), normalizer, dtype)
-                if part.groups is not None:
-                    of_part = read[part.name], (start, stop), normalizer, spec
-                    slope_C = slope_C + add_groups(chunk, part, part.groups, *of_part)
+                of_groups_C = add(chunk, part, read[part.name], (start, stop), normalizer, spec, dtype)
+                slope_C = slope_C if of_groups_C is None else slope_C + of_groups_C
             logp.append(chunk.own.label_logp_C)
             ahead.append(chunk.own.ahead_C)
             if any(t is not None for t in trained):

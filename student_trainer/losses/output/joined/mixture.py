@@ -52,8 +52,9 @@ class Mixture:
             first, last = (bisect_left(part.place.host_P, edge) for edge in bounds)
             if first == last:
                 continue
-            rows, _ = read[part.name].look(part, part.row, first, last, dtype)
-            read[part.name].note_likeliest(part, rows)
+            looked = read[part.name].look(part, [(part.row, first, last)], dtype)
+            read[part.name].note_likeliest(part, looked)
+            rows = looked.rows
             assert isinstance(rows, FullRows), "others are refused before"
             log_p_PV = rows.logits_NV.log_softmax(-1).add_(part.log_share_P[first:last, None])
             where, weight_P = part.place.part(first, last, start), part.weight_P[first:last]
