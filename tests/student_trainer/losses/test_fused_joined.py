@@ -12,13 +12,17 @@ from torch import Tensor
 
 from student_trainer.losses import fused
 from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups, VocabularyClasses
+from student_trainer.losses.cross_tokenizer.by_kernel import projected_by_kernel
+from student_trainer.losses.cross_tokenizer.projected import projected_terms
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
+from student_trainer.losses.output.joined import kernels
+from student_trainer.losses.output.joined.evidence import opened
 from student_trainer.losses.output.joined.loss import JoinedLoss, joined_loss
 from student_trainer.losses.output.parts import Joining
 from student_trainer.losses.output.policy_gradient import PolicyGradient
 from student_trainer.losses.output.spec import OutputLossSpec
-from student_trainer.losses.rows import HiddenRows, TeacherRows
+from student_trainer.losses.rows import FullRows, HiddenRows, TeacherRows
 from student_trainer.losses.term import JoinedLabels, TeacherLabels, TeacherShare
 from tests.student_trainer.losses.worlds import world
 
@@ -33,8 +37,9 @@ W = world(rows=N, vocab=V, width=6, spread=2.0)
 B = replace(world(rows=N, vocab=V, width=6, spread=2.0, seed=1), hidden_ND=W.hidden_ND, labels_N=W.labels_N)
 OTHER = world(rows=N, vocab=V + 300, width=6, spread=2.0, seed=2)
 KINDS = [Divergence(kind, alpha=0.3) for kind in ("forward_kl", "reverse_kl", "jsd", "skew_rkl", "adaptive_kl")]
-STUDENT_V = torch.cat([torch.arange(3000), torch.arange(V - 3000) % 20])
-TEACHER_V = torch.cat([torch.arange(3000), torch.arange(V + 300 - 3000) % 40])
+# Classes of one id, of several, and of more than one lane goes through.
+STUDENT_V = torch.cat([torch.arange(3000), torch.arange(V - 3200) % 20, torch.full((200,), 2048)])
+TEACHER_V = torch.cat([torch.arange(3000), torch.arange(V + 200 - 3000) % 40, torch.full((100,), 17)])
 EDGES_S, EDGES_T = np.array([0, 1, 2, 5, 6, 7, 8, 10, 20]), np.array([0, 1, 2, 3, 4, 6, 7, 8, 20])
 GROUPS = Groups(np.stack([EDGES_S[:-1], EDGES_S[1:]], 1), np.stack([EDGES_T[:-1], EDGES_T[1:]], 1))
 
@@ -112,6 +117,34 @@ def test_another_tokenizer(kind: Divergence, form: str) -> None:
     spec = OutputLossSpec(kind, tau, tau_squared=True, chunk_bytes=1, sft_weight=0.3)
     rows = OTHER.hidden_rows() if form == "hidden" else OTHER.topk_rows(64)
     both(spec, a=share(W.hidden_rows(), 0.5), b=bridged(rows, 0.5))
+
+
+@pytest.mark.parametrize("sft", [0.0, 0.3])
+def test_two_teachers_with_other_tokenizers(sft: float) -> None:
+    """The first one's share of the gradient is written before the second one's waits."""
+    spec = OutputLossSpec(Divergence("jsd"), chunk_bytes=1, sft_weight=sft)
+    both(spec, a=bridged(OTHER.hidden_rows(), 0.5), b=bridged(OTHER.topk_rows(64), 0.25))
+
+
+@pytest.mark.parametrize("form", ["hidden", "top_k"])
+def test_an_empty_class_has_no_gradient(form: str) -> None:
+    z_CV = torch.from_numpy(np.random.default_rng(0).normal(size=(4, V))).float().to(DEVICE)
+    z_CV[1:3, STUDENT_V == 2048] = -torch.inf
+    lse_C, label_ids_C = z_CV.logsumexp(-1), torch.zeros(4, dtype=torch.long, device=DEVICE)
+    classes = VocabularyClasses(STUDENT_V.to(DEVICE), TEACHER_V.to(DEVICE), 3000)
+    rows = moved(OTHER.hidden_rows() if form == "hidden" else OTHER.topk_rows(64), torch.float32).take(slice(0, 3))
+    rows = opened(rows, torch.float32)
+    spec, weight_P = OutputLossSpec(), torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
+    which_P = torch.tensor([0, 2, 3], device=DEVICE)
+    teacher_lse_P = rows.logits_NV.logsumexp(-1) if isinstance(rows, FullRows) else None
+    found = projected_by_kernel(z_CV, which_P, lse_C[which_P], rows, teacher_lse_P, classes, weight_P, spec)
+    place_C = torch.tensor([0, -1, 1, 2], device=DEVICE)
+    grad_CV = kernels.gradient(z_CV, lse_C, None, label_ids_C, None, found.spread, place_C, torch.float32)
+    z_PV = z_CV[which_P].double()
+    expected = projected_terms(z_PV, z_PV.log_softmax(-1), moved(rows, torch.float64), classes, weight_P.double(), spec)
+    torch.testing.assert_close(found.loss_P.double(), expected.loss_C, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(grad_CV[which_P].double(), expected.grad_CV, rtol=2e-4, atol=2e-6)
+    assert torch.isfinite(grad_CV).all() and not grad_CV[1].any() and not grad_CV[2, STUDENT_V == 2048].any()
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])

@@ -1,0 +1,71 @@
+"""The Triton kernels on a machine without a GPU: they compile for one, and Triton's interpreter finds what the plain paths find.
+
+The tests of each kernel (`test_fused.py`, `test_fused_joined.py`) run on a GPU, or with TRITON_INTERPRET=1; here a few of them do so in a
+process of their own, all in `make thorough`.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+FEW = (
+    "test_top_k and forward_kl and 0.3 or test_teachers_of_one_tokenizer and jsd or test_another_tokenizer and hidden-forward_kl"
+    " or test_two_teachers_with_other_tokenizers and 0.3 or test_an_empty_class or test_policy_gradients"
+)
+
+
+@pytest.mark.parametrize("which", [FEW, pytest.param("test", marks=pytest.mark.thorough)], ids=["some", "all"])
+def test_in_the_interpreter(which):
+    files = [os.path.join(os.path.dirname(__file__), name) for name in ("test_fused.py", "test_fused_joined.py")]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, *files],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout.splitlines()[-1]
+
+
+def kernels():
+    """Each with the types of its arguments and its constants, in the shapes of a vocabulary of 152 thousand ids."""
+    from student_trainer.losses import fused
+    from student_trainer.losses.cross_tokenizer import kernels as classes
+    from student_trainer.losses.output.joined import kernels as joined
+
+    f, i, n, number = "*fp32", "*i32", "*i64", "fp32"
+    vocab, both = {"VOCAB": 151_936}, {"VOCAB": 151_936, "CLASSES": 96_000}
+    summed = {**both, "CHOSEN": True, "BLOCK": classes.BLOCK}
+    flags = {"HARD": True, "PRIOR": True, "SPREAD": True, "PLACED": True, "BLOCK": joined.BLOCK}
+    block = {"BLOCK": fused.BLOCK}
+    yield fused._row_best, [f, f, n], {**vocab, **block}, 8
+    yield fused._row_figures, [f, n, f, f, n, number], {**vocab, **block}, 8
+    yield fused._softmax_grad, [f, f, f, n, f, "*bf16"], {**vocab, **block}, 8
+    yield (
+        fused._divergence_grad,
+        [f] * 6 + [n, f, f, "*bf16"] + [number] * 3,
+        {**vocab, "KIND": 2, "SFT": True, **block},
+        8,
+    )
+    yield classes._sum_classes, [f, n, i, i, f, number], {**summed, "LARGEST": classes.LARGEST}, 8
+    yield classes._sum_large, [f, n, i, i, i, f, number], summed, 8
+    yield joined._gradient, [f, f, f, n, f, f, f, i, n, "*bf16", number], {**both, **flags}, 8
+    yield joined._group_slopes, [f, f, n, n, n, f, "*fp64", f, "i32", "i32", number, number], {}, 1
+
+
+def test_they_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel, types, constants, warps in kernels():
+        free = [name for name in kernel.arg_names if name not in constants]
+        signature = dict(zip(free, types, strict=True)) | dict.fromkeys(constants, "constexpr")
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        ordered = {name: signature[name] for name in kernel.arg_names}
+        source = ASTSource(kernel, ordered, constexprs=places)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        assert made.asm["cubin"], kernel.__name__
