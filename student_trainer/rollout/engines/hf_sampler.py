@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from student_trainer.errors import RolloutError
@@ -92,6 +92,9 @@ class HfSampler:
         with _memory_named("for a copy of the trained weights"):
             self._student = replace(student, model=_copied(student.model), is_graphed=False)
         self._trained = {name: p for name, p in self._student.model.named_parameters() if p.requires_grad}
+        rounded = narrowed or student.narrowed
+        if rounded is not None:
+            _narrow_products(self._student.causal_lm, rounded)
         for parameter in self._trained.values():
             parameter.requires_grad_(False)
         self._student.model.eval()
@@ -295,7 +298,8 @@ class HfSampler:
                 f"on_policy.engine=hf: {kind} cannot write with a key-value cache: {str(error)[:200]}"
             ) from error
         off = float((cached_BV - whole_BV).abs().max() / whole_BV.abs().max().clamp_min(1e-6))
-        if not off <= _PROBE_TOLERANCE * (1 if head.weight_VD.dtype == torch.float32 else 8):
+        is_exact = self._narrowed is None and self._student.narrowed is None and head.weight_VD.dtype == torch.float32
+        if not off <= _PROBE_TOLERANCE * (1 if is_exact else 8):
             raise RolloutError(
                 f"on_policy.engine=hf: {kind} with a key-value cache and left padding gives logits that differ by {off:.1%} from those of "
                 "whole passes, so its samples would not be its own; set on_policy.engine=vllm"
@@ -350,6 +354,20 @@ def _copied(model: Any) -> Any:
         if callable(value) and hasattr(value, "works")
     ]
     return copy.deepcopy(model, {id(thing): thing for thing in shared})
+
+
+def _narrow_products(causal_lm: Any, dtype: torch.dtype) -> None:
+    """Holds trained float32 weights that autocast would round to `dtype` in every product as rounded ones: the same bits, at every token.
+
+    Those that something else reads too, an embedding or the output head, stay as they are.
+    """
+    modules = list(causal_lm.modules())
+    head = causal_lm.get_output_embeddings()
+    kept = {id(p) for m in modules if type(m) is not nn.Linear or m is head for p in m.parameters(recurse=False)}
+    for module in modules:
+        for parameter in module.parameters(recurse=False) if type(module) is nn.Linear else ():
+            if parameter.requires_grad and parameter.dtype == torch.float32 and id(parameter) not in kept:
+                parameter.data = parameter.data.to(dtype)
 
 
 @contextlib.contextmanager

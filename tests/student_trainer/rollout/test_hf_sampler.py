@@ -8,6 +8,7 @@ from student_trainer.config.model import ModelConfig
 from student_trainer.errors import RolloutError
 from student_trainer.model.load import load_student
 from student_trainer.model.speed import compiled
+from student_trainer.rollout.engines import hf_sampler
 from student_trainer.rollout.engines.draw import draw
 from student_trainer.rollout.engines.hf_sampler import HfSampler, Sampling
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
@@ -82,6 +83,32 @@ def test_whole_weights_narrow_passes_and_tied_heads_are_copied(model_factory):
             logp = student.model(input_ids=ids).logits.float().log_softmax(-1)[0, 7:-1]
         wanted = logp.gather(-1, torch.tensor(rollout.token_ids).long()[:, None])[:, 0]
         np.testing.assert_allclose(rollout.logp_n, wanted, atol=1e-4 if student.narrowed is None else 0.1)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_products_in_bfloat16_hold_rounded_weights_and_write_the_same(model_factory, monkeypatch, lora, tied):
+    student = student_of(model_factory("qwen2", tie_word_embeddings=tied), lora=lora)
+    others = {name: p + 0.05 * torch.randn_like(p) for name, p in trained(student).items()}
+
+    def written():
+        sampler = HfSampler(student, Sampling(1, 10, likeliest=3), V, narrowed=torch.bfloat16)
+        first = sampler.sample(prompts_of(8, 3, 12))
+        sampler.load(others, 1)
+        return sampler, [*first, *sampler.sample(prompts_of(8, 3, 12))]
+
+    sampler, rounded = written()
+    kinds = {name.rsplit(".", 2)[-2]: p.dtype for name, p in sampler._trained.items()}
+    if lora is None:
+        assert kinds["q_proj"] == kinds["down_proj"] == torch.bfloat16
+        assert kinds["norm"] == kinds["embed_tokens"] == kinds.get("lm_head", torch.float32) == torch.float32
+    else:
+        assert set(kinds.values()) == {torch.bfloat16}
+    monkeypatch.setattr(hf_sampler, "_narrow_products", lambda *_: None)
+    for one, other in zip(rounded, written()[1], strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_array_equal(one.logp_n, other.logp_n)
+    assert all(p.dtype == torch.float32 for p in trained(student).values())
 
 
 def test_it_has_weights_of_its_own_until_it_is_given_others(model_factory):
