@@ -37,7 +37,8 @@ from teacher_wire.score.signals import spec_of
 from teacher_wire.testing.fake_teacher import FakeTeacher
 from tests.bench.table import show
 
-SPEC = spec_of("top_k", 152_064, k=64)
+KEPT = 64
+SPEC = spec_of("top_k", 152_064, k=KEPT)
 FINGERPRINT = "f" * 64
 LENGTH = 8
 SAMPLE, FRESH, AGAIN = 300, 3, 5  # keys of a round, rounds of fresh keys, and how often all of them are repeated
@@ -67,8 +68,8 @@ def sequences(start: int, stop: int) -> Iterator[Sequence]:
 
 def labels(number: int) -> TeacherSignals:
     """One label row that tells its number."""
-    ids_NK = np.arange(number, number + SPEC.k, dtype=np.uint32)[None]
-    logits_NK = Tensor("bfloat16", np.full((1, SPEC.k), 0x3F80, np.uint16))
+    ids_NK = np.arange(number, number + KEPT, dtype=np.uint32)[None]
+    logits_NK = Tensor("bfloat16", np.full((1, KEPT), 0x3F80, np.uint16))
     one = float32(np.zeros(1))
     return TeacherSignals(
         {
