@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 numbers of a run that are not finite (one line), or a faul
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -139,6 +140,8 @@ def main() -> None:
     from student_trainer.errors import StudentError, exit_code_of
     from teacher_wire.core.errors import TeacherWireError
 
+    # It would say at every start of every command that an optional kernel for 4-bit weights on a CPU is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(prog_name="student-trainer")
     except (StudentError, TeacherWireError) as error:
