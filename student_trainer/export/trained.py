@@ -69,7 +69,7 @@ def find_trained(path: Path) -> Trained:
         tree = read_tree(path / RUN_CONFIG)
         if not (path / "result.json").is_file():
             raise RunError(
-                f"{path}: this run has no result yet: end it with student-trainer train {path / RUN_CONFIG} --resume auto, or name one of its checkpoints"
+                f"{path}: this run has no result yet: end it with student-trainer train {path / RUN_CONFIG} --resume, or name one of its checkpoints"
             )
     if (folder / "adapter_config.json").is_file():
         return Trained(str(path), folder, True, _data(tree, path), _dtype_of_base(tree, folder), _quantize(tree, path))

@@ -107,7 +107,7 @@ def student_yaml(pair: Pair) -> str:
         "  warmup_steps: 20\n"
         f"  bf16: {str(pair.on_gpu).lower()}\n"
         "  log_steps: 10\n"
-        "  save_steps: 200 # go on after a break: student-trainer train ... --resume auto\n"
+        "  save_steps: 200 # go on after a break: student-trainer train ... --resume\n"
     )
     parse_config(read_yaml(text), STUDENT_NAME)
     return text

@@ -1,4 +1,4 @@
-"""Whether a run that is there may be taken up by this config: what `train --resume auto` would find, but for the student's weights.
+"""Whether a run that is there may be taken up by this config: what `train --resume` would find, but for the student's weights.
 
 In: the config, the rows, the sessions; out: findings. Nothing in the run folder changes.
 """

@@ -45,7 +45,7 @@ class ProgressFolder:
         units: str,
         read: Callable[[dict[str, Any]], int],
         setting: str = "output_dir",
-        go_on: str = "--resume auto",
+        go_on: str = "--resume",
     ) -> None:
         self._folder = folder
         self._names = names

@@ -219,7 +219,7 @@ def check_folder(config: TrainConfig, resume: bool) -> Iterator[Finding]:
     if resume and IDENTITY_NAME in held:
         yield checked(setting, lambda: read_identity(folder / IDENTITY_NAME), f"{folder} holds a run to go on with")
     elif not resume and IDENTITY_NAME in held:
-        fix = "go on with --resume auto, or choose another folder"
+        fix = "go on with --resume, or choose another folder"
         yield Finding.bad(setting, f"{setting} {folder}: holds a run already", fix)
     elif not resume and held:
         what = f"{setting} {folder}: is not empty (it holds {sorted(held)[0]})"

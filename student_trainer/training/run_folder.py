@@ -378,7 +378,7 @@ def finish(folder: Path, steps: int, metrics: dict[str, float]) -> RunResult:
         RunError: the disk does not take it.
     """
     named = finite_or_none({name.removeprefix("eval_"): value for name, value in metrics.items()})
-    with disk_trouble_named(str(folder / RESULT_NAME), lambda: "make room on the disk, then --resume auto"):
+    with disk_trouble_named(str(folder / RESULT_NAME), lambda: "make room on the disk, then --resume"):
         write_whole(folder / RESULT_NAME, json.dumps({"steps": steps, "metrics": named}, indent=1, allow_nan=False))
     return result_of(folder)
 

@@ -160,7 +160,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays_done(tmp_path, name):
     folder.add(judgement(1), 0.1)
     folder._files._files[name] = NearlyFull(folder._files._files[name], 10)
     with pytest.raises(
-        RunError, match=rf"{name}: cannot be written: No space left on device; 1 questions are done.*--resume auto"
+        RunError, match=rf"{name}: cannot be written: No space left on device; 1 questions are done.*--resume"
     ):
         folder.add(judgement(2), 0.1)
     folder.close()  # complains no second time

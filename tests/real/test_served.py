@@ -108,7 +108,7 @@ def digest(folder):
 
 
 def test_a_killed_student_ends_with_the_same_bits(real, served, tmp_path):
-    """Through `student-trainer train` in a process of its own, SIGKILL in the middle, `--resume auto`, against the uninterrupted run."""
+    """Through `student-trainer train` in a process of its own, SIGKILL in the middle, `--resume`, against the uninterrupted run."""
     straight = run_of(tmp_path / "straight", real, served.address)
     done = run_cli("train", straight, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -121,7 +121,7 @@ def publish(written: Path, run_folder: Path) -> None:
     target = run_folder / written.name
     if target.exists() and not is_ours(target):
         raise RunError(
-            f"{target}: is in the way of a checkpoint and was not written by this run; move it, then --resume auto"
+            f"{target}: is in the way of a checkpoint and was not written by this run; move it, then --resume"
         )
     if target.exists():  # damaged: else it would have been resumed from
         os.replace(target, written.parent / f"replaced-{target.name}")

@@ -126,7 +126,7 @@ class KeepingTrainer(Trainer):
 
     def _room_and_resume(self) -> str:
         newest = checkpoint.newest_whole(Path(self.args.output_dir))
-        return f"make room on the disk, then --resume auto{f' (from {newest.name})' if newest else ''}"
+        return f"make room on the disk, then --resume{f' (from {newest.name})' if newest else ''}"
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where transformers makes the folder of a checkpoint."""

@@ -156,7 +156,7 @@ def keep_last_step(error: TeacherAwayError, trainer: KeepingTrainer) -> None:
     """Writes a checkpoint of the last whole step of a run that ends since a teacher is away, and says how to go on."""
     kept = trainer.keep_last_step()
     error.add_note(
-        f"go on when it is back: --resume auto (from {kept.name})"
+        f"go on when it is back: --resume (from {kept.name})"
         if kept
         else "nothing was learned yet: start the run again when it is back"
     )

@@ -59,7 +59,7 @@ def push(config: TrainConfig, folder: Path) -> str:
     except Exception as error:  # of the network, the hub, or a file that it refuses: each has a class of its own
         raise HubError(
             f"the run is finished and its model whole in {folder}, but the hub did not take it as {hub_id}: {_said(error)}; to try again: "
-            f"hf upload {hub_id} {folder}, or the same command with --resume auto"
+            f"hf upload {hub_id} {folder}, or the same command with --resume"
         ) from error
     return f"{constants.ENDPOINT}/{hub_id}"
 

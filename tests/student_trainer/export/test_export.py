@@ -246,7 +246,7 @@ def test_sources_that_are_none(model_factory, tmp_path, rows_file):
         export(Export(tmp_path / "empty", tmp_path / "out"), QUIET)
     source = run_of(base, tmp_path / "run", rows_file)
     (source / "result.json").unlink()
-    with pytest.raises(RunError, match=r"no result yet: end it with student-trainer train .*config.yaml --resume auto"):
+    with pytest.raises(RunError, match=r"no result yet: end it with student-trainer train .*config.yaml --resume"):
         export(Export(source, tmp_path / "out"), QUIET)
     with pytest.raises(RunError, match="exists already"):
         export(Export(base, source), QUIET)

@@ -266,7 +266,7 @@ def test_the_command(world, capsys, monkeypatch, tmp_path):
     code, said = call_cli(capsys, monkeypatch, "traces", file)
     assert code == 0 and "accepted 12 (100.0%)" in said and "traces.jsonl" in said, said
     code, said = call_cli(capsys, monkeypatch, "traces", file)
-    assert code == 2 and "holds a run already; go on with --resume auto" in said
+    assert code == 2 and "holds a run already; go on with --resume" in said
     assert call_cli(capsys, monkeypatch, "traces", file, "--resume", "auto")[0] == 0
     code, said = call_cli(capsys, monkeypatch, "traces", file, "sampling.sample=3")
     assert code == 2 and "sampling.sample: unknown key" in said

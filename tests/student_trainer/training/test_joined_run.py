@@ -434,7 +434,7 @@ def test_a_killed_process_ends_the_command_with_code_3_and_the_run_goes_on(
         _, said = command.communicate(timeout=120)
         assert command.wait() == 75
         (line,) = [line for line in said.splitlines() if line.startswith("student-trainer: ")]
-        assert "teacher 'b' has not answered (when_missing=fail)" in line and "--resume auto (from checkpoint-" in line
+        assert "teacher 'b' has not answered (when_missing=fail)" in line and "--resume (from checkpoint-" in line
         again, _ = start_fake(fakes["b"], port)
         done = run_student("train", file, "--resume", "auto")
         again.kill()

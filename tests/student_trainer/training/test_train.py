@@ -214,7 +214,7 @@ def test_resuming_a_finished_run_changes_nothing(config_of):
 def test_a_second_run_does_not_overwrite_the_first(config_of):
     config = config_of()
     train(config, console=QUIET)
-    with pytest.raises(ConfigError, match=r"run\.output_dir.*--resume auto"):
+    with pytest.raises(ConfigError, match=r"run\.output_dir.*--resume"):
         train(config, console=QUIET)
 
 
