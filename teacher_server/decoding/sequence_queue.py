@@ -328,6 +328,8 @@ class SequenceQueue:
         end, and that one is to blame: so `n` sequences take log2(n) + 2 failed steps at most, whichever of its tokens a
         sequence fails at.
         """
+        if not self.running:  # all of it has been taken back meanwhile
+            return
         just = {sequence.number for sequence in joining}
         held = sorted(self.running.values(), key=lambda sequence: (sequence.number not in just, sequence.number))
         self._by_steps = not memory and not self._suspected and 0 < len(just & self.running.keys()) < len(held)

@@ -106,8 +106,7 @@ if triton is not None:
             base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
             total = total * tl.exp(top - base) + tl.exp(z - base)
             top = new_top
-        found = tl.where(top == -float("inf"), -float("inf"), tl.log(total) + top)
-        tl.store(out_ptr + place * CLASSES + at, found, mask=inside)
+        tl.store(out_ptr + place * CLASSES + at, tl.log(total) + top, mask=inside)
 
     @triton.jit
     def _sum_large(
@@ -129,5 +128,4 @@ if triton is not None:
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
             total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base), 0)
             top = new_top
-        found = tl.where(top == -float("inf"), -float("inf"), tl.log(total) + top)
-        tl.store(out_ptr + place * CLASSES + column, found)
+        tl.store(out_ptr + place * CLASSES + column, tl.log(total) + top)

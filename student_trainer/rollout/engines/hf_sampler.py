@@ -359,11 +359,11 @@ def _copied(model: Any) -> Any:
 def _narrow_products(causal_lm: Any, dtype: torch.dtype) -> None:
     """Holds trained float32 weights that autocast would round to `dtype` in every product as rounded ones: the same bits, at every token.
 
-    Those that something else reads too, an embedding or the output head, stay as they are.
+    Those that something else reads too, an embedding or the output head with its adapter, stay as they are.
     """
     modules = list(causal_lm.modules())
-    head = causal_lm.get_output_embeddings()
-    kept = {id(p) for m in modules if type(m) is not nn.Linear or m is head for p in m.parameters(recurse=False)}
+    kept = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
+    kept |= {id(p) for m in modules if type(m) is not nn.Linear for p in m.parameters(recurse=False)}
     for module in modules:
         for parameter in module.parameters(recurse=False) if type(module) is nn.Linear else ():
             if parameter.requires_grad and parameter.dtype == torch.float32 and id(parameter) not in kept:

@@ -126,6 +126,47 @@ def test_two_teachers_with_other_tokenizers(sft: float) -> None:
     both(spec, a=bridged(OTHER.hidden_rows(), 0.5), b=bridged(OTHER.topk_rows(64), 0.25))
 
 
+def test_gradients_that_are_rounded_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head and states in bfloat16: what the products would round is written rounded."""
+    monkeypatch.setattr(fused, "usable", lambda tensor: tensor.dtype != torch.float64)
+    written, plain_gradient = [], kernels.gradient
+    monkeypatch.setattr(kernels, "gradient", lambda *given: written.append(given[-1]) or plain_gradient(*given))
+    spec, found = OutputLossSpec(chunk_bytes=1, sft_weight=0.3), []
+    for dtype in (torch.float64, torch.bfloat16):
+        hidden = _to(W.hidden_ND.bfloat16(), dtype).clone().requires_grad_()
+        classes = VocabularyClasses(STUDENT_V.to(DEVICE), TEACHER_V.to(DEVICE), 3000)
+        share = replace(
+            bridged(OTHER.hidden_rows(), 0.5), labels=TeacherLabels(moved(OTHER.hidden_rows(), torch.float32), {})
+        )
+        assert share.bridge is not None
+        labels = JoinedLabels({"b": replace(share, bridge=replace(share.bridge, classes=classes))})
+        head, weights = Head(_to(W.weight_VD.bfloat16(), dtype)), torch.ones(N)
+        loss = joined_loss(hidden, head, labels, Joining(("b",)), W.labels_N, weights, 7.0, spec)
+        found.append((loss.total.double(), torch.autograd.grad(loss.total, hidden)[0].double()))
+    (plain, plain_grad), (rounded, grad) = found
+    assert set(written) == {torch.bfloat16}
+    torch.testing.assert_close(rounded, plain, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(grad, plain_grad, rtol=3e-2, atol=2e-2 * float(plain_grad.abs().max()))
+
+
+@pytest.mark.parametrize("form", ["hidden", "top_k"])
+def test_a_logit_that_is_no_number_is_not_lost_in_its_class(form: str) -> None:
+    z_CV = torch.zeros(2, V, device=DEVICE)
+    z_CV[1, 5] = torch.nan  # alone in its class
+    classes = VocabularyClasses(STUDENT_V.to(DEVICE), TEACHER_V.to(DEVICE), 3000)
+    rows = opened(
+        moved(OTHER.hidden_rows() if form == "hidden" else OTHER.topk_rows(64), torch.float32).take(slice(0, 2)),
+        torch.float32,
+    )
+    lse_P = rows.logits_NV.logsumexp(-1) if isinstance(rows, FullRows) else None
+    tau = 2.0 if form == "hidden" else 1.0
+    spec = OutputLossSpec(Divergence("reverse_kl"), tau)
+    found = projected_by_kernel(
+        z_CV, None, z_CV.logsumexp(-1), rows, lse_P, classes, torch.ones(2, device=DEVICE), spec
+    )
+    assert torch.isfinite(found.loss_P[0]) and torch.isnan(found.loss_P[1])
+
+
 @pytest.mark.parametrize("form", ["hidden", "top_k"])
 def test_an_empty_class_has_no_gradient(form: str) -> None:
     z_CV = torch.from_numpy(np.random.default_rng(0).normal(size=(4, V))).float().to(DEVICE)

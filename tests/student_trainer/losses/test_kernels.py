@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 FEW = (
     "test_top_k and forward_kl and 0.3 or test_teachers_of_one_tokenizer and jsd or test_another_tokenizer and hidden-forward_kl"
-    " or test_two_teachers_with_other_tokenizers and 0.3 or test_an_empty_class or test_policy_gradients"
+    " or test_two_teachers_with_other_tokenizers and 0.3 or test_an_empty_class or test_a_logit_that or rounded or test_policy"
 )
 
 

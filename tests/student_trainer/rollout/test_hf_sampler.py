@@ -85,7 +85,9 @@ def test_whole_weights_narrow_passes_and_tied_heads_are_copied(model_factory):
         np.testing.assert_allclose(rollout.logp_n, wanted, atol=1e-4 if student.narrowed is None else 0.1)
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "lora", [None, {"rank": 4}, {"rank": 4, "target_modules": ["q_proj", "lm_head"]}], ids=["whole", "lora", "head"]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_products_in_bfloat16_hold_rounded_weights_and_write_the_same(model_factory, monkeypatch, lora, tied):
     student = student_of(model_factory("qwen2", tie_word_embeddings=tied), lora=lora)
@@ -99,7 +101,10 @@ def test_products_in_bfloat16_hold_rounded_weights_and_write_the_same(model_fact
 
     sampler, rounded = written()
     kinds = {name.rsplit(".", 2)[-2]: p.dtype for name, p in sampler._trained.items()}
-    if lora is None:
+    if lora is not None and "target_modules" in lora:
+        of_head = {name: p.dtype for name, p in sampler._trained.items() if "lm_head" in name}
+        assert len(of_head) == 2 and set(of_head.values()) == {torch.float32}
+    elif lora is None:
         assert kinds["q_proj"] == kinds["down_proj"] == torch.bfloat16
         assert kinds["norm"] == kinds["embed_tokens"] == kinds.get("lm_head", torch.float32) == torch.float32
     else:

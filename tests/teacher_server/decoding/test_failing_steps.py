@@ -100,6 +100,48 @@ def test_three_that_let_each_other_in_for_ever(at):
     assert replica.blamed == [0] and sorted(replica.ended) == [1, 2]
 
 
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_failed_step_of_which_everything_was_taken_back_narrows_nothing(memory):
+    """Whoever asked has gone while the model was set back: there is nobody to blame, and no cache of half of nothing."""
+    queue, numbers = SequenceQueue(GenerationConfig(max_running=8)), iter(range(100))
+    queue.add("tenant", 0, sequences_of(0, 8, numbers), 8, 72)
+    joining = queue.admit()
+    queue.drop(0)
+    queue.narrow(joining, memory=memory)
+    queue.add("tenant", 1, sequences_of(1, 8, numbers), 8, 72)
+    assert len(queue.admit()) == 8
+
+
+@given(seed=st.integers(0, 2**32), most=st.integers(1, 7))
+def test_want_of_memory_ends_where_few_enough_run_and_whoever_leaves_holds_nobody_up(seed, most):
+    """Steps of more than `most` sequences fail; calls are taken back at any time."""
+    draw, numbers = random.Random(seed), iter(range(10**6))
+    queue, written, ended, dropped, steps = SequenceQueue(GenerationConfig(max_running=16)), {}, [], set(), 0
+    for call in range(6):
+        queue.add(f"tenant {call}", call, sequences_of(call, 5, numbers), 5, 45)
+    while True:
+        joining = queue.admit()
+        if draw.random() < 0.05:
+            gone = draw.randrange(6)
+            dropped.add(gone)
+            queue.drop(gone)
+        held = list(queue.running.values())
+        if not held and not queue.begin_again and not queue.waiting:
+            break
+        steps += 1
+        assert steps < 2000, "nobody ends"
+        if len(held) > most:
+            queue.narrow(joining, memory=True)
+            continue
+        queue.stepped()
+        for sequence in held:
+            written[sequence.number] = written.get(sequence.number, 0) + 1
+            if written[sequence.number] >= TOKENS:
+                ended.append(sequence.call)
+                queue.end(sequence.number, TOKENS)
+    assert all(ended.count(call) == 5 for call in range(6) if call not in dropped)
+
+
 def test_what_was_under_suspicion_and_is_taken_back_holds_nobody_up():
     queue, numbers = SequenceQueue(GenerationConfig(max_running=8)), iter(range(100))
     queue.add("tenant", 0, sequences_of(0, 8, numbers), 8, 72)

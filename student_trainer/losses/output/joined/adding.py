@@ -24,7 +24,7 @@ from student_trainer.losses.output.spec import OutputLossSpec
 def chunk_rows(parts: list[TeacherPart], head: Head, spec: OutputLossSpec, is_mixed: bool, is_fused: bool) -> int:
     """C; beside logits, log-probabilities and gradients over ids there are figures over classes, and the teacher's own logits.
 
-    With kernels as many as with one teacher: fewer would read both heads more often. The pass holds up to twice as much then.
+    With kernels as many as with one teacher: fewer would read both heads more often. The pass holds up to three times as much then.
     """
     if is_fused:
         return spec.chunk_rows(head.vocab_rows, 12)

@@ -148,6 +148,8 @@ class Chunk:
     def _add_projected(self, piece: Piece, classes: VocabularyClasses) -> PieceFigures:
         """A teacher of another tokenizer, with kernels; what gives each id its share waits for the pass that writes the gradient."""
         assert isinstance(piece.rows, FullRows | TopKRows), "states are opened, and given rows refused"
+        if self._spread is not None:
+            self._grad_CV, self._spread = self._written(None, self._z_CV.dtype), None
         row_P = place_C = None
         if isinstance(piece.where, Tensor) or piece.where != slice(0, len(self._z_CV)):
             every_C = torch.arange(len(self._z_CV), device=self._z_CV.device)
@@ -157,8 +159,6 @@ class Chunk:
             *(self._z_CV, row_P, self._of(self._lse_C, piece), piece.rows, piece.lse_P, classes),
             *(self._spec.kd_weight * piece.coefficient_P, self._spec),
         )
-        if self._spread is not None:
-            self._grad_CV = self._written(None, self._z_CV.dtype)
         self._spread = found.spread, place_C
         return PieceFigures(found.loss_P, None, found.safe_P)
 
