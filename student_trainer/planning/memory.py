@@ -109,7 +109,8 @@ class Memory:
         draws = model.lora is not None and model.lora.dropout > 0
         graphs = bool(model.graphs) and compiled and self.card.is_gpu and not draws
         longest, rows, labels = self._largest(config)
-        vocab = min([shapes.head_rows, len(self.outline.tokenizer), *(session.vocab_rows for session in self.sessions)])
+        own = [session.vocab_rows for session in self.sessions if session.bridge is None]
+        vocab = min([shapes.head_rows, len(self.outline.tokenizer), *own])
         exact = [s for s in self.sessions if {"hidden", "full"} & set(s.spec.kinds)]
         learns = config.loss.output is not None
         heads = sum(
@@ -123,6 +124,7 @@ class Memory:
             checkpointing=model.gradient_checkpointing, compiled=compiled, graphs=graphs,
             fused=self.card.is_gpu and (config.loss.output is None or config.loss.output.divergence != "adaptive_kl"),
             vocab_rows=vocab, chunk_bytes=config.loss.chunk_mb << 20, teacher_logits=len(exact) if learns else 0,
+            class_bytes=max([_class_bytes(s, vocab) for s in self.sessions if s.bridge is not None], default=0) if learns else 0,
             teacher_heads_bytes=heads, label_bytes=labels if learns else 0,
             **self._features(config, shapes, train.batch_size * length, rows, graphs),
         )  # fmt: skip
@@ -165,3 +167,12 @@ class Memory:
                 projectors += len(plan.pairs["hidden"]) * shapes.width * target
             held += 3 * 4 * rows * target  # one pair at a time: projected, target and gradient, in float32
         return {"projectors": projectors, "feature_bytes": held}
+
+
+def _class_bytes(session: TeacherSession, vocab_rows: int) -> int:
+    """Bytes of a row's figures over classes, of which there are no more than ids on the smaller side: both sides' sums and a gradient.
+
+    And of what the teacher's logits over its own ids take beyond those over the student's.
+    """
+    classes, is_whole = min(vocab_rows, session.vocab_rows), bool({"hidden", "full"} & set(session.spec.kinds))
+    return 4 * ((3 if is_whole else 2) * classes + (max(0, session.vocab_rows - vocab_rows) if is_whole else 0))

@@ -53,6 +53,7 @@ class Step:
         vocab_rows: V that student and teacher share.
         chunk_bytes: `loss.chunk_mb`.
         teacher_logits: the loss makes or reads whole rows of teachers' logits, of this many teachers.
+        class_bytes: of a row's figures over classes of ids, of the teacher with another tokenizer that needs most; 0 if there is none.
         teacher_heads_bytes: of output heads of teachers.
         label_bytes: of the teachers' answers about one micro-batch.
         projectors: numbers of projectors, trained beside the student.
@@ -70,6 +71,7 @@ class Step:
     vocab_rows: int = 0
     chunk_bytes: int = 1 << 30
     teacher_logits: int = 1
+    class_bytes: int = 0
     teacher_heads_bytes: int = 0
     label_bytes: int = 0
     projectors: int = 0
@@ -168,11 +170,13 @@ def _of_block(block: BlockBytes, compiled: bool) -> int:
 
 
 def chunk_bytes(step: Step, computed_bytes: int) -> int:
-    """Bytes of a chunk of logits with its gradient and the teacher's."""
+    """Bytes of a chunk of logits with its gradient and the teacher's, and of what is summed over classes of ids."""
     if not step.vocab_rows:
         return 0
     gradient = 2 if computed_bytes == 2 else 4
     each = 4 + gradient + (4 if step.teacher_logits else 0) if step.fused else 16
-    rows = OutputLossSpec(Divergence(), chunk_bytes=step.chunk_bytes).chunk_rows(step.vocab_rows, each)
+    is_joined = step.teacher_logits > 1 or step.class_bytes > 0
+    at_a_time = 12 if step.fused and is_joined else each  # as `joined.adding.chunk_rows`
+    rows = OutputLossSpec(Divergence(), chunk_bytes=step.chunk_bytes).chunk_rows(step.vocab_rows, at_a_time)
     held = each + 4 * max(0, step.teacher_logits - 1) + (0 if step.fused else 4)
-    return min(rows, step.rows) * step.vocab_rows * held
+    return min(rows, step.rows) * (step.vocab_rows * held + step.class_bytes)

@@ -142,6 +142,10 @@ def test_sizes_follow_the_formulas(model_factory):
     plain = Step(B, L, B * L, vocab_rows=V, chunk_bytes=1 << 30)
     assert chunk_bytes(plain, 2) == B * L * V * 10 and chunk_bytes(plain, 4) == B * L * V * 12
     assert chunk_bytes(replace(plain, teacher_logits=0), 2) == B * L * V * 6
+    over_classes = replace(plain, class_bytes=12 * V)
+    assert chunk_bytes(over_classes, 2) == B * L * (V * 10 + 12 * V)
+    few = replace(over_classes, chunk_bytes=12 * V * 20)
+    assert chunk_bytes(few, 2) == 20 * 22 * V, "twenty rows at a time, as the loss of several teachers takes"
     base = estimate(shapes, plain, on_gpu=True)
     more = estimate(shapes, replace(plain, teacher_heads_bytes=1 << 20, label_bytes=1 << 10), on_gpu=True)
     assert more.in_use - base.in_use == (1 << 20) + (1 << 10)
