@@ -118,6 +118,13 @@ def _launch(kernel: Any, z_CV: Tensor, *arguments: Any, **constants: Any) -> Non
 if triton is not None:
 
     @triton.jit
+    def add_block(top, total, z):
+        """The largest logit so far, and the sum of exp(logit - largest), with one more block of logits."""
+        new_top = tl.maximum(top, tl.max(z, 0))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
+        return new_top, total * tl.exp(top - base) + tl.sum(tl.exp(z - base), 0)
+
+    @triton.jit
     def _row_figures(
         z_ptr, label_ptr, label_z_ptr, lse_ptr, ahead_ptr, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr
     ):
@@ -132,11 +139,7 @@ if triton is not None:
             z = tl.load(z_ptr + ids, mask=ids < VOCAB, other=-float("inf"))
             before = (z > label_z) | ((z == label_z) & (ids < label))
             ahead += tl.sum(before.to(tl.int32))
-            z *= scale
-            new_top = tl.maximum(top, tl.max(z))
-            base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
-            total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base))
-            top = new_top
+            top, total = add_block(top, total, z * scale)
         tl.store(lse_ptr + row, tl.log(total) + tl.where(top == -float("inf"), 0.0, top))
         tl.store(ahead_ptr + row, ahead)
 
@@ -152,10 +155,7 @@ if triton is not None:
             z = tl.load(z_ptr + ids, mask=ids < VOCAB, other=-float("inf"))
             here = tl.max(z)
             best = tl.where(here > top, tl.min(tl.where(z == here, ids, VOCAB)), best)
-            new_top = tl.maximum(top, here)
-            base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
-            total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base))
-            top = new_top
+            top, total = add_block(top, total, z)
         tl.store(lse_ptr + row, tl.log(total) + tl.where(top == -float("inf"), 0.0, top))
         tl.store(best_ptr + row, best)
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student_trainer.losses import fused
+
 try:
     import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
     import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -124,8 +126,5 @@ if triton is not None:
             at = first + tl.arange(0, BLOCK)
             ids = tl.load(ids_ptr + at, mask=at < stop, other=0)
             z = tl.load(z_ptr + ids, mask=at < stop, other=-float("inf")) * scale
-            new_top = tl.maximum(top, tl.max(z, 0))
-            base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base), 0)
-            top = new_top
+            top, total = fused.add_block(top, total, z)
         tl.store(out_ptr + place * CLASSES + column, tl.log(total) + top)

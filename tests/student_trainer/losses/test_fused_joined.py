@@ -12,7 +12,7 @@ from torch import Tensor
 
 from student_trainer.losses import fused
 from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups, VocabularyClasses
-from student_trainer.losses.cross_tokenizer.by_kernel import projected_by_kernel
+from student_trainer.losses.cross_tokenizer.fused_projected import fused_projected_terms
 from student_trainer.losses.cross_tokenizer.projected import projected_terms
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
@@ -161,7 +161,7 @@ def test_a_logit_that_is_no_number_is_not_lost_in_its_class(form: str) -> None:
     lse_P = rows.logits_NV.logsumexp(-1) if isinstance(rows, FullRows) else None
     tau = 2.0 if form == "hidden" else 1.0
     spec = OutputLossSpec(Divergence("reverse_kl"), tau)
-    found = projected_by_kernel(
+    found = fused_projected_terms(
         z_CV, None, z_CV.logsumexp(-1), rows, lse_P, classes, torch.ones(2, device=DEVICE), spec
     )
     assert torch.isfinite(found.loss_P[0]) and torch.isnan(found.loss_P[1])
@@ -178,9 +178,9 @@ def test_an_empty_class_has_no_gradient(form: str) -> None:
     spec, weight_P = OutputLossSpec(), torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
     which_P = torch.tensor([0, 2, 3], device=DEVICE)
     teacher_lse_P = rows.logits_NV.logsumexp(-1) if isinstance(rows, FullRows) else None
-    found = projected_by_kernel(z_CV, which_P, lse_C[which_P], rows, teacher_lse_P, classes, weight_P, spec)
+    found = fused_projected_terms(z_CV, which_P, lse_C[which_P], rows, teacher_lse_P, classes, weight_P, spec)
     place_C = torch.tensor([0, -1, 1, 2], device=DEVICE)
-    grad_CV = kernels.gradient(z_CV, lse_C, None, label_ids_C, None, found.spread, place_C, torch.float32)
+    grad_CV = kernels.gradient(z_CV, lse_C, None, label_ids_C, None, found.gradient, place_C, torch.float32)
     z_PV = z_CV[which_P].double()
     expected = projected_terms(z_PV, z_PV.log_softmax(-1), moved(rows, torch.float64), classes, weight_P.double(), spec)
     torch.testing.assert_close(found.loss_P.double(), expected.loss_C, rtol=2e-5, atol=1e-6)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from student_trainer.losses import fused
 from student_trainer.losses.cross_tokenizer.bridge import VocabularyClasses
-from student_trainer.losses.cross_tokenizer.by_kernel import Spread, projected_by_kernel
+from student_trainer.losses.cross_tokenizer.fused_projected import ClassGradient, fused_projected_terms
 from student_trainer.losses.cross_tokenizer.projected import projected_terms
 from student_trainer.losses.output.chunks import fused_terms, kd_terms, on_samples
 from student_trainer.losses.output.joined import kernels
@@ -83,7 +83,9 @@ class Chunk:
         self._z_CV, self._labels_C, self._sampled_C = z_CV, label_ids_C, sampled_logp_C
         self._spec, self.is_fused, self._grad_dtype = replace(spec, sft_weight=0.0), is_fused, grad_dtype
         self._grad_CV: Tensor | None = None
-        self._spread: tuple[Spread, Tensor | None] | None = None  # what is not yet in it, and the row of each of the C
+        self._spread: tuple[ClassGradient, Tensor | None] | None = (
+            None  # what is not yet in it, and the row of each of the C
+        )
         label_C1 = label_ids_C[:, None]
         label_z_C1 = z_CV.gather(-1, label_C1)
         if is_fused:
@@ -155,11 +157,11 @@ class Chunk:
             every_C = torch.arange(len(self._z_CV), device=self._z_CV.device)
             row_P = every_C[piece.where]
             place_C = torch.full_like(every_C, -1).index_copy_(0, row_P, every_C[: len(row_P)])
-        found = projected_by_kernel(
+        found = fused_projected_terms(
             *(self._z_CV, row_P, self._of(self._lse_C, piece), piece.rows, piece.lse_P, classes),
             *(self._spec.kd_weight * piece.coefficient_P, self._spec),
         )
-        self._spread = found.spread, place_C
+        self._spread = found.gradient, place_C
         return PieceFigures(found.loss_P, None, found.safe_P)
 
     def _add_full(self, piece: Piece, rows: FullRows, z_PV: Tensor, labels_P: Tensor) -> PieceFigures:

@@ -21,7 +21,7 @@ from student_trainer.losses.output.parts import Index, TeacherPart
 from student_trainer.losses.rows import FullRows, GivenRows, HiddenRows, Seen, TeacherRows, TopKRows, seen_in_logits
 
 
-class Looked(NamedTuple):
+class OpenedRows(NamedTuple):
     """Rows of a teacher that have been opened.
 
     Attributes:
@@ -36,12 +36,12 @@ class Looked(NamedTuple):
     lse_P: Tensor | None = None
     likeliest_P: Tensor | None = None
 
-    def part(self, where: slice) -> Looked:
+    def part(self, where: slice) -> OpenedRows:
         """Some neighbours of them, without a copy."""
         if where == slice(0, len(self.label_logp_P)):
             return self
         lse_P, likeliest_P = (None if there is None else there[where] for there in (self.lse_P, self.likeliest_P))
-        return Looked(self.rows.take(where), self.label_logp_P[where], lse_P, likeliest_P)
+        return OpenedRows(self.rows.take(where), self.label_logp_P[where], lse_P, likeliest_P)
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class Read:
     row: list[np.ndarray] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
 
-    def look(self, part: TeacherPart, spans: Sequence[tuple[Index, int, int]], dtype: torch.dtype) -> Looked:
+    def look(self, part: TeacherPart, spans: Sequence[tuple[Index, int, int]], dtype: torch.dtype) -> OpenedRows:
         """Opens rows of the teacher and looks at them.
 
         Args:
@@ -83,14 +83,14 @@ class Read:
         self.row += [index.host_P[first:last] for index, first, last in spans]
         if isinstance(rows, TopKRows):
             best_P = rows.topk_ids_NK.gather(-1, rows.topk_logits_NK.argmax(-1, keepdim=True))[:, 0]
-            return Looked(rows, rows.label_logp_N.to(dtype), None, best_P)
+            return OpenedRows(rows, rows.label_logp_N.to(dtype), None, best_P)
         if not isinstance(rows, FullRows):
-            return Looked(rows, rows.label_logp_N.to(dtype))
+            return OpenedRows(rows, rows.label_logp_N.to(dtype))
         seen, best_P = _seen(rows.logits_NV, part.labels_R[at_P])
         self.seen.append(seen)
-        return Looked(rows, seen.label_logp_C, seen.lse_C, best_P)
+        return OpenedRows(rows, seen.label_logp_C, seen.lse_C, best_P)
 
-    def note_likeliest(self, part: TeacherPart, looked: Looked) -> None:
+    def note_likeliest(self, part: TeacherPart, looked: OpenedRows) -> None:
         """Which id each of some rows finds likeliest; nothing of given rows."""
         best_P = looked.likeliest_P
         if best_P is None:

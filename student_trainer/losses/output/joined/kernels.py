@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from student_trainer.losses.cross_tokenizer.by_kernel import Spread
+from student_trainer.losses.cross_tokenizer.fused_projected import ClassGradient
 from student_trainer.losses.output.parts import LongGroups
 
 try:
@@ -31,7 +31,7 @@ def gradient(
     scale_C: Tensor | None,
     label_ids_C: Tensor,
     prior_CV: Tensor | None,
-    spread: Spread | None,
+    spread: ClassGradient | None,
     place_C: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:

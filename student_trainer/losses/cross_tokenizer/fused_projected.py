@@ -23,7 +23,7 @@ from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import FullRows, TopKRows
 
 
-class Spread(NamedTuple):
+class ClassGradient(NamedTuple):
     """A gradient on class logits, not yet on ids.
 
     Attributes:
@@ -39,15 +39,15 @@ class Spread(NamedTuple):
     scale: float
 
 
-class ByKernel(NamedTuple):
+class FusedProjected(NamedTuple):
     """As `Projected`."""
 
     loss_P: Tensor
-    spread: Spread
+    gradient: ClassGradient
     safe_P: Tensor | None
 
 
-def projected_by_kernel(
+def fused_projected_terms(
     z_CV: Tensor,
     row_P: Tensor | None,
     lse_P: Tensor,
@@ -56,7 +56,7 @@ def projected_by_kernel(
     classes: VocabularyClasses,
     coefficient_P: Tensor,
     spec: OutputLossSpec,
-) -> ByKernel:
+) -> FusedProjected:
     """See `projected_terms`.
 
     Args:
@@ -89,7 +89,7 @@ def projected_by_kernel(
         )
     loss_P = loss_P if scale == 1 else loss_P * scale
     loss_P = loss_P if safe_P is None else loss_P.masked_fill(~safe_P, 0)
-    return ByKernel(loss_P, Spread(grad_PK, class_PK, side.class_V, 1 / tau), safe_P)
+    return FusedProjected(loss_P, ClassGradient(grad_PK, class_PK, side.class_V, 1 / tau), safe_P)
 
 
 def _lse(z_PK: Tensor) -> Tensor:
