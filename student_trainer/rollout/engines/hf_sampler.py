@@ -359,10 +359,14 @@ def _copied(model: Any) -> Any:
 def _narrow_products(causal_lm: Any, dtype: torch.dtype) -> None:
     """Holds trained float32 weights that autocast would round to `dtype` in every product as rounded ones: the same bits, at every token.
 
-    Those that something else reads too, an embedding or the output head with its adapter, stay as they are.
+    Those that something else reads too stay as they are: an embedding, the output head with its adapter, and adapters whose product peft
+    makes in float32: of what is no linear layer, such as a stack of experts, and those of another kind, such as DoRA.
     """
     modules = list(causal_lm.modules())
-    kept = {id(p) for p in causal_lm.get_output_embeddings().parameters()}
+    adapted = [m for m in modules if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    apart = [m for m in adapted if not isinstance(m.base_layer, nn.Linear) or getattr(m, "lora_variant", None)]
+    whole = [causal_lm.get_output_embeddings(), *(part for m in apart for part in (m.lora_A, m.lora_B))]
+    kept = {id(p) for module in whole for p in module.parameters()}
     kept |= {id(p) for m in modules if type(m) is not nn.Linear for p in m.parameters(recurse=False)}
     for module in modules:
         for parameter in module.parameters(recurse=False) if type(module) is nn.Linear else ():

@@ -85,12 +85,8 @@ def test_whole_weights_narrow_passes_and_tied_heads_are_copied(model_factory):
         np.testing.assert_allclose(rollout.logp_n, wanted, atol=1e-4 if student.narrowed is None else 0.1)
 
 
-@pytest.mark.parametrize(
-    "lora", [None, {"rank": 4}, {"rank": 4, "target_modules": ["q_proj", "lm_head"]}], ids=["whole", "lora", "head"]
-)
-@pytest.mark.parametrize("tied", [True, False])
-def test_products_in_bfloat16_hold_rounded_weights_and_write_the_same(model_factory, monkeypatch, lora, tied):
-    student = student_of(model_factory("qwen2", tie_word_embeddings=tied), lora=lora)
+def dtypes_of_one_that_writes_the_same(student, monkeypatch):
+    """Holds a sampler with rounded weights against one that casts at every token, to the bit; dtypes of its trained weights by name."""
     others = {name: p + 0.05 * torch.randn_like(p) for name, p in trained(student).items()}
 
     def written():
@@ -100,20 +96,36 @@ def test_products_in_bfloat16_hold_rounded_weights_and_write_the_same(model_fact
         return sampler, [*first, *sampler.sample(prompts_of(8, 3, 12))]
 
     sampler, rounded = written()
-    kinds = {name.rsplit(".", 2)[-2]: p.dtype for name, p in sampler._trained.items()}
-    if lora is not None and "target_modules" in lora:
-        of_head = {name: p.dtype for name, p in sampler._trained.items() if "lm_head" in name}
-        assert len(of_head) == 2 and set(of_head.values()) == {torch.float32}
-    elif lora is None:
-        assert kinds["q_proj"] == kinds["down_proj"] == torch.bfloat16
-        assert kinds["norm"] == kinds["embed_tokens"] == kinds.get("lm_head", torch.float32) == torch.float32
-    else:
-        assert set(kinds.values()) == {torch.bfloat16}
-    monkeypatch.setattr(hf_sampler, "_narrow_products", lambda *_: None)
-    for one, other in zip(rounded, written()[1], strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-        np.testing.assert_array_equal(one.logp_n, other.logp_n)
+    with monkeypatch.context() as patched:
+        patched.setattr(hf_sampler, "_narrow_products", lambda *_: None)
+        for one, other in zip(rounded, written()[1], strict=True):
+            np.testing.assert_array_equal(one.token_ids, other.token_ids)
+            np.testing.assert_array_equal(one.logp_n, other.logp_n)
     assert all(p.dtype == torch.float32 for p in trained(student).values())
+    return {name: p.dtype for name, p in sampler._trained.items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_products_round_are_held_rounded(model_factory, monkeypatch, tied):
+    student = student_of(model_factory("qwen2", tie_word_embeddings=tied), lora=None)
+    found = dtypes_of_one_that_writes_the_same(student, monkeypatch)
+    kinds = {name.rsplit(".", 2)[-2]: dtype for name, dtype in found.items()}
+    assert kinds["q_proj"] == kinds["down_proj"] == torch.bfloat16
+    assert kinds["norm"] == kinds["embed_tokens"] == kinds.get("lm_head", torch.float32) == torch.float32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "targets", "kept"), [
+    ("qwen2", "all-linear", ""), ("qwen2", ["q_proj", "lm_head"], "lm_head"), ("qwen3_moe", "all-linear", ".mlp."),
+])  # fmt: skip
+def test_adapters_are_held_rounded_but_for_those_that_are_added_in_float32(
+    model_factory, monkeypatch, family, targets, kept, tied
+):
+    """The head's adapter is multiplied by our own code, those of experts and of their router by peft, both without autocast."""
+    lora = {"rank": 4, "target_modules": targets}
+    student = student_of(model_factory(family, tie_word_embeddings=tied), lora=lora)
+    for name, dtype in dtypes_of_one_that_writes_the_same(student, monkeypatch).items():
+        assert dtype == (torch.float32 if kept and kept in name else torch.bfloat16), name
 
 
 def test_it_has_weights_of_its_own_until_it_is_given_others(model_factory):
