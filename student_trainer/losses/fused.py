@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses.divergence import Divergence
+from student_trainer.losses.matmul import empty_rows
 
 try:
     import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -56,7 +57,7 @@ def softmax_grad(
     z_CV: Tensor, lse_C: Tensor, scale_C: Tensor, label_ids_C: Tensor, label_scale_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """scale * exp(z - lse) - label_scale * onehot(label), [C, V] in `dtype`."""
-    grad_CV = torch.empty_like(z_CV, dtype=dtype)
+    grad_CV = empty_rows(z_CV.shape, dtype, z_CV.device)
     _launch(_softmax_grad, z_CV, z_CV, lse_C, scale_C, label_ids_C, label_scale_C, grad_CV)
     return grad_CV
 
@@ -85,7 +86,7 @@ def divergence_grad(
     Returns:
         loss_C in nats, without any factor; grad_CV, 0 where the divergence is infinite and has no derivative.
     """
-    grad_CV, loss_C = torch.empty_like(z_CV, dtype=dtype), torch.empty_like(lse_C)
+    grad_CV, loss_C = empty_rows(z_CV.shape, dtype, z_CV.device), torch.empty_like(lse_C)
     kind, beta = _as_mixture(spec)
     norm = 1 / (beta * (1 - beta)) if kind == KINDS["jsd"] and spec.normalization == "unit" else 1.0
     _launch(
@@ -109,10 +110,13 @@ def _as_mixture(spec: Divergence) -> tuple[int, float]:
 
 
 def _launch(kernel: Any, z_CV: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Behind the arguments come the steps between the rows of all matrices among them."""
     rows, vocab = z_CV.shape
-    assert all(t.is_contiguous() for t in arguments if isinstance(t, Tensor)), "kernels index rows by V"
+    tensors = [there for there in arguments if isinstance(there, Tensor)]
+    assert all(there.stride(-1) == 1 or there.shape[-1] == 1 for there in tensors), "kernels go along rows"
+    steps = [there.stride(0) for there in tensors if there.dim() == 2]
     with torch.cuda.device_of(z_CV):
-        kernel[(rows,)](*arguments, VOCAB=vocab, **constants, BLOCK=BLOCK, num_warps=8)
+        kernel[(rows,)](*arguments, *steps, VOCAB=vocab, **constants, BLOCK=BLOCK, num_warps=8)
 
 
 if triton is not None:
@@ -126,10 +130,10 @@ if triton is not None:
 
     @triton.jit
     def _row_figures(
-        z_ptr, label_ptr, label_z_ptr, lse_ptr, ahead_ptr, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr
+        z_ptr, label_ptr, label_z_ptr, lse_ptr, ahead_ptr, scale, z_step, VOCAB: tl.constexpr, BLOCK: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
-        z_ptr += row * VOCAB
+        z_ptr += row * z_step
         label, label_z = tl.load(label_ptr + row), tl.load(label_z_ptr + row)
         top = -float("inf")
         total = 0.0
@@ -144,9 +148,9 @@ if triton is not None:
         tl.store(ahead_ptr + row, ahead)
 
     @triton.jit
-    def _row_best(z_ptr, lse_ptr, best_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    def _row_best(z_ptr, lse_ptr, best_ptr, z_step, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        z_ptr += row * VOCAB
+        z_ptr += row * z_step
         top = -float("inf")
         total = 0.0
         best = 0
@@ -161,16 +165,17 @@ if triton is not None:
 
     @triton.jit
     def _softmax_grad(
-        z_ptr, lse_ptr, scale_ptr, label_ptr, label_scale_ptr, grad_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr
-    ):
+        z_ptr, lse_ptr, scale_ptr, label_ptr, label_scale_ptr, grad_ptr, z_step, grad_step,
+        VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         lse, scale = tl.load(lse_ptr + row), tl.load(scale_ptr + row)
         label, label_scale = tl.load(label_ptr + row), tl.load(label_scale_ptr + row)
         for start in range(0, VOCAB, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            z = tl.load(z_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=-float("inf"))
+            z = tl.load(z_ptr + row * z_step + ids, mask=ids < VOCAB, other=-float("inf"))
             grad = scale * tl.exp(z - lse) - tl.where(ids == label, label_scale, 0.0)
-            tl.store(grad_ptr + row * VOCAB + ids, grad.to(grad_ptr.dtype.element_ty), mask=ids < VOCAB)
+            tl.store(grad_ptr + row * grad_step + ids, grad.to(grad_ptr.dtype.element_ty), mask=ids < VOCAB)
 
     @triton.jit
     def _outcome(log_p, log_q, norm, beta, KIND: tl.constexpr):
@@ -199,11 +204,12 @@ if triton is not None:
     @triton.jit
     def _divergence_grad(
         teacher_ptr, teacher_lse_ptr, z_ptr, lse_ptr, kd_ptr, lse_at_one_ptr, label_ptr, sft_ptr, loss_ptr, grad_ptr,
-        scale, norm, beta, VOCAB: tl.constexpr, KIND: tl.constexpr, SFT: tl.constexpr, BLOCK: tl.constexpr,
+        scale, norm, beta, teacher_step, z_step, grad_step,
+        VOCAB: tl.constexpr, KIND: tl.constexpr, SFT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
-        teacher_ptr += row * VOCAB
-        z_ptr += row * VOCAB
+        teacher_ptr += row * teacher_step
+        z_ptr += row * z_step
         teacher_lse, lse, kd = tl.load(teacher_lse_ptr + row), tl.load(lse_ptr + row), tl.load(kd_ptr + row)
         loss = 0.0
         mean = 0.0  # of the slope under q
@@ -228,5 +234,5 @@ if triton is not None:
             if SFT:
                 q_at_one = tl.exp(z - tl.load(lse_at_one_ptr + row))
                 grad += tl.load(sft_ptr + row) * (q_at_one - (ids == tl.load(label_ptr + row)).to(tl.float32))
-            tl.store(grad_ptr + row * VOCAB + ids, grad.to(grad_ptr.dtype.element_ty), mask=ids < VOCAB)
+            tl.store(grad_ptr + row * grad_step + ids, grad.to(grad_ptr.dtype.element_ty), mask=ids < VOCAB)
         tl.store(loss_ptr + row, loss)

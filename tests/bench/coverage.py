@@ -2,6 +2,7 @@
 
 LYCEUM_REAL names the folder of real tokenizers (tests/real/fetch.py). A text is a completion with its end of turn; `masked` must be 0.
     LYCEUM_REAL=FOLDER python -m tests.bench.coverage [--json] [--write]
+    LYCEUM_REAL=FOLDER python -m tests.bench.coverage --partitions FOLDER     # of each teacher of a Qwen3 student, for tests.bench.cross_loss
 
 --write puts the figures into tests/bench/tables/coverage.json and the table into docs/train/cross_tokenizer.md.
 """
@@ -14,14 +15,14 @@ import json
 import os
 import re
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from student_trainer.data.cross_tokenizer.alignment import align
-from student_trainer.data.cross_tokenizer.classes import Partition, vocabulary_classes
+from student_trainer.data.cross_tokenizer.classes import Partition, kept_classes, vocabulary_classes
 from student_trainer.data.cross_tokenizer.coverage import Coverage, class_figures
 from student_trainer.data.cross_tokenizer.first_tokens import first_tokens
 from student_trainer.data.text.tokenizer_file import load_tokenizer
@@ -72,10 +73,14 @@ def classes(student: str, teacher: str) -> tuple[Partition, float]:
 
 @cache
 def _classes(student: str, teacher: str) -> tuple[Partition, float]:
-    tables, tokenizers = (table(student), table(teacher)), (tokenizer(student), tokenizer(teacher))
     began_s = time.process_time()
-    made = vocabulary_classes(*tables, *(first_tokens(*both) for both in zip(tokenizers, tables, strict=True)))
-    return made, time.process_time() - began_s
+    return made_for(student, teacher), time.process_time() - began_s
+
+
+def made_for(student: str, teacher: str) -> Partition:
+    """The partition, numbered as a run of this student numbers it."""
+    tables, tokenizers = (table(student), table(teacher)), (tokenizer(student), tokenizer(teacher))
+    return vocabulary_classes(*tables, *(first_tokens(*both) for both in zip(tokenizers, tables, strict=True)))
 
 
 @cache
@@ -152,9 +157,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What joins two real tokenizers.")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object in the last line")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE} and the table in {PAGE}")
+    parser.add_argument(
+        "--partitions", type=Path, help="keep the classes of Qwen3 and each other one in this folder, and end"
+    )
     options = parser.parse_args()
     if not os.environ.get("LYCEUM_REAL"):
         raise SystemExit("LYCEUM_REAL names no folder of real tokenizers: python -m tests.real.fetch FOLDER")
+    if options.partitions is not None:
+        for name in FOLDERS.keys() - {"Qwen3"}:
+            kept_classes(options.partitions, name.replace(" ", "-").lower(), partial(made_for, "Qwen3", name))
+        return
     rows = measured()
     if options.write:
         write(rows)

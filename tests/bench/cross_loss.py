@@ -1,8 +1,11 @@
 """What a teacher costs the loss: one of the student's tokenizer, one of another, two at once, and their mixture, at V = 152k.
 
-Random weights and states in the shapes of Qwen2.5-1.5B and 7B on a GPU, narrower ones on a CPU. The partition has the figures that were
-measured of two real vocabularies (docs/concepts/method.md 8.4): most classes are pairs, some are large, one holds everything without a partner.
-    python -m tests.bench.cross_loss [--device cuda] [--rows N] [--profile "bridged, hidden"] [--json]
+Random weights and states in the shapes of Qwen2.5-1.5B and 7B on a GPU, narrower ones on a CPU. The partition is one that a run has kept
+(`--partition CACHE/classes/KEY.safetensors`, or of `tests.bench.coverage --partitions`), or made up with the figures that were measured of two real
+vocabularies (docs/concepts/method.md 8.4): most classes are pairs, some are large, one holds everything without a partner. The made-up one is numbered in
+the order of the student's ids, as the product does it, and the teacher's ids lie anywhere: of real pairs that is the worst (DeepSeek V3; Llama 3.1
+has Qwen3's order nearly).
+    python -m tests.bench.cross_loss [--device cuda] [--partition FILE] [--chunk-mb 1024] [--rows N] [--profile "bridged, hidden"] [--json]
 
 Columns: time of the loss with its gradients (median of rounds, which are interleaved; CPU time of one thread without a GPU), its ratio to the plain loss with one
 teacher, and the memory that the pass takes at most beyond what it is given (on a GPU).
@@ -16,11 +19,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from student_trainer.config.losses import LossConfig
 from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups, VocabularyClasses
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
@@ -58,8 +63,20 @@ def partition(device: str, seed: int = 0) -> VocabularyClasses:
             np.int64
         )  # ids beyond the first of their class
         class_V = np.concatenate([np.arange(CLASSES), more, np.full(2000, CLASSES - 1)])
-        sides.append(torch.from_numpy(random.permutation(class_V)).to(device))
-    return VocabularyClasses(*sides, CLASSES)
+        sides.append(random.permutation(class_V))
+    _, first_K = np.unique(sides[0], return_index=True)
+    number_K = np.empty(CLASSES, np.int64)
+    number_K[np.argsort(first_K)] = np.arange(CLASSES)
+    return VocabularyClasses(*(torch.from_numpy(number_K[class_V]).to(device) for class_V in sides), CLASSES)
+
+
+def kept_partition(file: Path, device: str) -> VocabularyClasses:
+    """One that a run has kept."""
+    from safetensors.numpy import load_file
+
+    kept = load_file(file)
+    sides = (torch.from_numpy(kept[name].astype(np.int64)).to(device) for name in ("student_Vs", "teacher_Vt"))
+    return VocabularyClasses(*sides, int(kept["sizes"][0]))
 
 
 def groups_of(rows: int, seed: int = 0) -> Groups:
@@ -74,22 +91,20 @@ def groups_of(rows: int, seed: int = 0) -> Groups:
 class World:
     """Everything that the arms read."""
 
-    def __init__(self, shape: Shape, device: str) -> None:
+    def __init__(self, shape: Shape, device: str, classes: VocabularyClasses) -> None:
         torch.manual_seed(0)
+        self.classes, self.vocab, self.other_vocab = classes, classes.student_Vs.numel(), classes.teacher_Vt.numel()
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         normal = lambda *size: torch.randn(*size, device=device, dtype=dtype)  # noqa: E731
         self.shape = shape
         self.hidden_ND = normal(shape.rows, shape.student).requires_grad_()
-        self.head = Head(normal(VOCAB, shape.student) * (2 / shape.student**0.5))
-        self.labels_N = torch.randint(min(VOCAB, OTHER_VOCAB), (shape.rows,))
+        self.head = Head(normal(self.vocab, shape.student) * (2 / shape.student**0.5))
+        self.labels_N = torch.randint(min(self.vocab, self.other_vocab), (shape.rows,))
         self.weights_N = torch.ones(shape.rows)
-        self.classes = partition(device)
-        for side in (self.classes.of_student, self.classes.of_teacher):
-            assert side.classes == CLASSES
         self.bridge = Bridge(self.classes, groups_of(shape.rows), self.labels_N)
-        self.same = self._teacher(normal(VOCAB, shape.teacher), normal(shape.rows, shape.teacher))
-        self.second = self._teacher(normal(VOCAB, shape.teacher), normal(shape.rows, shape.teacher))
-        self.other = self._teacher(normal(OTHER_VOCAB, shape.teacher), normal(shape.rows, shape.teacher))
+        self.same = self._teacher(normal(self.vocab, shape.teacher), normal(shape.rows, shape.teacher))
+        self.second = self._teacher(normal(self.vocab, shape.teacher), normal(shape.rows, shape.teacher))
+        self.other = self._teacher(normal(self.other_vocab, shape.teacher), normal(shape.rows, shape.teacher))
 
     def _teacher(self, weight_VD: Tensor, hidden_ND: Tensor) -> HiddenRows:
         served_N = torch.zeros(len(hidden_ND), device=hidden_ND.device)
@@ -120,7 +135,7 @@ def arms(w: World, spec: OutputLossSpec) -> dict[str, Callable[[], Tensor]]:
     def share(rows: TeacherRows, part: float, bridge: Bridge | None = None) -> TeacherShare:
         return TeacherShare(TeacherLabels(rows, {}), torch.full((w.shape.rows,), part), bridge=bridge)
 
-    kept, kept_other = w.top_k(VOCAB), w.top_k(OTHER_VOCAB)
+    kept, kept_other = w.top_k(w.vocab), w.top_k(w.other_vocab)
     return {
         "plain, hidden": lambda: plain(w.same),
         "joined, one of the same tokenizer": lambda: joined(a=share(w.same, 1.0)),
@@ -175,6 +190,10 @@ def main() -> None:
     parser.add_argument("--device", choices=list(SHAPES), default="cpu")
     parser.add_argument("--rows", type=int, default=0, help="of a pass; 0 for the default of the device")
     parser.add_argument("--divergence", default="forward_kl")
+    parser.add_argument("--partition", type=Path, help="a kept one; made up if left out")
+    parser.add_argument(
+        "--chunk-mb", type=int, default=LossConfig().chunk_mb, help="as loss.chunk_mb, with its default"
+    )
     parser.add_argument(
         "--profile",
         metavar="ARM",
@@ -187,8 +206,9 @@ def main() -> None:
     shape = SHAPES[options.device]
     if options.rows:
         shape = Shape(options.rows, shape.student, shape.teacher, shape.rounds)
-    world = World(shape, options.device)
-    spec = OutputLossSpec(Divergence(options.divergence), sft_weight=0.5)
+    made = partition(options.device) if options.partition is None else kept_partition(options.partition, options.device)
+    world = World(shape, options.device, made)
+    spec = OutputLossSpec(Divergence(options.divergence), sft_weight=0.5, chunk_bytes=options.chunk_mb << 20)
     every = arms(world, spec)
     if options.profile:
         if options.profile not in every:
@@ -197,7 +217,8 @@ def main() -> None:
         return
     found = measured(every, shape.rounds, options.device)
     print(
-        f"{shape.rows} rows, V {VOCAB:,} and {OTHER_VOCAB:,}, {CLASSES:,} classes, widths {shape.student} and {shape.teacher}, {options.device}"
+        f"{shape.rows} rows in chunks of {options.chunk_mb} MiB, V {world.vocab:,} and {world.other_vocab:,}, {made.classes:,} classes, "
+        f"widths {shape.student} and {shape.teacher}, {options.device}"
     )
     figures = {}
     for name, (seconds, peak) in found.items():

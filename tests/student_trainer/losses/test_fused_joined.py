@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.losses import fused
+from student_trainer.losses import fused, matmul
 from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups, VocabularyClasses
 from student_trainer.losses.cross_tokenizer.fused_projected import fused_projected_terms
 from student_trainer.losses.cross_tokenizer.projected import projected_terms
@@ -37,9 +37,13 @@ W = world(rows=N, vocab=V, width=6, spread=2.0)
 B = replace(world(rows=N, vocab=V, width=6, spread=2.0, seed=1), hidden_ND=W.hidden_ND, labels_N=W.labels_N)
 OTHER = world(rows=N, vocab=V + 300, width=6, spread=2.0, seed=2)
 KINDS = [Divergence(kind, alpha=0.3) for kind in ("forward_kl", "reverse_kl", "jsd", "skew_rkl", "adaptive_kl")]
-# Classes of one id, of several, and of more than one lane goes through.
-STUDENT_V = torch.cat([torch.arange(3000), torch.arange(V - 3200) % 20, torch.full((200,), 2048)])
-TEACHER_V = torch.cat([torch.arange(3000), torch.arange(V + 200 - 3000) % 40, torch.full((100,), 17)])
+# Classes of one id, of as many as a lane goes through, of a line of a tile, and of more.
+STUDENT_V = torch.cat(
+    [torch.arange(3000), torch.arange(V - 3600) % 20, 100 + torch.arange(400) // 3, torch.full((200,), 2048)]
+)
+TEACHER_V = torch.cat(
+    [torch.arange(3000), torch.arange(V - 3000) % 40, 200 + torch.arange(200) // 2, torch.full((100,), 17)]
+)
 EDGES_S, EDGES_T = np.array([0, 1, 2, 5, 6, 7, 8, 10, 20]), np.array([0, 1, 2, 3, 4, 6, 7, 8, 20])
 GROUPS = Groups(np.stack([EDGES_S[:-1], EDGES_S[1:]], 1), np.stack([EDGES_T[:-1], EDGES_T[1:]], 1))
 
@@ -87,6 +91,7 @@ def both(
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "usable", lambda tensor: tensor.dtype == torch.float32)
+    monkeypatch.setattr(matmul, "PADDED", ("cpu", "cuda"))  # rows begin at multiples of 64, wherever they are
 
 
 def share(rows: TeacherRows, part: float, some: np.ndarray | None = None) -> TeacherShare:

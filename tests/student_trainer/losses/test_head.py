@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -27,18 +29,32 @@ def test_slice_names_the_limit(rows: int) -> None:
         Head(W.weight_VD).slice(rows)
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 100, 64 << 20])
-def test_half_weights_give_float32_results(monkeypatch: pytest.MonkeyPatch, tile_bytes: int) -> None:
+@pytest.mark.parametrize("padded", [(), ("cpu",)], ids=["side by side", "aligned"])
+@pytest.mark.parametrize("tile_bytes", [1, 64 << 20])
+def test_half_weights_give_float32_results(
+    monkeypatch: pytest.MonkeyPatch, tile_bytes: int, padded: tuple[str, ...]
+) -> None:
     monkeypatch.setattr(matmul, "TILE_BYTES", tile_bytes)
-    h, w = W.hidden_ND.bfloat16(), W.weight_VD.bfloat16()
+    monkeypatch.setattr(matmul, "PADDED", padded)
+    large = world(vocab=151)  # two tiles of 64 rows, and a smaller one
+    h, w = large.hidden_ND.bfloat16(), large.weight_VD.bfloat16()
     z = matmul.project(h, w)
     assert z.dtype == torch.float32
+    assert z.stride() == ((192, 1) if padded else (151, 1))
     torch.testing.assert_close(z, h.float() @ w.float().T)
-    g = torch.randn(40, 23, generator=torch.Generator().manual_seed(2))
+    g = torch.randn(40, 151, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(matmul.project_back(g, w), g @ w.float())
-    total = torch.ones(23, 6)
+    total = torch.ones(151, 6)
     matmul.add_outer(total, g, h)
     torch.testing.assert_close(total, 1 + g.T @ h.float())
+
+
+def test_tiles_begin_at_aligned_rows() -> None:
+    """A tile of 10,922 rows would begin between the addresses that tensor cores read fast."""
+    tiles = list(matmul._tiles(torch.empty(151_665, 1536, device="meta")))
+    assert tiles[0].start == 0 and tiles[-1].stop == 151_665
+    assert all(one.stop == other.start and one.stop % matmul.ALIGNED == 0 for one, other in pairwise(tiles))
+    assert all(4 * 1536 * (tile.stop - tile.start) <= matmul.TILE_BYTES for tile in tiles)
 
 
 def test_autocast_does_not_round_logits() -> None:

@@ -36,22 +36,27 @@ def kernels():
     from student_trainer.losses.output.joined import kernels as joined
 
     f, i, n, number = "*fp32", "*i32", "*i64", "fp32"
-    vocab, both = {"VOCAB": 151_936}, {"VOCAB": 151_936, "CLASSES": 96_000}
-    summed = {**both, "CHOSEN": True, "BLOCK": classes.BLOCK}
+    vocab, step = {"VOCAB": 151_936}, "i32"
+    summed, several_rows = {"CHOSEN": True}, {"ROWS": classes.ROWS}
+    tile = {"TILE": classes.TILE, "SEVERAL": classes.SEVERAL}
     flags = {"HARD": True, "PRIOR": True, "SPREAD": True, "PLACED": True, "BLOCK": joined.BLOCK}
     block = {"BLOCK": fused.BLOCK}
-    yield fused._row_best, [f, f, n], {**vocab, **block}, 8
-    yield fused._row_figures, [f, n, f, f, n, number], {**vocab, **block}, 8
-    yield fused._softmax_grad, [f, f, f, n, f, "*bf16"], {**vocab, **block}, 8
+    yield fused._row_best, [f, f, n, step], {**vocab, **block}, 8
+    yield fused._row_figures, [f, n, f, f, n, number, step], {**vocab, **block}, 8
+    yield fused._softmax_grad, [f, f, f, n, f, "*bf16", step, step], {**vocab, **block}, 8
     yield (
         fused._divergence_grad,
-        [f] * 6 + [n, f, f, "*bf16"] + [number] * 3,
+        [f] * 6 + [n, f, f, "*bf16"] + [number] * 3 + [step] * 3,
         {**vocab, "KIND": 2, "SFT": True, **block},
         8,
     )
-    yield classes._sum_classes, [f, n, i, i, f, number], {**summed, "LARGEST": classes.LARGEST}, 8
-    yield classes._sum_large, [f, n, i, i, i, f, number], summed, 8
-    yield joined._gradient, [f, f, f, n, f, f, f, i, n, "*bf16", number], {**both, **flags}, 8
+    some = [f, n, i, i, i, f, step, step, number]
+    alone = [f, n, i, i, f, step, step, number, "i32", "i32"]
+    yield classes._copy_alone, alone, {**summed, **several_rows, "BLOCK": classes.BLOCK}, 8
+    yield classes._sum_few, [*some, "i32", "i32"], {**summed, **several_rows, "BLOCK": classes.BLOCK}, 8
+    yield classes._sum_several, [*some, "i32", "i32"], {**summed, **several_rows, **tile}, 4
+    yield classes._sum_large, some, {**summed, "BLOCK": classes.BLOCK}, 8
+    yield joined._gradient, [f, f, f, n, f, f, f, i, n, "*bf16", number, *[step] * 5], {**vocab, **flags}, 8
     yield joined._group_slopes, [f, f, n, n, n, f, "*fp64", f, "i32", "i32", number, number], {}, 1
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses.cross_tokenizer.fused_projected import ClassGradient
+from student_trainer.losses.matmul import empty_rows
 from student_trainer.losses.output.parts import LongGroups
 
 try:
@@ -43,16 +44,18 @@ def gradient(
         spread: None for none.
         place_C: int64, the row of `spread` that belongs to each row, -1 for none; None: they are the same rows.
     """
-    assert z_CV.is_contiguous() and (prior_CV is None or prior_CV.is_contiguous()), "kernels index rows by V"
-    grad_CV = torch.empty_like(z_CV, dtype=dtype)
+    grad_CV = empty_rows(z_CV.shape, dtype, z_CV.device)
     rows, vocab = z_CV.shape
     grad_PK, class_PK, class_V, scale = (z_CV, z_CV, z_CV, 1.0) if spread is None else spread
-    assert grad_PK.is_contiguous() and class_PK.is_contiguous(), "and by K"
+    prior = z_CV if prior_CV is None else prior_CV
+    matrices = z_CV, prior, grad_PK, class_PK, grad_CV
+    assert all(there.stride(-1) == 1 for there in matrices), "kernels go along rows"
     with torch.cuda.device_of(z_CV):
         _gradient[((vocab + BLOCK - 1) // BLOCK, rows)](
-            *(z_CV, lse_C, lse_C if scale_C is None else scale_C, label_ids_C, z_CV if prior_CV is None else prior_CV),
+            *(z_CV, lse_C, lse_C if scale_C is None else scale_C, label_ids_C, prior),
             *(grad_PK, class_PK, class_V, label_ids_C if place_C is None else place_C, grad_CV, scale),
-            VOCAB=vocab, CLASSES=grad_PK.shape[1], HARD=scale_C is not None, PRIOR=prior_CV is not None,
+            *(there.stride(0) for there in matrices),
+            VOCAB=vocab, HARD=scale_C is not None, PRIOR=prior_CV is not None,
             SPREAD=spread is not None, PLACED=place_C is not None, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return grad_CV
@@ -97,16 +100,17 @@ if triton is not None:
     @triton.jit
     def _gradient(
         z_ptr, lse_ptr, scale_ptr, label_ptr, prior_ptr, class_grad_ptr, whole_ptr, class_ptr, place_ptr, out_ptr, tempered,
-        VOCAB: tl.constexpr, CLASSES: tl.constexpr, HARD: tl.constexpr, PRIOR: tl.constexpr, SPREAD: tl.constexpr,
+        z_step, prior_step, grad_step, whole_step, out_step,
+        VOCAB: tl.constexpr, HARD: tl.constexpr, PRIOR: tl.constexpr, SPREAD: tl.constexpr,
         PLACED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(1).to(tl.int64)
         ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = ids < VOCAB
-        z = tl.load(z_ptr + row * VOCAB + ids, mask=inside, other=-float("inf"))
+        z = tl.load(z_ptr + row * z_step + ids, mask=inside, other=-float("inf"))
         grad = tl.zeros((BLOCK,), tl.float32)
         if PRIOR:
-            grad += tl.load(prior_ptr + row * VOCAB + ids, mask=inside, other=0.0)
+            grad += tl.load(prior_ptr + row * prior_step + ids, mask=inside, other=0.0)
         if HARD:
             scale = tl.load(scale_ptr + row)
             onehot = (ids == tl.load(label_ptr + row)).to(tl.float32)
@@ -115,11 +119,11 @@ if triton is not None:
             place = tl.load(place_ptr + row) if PLACED else row
             there = inside & (place + tl.zeros((BLOCK,), tl.int64) >= 0)
             column = tl.load(class_ptr + ids, mask=there, other=0)
-            whole = tl.load(whole_ptr + place * CLASSES + column, mask=there, other=-float("inf"))
-            of_class = tl.load(class_grad_ptr + place * CLASSES + column, mask=there, other=0.0)
+            whole = tl.load(whole_ptr + place * whole_step + column, mask=there, other=-float("inf"))
+            of_class = tl.load(class_grad_ptr + place * grad_step + column, mask=there, other=0.0)
             empty = whole == -float("inf")  # a class without mass has no gradient either
             grad += of_class * tl.where(empty, 0.0, tl.exp(z * tempered - tl.where(empty, 0.0, whole)))
-        tl.store(out_ptr + row * VOCAB + ids, grad.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + row * out_step + ids, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _group_slopes(
