@@ -19,7 +19,7 @@ from student_trainer.export.trained import Trained
 from student_trainer.making.teacher import CONFIG_NAME, COPIED, INDEX_NAME, WHOLE_NAME
 from student_trainer.model import adapters, internlm, precision
 from student_trainer.model.load import Student, load_student
-from student_trainer.model.merged import check_finite, merged_state, save_merged
+from student_trainer.model.merged import MergedWriter, check_finite, merged_state
 
 _TEMPLATES = "additional_chat_templates"
 
@@ -71,7 +71,7 @@ def write_merged(trained: Trained, student: Student | None, folder: Path, dtype:
     if student is not None:
         state = merged_state(student, None, wanted)
         check_finite(state)
-        save_merged(student, state, folder, wanted)
+        MergedWriter(student).write(state, folder, wanted)
         (folder / "generation_config.json").unlink(missing_ok=True)  # transformers' own; the base's follows
         sources = adapters.find(trained.settings)
         base = Path(sources.model) if Path(sources.model).is_dir() else trained.folder

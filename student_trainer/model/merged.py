@@ -9,7 +9,9 @@ Axes: B A, the factors of an adapter; V vocabulary rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,57 @@ def check_mergeable(student: Student) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a weight of the merged model comes from.
+
+    Attributes:
+        changes: whether training changes it.
+        place: equal of tied weights; None of a weight of its own.
+        dtype: that it has by itself; None for that of `make`.
+        make: gives it, on any device; it may be the student's own tensor.
+    """
+
+    changes: bool
+    place: tuple[int, torch.Size] | None
+    dtype: torch.dtype | None
+    make: Callable[[], Tensor]
+
+
+def sources(student: Student, trained: Mapping[str, Tensor] | None = None) -> dict[str, Source]:
+    """Of every weight of the base by its name; arguments and errors as of `merged_state`."""
+    prefix = _PREFIX if hasattr(student.model, "peft_config") else ""
+    values = {name.removeprefix(prefix): p for name, p in student.model.named_parameters()}
+    changing = {name for name, p in values.items() if p.requires_grad}
+    if trained is not None:
+        given = {name.removeprefix(prefix): value for name, value in trained.items()}
+        if given.keys() != changing:
+            odd = sorted(given.keys() ^ changing)
+            raise ModelError(f"the trained weights are not those of the student: {len(odd)} differ, {odd[0]} first")
+        values |= given
+    check_mergeable(student)
+    in_4_bit = dict(quantized.layers_of(student.causal_lm))
+    live = {
+        name: tensor
+        for name, tensor in student.causal_lm.state_dict().items()
+        if not any(part in name for part in _OWN) and name.rpartition(".weight")[0] not in in_4_bit
+    }
+    by_place = {_place(live[name]): name for name in values if name in live}  # of tied weights one is named
+    found: dict[str, Source] = {}
+    for name, tensor in live.items():
+        place = _place(tensor)
+        named = by_place.get(place)
+        value = tensor if named is None else values[named]
+        tied = place if tensor.numel() else None
+        found[_plain(name)] = Source(named in changing, tied, None, partial(_itself, value))
+    for name, layer in in_4_bit.items():
+        found[_plain(f"{name}.weight")] = Source(False, None, None, partial(quantized.weight_of, layer))
+    for name, layer in _adapted(student.causal_lm).items():
+        dtype = quantized.weight_dtype(layer.base_layer)
+        found[_plain(f"{name}.weight")] = Source(True, None, dtype, partial(_merged, name, layer, values))
+    return found
+
+
 @torch.no_grad()
 def merged_state(
     student: Student, trained: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
@@ -57,72 +110,57 @@ def merged_state(
     Raises:
         ModelError: the names are not the student's, or adapters that cannot be merged (`check_mergeable`).
     """
-    prefix = _PREFIX if hasattr(student.model, "peft_config") else ""
-    values = {name.removeprefix(prefix): p for name, p in student.model.named_parameters()}
-    if trained is not None:
-        expected = {name for name, p in student.model.named_parameters() if p.requires_grad}
-        if trained.keys() != expected:
-            odd = sorted(trained.keys() ^ expected)
-            raise ModelError(f"the trained weights are not those of the student: {len(odd)} differ, {odd[0]} first")
-        values |= {name.removeprefix(prefix): value for name, value in trained.items()}
-    check_mergeable(student)
-    in_4_bit = dict(quantized.layers_of(student.causal_lm))
-    live = {
-        name: tensor
-        for name, tensor in student.causal_lm.state_dict().items()
-        if not any(part in name for part in _OWN) and name.rpartition(".weight")[0] not in in_4_bit
-    }
-    given = {
-        _place(live[name]): value for name, value in values.items() if name in live
-    }  # of tied weights one is named
-    made: dict[tuple[int, torch.Size], Tensor] = {}  # and they stay one tensor
+    made: dict[tuple[int, torch.Size], Tensor] = {}  # tied weights stay one tensor
     state: dict[str, Tensor] = {}
-    for name, tensor in live.items():
-        place = _place(tensor)
-        if place not in made or not tensor.numel():
-            made[place] = _on_host(given.get(place, tensor), dtype)
-        state[_plain(name)] = made[place]
-    for name, layer in in_4_bit.items():
-        state[_plain(f"{name}.weight")] = _on_host(quantized.weight_of(layer), dtype)
-    for name, layer in _adapted(student.causal_lm).items():
-        weight = _plain(f"{name}.weight")
-        state[weight] = _on_host(_merged(name, layer, values), dtype or quantized.weight_dtype(layer.base_layer))
+    for name, source in sources(student, trained).items():
+        if source.place is None or source.place not in made:
+            state[name] = _on_host(source.make(), dtype or source.dtype)
+        else:
+            state[name] = made[source.place]
+        if source.place is not None:
+            made[source.place] = state[name]
     return state
 
 
-def save_merged(
-    student: Student,
-    state: dict[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype | None,
-    *,
-    vocab_rows: int | None = None,
-) -> None:
-    """Writes a state of `merged_state` as config.json and model.safetensors; other tools read it as they read its base. No tokenizer.
+class MergedWriter:
+    """Writes states of `merged_state` as folders that other tools read as they read the base.
 
-    From any thread, while the student trains.
+    Made where nothing else computes, and once: while transformers builds a model, torch's default dtype is the model's in every thread of the process, so that
+    whatever a training step made just then would be narrow too.
 
     Args:
-        student, dtype: as in `merged_state`.
-        state: its weights.
-        folder: where to; made if it is not there.
-        vocab_rows: V, cuts embedding and head to the first V ids; None leaves them.
-
-    Raises:
-        OSError: the disk does not take it.
+        student: whose base the folders are of.
     """
-    cut = vocab_rows is not None and vocab_rows < student.vocab_rows
-    if cut:
-        state = _cut(state, student.causal_lm, vocab_rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        plain = quantized.plain_config(student.causal_lm.config)
-        outline = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
-    outline.save_pretrained(folder, state_dict=state, max_shard_size=_ONE_FILE)
-    if dtype is not None:
-        precision.write_dtype(folder, dtype)
-    if cut:
-        _write_rows(folder, vocab_rows)
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+        with torch.device("meta"):
+            self._outline = AutoModelForCausalLM.from_config(
+                quantized.plain_config(student.causal_lm.config), trust_remote_code=False
+            )
+
+    def write(
+        self, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, *, vocab_rows: int | None = None
+    ) -> None:
+        """Writes config.json and model.safetensors, no tokenizer. From any thread, while the student trains.
+
+        Args:
+            state, dtype: of `merged_state`.
+            folder: where to; made if it is not there.
+            vocab_rows: V, cuts embedding and head to the first V ids; None leaves them.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        cut = vocab_rows is not None and vocab_rows < self._student.vocab_rows
+        if cut:
+            state = _cut(state, self._student.causal_lm, vocab_rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._outline.save_pretrained(folder, state_dict=state, max_shard_size=_ONE_FILE)
+        if dtype is not None:
+            precision.write_dtype(folder, dtype)
+        if cut:
+            _write_rows(folder, vocab_rows)
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
@@ -179,6 +217,10 @@ def _plain(name: str) -> str:
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
 
 
 def _on_host(value: Tensor, dtype: torch.dtype | None) -> Tensor:

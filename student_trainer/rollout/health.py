@@ -88,7 +88,8 @@ class HealthTerm:
         if rows.sampled_logp_N is None:
             return None
         of_rollouts = (~rows.sampled_logp_N.isnan()).nonzero()[:, 0]
-        places = torch.linspace(0, len(of_rollouts) - 1, min(_ROWS, len(of_rollouts))).long()
+        looked_at = min(_ROWS, len(of_rollouts))
+        places = torch.arange(looked_at) * (len(of_rollouts) - 1) // max(1, looked_at - 1)
         return of_rollouts[places]
 
 

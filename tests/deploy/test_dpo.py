@@ -8,7 +8,7 @@ import torch
 from deploy.examples.dpo import dpo
 from student_trainer.config.model import ModelConfig
 from student_trainer.model.load import load_student
-from student_trainer.model.merged import merged_state, save_merged
+from student_trainer.model.merged import MergedWriter, merged_state
 from student_trainer.model.saving import save_student
 
 pytest.importorskip("trl")
@@ -23,7 +23,7 @@ def merged(tmp_path, model_factory):
         if "lora_B" in name:
             parameter.data.normal_(0.0, 0.02, generator=generator)
     folder = tmp_path / "merged"
-    save_merged(student, merged_state(student), folder, torch.float32)
+    MergedWriter(student).write(merged_state(student), folder, torch.float32)
     student.tokenizer.save_pretrained(folder)
     return student, folder
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from student_trainer.errors import ModelError, RolloutError
 from student_trainer.model.load import Student
-from student_trainer.model.merged import merged_state, save_merged
+from student_trainer.model.merged import MergedWriter, merged_state
+from student_trainer.model.merged_file import MergedFile
 from student_trainer.model.quantized.weights import parameter_count
 from student_trainer.rollout.engines.hf_sampler import SLOT_TOKENS, Sampling
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
@@ -75,6 +76,7 @@ class VllmSampler:
             )
         self.version = 0
         self._student = student
+        self._writer = MergedWriter(student)
         self._sampling = sampling
         self._vocab_rows = vocab_rows
         self._longest = longest
@@ -83,6 +85,7 @@ class VllmSampler:
         self._threads = threads
         self._process: subprocess.Popen[str] | None = None
         self._log: TextIO | None = None
+        self._file: MergedFile | None = None
         self._folder = _folder_for(student, self._dtype)
         self._removed = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
@@ -298,13 +301,17 @@ class VllmSampler:
         return {**os.environ, **wanted}
 
     def _write_weights(self, trained: Mapping[str, Tensor]) -> None:
-        """Puts the whole student into the folder, from where it is loaded and a new process starts."""
-        fresh = self._folder / "fresh"
+        """Puts the student into the folder, from where it is loaded and a new process starts: whole at first, then what training changes, in its place."""
         try:
+            if self._file is not None:
+                self._file.update(trained)
+                return
+            fresh = self._folder / "fresh"
             state = merged_state(self._student, trained, self._dtype)
-            save_merged(self._student, state, fresh, self._dtype, vocab_rows=self._vocab_rows)
+            self._writer.write(state, fresh, self._dtype, vocab_rows=self._vocab_rows)
             for file in fresh.iterdir():
                 file.replace(self._folder / file.name)
+            self._file = MergedFile.of(self._student, self._folder / _WEIGHTS)
         except ModelError as error:
             raise RolloutError(f"on_policy.engine=vllm: {error}") from error
         except OSError as error:

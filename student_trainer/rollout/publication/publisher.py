@@ -21,7 +21,7 @@ from student_trainer.errors import RunError, StudentError
 from student_trainer.labels import event_loop
 from student_trainer.labels.lineage import Lineage
 from student_trainer.model.load import Student
-from student_trainer.model.merged import check_finite, merged_state, save_merged
+from student_trainer.model.merged import MergedWriter, check_finite, merged_state
 from teacher_wire.core.errors import MismatchError, TeacherWireError
 from teacher_wire.core.info import TeacherInfo
 from teacher_wire.endpoint.client import TeacherClient
@@ -84,6 +84,7 @@ class Publisher:
         stops: bool = False,
     ) -> None:
         self._student = student
+        self._writer = MergedWriter(student)
         self._target = target
         self._folder = folder / FOLDER_NAME
         self._note = f"{folder.name}"[:40]
@@ -135,7 +136,7 @@ class Publisher:
         began_s = time.monotonic()
         try:
             check_finite(weights)
-            save_merged(self._student, weights, self._folder, self._student.exported)
+            self._writer.write(weights, self._folder, self._student.exported)
             weights.clear()
             revision, size = self._push(step)
             self.counts.live += 1

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import load_student
-from student_trainer.model.merged import merged_state, save_merged
+from student_trainer.model.merged import MergedWriter, merged_state
 from tests.thorough import covering
 
 IDS = torch.arange(3, 30)[None]
@@ -42,7 +42,7 @@ def test_the_folder_computes_what_the_student_does(model_factory, tmp_path, fami
         for parameter in student.model.parameters():
             if parameter.requires_grad:
                 parameter.zero_()  # it has gone on training: the values given are what counts
-    save_merged(student, merged_state(student, weights, torch.float32), tmp_path / "merged", torch.float32)
+    MergedWriter(student).write(merged_state(student, weights, torch.float32), tmp_path / "merged", torch.float32)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     with torch.no_grad():
         torch.testing.assert_close(found(input_ids=IDS).logits, own, atol=2e-4, rtol=1e-4)
@@ -51,11 +51,20 @@ def test_the_folder_computes_what_the_student_does(model_factory, tmp_path, fami
     assert not any(after[name].any() for name in weights)
 
 
+def test_writing_leaves_the_default_dtype_alone_that_all_threads_share(model_factory, tmp_path, monkeypatch):
+    """A run trains meanwhile: what it makes without naming a dtype would be bfloat16 (seen on a GPU: an index of 10,087 became 10,112)."""
+    student = load_student(ModelConfig(path=str(model_factory("qwen2")), dtype="bfloat16", lora=None), 0)
+    writer = MergedWriter(student)
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: pytest.fail(f"set to {dtype}"))
+    writer.write(merged_state(student, dtype=torch.bfloat16), tmp_path / "merged", torch.bfloat16)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_ids_beyond_the_vocabulary_are_cut_off(model_factory, tmp_path, family):
     student = student_of(model_factory(family), lora=None)
-    save_merged(
-        student, merged_state(student, trained(student), torch.float32), tmp_path / "cut", torch.float32, vocab_rows=290
+    MergedWriter(student).write(
+        merged_state(student, trained(student), torch.float32), tmp_path / "cut", torch.float32, vocab_rows=290
     )
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     assert found.config.vocab_size == 290 and found.get_input_embeddings().weight.shape[0] == 290
@@ -70,7 +79,9 @@ def test_embeddings_with_adapters_are_merged_where_they_are_not_tied(model_facto
     student = student_of(model_factory("llama"), lora=targets)
     with torch.no_grad():
         own = student.model(input_ids=IDS).logits
-    save_merged(student, merged_state(student, trained(student), torch.float32), tmp_path / "merged", torch.float32)
+    MergedWriter(student).write(
+        merged_state(student, trained(student), torch.float32), tmp_path / "merged", torch.float32
+    )
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=IDS).logits
     torch.testing.assert_close(found, own, atol=2e-4, rtol=1e-4)
@@ -91,7 +102,7 @@ def test_layers_that_are_trained_whole_beside_adapters_are_in_their_places(model
         own = student.model(input_ids=IDS).logits
     state = merged_state(student, trained(student))
     assert state.keys() == AutoModelForCausalLM.from_pretrained(base).state_dict().keys()
-    save_merged(student, state, tmp_path / "merged", None)
+    MergedWriter(student).write(state, tmp_path / "merged", None)
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=IDS).logits
     torch.testing.assert_close(found, own, atol=2e-4, rtol=1e-4)
@@ -109,5 +120,7 @@ def test_what_cannot_be_merged_is_named(model_factory):
 
 def test_the_dtype_is_in_the_config_too(model_factory, tmp_path):
     student = student_of(model_factory("qwen2"), lora={"rank": 4})
-    save_merged(student, merged_state(student, trained(student), torch.bfloat16), tmp_path / "half", torch.bfloat16)
+    MergedWriter(student).write(
+        merged_state(student, trained(student), torch.bfloat16), tmp_path / "half", torch.bfloat16
+    )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16

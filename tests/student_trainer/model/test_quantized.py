@@ -11,7 +11,7 @@ from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ConfigError, ModelError
 from student_trainer.model.adapters import adapt
 from student_trainer.model.load import load_student
-from student_trainer.model.merged import merged_state, save_merged
+from student_trainer.model.merged import MergedWriter, merged_state
 from student_trainer.model.quantized import weights as quantized
 from student_trainer.model.saving import save_student
 from student_trainer.model.speed import compiled
@@ -134,7 +134,7 @@ def test_a_merged_model_is_the_function_that_was_trained(model_factory, tmp_path
     from transformers import AutoModelForCausalLM
 
     student = stirred(load_student(settings(model_factory("qwen2", hidden=64)), 0))
-    save_merged(student, merged_state(student), tmp_path, torch.float32)
+    MergedWriter(student).write(merged_state(student), tmp_path, torch.float32)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     student.model.eval()

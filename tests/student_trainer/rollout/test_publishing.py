@@ -15,7 +15,7 @@ from student_trainer.config.run import parse_config
 from student_trainer.errors import ConfigError, ModelError, RunError
 from student_trainer.labels.lineage import REVISIONS_NAME, read_ledger
 from student_trainer.model.load import load_student
-from student_trainer.model.merged import check_finite, check_mergeable, merged_state, save_merged
+from student_trainer.model.merged import MergedWriter, check_finite, check_mergeable, merged_state
 from student_trainer.rollout.publication.publisher import Publisher
 from student_trainer.training.run import train
 from teacher_wire.core.errors import CapabilityError, ForbiddenError, MismatchError
@@ -84,7 +84,7 @@ def test_what_is_published_is_what_the_student_computes(model_factory, tmp_path,
     weights = merged_state(student, dtype=student.exported)
     for parameter in student.model.parameters():
         parameter.data += 0.0 if not parameter.requires_grad else 1.0  # training goes on; the copy does not
-    save_merged(student, weights, tmp_path / "out", student.exported)
+    MergedWriter(student).write(weights, tmp_path / "out", student.exported)
     for name, parameter in student.model.named_parameters():
         parameter.data.copy_(before[name])
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -95,7 +95,7 @@ def test_what_is_published_is_what_the_student_computes(model_factory, tmp_path,
 
 def test_weights_trained_in_float32_travel_in_the_dtype_of_the_model(model_factory, tmp_path):
     student = load_student(ModelConfig(path=str(model_factory("qwen2")), dtype="bfloat16", lora=None), 0)
-    save_merged(student, merged_state(student, dtype=student.exported), tmp_path, student.exported)
+    MergedWriter(student).write(merged_state(student, dtype=student.exported), tmp_path, student.exported)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
