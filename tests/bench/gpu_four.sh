@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # What is still wanted of GPUs, on a machine with one to four cards, in process sessions of their own that go on between calls (gpu_open.sh has the same parts for one card and one call).
-#     bash tests/bench/gpu_four.sh begin REAL own       # after gpu_setup.sh finish and real: 400 off-policy steps, then 200 more of each kind, three seeds; about 1,200 s on four cards. ENGINE=vllm writes the samples by vLLM (p1, p2 and p5 too)
-#     bash tests/bench/gpu_four.sh begin REAL journey   # the losses of several teachers and the pipeline; plan beside peaks; the three ways of training; the curriculum on the real pair; about 750 s on four cards
-#     bash tests/bench/gpu_four.sh watch SECONDS        # until all is done or the time is up; what there is then lies in $OUT/four.tgz
-# Write the next call before this one ends: the machine goes back 30 s after it, with all that runs there. SmolLM2's parts, p3 and p4 are needed: six stashes, 130 s until `begin`.
+#     bash tests/bench/gpu_four.sh begin REAL PART ...   # after gpu_setup.sh finish and real; the parts run at the same time
+#     bash tests/bench/gpu_four.sh watch SECONDS         # until all is done or the time is up; what there is then lies in $OUT/four.tgz
+# Parts: `own`, 400 off-policy steps, then 200 more of each kind, three seeds (ENGINE=vllm writes the samples by vLLM: p1, p2 and p5 too; MORE_S and PER_GPU bound the latter half);
+# `memory`, plan beside peaks; `curriculum`, on the real pair; `timed`, the losses of several teachers, the pipeline and the three ways of training, which want a card to themselves.
+# They run from a copy of the tree, so that later calls may bring another one. Write the next call before this one ends: the machine goes back 30 s after it, with all that runs
+# there. SmolLM2's parts, p3 and p4 are needed: six stashes, 130 s until `begin`.
 set -euo pipefail
 work=/tmp/four
-usage="usage: gpu_four.sh begin REAL own|journey | watch SECONDS"
+usage="usage: gpu_four.sh begin REAL own|memory|curriculum|timed ... | watch SECONDS"
 case ${1:-} in
 begin)
-    real=${2:?$usage} part=${3:?$usage}
+    real=${2:?$usage}
+    shift 2
     # shellcheck disable=SC1091
     . /tmp/site.env
+    rm -rf /tmp/tree
+    cp -r . /tmp/tree
+    export PYTHONPATH=${PYTHONPATH//$PWD//tmp/tree}
+    cd /tmp/tree
     chain() { # NAME CARDS COMMAND ...: one after the other, each with the seconds that it may take in front, and all with one log
         local name=$1 cards=$2 script=""
         mkdir -p "$work/$name"
@@ -22,33 +29,29 @@ begin)
         OUT=$work/$name CUDA_VISIBLE_DEVICES=$cards setsid nohup bash -c "$script touch \$OUT/ended" >/dev/null 2>&1 </dev/null &
     }
     count=$(nvidia-smi -L | wc -l)
-    on() { echo $(($1 % count)); } # a card; of fewer than four some are shared, and times of what is on them together are not to be compared
-    case $part in
-    own)
-        engine=${ENGINE:+--engine $ENGINE}
-        chain own "$(seq -s, 0 $((count - 1)))" "280 real_on_policy warm --real $real --json --budget-s 270 --per-gpu $((count > 2 ? 1 : 2))" \
-            "1200 real_on_policy more --real $real --json --budget-s ${MORE_S:-1000} --per-gpu 3 $engine --arms \"on-policy, JSD\" \"on-policy, reverse KL\" \"off-policy, the recipe\""
-        ;;
-    journey)
-        pipeline=("120 cross_loss --device cuda --json" "600 rollouts pipeline --json --batch 16 --new-tokens 64 --limit 280 --engine hf --staleness 0 1 --steps 4")
-        memory=("300 plan_memory --device cuda --json --shape 0.5B --ways qlora full" "400 plan_memory --device cuda --json --shape 1.5B --ways qlora full")
-        qlora="700 qlora --device cuda --json --steps 40"
-        curriculum="700 real --real $real --work /tmp/lyceum-curriculum --json --per-gpu 3 --steps 400 --budget-s 690 --arms gkd \"gkd, curriculum\""
-        if [ "$count" -ge 4 ]; then
-            chain pipeline 0 "${pipeline[@]}"
-            chain memory 1 "${memory[@]}"
-            chain curriculum 2 "$curriculum"
-            chain qlora 3 "$qlora"
-        else # what is timed has a card to itself as long as there are two
-            chain pipeline 0 "${pipeline[@]}" "$qlora"
-            chain memory "$(on 1)" "${memory[@]}" "$curriculum"
-        fi
-        ;;
-    *)
-        echo "$usage" >&2
-        exit 2
-        ;;
-    esac
+    on() { echo $(($1 % count)); } # a card; of fewer than four some are shared
+    for part in "$@"; do
+        case $part in
+        own)
+            engine=${ENGINE:+--engine $ENGINE}
+            chain own "$(seq -s, 0 $((count - 1)))" "420 real_on_policy warm --real $real --json --budget-s 410 --per-gpu $((count > 2 ? 1 : 3))" \
+                "1300 real_on_policy more --real $real --json --budget-s ${MORE_S:-1000} --per-gpu ${PER_GPU:-3} $engine --arms \"on-policy, JSD\" \"on-policy, reverse KL\" \"off-policy, the recipe\""
+            ;;
+        memory)
+            chain memory "$(on 1)" "300 plan_memory --device cuda --json --shape 0.5B --ways qlora full" "400 plan_memory --device cuda --json --shape 1.5B --ways qlora full"
+            ;;
+        curriculum)
+            chain curriculum "$(on 2)" "900 real --real $real --work /tmp/lyceum-curriculum --json --per-gpu 3 --steps 400 --budget-s 890 --arms gkd \"gkd, curriculum\""
+            ;;
+        timed)
+            chain timed "$(on 3)" "120 cross_loss --device cuda --json" "900 rollouts pipeline --json --engine vllm --staleness 0 1 --steps 6 --limit 440" "700 qlora --device cuda --json --steps 40"
+            ;;
+        *)
+            echo "$usage" >&2
+            exit 2
+            ;;
+        esac
+    done
     ;;
 watch)
     : "${OUT:?is where the figures go}"

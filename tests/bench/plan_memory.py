@@ -5,7 +5,7 @@ teacher's head; the step is the trainer's own calls (`Learner`), compiled where 
 other, everything let go between them.
     python -m tests.bench.plan_memory --device cuda [--json] [--graphs]
     python -m tests.bench.plan_memory --device cpu --tiny          # a rehearsal: no peak on a CPU, the estimate's parts alone
-    python -m tests.bench.plan_memory --documented                 # the table of docs/train/plan.md: estimates made now beside earlier peaks; no GPU
+    python -m tests.bench.plan_memory --documented                 # the tables of docs/train/plan.md: estimates made now beside earlier peaks; no GPU
 
 Columns: estimated and measured GiB in use and held, and estimate / measured. The figures are written to $OUT after each case.
 Peaks are a process's own, so that two processes, one `--shape` each, may share a card.
@@ -86,6 +86,10 @@ DOCUMENTED: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("recorded passes: SFT, the teacher's head lying there", {"graphs": True, **_HEAD_ALONE}, "5.2", "7.3"),
     ("compiled, **no** checkpointing: SFT, the head lying there", {"checkpointing": False, **_HEAD_ALONE}, "13.0", ""),
 )  # fmt: skip
+PEAKS = [
+    Path(__file__).parent / "tables" / f"memory-and-cross-loss-{card}-2026-11-28.json" for card in ("h100", "h200")
+]
+NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full"}
 STEPS = 4  # the first makes the optimizer's state, the second may record
 
 
@@ -151,6 +155,19 @@ class Bench:
             shapes = shapes_of(self.model_config("1.5B"), self.config("lora", settings["checkpointing"]), bfloat16=True)
             found = estimate(shapes, Step(self.sequences, self.length, rows, **settings), on_gpu=True)
             told.append(f"| {name} | {_beside(found.in_use, used)} | {_beside(found.held, held)} |")
+        return told
+
+    def beside_peaks(self) -> list[str]:
+        """Estimates of now beside the peaks in `PEAKS`, as a table."""
+        told = [
+            "| 2 x 2,048 tokens | in use: estimate, measured, ratio | held: estimate, measured, ratio |",
+            "|---|---|---|",
+        ]
+        for case, (used, held) in peaks().items():
+            shape, way, kept = case
+            found = self.estimated(shape, self.config(way, kept))
+            name = f"{shape}, {NAMES[way]}, {'checkpointing' if kept else 'none'}"
+            told.append(f"| {name} | {_beside(found.in_use, f'{used:.2f}')} | {_beside(found.held, f'{held:.2f}')} |")
         return told
 
     def measured(self, shape: str, config: ModelConfig) -> tuple[int, int]:
@@ -256,6 +273,13 @@ class Bench:
         return replace(made, labels=LabelTensors.of(signals))
 
 
+def peaks() -> dict[tuple[str, str, bool], tuple[float, float]]:
+    """GiB in use and held that were measured, by shape, way of training and checkpointing."""
+    rows = [row for file in PEAKS for row in json.loads(file.read_text())["plan_memory"]]
+    found = {(row["shape"], row["way"], row["checkpointing"]): (row["used"], row["held"]) for row in rows}
+    return {case: found[case] for way in WAYS for case in cases(["0.5B", "1.5B"], [way])}
+
+
 def _beside(estimated: int, measured: str) -> str:
     """`estimate, measured, ratio` in GiB; of a range of peaks both ratios, the smaller first."""
     if not measured:
@@ -285,7 +309,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.documented:
-        print("\n".join(Bench("cpu", False, False).documented()))
+        print("\n".join(Bench("cpu", False, False).documented()), end="\n\n")
+        print("\n".join(Bench("cuda", False, False).beside_peaks()))
         return
     bench, rows = Bench(options.device, options.tiny, options.graphs), []
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (estimates alone)"

@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sync-steps", type=int, default=1, help="where the staleness allows it")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of a run")
     parser.add_argument("--teacher-delay", type=float, default=0.0, help="seconds")
-    parser.add_argument("--limit", type=float, default=280, help="seconds after which a run is given up")
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a run is given up")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--port", type=int)
     parser.add_argument("--out", type=Path)

@@ -37,7 +37,7 @@ from student_trainer.planning.estimate.shapes import Shapes
 
 CONTEXT_BYTES = 512 << 20  # of a CUDA context with its libraries, which torch does not count
 _LIBRARY_BYTES = 66 << 20  # of cuBLAS, for each stream that it has seen
-_SLACK = 0.2  # share of what comes and goes that torch's allocator holds beside it
+_SLACK = 0.2  # share of what comes and goes that torch's allocator holds beside it; as the rest of the slack fitted to peaks (docs/train/plan.md)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,10 @@ def estimate(shapes: Shapes, step: Step, *, on_gpu: bool) -> Estimate:
     slack = 0
     if on_gpu:
         coming = moments[moment] - gradients if moment != "update" else 0
+        # Blocks that are kept for the backward pass are alike, and take each other's places.
+        coming -= 0 if step.graphs or step.checkpointing else plain - checkpointed
         slack = _LIBRARY_BYTES + round(_SLACK * max(0, coming - (chunk if step.graphs else 0)))
+        slack += chunk if shapes.trains_head else 0  # the head's gradient does not fit where a chunk's logits lay
     tried = recorded * 2 + _LIBRARY_BYTES if step.graphs else 0
     parts = lasting | {
         "gradients": gradients,

@@ -19,6 +19,8 @@ from student_trainer.planning.estimate.shapes import load_shapes
 from student_trainer.training.objective import Objective
 from student_trainer.training.trainer import DistillationTrainer
 from student_trainer.training.windows import FixedOrder
+from tests.bench import plan_memory
+from tests.thorough import first
 
 B, L, V = 2, 32, 300
 
@@ -179,3 +181,13 @@ def test_an_architecture_that_cannot_be_traced_is_named(model_factory, monkeypat
     monkeypatch.setattr("student_trainer.planning.estimate.blocks.trace", broken)
     with pytest.raises(ModelError, match=r"Qwen2ForCausalLM cannot be estimated: RuntimeError: data-dependent shape"):
         shapes.activations(1, L)
+
+
+@pytest.mark.parametrize("case", first(plan_memory.peaks(), lambda case: case[0] == "0.5B" and not case[2]))
+def test_estimates_are_the_peaks_that_were_measured_on_a_gpu(case):
+    shape, way, checkpointing = case
+    used_gib, held_gib = plan_memory.peaks()[case]
+    bench = plan_memory.Bench("cuda", tiny=False, graphs=False)
+    found = bench.estimated(shape, bench.config(way, checkpointing))
+    assert found.in_use / 2**30 == pytest.approx(used_gib, rel=0.03)
+    assert found.held / 2**30 == pytest.approx(held_gib, rel=0.05)
