@@ -51,7 +51,7 @@ class Head:
         return self.weight_VD.shape[0]
 
     def logits(self, h_CD: Tensor) -> Tensor:
-        """Logits [C, V] at temperature 1 of states [C, D]; float64 if the states or the weight are, else float32."""
+        """Logits [C, V] at temperature 1 of states [C, D]; float64 if the states or the weight are, else float32. Not differentiable: see `pull_back_`."""
         z_CV = project(h_CD, self.weight_VD)
         if self.lora is not None:
             z_CV.add_(project(project(h_CD, self.lora.a_RD), self.lora.b_VR), alpha=self.lora.scaling)

@@ -33,7 +33,7 @@ def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def project(h_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """h W^T: [C, V]; on a GPU see `empty_rows`."""
+    """h W^T: [C, V]; on a GPU see `empty_rows`. Under `no_grad`, or of tensors that need no gradient: it is written into a matrix that is there."""
     with _no_autocast(h_CD):
         if _tensor_cores(h_CD, weight_VD):
             z_CV = empty_rows((len(h_CD), len(weight_VD)), torch.float32, h_CD.device)
@@ -53,7 +53,7 @@ def project(h_CD: Tensor, weight_VD: Tensor) -> Tensor:
 def project_back(g_CV: Tensor, weight_VD: Tensor) -> Tensor:
     """g W: [C, D]. `g_CV` is wide; it is rounded to bfloat16 only where the weight is and tensor cores multiply."""
     with _no_autocast(g_CV):
-        if g_CV.is_cuda and weight_VD.dtype == torch.bfloat16:
+        if _on_gpu(g_CV) and weight_VD.dtype == torch.bfloat16:
             g_CV = _narrow(g_CV)
             first, *rest = (
                 torch.mm(g_CV[:, part], weight_VD[part], out_dtype=torch.float32) for part in _aligned(weight_VD)
@@ -72,7 +72,7 @@ def project_back(g_CV: Tensor, weight_VD: Tensor) -> Tensor:
 def add_outer(sum_VD: Tensor, g_CV: Tensor, h_CD: Tensor) -> None:
     """sum += g^T h, in place; the sum is wide."""
     with _no_autocast(g_CV):
-        if not (g_CV.is_cuda and h_CD.dtype == torch.bfloat16):
+        if not (_on_gpu(g_CV) and h_CD.dtype == torch.bfloat16):
             sum_VD.addmm_(g_CV.to(sum_VD.dtype).T, h_CD.to(sum_VD.dtype))
             return
         g_CV = _narrow(g_CV)
@@ -91,8 +91,12 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def _tensor_cores(a: Tensor, b: Tensor) -> bool:
-    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+    return _on_gpu(a) and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
 
 
 def _aligned(weight_VD: Tensor) -> list[slice]:

@@ -8,6 +8,7 @@ Axes: B A, the factors of an adapter; V vocabulary rows.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,12 +51,14 @@ class Source:
     """Where a weight of the merged model comes from.
 
     Attributes:
+        shape: of the weight.
         changes: whether training changes it.
         place: equal of tied weights; None of a weight of its own.
         dtype: that it has by itself; None for that of `make`.
         make: gives it, on any device; it may be the student's own tensor.
     """
 
+    shape: torch.Size
     changes: bool
     place: tuple[int, torch.Size] | None
     dtype: torch.dtype | None
@@ -87,12 +90,14 @@ def sources(student: Student, trained: Mapping[str, Tensor] | None = None) -> di
         named = by_place.get(place)
         value = tensor if named is None else values[named]
         tied = place if tensor.numel() else None
-        found[_plain(name)] = Source(named in changing, tied, None, partial(_itself, value))
+        found[_plain(name)] = Source(value.shape, named in changing, tied, None, partial(_itself, value))
     for name, layer in in_4_bit.items():
-        found[_plain(f"{name}.weight")] = Source(False, None, None, partial(quantized.weight_of, layer))
+        found[_plain(f"{name}.weight")] = Source(_shape(layer), False, None, None, partial(quantized.weight_of, layer))
     for name, layer in _adapted(student.causal_lm).items():
-        dtype = quantized.weight_dtype(layer.base_layer)
-        found[_plain(f"{name}.weight")] = Source(True, None, dtype, partial(_merged, name, layer, values))
+        base = layer.base_layer
+        found[_plain(f"{name}.weight")] = Source(
+            _shape(base), True, None, quantized.weight_dtype(base), partial(_merged, name, layer, values)
+        )
     return found
 
 
@@ -134,10 +139,9 @@ class MergedWriter:
 
     def __init__(self, student: Student) -> None:
         self._student = student
+        config = copy.deepcopy(quantized.plain_config(student.causal_lm.config))  # saving writes into it
         with torch.device("meta"):
-            self._outline = AutoModelForCausalLM.from_config(
-                quantized.plain_config(student.causal_lm.config), trust_remote_code=False
-            )
+            self._outline = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
     def write(
         self, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, *, vocab_rows: int | None = None
@@ -217,6 +221,12 @@ def _plain(name: str) -> str:
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
+
+
+def _shape(layer: Any) -> torch.Size:
+    """Of a layer's weight, also where it is packed into 4 bit."""
+    is_packed = isinstance(layer, nn.Linear) and layer.weight.shape != (layer.out_features, layer.in_features)
+    return torch.Size((layer.out_features, layer.in_features)) if is_packed else torch.Size(layer.weight.shape)
 
 
 def _itself(value: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class MergedFile:
         changing = {name: source for name, source in sources(student).items() if source.changes}
         placed = {}
         for name, source in changing.items():
-            there, own = header.get(name), source.make().shape
+            there, own = header.get(name), source.shape
             if there is None or there["dtype"] not in _DTYPES:
                 continue
             dtype, shape, (start, stop) = _DTYPES[there["dtype"]], torch.Size(there["shape"]), there["data_offsets"]

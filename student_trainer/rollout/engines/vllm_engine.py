@@ -86,6 +86,7 @@ class VllmSampler:
         self._process: subprocess.Popen[str] | None = None
         self._log: TextIO | None = None
         self._file: MergedFile | None = None
+        self._takes_places = True  # as far as is known
         self._folder = _folder_for(student, self._dtype)
         self._removed = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
@@ -311,7 +312,9 @@ class VllmSampler:
             self._writer.write(state, fresh, self._dtype, vocab_rows=self._vocab_rows)
             for file in fresh.iterdir():
                 file.replace(self._folder / file.name)
-            self._file = MergedFile.of(self._student, self._folder / _WEIGHTS)
+            if self._takes_places:
+                self._file = MergedFile.of(self._student, self._folder / _WEIGHTS)
+                self._takes_places = self._file is not None
         except ModelError as error:
             raise RolloutError(f"on_policy.engine=vllm: {error}") from error
         except OSError as error:

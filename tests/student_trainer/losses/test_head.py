@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from student_trainer.losses import matmul
 from student_trainer.losses.head import Head, Lora
@@ -47,6 +48,35 @@ def test_half_weights_give_float32_results(
     total = torch.ones(151, 6)
     matmul.add_outer(total, g, h)
     torch.testing.assert_close(total, 1 + g.T @ h.float())
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 151])
+@pytest.mark.parametrize("tile_bytes", [1, 64 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_by_tensor_cores_are_whole(
+    monkeypatch: pytest.MonkeyPatch, vocab: int, tile_bytes: int, dtype: torch.dtype
+) -> None:
+    """The way of a GPU, whose product of half-precision operands with a float32 result is made by others here."""
+    real = torch.mm
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        wanted = out_dtype or a.dtype
+        made = real(a.to(wanted), b.to(wanted))
+        return made if out is None else out.copy_(made)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(matmul, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(matmul, "PADDED", ("cpu",))
+    monkeypatch.setattr(matmul, "TILE_BYTES", tile_bytes)
+    w = world(vocab=vocab)
+    h_CD, weight_VD = w.hidden_ND.bfloat16(), w.weight_VD.bfloat16()
+    torch.testing.assert_close(matmul.project(h_CD, weight_VD), h_CD.float() @ weight_VD.float().T)
+    g_CV = torch.randn(40, vocab, generator=torch.Generator().manual_seed(2)).to(dtype)
+    rounded_CV = g_CV.bfloat16().float()
+    torch.testing.assert_close(matmul.project_back(g_CV, weight_VD), rounded_CV @ weight_VD.float())
+    total_VD = torch.ones(vocab, 6)
+    matmul.add_outer(total_VD, g_CV, h_CD)
+    torch.testing.assert_close(total_VD, 1 + rounded_CV.T @ h_CD.float())
 
 
 def test_tiles_begin_at_aligned_rows() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,20 @@ TOP_K = {"transport": "top_k", "k": 12}
 @pytest.fixture
 def base(model_factory):
     return model_factory("llama", seed=5)  # not tied: its head can stay while adapters are trained
+
+
+@pytest.fixture(autouse=True)
+def default_dtype_of_the_process(monkeypatch):
+    """The publisher's thread leaves it alone: the steps that go on meanwhile would see it."""
+    there, setters = torch.set_default_dtype, []
+
+    def set_default_dtype(dtype):
+        setters.append(threading.current_thread().name)
+        there(dtype)
+
+    monkeypatch.setattr(torch, "set_default_dtype", set_default_dtype)
+    yield
+    assert "publisher" not in setters
 
 
 @pytest.fixture
@@ -173,8 +188,6 @@ def test_a_publication_that_is_still_under_way_is_said(base, rows_file, tmp_path
 
         def later():
             server.idle = False
-
-        import threading
 
         threading.Timer(3.0, later).start()
         _, said = run(config_of(tmp_path, base, rows_file, server, model={"lora": None}, labels=TOP_K))
