@@ -23,6 +23,7 @@ from student_trainer.traces.answers import normalize_answer, same_answer
 from student_trainer.traces.arithmetic import false_equation
 from student_trainer.traces.styles.bounds import Bounds
 from student_trainer.traces.styles.draft import Draft, Reading
+from student_trainer.traces.styles.free_text import stated_part
 from student_trainer.traces.styles.reading import read_draft
 
 # More steps than this share with nothing left of their evidence, and the whole trace is invented (docs/concepts/method.md 7.2).
@@ -70,7 +71,7 @@ def verify(
     Args:
         text: what the teacher wrote.
         prompt: the exact user content.
-        finished: whether the teacher came to an end by itself.
+        finished: whether the teacher came to an end by itself; free text that did not is read up to its last whole line, if that states the answer.
         gold: the known answer, if there is one; else `majority` decides.
         majority: normalised answer of most samples of this prompt; "" if they are at odds.
         caps: the longest accepted trace.
@@ -78,11 +79,15 @@ def verify(
         bounds: what the grammar held the teacher to, if it did: a text that fills its bound and ends amid a sentence was cut there.
     """
     caps = caps or Caps()
+    reading = reading or Reading()
     if not finished:
-        return Verdict(None, "unfinished", "the teacher ran out of tokens")
+        part = stated_part(text, reading) if reading.style == "free" else None
+        if part is None:
+            return Verdict(None, "unfinished", "the teacher ran out of tokens")
+        text = part
     draft = None
     try:
-        draft = read_draft(text, reading or Reading())
+        draft = read_draft(text, reading)
         trace = draft.trace
         _check_cuts(trace, bounds)
         _check_counts(trace, caps)

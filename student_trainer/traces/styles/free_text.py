@@ -85,6 +85,23 @@ def read_free(text: str, reading: Reading) -> Draft:
     return draft_of(steps, answers[-1].text, answers[-1].place)
 
 
+def stated_part(text: str, reading: Reading) -> str | None:
+    """Of a text that ran out of tokens the lines that are whole, if they are a draft whose answer is announced; None if not.
+
+    What follows an answer is no part of a trace, so that a teacher that goes on behind it has said all that is learned. A mere box does not announce
+    one: a later line might have held another.
+    """
+    part = text[: text.rfind("\n") + 1]
+    lines = list(_lines(part, 0, len(part)))
+    if reading.tags.close not in part and not any(_marker(line) for line in lines):
+        return None
+    try:
+        read_free(part, reading)
+    except TraceError:
+        return None
+    return part
+
+
 def _check_agreement(answers: list[_Stated]) -> None:
     if not answers:
         raise TraceError("no_answer", "no line says 'Answer: ...'")

@@ -16,6 +16,7 @@ from student_trainer.errors import ConfigError
 from student_trainer.traces.questions import Question
 from student_trainer.traces.styles.draft import Reading
 from student_trainer.traces.styles.fitting import caps_as_bounds, fit_bounds, too_long_answers
+from student_trainer.traces.styles.free_text import stated_part
 from student_trainer.traces.styles.json_text import grammar_schema, longest_document
 from student_trainer.traces.styles.reading import read_draft
 from student_trainer.traces.verify import verify
@@ -290,6 +291,43 @@ def test_free_text_is_steps_and_an_answer(text, steps, answer):
 def test_free_text_that_leaves_something_open_is_refused(text, reason):
     reading = Reading("free", control=("<|im_start|>", "<|im_end|>"))
     assert verify(text, PROMPT, gold="12", reading=reading).reason == reason
+
+
+STATED = "3 and 4 are 7.\n7 and 5 are 12.\nAnswer: 12\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (STATED + "Now let us look at it in another way: 3 and", "12"),
+        (STATED + "Answer: 12\nAnswer: 1", "12"),  # its last line is not whole
+        ("<think>3 and 4 are 7.</think>\n7\nAnd so", "7"),
+        ("3 and 4 are 7.\nAnswer:\n7\nThat is", "7"),
+        (STATED.rstrip("\n"), None),  # 12, or 120
+        ("3 and 4 are 7.\nAnswer:\n7", None),
+        (STATED + "Answer: 13\nSo", None),
+        ("3 and 4 are \\boxed{7}\nand 5 more", None),
+        ("<think>3 and 4 are 7.\nAnswer: 7\nBut", None),
+        ("3 and 4 are 7.\n" * 40, None),
+    ],
+)
+def test_free_text_without_an_end_is_read_as_far_as_it_states_its_answer(text, answer):
+    verdict = verify(text, "How much are 3, 4 and 5?", finished=False, gold=answer, reading=FREE)
+    if answer is None:
+        assert verdict.reason == "unfinished"
+        return
+    assert verdict.accepted and verdict.trace.answer.text == answer
+    assert all(step.text in text[: text.rindex("\n")] for step in verdict.trace.steps)
+
+
+@given(st.text(alphabet=st.sampled_from("a1 .\nAnswer: <think></think>"), max_size=120), st.integers(0, 120))
+@settings(max_examples=300, deadline=None)
+def test_a_part_that_is_taken_is_read_alike_whatever_follows(text, cut):
+    """What has been stated is what the whole text would have been read as, had it ended there."""
+    part = stated_part(text[:cut], FREE)
+    if part is not None:
+        assert text.startswith(part) and part.endswith("\n")
+        assert read_draft(part, FREE).trace.answer.text.strip()
 
 
 def test_quoted_words_of_free_text_are_evidence():
