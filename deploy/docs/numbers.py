@@ -157,6 +157,8 @@ def measured_table() -> str:
          f"best NLL {mean(both):.3f} nats/byte with GKD and hard labels, {mean(sft):.3f} with SFT: {difference(both, sft)}",
          "4 H100, 2026-11-27", "`python -m tests.bench.real`"],
         ["The same pair, what `loss.hidden` adds at 1,200 steps", f"{layers_gain()} nats/byte", "2 H200, 2026-11-27", "`python -m tests.bench.real_layers final`"],
+        ["The same pair, 200 on-policy steps (JSD) in place of 200 off-policy ones, both after 400: KL to the teacher on the student's own samples, 3 seeds",
+         own_samples_gain(), "1 H200, 2026-11-28", "`python -m tests.bench.real_on_policy`"],
         ["Labels of a 7B shape, random weights, over gRPC through Ray Serve: `hidden` / `top_k` 64",
          f"{labels:,.0f} / {_served(_WITH_RAY, 'top-64'):,.0f} tokens/s; vLLM's prefill without labels {prefill:,.0f}",
          "1 H100, 2026-11-27", "`python -m tests.bench.gpu_server --ray`"],
@@ -178,6 +180,17 @@ def layers_gain() -> str:
 
 
 HIDDEN_ARM = "cos 12"
+
+
+def own_samples_gain() -> str:
+    """KL(student, teacher) of both, and the difference by seed; what it costs on held-out rows."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for run in read("on-policy-h200-2026-11-28.json")["runs"]:
+        found.setdefault(run["arm"], {})[run["seed"]] = run["figures"]
+    of = lambda arm, key: [found[arm][seed][key] for seed in sorted(found[arm])]  # noqa: E731
+    own, data = "on-policy, JSD", "off-policy, the recipe"
+    kl, nll = ([of(arm, key) for arm in (own, data)] for key in ("kl_student_teacher", "nll_per_byte"))
+    return f"{mean(kl[0]):.3f} nats/token for {mean(kl[1]):.3f}: {difference(*kl)}; held-out NLL {difference(*nll)} nats/byte, without hard labels"
 
 
 def demo_gain() -> str:
