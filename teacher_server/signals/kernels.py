@@ -53,7 +53,8 @@ def top_k(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rest_C = torch.empty_like(lse_C)
     with torch.cuda.device_of(logits_CV):
         _select[(rows,)](
-            *(logits_CV, top_CB, sum_CB, chosen_CK, ids_CK, lse_C, rest_C, vocab, blocks, k, min(k, blocks)),
+            *(logits_CV, top_CB, sum_CB, chosen_CK, ids_CK, lse_C, rest_C),
+            *(logits_CV.stride(0), vocab, blocks, k, min(k, blocks)),
             BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), PLACES=triton.next_power_of_2(k), num_warps=4,
         )  # fmt: skip
     return ids_CK, lse_C, rest_C
@@ -62,24 +63,29 @@ def top_k(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def _partial(logits_CV: Tensor, block: int, tile_blocks: int) -> tuple[Tensor, Tensor]:
     """Largest logit of every block and the sum of exp(logit - largest), float32 [C, B] each."""
     rows, vocab = logits_CV.shape
-    assert logits_CV.is_contiguous(), "kernels index rows by V"
+    assert logits_CV.stride(1) == 1, "kernels go along rows"
     blocks = triton.cdiv(vocab, block)
     top_CB = torch.empty(rows, blocks, dtype=torch.float32, device=logits_CV.device)
     sum_CB = torch.empty_like(top_CB)
     with torch.cuda.device_of(logits_CV):
         grid = (rows, triton.cdiv(blocks, tile_blocks))
-        _block_figures[grid](logits_CV, top_CB, sum_CB, vocab, blocks, BLOCK=block, BLOCKS=tile_blocks, num_warps=4)
+        _block_figures[grid](
+            *(logits_CV, top_CB, sum_CB, logits_CV.stride(0), vocab, blocks),
+            BLOCK=block,
+            BLOCKS=tile_blocks,
+            num_warps=4,
+        )
     return top_CB, sum_CB
 
 
 if triton is not None:
 
     @triton.jit
-    def _block_figures(z_ptr, top_ptr, sum_ptr, vocab, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    def _block_figures(z_ptr, top_ptr, sum_ptr, step, vocab, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
         ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        z = tl.load(z_ptr + row * vocab + ids, mask=ids < vocab, other=-float("inf")).to(tl.float32)
+        z = tl.load(z_ptr + row * step + ids, mask=ids < vocab, other=-float("inf")).to(tl.float32)
         top = tl.max(z, axis=1)
         base = tl.where(top == -float("inf"), 0.0, top)
         total = tl.sum(tl.exp(z - base[:, None]), axis=1)
@@ -108,7 +114,7 @@ if triton is not None:
 
     @triton.jit
     def _select(
-        z_ptr, top_ptr, sum_ptr, chosen_ptr, ids_ptr, lse_ptr, rest_ptr, vocab, blocks, k, k_blocks,
+        z_ptr, top_ptr, sum_ptr, chosen_ptr, ids_ptr, lse_ptr, rest_ptr, step, vocab, blocks, k, k_blocks,
         BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PLACES: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -130,7 +136,7 @@ if triton is not None:
         owner = tl.load(chosen_ptr + row * k + seat // BLOCK, mask=seat < k_blocks * BLOCK, other=0)
         ids = owner * BLOCK + seat % BLOCK
         real = (seat < k_blocks * BLOCK) & (ids < vocab)
-        z = tl.load(z_ptr + row * vocab + ids, mask=real, other=-float("inf")).to(tl.float32)
+        z = tl.load(z_ptr + row * step + ids, mask=real, other=-float("inf")).to(tl.float32)
         key = tl.where(real, _key(_order(z, kept), seat), -0x80000000)  # seats rise with ids
         taken = key >= _kth_largest(key, k)
         place = tl.cumsum(taken.to(tl.int32)) - 1

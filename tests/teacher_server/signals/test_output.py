@@ -149,3 +149,17 @@ def test_an_answer_that_lacks_rows_is_our_own_fault():
     rows.add({"lse_N": torch.zeros(2)})
     with pytest.raises(AssertionError, match="lse_N"):
         rows.end()
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 200, 290, 300])
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_logits_of_some_ids_are_those_among_all(vocab, cap):
+    """More are multiplied, so that rows begin at aligned places; none of them is seen."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD, bias_V, state_CD = (torch.randn(*size, generator=generator) for size in ((300, 16), (300,), (7, 16)))
+    head = OutputHead(weight_VD, bias_V, 0.5, cap)
+    found = head.logits(state_CD, vocab)
+    expected = 0.5 * (state_CD @ weight_VD.T + bias_V)
+    expected = cap * torch.tanh(expected / cap) if cap else expected
+    assert found.shape == (7, vocab) and found.stride() == (min(300, -(-vocab // 64) * 64), 1)
+    torch.testing.assert_close(found, expected[:, :vocab])
