@@ -3,12 +3,13 @@
 #     bash tests/bench/gpu_four.sh begin REAL PART ...   # after gpu_setup.sh finish and real; the parts run at the same time
 #     bash tests/bench/gpu_four.sh watch SECONDS         # until all is done or the time is up; what there is then lies in $OUT/four.tgz
 # Parts: `own`, 400 off-policy steps, then 200 more of each kind, three seeds (ENGINE=vllm writes the samples by vLLM: p1, p2 and p5 too; MORE_S and PER_GPU bound the latter half);
-# `memory`, plan beside peaks; `curriculum`, on the real pair; `timed`, the losses of several teachers, the pipeline and the three ways of training, which want a card to themselves.
+# `memory`, plan beside peaks; `curriculum`, on the real pair; `timed`, the losses of several teachers (also with the partitions in .pack/parts) and the pipeline, and `ways`, the three ways of training: these want a card
+# to themselves.
 # They run from a copy of the tree, so that later calls may bring another one. Write the next call before this one ends: the machine goes back 30 s after it, with all that runs
 # there. SmolLM2's parts, p3 and p4 are needed: six stashes, 130 s until `begin`.
 set -euo pipefail
 work=/tmp/four
-usage="usage: gpu_four.sh begin REAL own|memory|curriculum|timed ... | watch SECONDS"
+usage="usage: gpu_four.sh begin REAL own|memory|curriculum|timed|ways ... | watch SECONDS"
 case ${1:-} in
 begin)
     real=${2:?$usage}
@@ -44,7 +45,14 @@ begin)
             chain curriculum "$(on 2)" "900 real --real $real --work /tmp/lyceum-curriculum --json --per-gpu 3 --steps 400 --budget-s 890 --arms gkd \"gkd, curriculum\""
             ;;
         timed)
-            chain timed "$(on 3)" "120 cross_loss --device cuda --json" "900 rollouts pipeline --json --engine vllm --staleness 0 1 --steps 6 --limit 440" "700 qlora --device cuda --json --steps 40"
+            cross=("120 cross_loss --device cuda --json")
+            for file in .pack/parts/*.safetensors; do # of tests.bench.coverage --partitions, carried with the call
+                [ -e "$file" ] && cross+=("60 cross_loss --device cuda --json --partition $file")
+            done
+            chain timed "$(on 3)" "${cross[@]}" "900 rollouts pipeline --json --engine vllm --staleness 0 1 --steps 6 --limit 440"
+            ;;
+        ways)
+            chain ways "$(on 3)" "700 qlora --device cuda --json --steps 40"
             ;;
         *)
             echo "$usage" >&2
