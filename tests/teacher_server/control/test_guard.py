@@ -34,8 +34,13 @@ sys.exit(guard.run([sys.executable, sys.argv[1], sys.argv[2]], float(sys.argv[3]
 """
 
 
+def from_a_terminal():
+    """Whoever runs the tests by `nohup` has SIGHUP ignored, and all that they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Guarded:
-    def __init__(self, folder, ends="True", code=0, stop_within_s=60.0, before=None):
+    def __init__(self, folder, ends="True", code=0, stop_within_s=60.0, before=from_a_terminal):
         self.folder = folder
         (folder / "server.py").write_text(textwrap.dedent(SERVER.format(ends=ends, code=code)))
         (folder / "guard.py").write_text(GUARD)
