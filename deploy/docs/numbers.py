@@ -158,7 +158,7 @@ def measured_table() -> str:
          "4 H100, 2026-11-27", "`python -m tests.bench.real`"],
         ["The same pair, what `loss.hidden` adds at 1,200 steps", f"{layers_gain()} nats/byte", "2 H200, 2026-11-27", "`python -m tests.bench.real_layers final`"],
         ["The same pair, 200 on-policy steps (JSD) in place of 200 off-policy ones, both after 400: KL to the teacher on the student's own samples, 3 seeds",
-         own_samples_gain(), "1 H200, 2026-11-28", "`python -m tests.bench.real_on_policy`"],
+         own_samples_gain(), "1 H200, 2026-11-28", "`python -m tests.bench.real_on_policy warm`, then `more --engine vllm`"],
         ["Labels of a 7B shape, random weights, over gRPC through Ray Serve: `hidden` / `top_k` 64",
          f"{labels:,.0f} / {_served(_WITH_RAY, 'top-64'):,.0f} tokens/s; vLLM's prefill without labels {prefill:,.0f}",
          "1 H100, 2026-11-27", "`python -m tests.bench.gpu_server --ray`"],

@@ -101,11 +101,8 @@ def sum_classes(z_RV: Tensor, row_P: Tensor | None, side: SortedIds, scale: floa
         if few:
             _sum_few[((few + BLOCK - 1) // BLOCK, several_rows)](
                 *(*read, side.few_A, class_PK, *steps, scale, rows, few),
-                **constants,
-                ROWS=ROWS,
-                BLOCK=BLOCK,
-                num_warps=8,
-            )
+                **constants, ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
+            )  # fmt: skip
         if several:
             _sum_several[((several + TILE - 1) // TILE, several_rows)](
                 *(*read, side.several_B, class_PK, *steps, scale, rows, several),

@@ -86,14 +86,15 @@ def read_free(text: str, reading: Reading) -> Draft:
 
 
 def stated_part(text: str, reading: Reading) -> str | None:
-    """Of a text that ran out of tokens the lines that are whole, if they are a draft whose answer is announced; None if not.
+    """Of a text that ran out of tokens the lines that are whole, if they are a draft whose answer a line announces; None if not.
 
-    What follows an answer is no part of a trace, so that a teacher that goes on behind it has said all that is learned. A mere box does not announce
-    one: a later line might have held another.
+    What follows an answer is no part of a trace, so that a teacher that goes on behind it has said all that is learned. Neither a box nor the first line behind
+    the reasoning announces one: a later line might have held another.
     """
     part = text[: text.rfind("\n") + 1]
-    lines = list(_lines(part, 0, len(part)))
-    if reading.tags.close not in part and not any(_marker(line) for line in lines):
+    closed = part.find(reading.tags.close)
+    lines = _lines(part, closed + len(reading.tags.close) if closed >= 0 else 0, len(part))
+    if not any(_marker(line) for line in lines):
         return None
     try:
         read_free(part, reading)

@@ -301,7 +301,9 @@ STATED = "3 and 4 are 7.\n7 and 5 are 12.\nAnswer: 12\n"
     [
         (STATED + "Now let us look at it in another way: 3 and", "12"),
         (STATED + "Answer: 12\nAnswer: 1", "12"),  # its last line is not whole
-        ("<think>3 and 4 are 7.</think>\n7\nAnd so", "7"),
+        ("<think>3 and 4 are 7.</think>\nAnswer: 7\nAnd so", "7"),
+        ("<think>3 and 4 are 7.</think>\n7\nAnd so", None),  # as well "Let me sum up:"
+        ("<think>Answer: 7?\nYes.</think>\nLet me sum up:\nthe ans", None),
         ("3 and 4 are 7.\nAnswer:\n7\nThat is", "7"),
         (STATED.rstrip("\n"), None),  # 12, or 120
         ("3 and 4 are 7.\nAnswer:\n7", None),
