@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -102,9 +101,9 @@ def _teacher(cache: Path, data: Path, tokenizer: Path, console: Console) -> Path
 @contextmanager
 def _serving(folder: Path, teacher: Path, console: Console) -> Iterator[str]:
     """The same command a user types, as a process of its own; the address it serves at, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from student_trainer.teachers.embedded import free_port
+
+    port = free_port()
     config = yaml.safe_load((EXAMPLES / "teacher-cpu.yaml").read_text())
     config["edge"] = {"port": port}
     config["teachers"][0]["backend"]["model"] = str(teacher)

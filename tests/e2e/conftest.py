@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,21 +15,13 @@ import psutil
 import pytest
 import yaml
 
+from student_trainer.teachers.embedded import free_port
+
+__all__ = ["free_port"]
+
 START_LIMIT_S = 180
 # For Ray Serve: a replica that cannot start is tried once and not three times. What our code does then is the same, and seconds earlier.
 TRIED_ONCE = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}
-
-
-def free_port() -> int:
-    """A port that nobody has, below those that the system gives to whoever asks for any (from 32,768) and above Ray's.
-
-    One of the system's own might be the far end of a connection of another test before a server that takes seconds to start has it.
-    """
-    for port in random.sample(range(20_000, 32_768), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("a hundred ports are all taken")
 
 
 class Server:

@@ -134,7 +134,9 @@ class TeacherClient:
                     theirs = await versions.of_older_server(
                         self._connection.channel, self._connection.metadata, timeout_s
                     )
-                    problem = versions.difference(PROTOCOL, theirs, self.address) if theirs else problem
+                    problem = (
+                        versions.difference(PROTOCOL, theirs, self.address) if theirs else versions.no_teacher(problem)
+                    )
                 if not isinstance(problem, status_table.RETRYABLE):
                     raise problem from None
                 await self._connection.next_edge()

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from teacher_wire import PROTOCOL
-from teacher_wire.core.errors import CapabilityError
+from teacher_wire.core.errors import CapabilityError, TeacherWireError
 from teacher_wire.transport import status_table
 from teacher_wire.transport.caller import Context
 from teacher_wire.v2 import teacher_pb2 as pb
@@ -57,6 +57,15 @@ def difference(student: int, server: int, address: str = "") -> CapabilityError:
         f"{address and f'{address}: '}the student speaks version {student} of the protocol, the server version {server}: upgrade the {older}",
         field="protocol", value=student if older == "student" else server, limit=max(student, server),
     )  # fmt: skip
+
+
+def no_teacher(refused: TeacherWireError) -> TeacherWireError:
+    """A refusal of our Describe by a server that speaks no version of the protocol; one that names its reason stays as it is."""
+    if refused.field != "address":
+        return refused
+    return CapabilityError(
+        f"{refused.message}: another program answers there, no teacher-server", field="address", value=refused.value
+    )
 
 
 async def of_older_server(channel: grpc.aio.Channel, metadata: Any, timeout_s: float) -> int | None:

@@ -18,6 +18,7 @@ from teacher_server.cli.main import app as teacher
 from teacher_wire.diagnosis import certificates, machine
 from teacher_wire.diagnosis.check import Check, surviving
 from tests.cases.certificates import Authority, openssl
+from tests.e2e.conftest import free_port
 from tests.student_trainer.conftest import run_config
 
 
@@ -205,25 +206,18 @@ def test_a_run_with_a_wrong_authority_is_told_so_once(run_file, authority, certi
 
 
 @pytest.fixture
-def server_file(tmp_path, model_factory, free_port):
+def server_file(tmp_path, model_factory):
     """Sections of `edge` -> a server's config file."""
 
     def write(model=None, **edge):
         path = tmp_path / "server.yaml"
         backend = {"kind": "transformers", "model": str(model or model_factory("qwen2"))}
         path.write_text(
-            yaml.safe_dump({"edge": {"port": free_port, **edge}, "teachers": [{"name": "t", "backend": backend}]})
+            yaml.safe_dump({"edge": {"port": free_port(), **edge}, "teachers": [{"name": "t", "backend": backend}]})
         )
         return path
 
     return write
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_server_is_looked_at_without_a_change(server_file, certificate, tmp_path):

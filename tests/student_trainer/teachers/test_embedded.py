@@ -30,13 +30,28 @@ def server(tmp_path, monkeypatch):
     return build
 
 
-LISTENS = """
-import socket, sys
+PORT = """
+import socket, sys, time
 port = int([word for word in sys.argv if word.startswith("edge.port=")][0].partition("=")[2])
-print("I listen", flush=True)
+ready = f"2026-11-28 14:00:00 INFO    teacher-server ready on 127.0.0.1:{port} (plain text, loopback only)"
+"""
+SERVES = (
+    PORT
+    + """
+print(ready, flush=True)
+sys.stdin.read()
+"""
+)
+LATE = (
+    PORT
+    + """
 with socket.create_server(("127.0.0.1", port)):
+    print("somebody else listens", flush=True)
+    time.sleep(1)
+    print(ready, flush=True)
     sys.stdin.read()
 """
+)
 
 
 def logs():
@@ -53,14 +68,14 @@ def test_a_server_that_does_not_come_up_leaves_its_log(server):
 
 
 def test_an_error_of_the_wire_names_the_log(server):
-    with pytest.raises(UnavailableError) as caught, embedded_teacher(server(LISTENS)):
+    with pytest.raises(UnavailableError) as caught, embedded_teacher(server(SERVES)):
         raise UnavailableError("gone")
     (log,) = logs()
-    assert caught.value.__notes__ == [f"the log of the embedded teacher is {log}"] and log.read_text() == "I listen\n"
+    assert caught.value.__notes__ == [f"the log of the embedded teacher is {log}"] and " ready on " in log.read_text()
 
 
 def test_the_newest_ten_logs_are_kept(server):
-    config = server(LISTENS)
+    config = server(SERVES)
     log_folder().mkdir()
     for number in range(15):
         (log_folder() / f"teacher-{number:02d}.log").write_text("")
@@ -71,7 +86,32 @@ def test_the_newest_ten_logs_are_kept(server):
 
 
 def test_a_log_that_cannot_be_written_is_one_line(server):
-    config = server(LISTENS)
+    config = server(SERVES)
     log_folder().write_text("a file")
     with pytest.raises(RunError, match="the log of the embedded teacher"), embedded_teacher(config):
         pass
+
+
+def test_an_open_port_is_not_yet_our_server(server):
+    with embedded_teacher(server(LATE)):
+        (log,) = logs()
+        assert [line.split()[-1] for line in log.read_text().splitlines()] == ["listens", "only)"]
+
+
+def test_a_port_of_another_server_is_one_line(server):
+    config = server(PORT + "print('edge.port: taken'); raise SystemExit(2)")
+    with pytest.raises(RunError, match=r"ended with code 2: edge\.port: taken"), embedded_teacher(config):
+        pass
+
+
+@pytest.mark.parametrize(("local", "below"), [("32768\t60999\n", 32_768), ("25000 60999", 25_000), ("none", 32_768)])
+def test_ports_are_none_that_the_system_hands_out(monkeypatch, tmp_path, local, below):
+    (tmp_path / "range").write_text(local)
+    monkeypatch.setattr(embedded, "_LOCAL_PORTS", tmp_path / "range")
+    assert all(20_000 <= embedded.free_port() < below for _ in range(50))
+
+
+def test_a_machine_that_hands_out_every_port_still_gives_one(monkeypatch, tmp_path):
+    (tmp_path / "range").write_text("1024 65000")
+    monkeypatch.setattr(embedded, "_LOCAL_PORTS", tmp_path / "range")
+    assert embedded.free_port() > 0
