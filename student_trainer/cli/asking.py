@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import shlex
-import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from student_trainer.errors import ConfigError
+from student_trainer.interruption import interrupted_in_order
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,9 +70,16 @@ def progress_console() -> Console:
 @contextlib.contextmanager
 def going_on(console: Console, command: str, config: Path, overrides: list[str] | None, more: str) -> Iterator[None]:
     """Ends in order when interrupted, and says by which command to go on."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word: end in order, as on Ctrl-C
+
+    def told() -> None:
+        console.print(
+            "interrupted: ends in order, a run after its step and with a checkpoint; once more ends at once",
+            markup=False,
+        )
+
     try:
-        yield
+        with interrupted_in_order(told):
+            yield
     except KeyboardInterrupt:
         again = shlex.join(["student-trainer", *command.split(), str(config), *(overrides or [])])
         console.print(f"interrupted; go on with: {again} {more}".rstrip(), markup=False)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import grpc
+
+from student_trainer.interruption import patiently
 
 Result = TypeVar("Result")
 
@@ -41,7 +43,13 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
     """Does `work` on the loop and waits for it; taken back if we are interrupted."""
     future = start(work)
     try:
+        wait_for(future)
         return future.result()
     except BaseException:
         future.cancel()
         raise
+
+
+def wait_for(future: Future[Any]) -> None:
+    """Waits until `future` is over, however it ends; an interruption ends the wait."""
+    patiently(lambda slice_s: wait([future], slice_s).done)

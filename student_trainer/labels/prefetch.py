@@ -18,6 +18,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from student_trainer.interruption import patiently
 from student_trainer.labels import event_loop
 from student_trainer.labels.depth import Depth
 from student_trainer.labels.rows_on_device import with_checked_rows
@@ -141,10 +142,11 @@ class AheadFeed(Generic[Asked]):
                     raise self._error
                 if self._closed:
                     raise CancelledRequestError("the feed was closed")
-                self._lock.wait()
+                patiently(self._lock.wait)
             promise = self._promises[number]
             self._taken.add(number)
         try:
+            event_loop.wait_for(promise)
             labels = promise.result()
         except (CancelledRequestError, CancelledError):
             raise (

@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from student_trainer.errors import RolloutError
+from student_trainer.interruption import patiently
 from student_trainer.rollout.plan import RolloutPlan
 from student_trainer.rollout.prompts import Prompts
 from student_trainer.rollout.sample import Rollout, RolloutFailure, Sampler
@@ -91,7 +93,7 @@ class RolloutWriter:
         if not self._plan.places(step):
             return []
         with self._changed:
-            self._changed.wait_for(lambda: step in self._written or self._error is not None or self._closed)
+            patiently(partial(self._changed.wait_for, lambda: step in self._written or self._error or self._closed))
             if step in self._written:
                 return self._written[step]
             raise self._error or CancelledRequestError("the source of rollouts was closed")

@@ -6,7 +6,6 @@ the folder, which one process has at a time, holds the resolved config, the log,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,11 +24,11 @@ from student_trainer.errors import RunError
 from student_trainer.evaluation.measuring import measuring
 from student_trainer.files import FolderLock, disk_trouble_named
 from student_trainer.findings import Findings
+from student_trainer.interruption import told_first
 from student_trainer.labels import event_loop
 from student_trainer.labels.late_requests import ProvidedRequests
 from student_trainer.labels.prefetch import AheadFeed
 from student_trainer.labels.source import LabelUsage
-from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.losses.term import FfnTap, LossTerm
 from student_trainer.losses.total import check_needs, signals_of, taps_of
 from student_trainer.model.forward import blocks_of
@@ -44,11 +43,12 @@ from student_trainer.teachers.meeting.described import meet
 from student_trainer.teachers.session import TeacherSession, open_sessions
 from student_trainer.teachers.trial import try_labels
 from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.checkpoints.broken_off import leave_in_order
 from student_trainer.training.checks import check_folder, check_requests, check_room, check_rows, check_settings
 from student_trainer.training.curriculum.ranking import IDENTITY as RANKING
 from student_trainer.training.curriculum.ranking import read_ranking, run_order, run_ranking
 from student_trainer.training.identity import learned_from
-from student_trainer.training.joined.teachers import JoinedTeachers, keep_last_step, shared_vocabulary, who_is_away
+from student_trainer.training.joined.teachers import JoinedTeachers, shared_vocabulary
 from student_trainer.training.layer_terms import told_weight
 from student_trainer.training.objective import Objective
 from student_trainer.training.offline.held import check_offline
@@ -75,8 +75,6 @@ from student_trainer.training.tracking.hub import push
 from student_trainer.training.tracking.trackers import Tracker, make_trackers
 from student_trainer.training.trainer import DistillationTrainer, training_arguments
 from student_trainer.training.windows import SOURCES
-
-log = logging.getLogger(__name__)
 
 
 def train(
@@ -272,7 +270,8 @@ def _run(
             of_features = [term for term in terms if term.name in features.pairs]
             layers = LayerReport(student, learned, of_features, held_out or data, folder)
             layers.begin(resumed=start is not None)
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        with told_first(trainer.stopping.asked):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
         trainer.save_final(folder / FINAL_NAME)  # before anything else can go wrong
         if publisher:
             publisher.close(wait=True)
@@ -286,11 +285,7 @@ def _run(
             joined.end()
     except BaseException as error:
         if trainer is not None:
-            _name_bad_labels(error, trainer, sessions)
-            if joined and (away := who_is_away(error)) is not None:
-                keep_last_step(away, trainer)
-                if away is not error:
-                    raise away from error
+            leave_in_order(error, trainer, sessions, joined, partial(_note, console))
         if is_out_of_memory(error):
             raise RunError(_told_of_memory(config, error, trainer)) from error
         raise
@@ -348,29 +343,6 @@ def _told_of_memory(config: TrainConfig, error: BaseException, trainer: Distilla
     step = trainer.state.global_step + 1 if trainer else 1
     shape = f" ({trainer.batch_shape})" if trainer and trainer.batch_shape else ""
     return f"out of memory in step {step}{shape}: {' '.join(str(error).split())[:200]}; {what_to_lower(config, 'training')}"
-
-
-def _name_bad_labels(error: BaseException, trainer: DistillationTrainer, sessions: list[TeacherSession]) -> None:
-    """Deletes labels that are not the teacher's. What else ended the run may have come before the verdict on them was read.
-
-    Raises:
-        TeacherHeadMismatch: there were such, and `error` is another.
-    """
-    trainer.close()  # nothing more is kept
-    mismatch = error if isinstance(error, TeacherHeadMismatch) else None
-    try:
-        trainer.settle()
-    except TeacherHeadMismatch as found:
-        mismatch = mismatch or found
-    except Exception:  # the device itself is gone
-        log.debug("no verdict", exc_info=True)
-    if mismatch is None:
-        return
-    for session in sessions:
-        if mismatch.teacher in ("", session.name) and (told := session.service.forget(session.info)):
-            mismatch.add_note(told)
-    if mismatch is not error:
-        raise mismatch from error
 
 
 def _fingerprint(session: TeacherSession) -> str:

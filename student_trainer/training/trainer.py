@@ -33,6 +33,7 @@ from student_trainer.model.load import Student
 from student_trainer.model.speed import cuda_graphs
 from student_trainer.model.speed.cuda_recorder import CudaRecorder
 from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrainer
+from student_trainer.training.checkpoints.stopping import Stopping
 from student_trainer.training.deferred_checks import DeferredChecks
 from student_trainer.training.joined.joiner import Joiner, request_of
 from student_trainer.training.learner import Learner
@@ -64,6 +65,7 @@ class DistillationTrainer(KeepingTrainer):
 
     Attributes:
         batch_shape: of the last micro-batch that was computed, in words; empty before the first.
+        stopping: told of an interruption, ends the run between two steps.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class DistillationTrainer(KeepingTrainer):
         self._on_trouble, self._told = on_trouble, set[str]()
         self.batch_shape = ""
         self._window: list[tuple[Tensor, tuple[str, ...]]] = []
+        self.stopping = Stopping(self.evaluate)
         self._learner = Learner(
             student,
             terms,
@@ -119,6 +122,7 @@ class DistillationTrainer(KeepingTrainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.add_callback(self.stopping)
         self.loss_is_scaled_for_ga = True  # our loss divides by the rows of the whole window
         self.can_return_loss = True
         if student.is_graphed:
@@ -139,7 +143,9 @@ class DistillationTrainer(KeepingTrainer):
         for _ in range(num_batches):
             next(epoch_iterator)  # transformers counts them
         step = self.state.global_step
-        window = self._windows.window(step)
+        self.stopping.step_begins()
+        with self.stopping.waiting():
+            window = self._windows.window(step)
         assert (window.step, len(window.batches)) == (step, num_batches), "the window is of another step, or cut short"
         numbers = [batch.number for batch in window.batches]
         shares_rows = self._config.train.packing
@@ -164,7 +170,8 @@ class DistillationTrainer(KeepingTrainer):
             self._feed = self._open_feed(number)
         stats = self._feed.stats
         before_s, alone_before_s = stats.wait_s, dict(stats.alone_s)
-        labels = self._feed.take(number)
+        with self.stopping.waiting():
+            labels = self._feed.take(number)
         self._meter.waited_s += stats.wait_s - before_s
         alone_s = self._meter.waited_alone_s
         for name, waited_s in stats.alone_s.items():

@@ -5,7 +5,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -67,23 +66,35 @@ def test_killed_at_a_random_step_and_resumed(teachers, model_factory, rows_file,
     assert losses(tmp_path / "broken" / "run") == losses(tmp_path / "straight" / "run")
 
 
-def test_ctrl_c_says_how_to_go_on(teachers, model_factory, rows_file, tmp_path):
-    config = write_config(
-        tmp_path, model_factory("qwen2"), rows_file, teachers.address, train={**STEPS, "max_steps": 5000}
+@pytest.mark.parametrize("number", [signal.SIGINT, thorough(signal.SIGTERM)])
+def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on_to_the_same_bits(
+    teachers, model_factory, rows_file, tmp_path, number
+):
+    """A run without `save_steps` would else lose everything; both ends write the same weights."""
+    steps = {**STEPS, "max_steps": 40, "save_steps": 0, "log_steps": 3, "eval_steps": 6}
+    straight, broken = (
+        write_config(tmp_path / name, model_factory("qwen2"), rows_file, teachers.address, train=steps)
+        for name in ("straight", "broken")
     )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "student_trainer.cli", "train", str(config), "train.keep_checkpoints=3"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "run" / "train_log.jsonl"
-    while process.poll() is None and not log.exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    assert run_cli("train", straight).returncode == 0
+    process = start_student("train", broken, "train.keep_checkpoints=3", stderr=subprocess.PIPE)
+    log = tmp_path / "broken" / "run" / "train_log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 4):
+        time.sleep(0.01)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "train.keep_checkpoints=3 --resume" in stderr and "Traceback" not in stderr
+    said = " ".join(stderr.split())
+    (kept,) = (path for path in (tmp_path / "broken" / "run").glob("checkpoint-*"))
+    assert f"{kept.name} is kept" in said and "train.keep_checkpoints=3 --resume" in said and "Traceback" not in said
+    resumed = run_cli("train", broken, "train.keep_checkpoints=3", "--resume")
+    assert resumed.returncode == 0 and f"resuming at step {kept.name.removeprefix('checkpoint-')}" in resumed.stderr
+    assert adapter_hash(tmp_path / "broken" / "run") == adapter_hash(tmp_path / "straight" / "run")
+    measured = [
+        [(entry["step"], entry["eval_nll_per_token"]) for entry in map(json.loads, lines) if "eval_nll_per_token" in entry]
+        for lines in ((tmp_path / name / "run" / "train_log.jsonl").read_text().splitlines() for name in ("straight", "broken"))
+    ]  # fmt: skip
+    assert measured[0] == measured[1]
 
 
 def spoil_rows(tmp_path, text):

@@ -12,8 +12,8 @@ from student_trainer.errors import NonFiniteError, RunError
 from student_trainer.labels.source import LabelRequest
 from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMismatch
 from student_trainer.training.checkpoints import checkpoint
+from student_trainer.training.checkpoints.broken_off import _name_bad_labels
 from student_trainer.training.deferred_checks import ON_THEIR_WAY, DeferredChecks
-from student_trainer.training.run import _name_bad_labels
 from teacher_wire.core.batch import TokenBatch
 
 

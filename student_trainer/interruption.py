@@ -1,0 +1,88 @@
+"""Ctrl-C and a scheduler's SIGTERM, for commands that end in order.
+
+In: a signal; out: KeyboardInterrupt where nothing is torn: later, by whoever took the word, or between two slices of a wait. Raised amid
+a wait it could leave a lock taken that other threads need. Only commands install it: in other people's programs signals are theirs.
+Loads nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+_SLICE_S = 0.2
+
+
+class _Interruption:
+    """What the main thread is doing as a signal comes."""
+
+    def __init__(self) -> None:
+        self.holders: list[Callable[[], bool]] = []
+        self.waits = 0
+        self.word = False  # for who waits
+
+    def came(self) -> bool:
+        """Whether somebody ends the command in order, soon."""
+        taken = [holder() for holder in self.holders]
+        if any(taken):
+            return True
+        self.word = bool(self.waits)
+        return self.word
+
+    def end_wait(self) -> None:
+        self.waits -= 1
+        if self.word and not self.waits:
+            self.word = False
+            raise KeyboardInterrupt
+
+
+_now = _Interruption()
+
+
+@contextlib.contextmanager
+def told_first(holder: Callable[[], bool]) -> Iterator[None]:
+    """While the block runs, `holder` is told of every interruption, and answers whether it ends the block by itself soon."""
+    _now.holders.append(holder)
+    try:
+        yield
+    finally:
+        _now.holders.remove(holder)
+
+
+def patiently(is_over: Callable[[float], object]) -> None:
+    """Waits until `is_over`, which gets the seconds that it may wait itself, says so; an interruption ends the wait of the main thread.
+
+    Raises:
+        KeyboardInterrupt: between two calls of `is_over`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        while not is_over(_SLICE_S):
+            pass
+        return
+    _now.waits += 1
+    try:
+        while not is_over(_SLICE_S) and not _now.word:
+            pass
+    finally:
+        _now.end_wait()
+
+
+@contextlib.contextmanager
+def interrupted_in_order(tell: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt in the block, at once or where it is safe soon; `tell` then says so, in a thread of its own."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if not _now.came():
+            raise KeyboardInterrupt
+        # The main thread may hold the lock of the very stream that is written to, amid a write.
+        threading.Thread(target=tell, daemon=True).start()
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
