@@ -56,9 +56,9 @@ def gkd_loss(
     *,
     head: Any = None,
     divergence: str = "forward_kl",
-    beta: float = 0.5,
+    beta: float | None = None,
     alpha: float | None = None,
-    normalization: str = "paper",
+    normalization: str | None = None,
     temperature: float = 1.0,
     tau_squared: bool = False,
     tempered_head: bool = False,
@@ -74,7 +74,8 @@ def gkd_loss(
             Row t is about token t+1, as models give it: do not shift.
         labels: from `Teacher.labels`.
         head: the student's output head: the model itself (scale, softcap and adapters of its head are found), or an `nn.Linear`.
-        divergence, beta, alpha, normalization, temperature, tempered_head: as of `loss.output` of a run (docs/train/objectives.md).
+        divergence, beta, alpha, normalization, temperature, tempered_head: as of `loss.output` of a run (docs/train/objectives.md);
+            what belongs to another divergence is refused.
         tau_squared: multiply the divergence by temperature squared.
         kd_weight, sft_weight: of the divergence, and of the cross-entropy with the batch's own tokens (the labelled ones).
         normalizer: what the sums are divided by; None for N. Under gradient accumulation pass the labelled rows of the whole window,

@@ -41,6 +41,15 @@ class ScheduleConfig(Settings):
         return self
 
 
+# What of `loss.output` only some divergences have.
+_PARAMETERS = {
+    "beta": ("jsd",),
+    "alpha": ("skew_kl", "skew_rkl", "adaptive_kl"),
+    "normalization": ("jsd",),
+    "clip": ("pg_rkl",),
+}
+
+
 class OutputLossConfig(Settings):
     """Divergence of the output distributions (docs/concepts/method.md 1), or reverse KL on the student's own samples as a policy gradient (10).
 
@@ -48,10 +57,10 @@ class OutputLossConfig(Settings):
         weight: weight of this term.
         divergence: divergence of the teacher's and the student's distribution. `pg_rkl` is the policy gradient for the section `on_policy`;
             it needs of the teacher no more than the log-probability of each token (`labels.transport: given`).
-        beta: coefficient of `jsd`; 0 is exactly forward KL, 1 exactly reverse KL.
-        alpha: skew of `skew_kl` and `skew_rkl` (0.1 if null), or the head's share of `adaptive_kl` (0.5 if null).
-        normalization: `paper` is the definition of the GKD paper; `unit` divides it by beta (1 - beta), so that losses are comparable
-            across beta.
+        beta: coefficient of `jsd` (0.5 if null); 0 is exactly forward KL, 1 exactly reverse KL.
+        alpha: skew of `skew_kl` and `skew_rkl` (0.1 if null), or the mass of the teacher's tail in `adaptive_kl` (0.5 if null).
+        normalization: of `jsd`; `paper` (if null) is the definition of the GKD paper; `unit` divides it by beta (1 - beta), so that
+            losses are comparable across beta.
         temperature: temperature of the loss, a constant or a schedule. It is not the temperature of sampling.
         tau_squared: whether the loss is multiplied by the temperature squared; null does so under a schedule.
         clip: clip of `pg_rkl`, 0.2 if null: a token stops teaching once its probability has changed by more than this share since it was
@@ -63,18 +72,21 @@ class OutputLossConfig(Settings):
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "adaptive_kl", "pg_rkl"] = (
         "forward_kl"
     )
-    beta: Fraction = 0.5
+    beta: Fraction | None = None
     alpha: Fraction | None = None
-    normalization: Literal["paper", "unit"] = "paper"
+    normalization: Literal["paper", "unit"] | None = None
     temperature: Annotated[float, Field(gt=0)] | ScheduleConfig = 1.0
     tau_squared: bool | None = None
     clip: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     tempered_head: bool = False
 
     @model_validator(mode="after")
-    def _clipped(self) -> OutputLossConfig:
-        if self.clip is not None and self.divergence != "pg_rkl":
-            raise ValueError(f"clip belongs to divergence pg_rkl, not {self.divergence}")
+    def _of_this_divergence(self) -> OutputLossConfig:
+        for name, of in _PARAMETERS.items():
+            if getattr(self, name) is not None and self.divergence not in of:
+                raise ValueError(
+                    f"{name} belongs to divergence {' or '.join(of)}, not {self.divergence}: leave it out, or null"
+                )
         return self
 
 

@@ -149,7 +149,8 @@ def divergence_of(output: OutputLossConfig) -> Divergence:
     """The divergence that a config names, with the default of its parameters; of `pg_rkl` the one that it estimates."""
     alpha = output.alpha if output.alpha is not None else (0.5 if output.divergence == "adaptive_kl" else 0.1)
     kind = "reverse_kl" if output.divergence == "pg_rkl" else output.divergence
-    return Divergence(kind, output.beta, alpha, output.normalization)
+    beta = 0.5 if output.beta is None else output.beta
+    return Divergence(kind, beta, alpha, output.normalization or "paper")
 
 
 def policy_gradient_of(output: OutputLossConfig) -> PolicyGradient | None:

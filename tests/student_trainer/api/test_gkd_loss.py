@@ -102,13 +102,20 @@ def test_loss_and_gradient_are_the_definition(fake, teacher_of, kind, beta, tau,
     logits = torch.randn(3, 6, V + 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     expected = definition(fake, logits, kind, beta, tau, 8 if transport == "top_k" else None)
     (expected_grad,) = torch.autograd.grad(expected, logits)
-    found = gkd_loss(logits, teacher.labels(IDS, MASK), divergence=kind, beta=beta, temperature=tau)
+    own = {"beta": beta} if kind == "jsd" else {}
+    found = gkd_loss(logits, teacher.labels(IDS, MASK), divergence=kind, temperature=tau, **own)
     assert found.rows == 5
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     (grad,) = torch.autograd.grad(found.loss, logits)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-7)
     assert not grad[..., V:].any()  # ids that the teacher does not have
     assert not grad[2].any()  # a sequence without a supervised token
+
+
+@pytest.mark.parametrize("own", [{"beta": 0.9}, {"alpha": 0.1}, {"normalization": "unit"}], ids=str)
+def test_what_belongs_to_another_divergence_is_refused(teacher_of, own):
+    with pytest.raises(ConfigError, match=f"{next(iter(own))} belongs to divergence .*, not forward_kl"):
+        gkd_loss(torch.zeros(3, 6, V), teacher_of().labels(IDS, MASK), **own)
 
 
 def test_states_and_head_give_what_logits_give(teacher_of):

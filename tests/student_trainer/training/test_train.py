@@ -53,7 +53,7 @@ def test_a_run_learns_and_leaves_a_model(config_of, labels, lora):
     config = config_of(
         model=model,
         labels={"transport": transport, "k": 20},
-        loss={"output": {"divergence": divergence, "beta": 0.5}, "sft_weight": 0.1},
+        loss={"output": {"divergence": divergence}, "sft_weight": 0.1},
         train={"max_steps": 12, "eval_steps": 6, "learning_rate": 5e-3},
     )
     result = train(config, console=QUIET)
