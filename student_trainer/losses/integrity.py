@@ -60,8 +60,8 @@ class Tolerance:
     """Nats by which served and recomputed figures may differ (docs/concepts/method.md 3.6).
 
     |d lse| <= lse_abs + lse_rel |lse| and |d logp| <= logp_abs + logp_rel |lse|. The defaults, `BFLOAT16`, allow for a
-    teacher whose logits are rounded to bfloat16, by up to 2^-8 of themselves: one such error in lse, two in logp. That
-    is wider than docs/concepts/method.md says, which would refuse true rows; a shifted row is off by nats.
+    teacher whose logits are rounded to bfloat16, by up to 2^-8 of themselves: one such error in lse, two in logp. Less
+    would refuse true rows (CONTRIBUTING.md); a shifted row is off by nats.
     """
 
     lse_abs: float = 0.02

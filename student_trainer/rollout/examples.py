@@ -29,20 +29,22 @@ class RolloutExample(Example):
 
 
 def example_of(rollout: Rollout, row: Example | None = None) -> RolloutExample:
-    """The prompt and its completion, every token of which is a target; one that was cut off has weight 0 on its last token.
+    """The prompt and its completion, every token of which is a target and weighs as the row's own answer does; the last one of a completion
+    that was cut off weighs nothing.
 
     Args:
         rollout: the completion.
-        row: whose prompt it is, for what the teacher reads in its place (`teacher.context`).
+        row: whose prompt it is, for the weight of its last answer and for what the teacher reads in its place (`teacher.context`).
     """
     prompt, tokens = rollout.prompt, rollout.token_ids.size
     token_ids = np.concatenate([prompt.token_ids, rollout.token_ids]).astype(np.int32)
     loss_mask = np.zeros(token_ids.size, np.bool_)
     loss_mask[-tokens:] = True
+    own = row.weights[prompt.token_ids.size] if row is not None and row.weights is not None else np.float32(1)
     weights = None
-    if not rollout.finished:
-        weights = np.ones(token_ids.size, np.float32)
-        weights[-1] = 0.0
+    if own != 1 or not rollout.finished:
+        weights = np.full(token_ids.size, own, np.float32)
+        weights[-1] *= rollout.finished
     key = f"{prompt.key}[rollout {prompt.step}.{prompt.slot}]"
     seen = row.teacher.answered(rollout.token_ids) if row is not None and row.teacher is not None else None
     tags = row.tags if row is not None else ()

@@ -12,9 +12,9 @@ import numpy as np
 
 from student_trainer.data.cross_tokenizer.alignment import Alignment
 from student_trainer.data.cross_tokenizer.classes import Partition
+from student_trainer.losses.cross_tokenizer.bridge import GIANT
 from teacher_wire.vocabulary.byte_table import TEXT, ByteTable
 
-GIANT = 64  # ids of a class above which it says little about any of them (docs/concepts/method.md 8.4)
 _LARGEST_KIND = 4  # tokens of a group on one side, up to which kinds are told apart
 
 

@@ -124,7 +124,8 @@ def class_bucket_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """`truncated.bucket_and_grad` over classes.
 
-    What of a class the teacher has not kept is in its tail, and so the loss is a lower bound as with every bucket.
+    What of a class the teacher has not kept is in its tail, while the student's class is whole: the two are not the same event, so this is
+    no lower bound, and not 0 at the teacher. A class is pulled down by the tail's mass at most; one of one id not at all.
 
     Args:
         kept: the teacher's classes; with the tail their probabilities sum to 1.

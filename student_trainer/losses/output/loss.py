@@ -46,7 +46,7 @@ class LossParts:
         acc1_hits, acc3_hits: rows whose label is the student's first, or among its first three.
         rows: how many there are.
         weights: sum of their weights.
-        kd_weights, ce_weights: of those that are in kd_sum, and of those in ce_sum.
+        kd_weights, ce_weights: of the rows that kd_sum is a mean over (of several teachers' all rows), and of those in ce_sum.
         clipped: of those that a policy gradient has clipped.
     """
 

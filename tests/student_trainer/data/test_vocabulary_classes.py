@@ -41,6 +41,13 @@ def partition_of(student, teacher) -> Partition:
     return vocabulary_classes(table_of(student), table_of(teacher), greedy(student), greedy(teacher))
 
 
+def test_a_text_that_is_no_utf8_goes_with_the_longest_token_that_begins_it():
+    """No tokenizer can be asked about half a character: of the tokens that begin it the longest says the most."""
+    student, teacher = [b"a", b"\xe4", b"\xe4\xb8", b"\xb8"], [b"a", b"\xe4\xb8\xe4", b"\xb8", b"\xe4", b"\xe4\xb8"]
+    found = partition_of(student, teacher)
+    assert found.teacher_Vt[1] == found.student_Vs[2] != found.student_Vs[1] == found.teacher_Vt[3]
+
+
 def naive(student, teacher):
     """Sets of ("s" | "t", id) that belong together by bytes or by first tokens, as a union-find finds them; ids without a partner alone."""
     parent = {(side, i): (side, i) for side, tokens in (("s", student), ("t", teacher)) for i in range(len(tokens))}

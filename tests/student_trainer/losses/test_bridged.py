@@ -319,6 +319,15 @@ def test_a_student_that_is_sure_of_a_group_has_a_finite_loss() -> None:
     assert slope[1].abs() < 0.011 and loss[1] < 1e-6  # both are sure
 
 
+def test_how_sure_a_student_may_be_of_a_group_grows_with_its_tokens() -> None:
+    """A float32 tells a token's probability from 1 by eps: of three tokens it cannot be surer than of 1 - 3 eps."""
+    eps, log_p, sure = 1e-3, torch.full((3,), -0.1).double(), torch.zeros(3).double()
+    loss, slope = binarised(sure, log_p, torch.tensor([1, 2, 3]), 1.0, eps)
+    at = binarised(-eps * torch.tensor([1, 2, 3]).double(), log_p, torch.ones(3), 1.0, 1e-16)
+    torch.testing.assert_close((loss, slope), at)
+    assert (loss.diff() < 0).all()
+
+
 def test_the_slope_of_a_group_is_autograds_and_is_0_where_both_agree() -> None:
     log_q = -torch.logspace(-3, 2, 30, dtype=torch.float64).requires_grad_()
     log_p = -torch.logspace(-3, 2, 30, dtype=torch.float64).flip(0)
@@ -440,6 +449,21 @@ def test_confidence_with_another_tokenizer_is_of_whole_sequences() -> None:
         joined_loss(hidden, Head(W.weight_VD), labels, replace(joining, combine="prob_mix"), W.labels_N, ONES, 7.0, s)
 
 
+def test_a_teacher_that_says_nothing_of_a_sequence_takes_no_share_of_it() -> None:
+    """Its rows all lie in the second sequence: the first is the other teacher's, as if it were alone."""
+    other, classes = other_world(), some_classes()
+    sequence_N = (np.arange(N) >= 20).astype(np.int64)
+    later = Groups(ONE_BY_ONE.student_G2[20:], ONE_BY_ONE.teacher_G2[20:])
+    hidden = W.hidden_ND.clone().requires_grad_()
+    mine = TeacherShare(TeacherLabels(W.full_rows(), {}), torch.ones(N))
+    labels = JoinedLabels({"a": mine, "b": bridged(other, other.full_rows(), classes, later)})
+    joining = Joining(("a", "b"), frozenset({"b"}), "confidence")
+    loss = joined_loss(hidden, Head(W.weight_VD), labels, joining, W.labels_N, ONES, 1.0, spec(), sequence_N=sequence_N)
+    alone = oracle.divergence(W.teacher_logits_NV.softmax(-1), (hidden @ W.weight_VD.T).softmax(-1), "forward_kl")
+    grads = [torch.autograd.grad(total, hidden)[0][:20] for total in (loss.total, 2 * alone[:20].sum())]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("chunk_rows", [7, 256])
 def test_held_out_figures_are_over_classes_of_the_rows_that_both_have(form: str, chunk_rows: int) -> None:
@@ -477,6 +501,50 @@ def test_held_out_figures_of_equal_vocabularies_are_the_plain_ones() -> None:
         measure_bridged(W.hidden_ND, Head(W.weight_VD), other_world().full_rows(), bridge)
     with pytest.raises(DataError, match="given labels"):
         measure_bridged(W.hidden_ND, Head(W.weight_VD), GivenRows(*W.served()), bridge)
+
+
+@pytest.mark.parametrize(("ids", "is_giant"), [(64, False), (65, True)])
+def test_a_giant_class_has_more_than_64_ids_of_both_sides(ids: int, is_giant: bool) -> None:
+    """The coverage that is printed before a run counts by the same number."""
+    student_Vs = torch.cat([torch.zeros(20), torch.ones(1)]).long()
+    teacher_Vt = torch.cat([torch.zeros(ids - 20), torch.ones(1)]).long()
+    classes = VocabularyClasses(student_Vs, teacher_Vt, 2)
+    assert (classes.giants is not None) == is_giant
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [3, 7, 15])
+def test_a_truncated_teacher_moves_less_than_its_tail_from_the_classes(kind: str, k: int) -> None:
+    """What of a class it has not kept is counted in its tail, while the student's class is whole: of a student that agrees with it in all
+    classes it asks for a change, in none by more than the tail. With one id to a class there is none.
+    """
+    other, classes = other_world(), some_classes()
+    p = masses(other.teacher_logits_NV.softmax(-1), classes.teacher_Vt, 12)
+    kept = other.topk_rows(k)
+    kept_p = torch.zeros(40, 31, dtype=torch.float64).scatter(-1, kept.topk_ids_NK, kept.bucket(torch.float64)[0].exp())
+    lost = p - masses(kept_p, classes.teacher_Vt, 12)
+    tail = kept.bucket(torch.float64)[1].exp()
+    assert (lost >= -1e-12).all() and (lost.sum(-1) <= tail + 1e-12).all() and lost.max() > 1e-3
+    alone = VocabularyClasses(torch.arange(31), torch.arange(31), 31)
+    for found, floor in ((alone, 0.0), (classes, 1e-6)):
+        members = torch.zeros(found.classes, 31, dtype=torch.float64)
+        members[found.teacher_Vt, torch.arange(31)] = 1.0
+        q = other.teacher_logits_NV.softmax(-1) @ members.T  # by class, which is what a student over as many ids has
+        student = VocabularyClasses(torch.arange(found.classes), found.teacher_Vt, found.classes)
+        hidden = q.log().requires_grad_()
+        head = Head(torch.eye(found.classes, dtype=torch.float64))
+        share = bridged(other, kept, student, ONE_BY_ONE)
+        labels = student.student_Vs[found.teacher_Vt[other.labels_N]]
+        loss = joined_loss(
+            hidden, head, JoinedLabels({"b": share}), Joining(("b",), frozenset({"b"})), labels, ONES, 40.0, spec(kind)
+        )
+        grad = torch.autograd.grad(loss.total, hidden)[0] * 40
+        assert (loss.total < 1e-9) == (floor == 0.0)
+        assert (grad.abs().max() < 1e-9) == (floor == 0.0)
+        if (
+            kind == "forward_kl"
+        ):  # its gradient is q - p over what is kept: no class is pulled further than the tail is heavy
+            assert (grad.abs().amax(-1) <= tail + 1e-9).all()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,7 +1,7 @@
 """One chunk of rows with the parts of several teachers: figures per row, and the gradient on the student's logits.
 
 In: logits [C, V], what each teacher says of some of the rows, labels and weights. Out: as `chunks.py`, by teacher.
-Must never touch a head or a parameter: `joined.py` runs over chunks and pulls the gradients back.
+Must never touch a head or a parameter: `loss.py` runs over chunks and pulls the gradients back.
 
 Axes: C rows of a chunk, P of them that a teacher has a distribution of, V ids of the student.
 Source: docs/concepts/method.md 3.2, 9.

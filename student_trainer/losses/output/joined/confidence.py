@@ -64,7 +64,7 @@ def _by_row(part: TeacherPart, chunk_rows: int, count: int, dtype: torch.dtype) 
 
 
 def _of_sequences(part: TeacherPart, sequence_M: np.ndarray | None, chunk_rows: int, dtype: torch.dtype) -> Tensor:
-    """float64 [M], the mean over the used rows of the row's sequence; 0 of a sequence without."""
+    """float64 [M], the mean over the used rows of the row's sequence; infinite where it has none, and teaches nothing."""
     assert sequence_M is not None, "rows of a run with several teachers know their places"
     used, sequence_R = part.row, sequence_M[part.place.host_P]
     entropy_R = _of_rows(part, used, chunk_rows, dtype)
@@ -77,6 +77,7 @@ def _of_sequences(part: TeacherPart, sequence_M: np.ndarray | None, chunk_rows: 
     is_of_BR = np.arange(sequences)[:, None] == sequence_R[None]
     share_BR = is_of_BR / np.maximum(is_of_BR.sum(1, keepdims=True), 1)
     mean_B = on_device(torch.from_numpy(share_BR), device) @ entropy_R
+    mean_B[on_device(torch.from_numpy(~is_of_BR.any(1)), device)] = torch.inf
     return mean_B[on_device(torch.from_numpy(sequence_M), device)]
 
 
