@@ -190,7 +190,7 @@ def own_samples_gain() -> str:
     of = lambda arm, key: [found[arm][seed][key] for seed in sorted(found[arm])]  # noqa: E731
     own, data = "on-policy, JSD", "off-policy, the recipe"
     kl, nll = ([of(arm, key) for arm in (own, data)] for key in ("kl_student_teacher", "nll_per_byte"))
-    return f"{mean(kl[0]):.3f} nats/token for {mean(kl[1]):.3f}: {difference(*kl)}; held-out NLL {difference(*nll)} nats/byte, without hard labels"
+    return f"{mean(kl[0]):.3f} nats/token, against {mean(kl[1]):.3f}: {difference(*kl)}; held-out NLL {difference(*nll)} nats/byte, without hard labels"
 
 
 def demo_gain() -> str:
@@ -236,7 +236,7 @@ def teachers_table() -> str:
         "teacher",
         "weights, bfloat16",
         "card of the teacher",
-        "its head, at the student with `hidden`",
+        "its output head, held by the student (`hidden`)",
         "labels per million answer tokens: `hidden`",
         "int8",
         "`top_k` 128",

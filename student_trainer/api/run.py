@@ -37,7 +37,7 @@ def train(
         Folder, steps, held-out figures and log entries of the run.
 
     Raises:
-        ConfigError: a config or an override that cannot be, by the name of the key.
+        ConfigError: an invalid config or override, named by its key.
         StudentError, TeacherWireError: whatever else a user can mend; nothing is left half-written.
     """
     texts = [*overrides] if not isinstance(overrides, Mapping) else [_override(*item) for item in overrides.items()]

@@ -76,10 +76,10 @@ def connect(
 
     Args:
         address: HOST:PORT of a server; several with commas are edges of one server.
-        token: that proves who we are, sent over TLS or to this machine alone; None takes $LYCEUM_TOKEN, "" sends none.
+        token: credential; sent only over TLS or to this machine. None takes $LYCEUM_TOKEN, "" sends none.
         name: which teacher of the server; may be left out where it has one.
-        tokenizer: the student's fast tokenizer, to be compared with the teacher's. None compares nothing, and warns of it: then
-            that the ids mean the same on both sides is the caller's promise.
+        tokenizer: the student's fast tokenizer, to be compared with the teacher's. None skips the comparison with a
+            warning; the caller must then guarantee that ids mean the same on both sides.
         vocab_rows: ids that the student's output head has, if fewer than the teacher's; None for at least as many.
         transport, k, compression, check: as of the section `labels` of a run (docs/concepts/labels.md).
         ca_file, cert_file, key_file, tenant, proxy, wait_s, retry_s, answer_s: as of the section `teacher` of a run; times in seconds.
@@ -92,9 +92,10 @@ def connect(
         The teacher. Close it, or use it in a `with` block.
 
     Raises:
-        ConfigError: an argument that cannot be.
+        ConfigError: an invalid argument.
         UnavailableError: nobody answered for `wait_s`.
-        AuthenticationError, NotFoundError, MismatchError, CapabilityError, RequestError: what the server, or its teacher, does not do.
+        AuthenticationError, NotFoundError, MismatchError, CapabilityError, RequestError: the server or the teacher refuses or does not support
+            the request.
     """
     settings = parse_as(
         TeacherConfig,
@@ -244,7 +245,7 @@ class Teacher:
 
         Raises:
             ConfigError: `depth` or `max_mb` out of range; at once.
-            Exception: of the batch that is next, what `labels` raises of it.
+            Exception: whatever `labels` raises for the next batch.
         """
         if depth < 1 or not max_mb > 0:
             raise ConfigError(f"ahead: depth must be at least 1 and max_mb above 0, not {depth} and {max_mb:g}")

@@ -72,8 +72,8 @@ class TeacherConfig(Settings):
             else is http://HOST:PORT. Addresses of this machine are never reached through a proxy.
         wait_s: seconds to wait for the server at the start.
         retry_s: seconds for which a request is retried while the server is away.
-        answer_s: seconds without any part of an answer after which a request that the server has taken is made again.
-        allow_template_mismatch: learn although the teacher's chat template differs from the student's.
+        answer_s: seconds without any part of an answer after which a request that the server has taken is sent again.
+        allow_template_mismatch: train even though the chat templates of teacher and student differ.
         offline: never connect: the teacher's identity, output head and labels are those that `student-trainer label` or an earlier run left
             in `run.cache_dir` (docs/recipes/one_card.md). `address` or `embedded` then only says which teacher is meant, and may be left
             out.
@@ -202,7 +202,7 @@ class FeedConfig(Settings):
 
     Attributes:
         max_mb: host memory, in MiB, of labels requested or waiting: in wire bytes, decoded, and in pinned copies. One request is always
-            made, however large it is. Labels of held-out rows may take as much again.
+            made, however large it is. Labels of held-out rows may take the same amount in addition.
         max_batches: micro-batches requested or waiting, at most. How many it takes to hide the teacher's time is measured.
         window_mb: MiB of replies that the server may have under way.
     """
