@@ -39,8 +39,10 @@ class Stopping(TrainerCallback):
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """A part of a step that has changed nothing yet, and may be long."""
+        """A part of a step that has changed nothing yet, and may be long: who was asked before does not begin it."""
         self._in_step = False
+        if self.words:
+            raise KeyboardInterrupt
         yield
         self._in_step = True
 

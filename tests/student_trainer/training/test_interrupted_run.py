@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 import signal
+import time
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from student_trainer.config.run import parse_config
 from student_trainer.interruption import interrupted_in_order
+from student_trainer.rollout.engines.hf_sampler import HfSampler
 from student_trainer.training.checkpoints import checkpoint
 from student_trainer.training.run import train
 from teacher_wire.testing.loopback import serve
@@ -67,8 +69,10 @@ def test_a_step_that_is_being_computed_is_finished_and_kept(go, more):
 
 
 @pytest.mark.parametrize("more", [{}, {"on_policy": HALF | {"max_staleness": 2}}], ids=str)
-def test_while_labels_are_waited_for_nothing_more_is_waited_for(go, fake, more):
+def test_while_labels_are_waited_for_nothing_more_is_waited_for(go, fake, monkeypatch, more):
     """The last whole step is kept, with the rollouts of later ones, which are still being written."""
+    sample = HfSampler.sample
+    monkeypatch.setattr(HfSampler, "sample", lambda self, prompts: time.sleep(1) or sample(self, prompts))
     more = more | {"feed": {"max_batches": 1}}
     straight = go("straight", **more)
     score, calls, told = fake.score, fake.calls, []
