@@ -143,6 +143,9 @@ class FolderLock:
         self.release()
 
 
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)  # room would not help
+
+
 @contextlib.contextmanager
 def disk_trouble_named(what: str, way_out: Callable[[], str] = lambda: "make room on the disk") -> Iterator[None]:
     """Turns what a disk refuses into one line.
@@ -157,7 +160,10 @@ def disk_trouble_named(what: str, way_out: Callable[[], str] = lambda: "make roo
     try:
         yield
     except OSError as error:
-        raise RunError(f"{what}: cannot be written: {error.strerror or error}; {way_out()}") from error
+        advice = (
+            "choose another folder, or make it one that can be written to" if error.errno in _NOT_OURS else way_out()
+        )
+        raise RunError(f"{what}: cannot be written: {error.strerror or error}; {advice}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # it loads no torch here
             raise

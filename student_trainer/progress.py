@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
@@ -26,11 +27,11 @@ class ProgressBar:
         self, console: Console, title: str, total: int | None = None, *, done: int = 0, in_units: bool = True
     ) -> None:
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn() if in_units else TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,  # else it ends with an empty line
@@ -58,6 +59,6 @@ class ProgressBar:
 def working(console: Console, what: str) -> AbstractContextManager[object]:
     """Shows that something is under way that may take minutes: a live line on a terminal, a line that stays elsewhere."""
     if console.is_terminal:
-        return console.status(what)
+        return console.status(escape(what))
     console.print(f"{what} ...", markup=False)
     return nullcontext()

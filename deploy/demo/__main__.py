@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from .corpus import CorpusConfig, build_corpus, train_tokenizer
 from .models import SIZES, write_model
@@ -129,7 +130,7 @@ def _wait_until_ready(server: subprocess.Popen[str], console: Console) -> None:
     lines = []
     for line in server.stderr:
         lines.append(line)
-        console.print(f"  [dim]{line.rstrip()}[/]")
+        console.print(f"  [dim]{escape(line.rstrip())}[/]")
         if "ready" in line:
             return
     raise SystemExit(f"the server did not come up: {''.join(lines)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from student_trainer.cli.asking import print_json
@@ -89,7 +90,7 @@ def stats(cache_dir: Path, *, as_json: bool) -> None:
     if not shelves and not unreadable:
         console.print(f"no labels in {store.folder}", markup=False)
         return
-    table = Table(title=f"labels in {store.folder}", title_justify="left")
+    table = Table(title=escape(f"labels in {store.folder}"), title_justify="left")
     table.add_column("teacher", no_wrap=True)
     table.add_column("transport")
     for name in ("sequences", "tokens", "rows", "MB", "last used"):

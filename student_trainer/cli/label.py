@@ -29,7 +29,8 @@ def label(
 
         with going_on(console, "label --generate", config, overrides, ""):
             made = generate_rows(loaded, console)
-        console.print(f"[bold green]done[/] {made.stats.written:,} rows are in {made.output_dir / ROWS}")
+        console.print("[bold green]done[/]", end=" ")
+        console.print(f"{made.stats.written:,} rows are in {made.output_dir / ROWS}", markup=False)
         return
     from student_trainer.training.label_ahead import label as run
 

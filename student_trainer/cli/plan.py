@@ -46,6 +46,7 @@ def plan(
         raise ConfigError("--allow-other-teachers: is for a run that is taken up: add --resume")
     loaded = load_config(config, overrides)
     progress = progress_console()
+    from rich.markup import escape
     from rich.syntax import Syntax
 
     from student_trainer.planning.memory import parse_size
@@ -59,7 +60,10 @@ def plan(
         print(json.dumps(as_data(made, loaded.model_dump(mode="json"))))
     else:
         console = Console(highlight=False, soft_wrap=True)
-        console.print(Syntax(made.config, "yaml", background_color="default") if console.is_terminal else made.config)
+        console.print(
+            Syntax(made.config, "yaml", background_color="default") if console.is_terminal else made.config,
+            markup=False,
+        )
         for part in shown(made, console):
             console.print(part)
     told = progress if as_json else Console(highlight=False, soft_wrap=True)
@@ -68,7 +72,7 @@ def plan(
         told.print(f"[bold red]this run cannot start:[/] {bad} of {len(made.findings)} checks failed")
         raise typer.Exit(2)
     if made.over_budget and made.memory is not None:
-        way = f"; under it: {made.way_out.overrides}" if made.way_out is not None else ""
+        way = f"; under it: {escape(made.way_out.overrides)}" if made.way_out is not None else ""
         told.print(f"[bold red]above the budget:[/] {size(made.memory.on_card)} of {budget}{way}", markup=True)
         raise typer.Exit(1)
     if limit is not None and made.memory is None:

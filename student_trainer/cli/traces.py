@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typer
+from rich.markup import escape
 
 from student_trainer.cli.asking import ConfigFile, Overrides, Resume, going_on, progress_console
 
@@ -29,7 +30,7 @@ def traces(
         stats = result.stats
         console.print(
             f"[bold red]ended with little[/]: only {stats.accepted:,} of {stats.samples:,} samples were accepted ({stats.rate:.1%}; "
-            f"accept.min_rate is {loaded.accept.min_rate:.0%}); read quarantine.jsonl before you train on {file}"
+            f"accept.min_rate is {loaded.accept.min_rate:.0%}); read quarantine.jsonl before you train on {escape(str(file))}"
         )
     else:
-        console.print(f"[bold green]done[/] {file}")
+        console.print(f"[bold green]done[/] {escape(str(file))}")

@@ -51,7 +51,7 @@ def train(
     if result.usage is not None and result.usage.tokens:
         usage = result.usage
         console.print(f"labels: {usage.disk_tokens:,} tokens from disk, {usage.teacher_tokens:,} from the teacher")
-    console.print(f"model: {result.output_dir / 'final'}")
+    console.print(f"model: {result.output_dir / 'final'}", markup=False)
     if as_json:
         print_json(
             {

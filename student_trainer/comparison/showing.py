@@ -45,7 +45,7 @@ class Showing:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[runs]}"),
             _TimeLeft(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
         )

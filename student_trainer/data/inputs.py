@@ -6,7 +6,8 @@ In: a config and a tokenizer; out: datasets and a RunOrder, the same for every c
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import TokenizedDataset, build_dataset
 from student_trainer.data.readers import Readers
 from student_trainer.data.routing import Routing
-from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, write_bad_rows
+from student_trainer.data.rows.intake import BAD_ROWS_NAME, Intake, SourceFacts, write_bad_rows
 from student_trainer.data.rows.sources import DataSource, parse_source
 from student_trainer.data.teacher_view import TeacherContext, TeacherView
 from student_trainer.data.text.clock import Clock
@@ -91,6 +92,8 @@ def load_data(
     with console.status("reading and tokenising the data"):
         data = build(config.train, intakes["train"])
         held_out = build(config.eval, intakes["eval"]) if config.eval else None
+    if readers is not None and readers.tag_field is not None:
+        _check_field("data.tag_field", readers.tag_field, intakes["train"].sources)
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     for name, intake in intakes.items():
@@ -134,6 +137,19 @@ def load_run_data(
         config.data, tokenizer, console, pinned, config.run.cache_dir, config.context, readers_of(config, tells=tells),
         date_is_printed=not config.every_teacher,
     )  # fmt: skip
+
+
+def _check_field(setting: str, field: str, sources: Sequence[SourceFacts]) -> None:
+    """
+    Raises:
+        ConfigError: no row has the field: misspelt, it would give rows to other teachers than are meant.
+    """
+    fields = sorted({name for source in sources for name in source.fields})
+    if field in fields:
+        return
+    near = difflib.get_close_matches(field, fields, 1)
+    meant = f"; did you mean {near[0]}?" if near else f"; the rows have {', '.join(fields[:12])}"
+    raise ConfigError(f"{setting}={field}: no row of data.train has this field{meant}")
 
 
 def check_date(config: DataConfig, data: TokenizedDataset, held_out: TokenizedDataset | None) -> None:

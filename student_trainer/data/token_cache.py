@@ -235,7 +235,9 @@ def _save(path: Path, key: str, entry: _Entry) -> None:
         "dropped": [list(row) for row in dataset.dropped],
         "rendering": asdict(rendering) | {"kwargs": dict(rendering.kwargs)},
         "bad": [asdict(row) for row in dataset.bad_rows],
-        "sources": [asdict(facts) | {"unused": list(facts.unused)} for facts in entry.sources],
+        "sources": [
+            asdict(facts) | {"unused": list(facts.unused), "fields": list(facts.fields)} for facts in entry.sources
+        ],
         "asked": entry.asked,
     }
     if any(example.tags for example in examples):
@@ -315,7 +317,10 @@ def _load(path: Path, key: str) -> _Entry:
     examples = _with_readers(examples, facts, tensors)
     dropped = [Overlength(*row) for row in facts["dropped"]]
     bad = [BadRow(**row) for row in facts["bad"]]
-    sources = tuple(SourceFacts(**{**row, "unused": tuple(row["unused"])}) for row in facts["sources"])
+    sources = tuple(
+        SourceFacts(**{**row, "unused": tuple(row["unused"]), "fields": tuple(row["fields"])})
+        for row in facts["sources"]
+    )
     return _Entry(TokenizedDataset(examples, dropped, Rendering(**facts["rendering"]), bad), sources, facts["asked"])
 
 

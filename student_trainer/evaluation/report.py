@@ -228,7 +228,9 @@ def print_table(results: Results, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{results.told_budget}, seeds {', '.join(map(str, results.seeds))}", title_justify="left")
+    table = Table(
+        title=escape(f"{results.told_budget}, seeds {', '.join(map(str, results.seeds))}"), title_justify="left"
+    )
     table.add_column("arm", no_wrap=True)
     for name in results.metrics:
         metric = shown_as(name)
@@ -239,7 +241,7 @@ def print_table(results: Results, console: Console) -> None:
         table.add_row(escape(arm), *cells, style="bold" if arm in differences else None)
         if arm in differences:
             shown = (_coloured(differences[arm].get(m), shown_as(m)) for m in results.metrics)
-            table.add_row(f"  minus {results.base}", *shown)
+            table.add_row(escape(f"  minus {results.base}"), *shown)
     console.print(table)
 
 

@@ -45,7 +45,9 @@ def answer_file(
     """
     identity = {"speakers": {one.name: one.identity for one in speakers}, **asdict(sampling)}
     for speaker in speakers:  # a prompt that no template takes is known before the first answer
-        speaker.prompter.ids([one.conversation for one in prompts])
+        read = speaker.prompter.ids([one.conversation for one in prompts])
+        for prompt, ids in zip(prompts, read, strict=True):
+            speaker.check_room(len(ids), sampling, prompt.key)
     with answering(out, prompts, identity) as file:
         before = file.done
         with ProgressBar(console, out.name, len(prompts), done=before) as bar:

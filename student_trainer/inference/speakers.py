@@ -38,6 +38,8 @@ class Speaker(Protocol):
     @property
     def identity(self) -> str: ...
 
+    def check_room(self, tokens: int, sampling: Sampling, source: str) -> None: ...
+
     def stream(self, conversation: Conversation, sampling: Sampling, number: int = 0) -> Answering: ...
 
     def answers(
@@ -80,6 +82,13 @@ class StudentSpeaker:
         files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
         dtype = next(self.writer.student.causal_lm.parameters()).dtype
         return f"{self.located} {dtype} {[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]}"
+
+    def check_room(self, tokens: int, sampling: Sampling, source: str) -> None:
+        """
+        Raises:
+            ConfigError: the prompt of `source` and its answer do not fit into the model's positions.
+        """
+        self.writer.check_room(tokens, sampling.max_new_tokens, source)
 
     def stream(self, conversation: Conversation, sampling: Sampling, number: int = 0) -> Answering:
         """One answer, text by text.
@@ -138,6 +147,18 @@ class TeacherSpeaker:
     @property
     def identity(self) -> str:
         return self.teacher.info.fingerprint
+
+    def check_room(self, tokens: int, sampling: Sampling, source: str) -> None:
+        """
+        Raises:
+            ConfigError: the prompt of `source` and its answer are more than the server takes.
+        """
+        limit = self.teacher.info.limits.max_sequence_tokens
+        if limit and tokens + sampling.max_new_tokens > limit:
+            raise ConfigError(
+                f"{source}: a prompt of {tokens:,} tokens and --max-new-tokens {sampling.max_new_tokens:,} are more than the {limit:,} that "
+                f"{self.name} takes: shorten the prompt, or lower --max-new-tokens"
+            )
 
     def stream(self, conversation: Conversation, sampling: Sampling, number: int = 0) -> Answering:
         """One answer, when it is whole."""

@@ -75,14 +75,14 @@ class StudentWriter:
         student.causal_lm.generation_config = GenerationConfig()  # else its penalties would be merged into ours
         self.positions = student.outline.positions
 
-    def check_room(self, tokens: int, max_new_tokens: int) -> None:
+    def check_room(self, tokens: int, max_new_tokens: int, source: str = "") -> None:
         """
         Raises:
             ConfigError: a prompt of `tokens` tokens and its answer do not fit into the positions that the model knows.
         """
         if self.positions is not None and tokens + max_new_tokens > self.positions:
             raise ConfigError(
-                f"a prompt of {tokens:,} tokens and --max-new-tokens {max_new_tokens:,} are more than the {self.positions:,} positions of the "
+                f"{source and f'{source}: '}a prompt of {tokens:,} tokens and --max-new-tokens {max_new_tokens:,} are more than the {self.positions:,} positions of the "
                 "model: shorten the prompt, or lower --max-new-tokens"
             )
 

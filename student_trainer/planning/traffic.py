@@ -115,8 +115,13 @@ def traffic_of(
 async def _on_disk(session: TeacherSession, asked: Sequence[Example]) -> float:
     source = session.service.source(session.info, session.spec)
     looked = spread(len(asked), _LOOKED_UP)
+    # The shortest row has been asked about just now, to see that it works.
+    tried = min(range(len(asked)), key=lambda index: asked[index].token_ids.size)
+    is_new = session.service.usage.teacher_sequences > 0
     found = 0
     for index in looked:
+        if is_new and index == tried:
+            continue
         request = session.request([asked[index]])
         found += request is not None and await source.has(request)
     return found / len(looked)

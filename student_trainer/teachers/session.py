@@ -267,7 +267,7 @@ class _Opening:
                 client, self.service, info, self._rows(info), self.config, self.data, self.student.device, self.reading
             )
             of = f" of {self.reading.name}" if len(self.config.every_teacher) > 1 else ""
-            self.console.print(f"labels{of} by {labels.transport}: {why}")
+            self.console.print(f"labels{of} by {labels.transport}: {why}", markup=False)
         measuring = spec = None
         if self.held_out and self._are_any(self.held_out, "data.eval"):
             measuring = spec = self._measuring(info, labels, self.held_out)
@@ -378,10 +378,13 @@ class _Opening:
 
     def _tell(self, info: TeacherInfo, spec: SignalSpec) -> None:
         if self.facts.tokens and info.tokenizer_sha256 != self.facts.tokenizer_sha256 and not self.is_bridged:
-            self.console.print(f"[yellow]note:[/] teacher {info.name}: {escape(self.facts.tokens.same_as(info))}")
+            self.console.print(
+                f"[yellow]note:[/] teacher {escape(info.name)}: {escape(self.facts.tokens.same_as(info))}"
+            )
         self.console.print(
-            f"teacher [bold]{self.reading.name}[/] {'offline' if self.connection.offline else f'at {self.connection.address}'}: {info.architecture} {info.dtype}, "
-            f"labels by {spec.name}"
+            f"teacher {self.reading.name} {'offline' if self.connection.offline else f'at {self.connection.address}'}: {info.architecture} {info.dtype}, "
+            f"labels by {spec.name}",
+            markup=False,
         )
 
 

@@ -87,7 +87,7 @@ class ProgressFolder:
                 before = read_object(known)
             except ValueError as error:
                 raise RunError(f"{known}: {error}: nothing says what this run asked; start another one") from error
-            _compare(before, identity)
+            self._compare(before, identity)
             self._take_up()
         else:
             write_whole(known, json.dumps(identity, indent=1))
@@ -165,9 +165,13 @@ class ProgressFolder:
                 file.close()
             self._lock.release()
 
-
-def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if changed:
-        told = ", ".join(f"{name}: {str(before.get(name))[:60]} -> {str(now.get(name))[:60]}" for name in changed[:4])
-        raise RunError(f"the run was started with something else ({told}); start another run")
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if changed:
+            told = ", ".join(
+                f"{name}: {str(before.get(name))[:60]} -> {str(now.get(name))[:60]}" for name in changed[:4]
+            )
+            raise RunError(
+                f"{self._setting} {self._folder}: the run in it was started with something else ({told}); go on with that, or choose "
+                f"another {self._setting}"
+            )

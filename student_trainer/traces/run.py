@@ -137,7 +137,7 @@ async def _run(job: _Job, connection: Connection, resume: bool, console: Console
             shown.close()
             folder.close()
     stats = folder.stats
-    console.print(f"teacher {info.name}: {stats.describe()}")
+    console.print(f"teacher {info.name}: {stats.describe()}", markup=False)
     if said := advice(stats, config):
         console.print(f"[yellow]{escape(said)}[/]", highlight=False)
     if stats.samples and not stats.accepted:

@@ -138,6 +138,9 @@ def _fill(config: TrainConfig, jobs: list[Job], console: Console) -> Filled:
     store, usage = jobs[0].session.service.store, LabelUsage()  # one store of all sessions
     assert store is not None
     before = store.stats.read_bytes + store.stats.written_bytes
+    tried = LabelUsage()  # asked about to see that it works, and kept: they are there, but not from before
+    for service in {id(job.session.service): job.session.service for job in jobs}.values():
+        tried.add(service.usage)
     shown = _Shown(console, sum(view.token_ids.size for job in jobs for view in job.views))
     try:
         for job in jobs:
@@ -151,6 +154,9 @@ def _fill(config: TrainConfig, jobs: list[Job], console: Console) -> Filled:
                 feed.close()
     finally:
         shown.close()
+    usage.add(
+        LabelUsage(-tried.teacher_sequences, -tried.teacher_tokens, tried.teacher_sequences, tried.teacher_tokens)
+    )
     return Filled(usage, store.stats.read_bytes + store.stats.written_bytes - before)
 
 

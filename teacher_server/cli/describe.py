@@ -35,6 +35,7 @@ def describe(
 ) -> None:
     """Ask a running server who its teachers are."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     async def ask() -> None:
@@ -44,9 +45,9 @@ def describe(
             print_json({"address": address, "teachers": [asdict(info) for info in found]})
             return
         for info in found:
-            table = Table(title=info.name, show_header=False, title_justify="left")
+            table = Table(title=escape(info.name), show_header=False, title_justify="left")
             for field, value in vars(info).items():
-                table.add_row(field, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
+                table.add_row(field, escape(", ".join(map(str, value)) if isinstance(value, tuple) else str(value)))
             Console().print(table)
 
     with explained(ca_file, cert_file):

@@ -120,8 +120,8 @@ class Publishing:
             )
         if publication.tenant not in settings.tenants:
             raise ForbiddenError(
-                "this tenant may not publish revisions of this teacher", field="publish.tenants",
-                value=publication.tenant or "(without a name)", limit=name,
+                f"this tenant is not among those that may publish revisions of teacher {name}", field="publish.tenants",
+                value=publication.tenant or "(without a name)",
             )  # fmt: skip
         if publication.bytes > settings.max_bytes:
             raise LimitError("too large", field="publish.max_gb", value=publication.bytes, limit=settings.max_bytes)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from student_trainer import files
 from student_trainer.errors import ConfigError, ModelError, RunError
+from student_trainer.files import disk_trouble_named
 from student_trainer.model import saving
 from student_trainer.training import checks, run_folder
 from student_trainer.training.checkpoints import checkpoint, checkpoint_rotation
@@ -232,6 +233,15 @@ def test_a_full_disk_is_one_line_wherever_it_shows(tmp_path, monkeypatch, where,
         train(case_config(tmp_path, "train.save_steps=1"), console=quiet())
     assert ended.value.exit_code == 2
     assert not (tmp_path / "run" / "result.json").exists() and not (tmp_path / "run" / ".unfinished").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_room_is_no_advice_for_a_folder_that_cannot_be_written(number):
+    with (
+        pytest.raises(RunError, match=r"--out x: cannot be written: .*; choose another folder"),
+        disk_trouble_named("--out x"),
+    ):
+        raise OSError(number, os.strerror(number))
 
 
 def test_the_model_is_whole_and_on_disk_before_the_result_says_so(tmp_path, monkeypatch):

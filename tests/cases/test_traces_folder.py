@@ -100,7 +100,9 @@ def test_another_process_is_refused_too(world, tmp_path):  # noqa: F811
 
 def test_a_refusal_gives_the_lock_back(tmp_path):
     folder_of(tmp_path / "out").close()
-    with pytest.raises(RunError, match="something else"):
+    with pytest.raises(
+        RunError, match=r"output_dir .*/out: the run in it was started with something else \(teacher: .* -> bbb"
+    ):
         folder_of(tmp_path / "out", resume=True, teacher="b" * 64)
     folder_of(tmp_path / "out", resume=True).close()
 

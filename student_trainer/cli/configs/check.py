@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,7 @@ def _of_run(config: TrainConfig, resume: bool) -> list[Finding]:
     findings.add(_device(config))
     for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for number, source in enumerate(sources):
-            _source(findings, f"{name}[{number}]", source)
+            _source(findings, f"{name}[{number}]", source, config)
     for teacher in config.every_teacher:
         _teacher(findings, teacher)
     return findings.all
@@ -98,17 +99,31 @@ def _of_traces(config: TracesConfig) -> list[Finding]:
     return findings.all
 
 
-def _source(findings: Findings, name: str, source: SourceConfig) -> None:
-    """Whether the rows of a source are there; a hub id is left to `plan`, which may fetch it."""
+def _source(findings: Findings, name: str, source: SourceConfig, config: TrainConfig | None = None) -> None:
+    """Whether the rows of a source are there, and have a format if they are a run's; a hub id is left to `plan`, which may fetch it."""
     from student_trainer.data.inputs import source_of
+    from student_trainer.data.rows.intake import Intake
     from student_trainer.data.rows.sources import HUB_ID, local_path, read_source
+    from student_trainer.data.trace_rows import TraceTasks, task_rows
 
     made = findings.attempt(name, partial(source_of, source), f"{name} is a source")
     if made is None:
         return
     if HUB_ID.fullmatch(made.path) and not local_path(made.path).exists() and not Path(made.path).suffix:
         return
-    findings.attempt(name, partial(read_source, made), f"the rows of {made.path} can be read")
+
+    def read() -> None:
+        if config is None:
+            read_source(made)
+            return
+        intake = Intake(config.data.bad_rows)
+        asides = [context.field for context in (config.context, *config.contexts.values()) if context is not None]
+        fields = frozenset([*asides, *([config.data.tag_field] if config.data.tag_field else [])])
+        rows = [replace(row, beside=fields) for row in read_source(made, intake)]
+        tasks = TraceTasks(**config.data.traces.model_dump())
+        task_rows(rows, made.format, config.data.system_prompt or "", tasks, intake, made.path)
+
+    findings.attempt(name, read, f"the rows of {made.path} can be read")
 
 
 def _teacher(findings: Findings, teacher: TeacherConfig) -> None:

@@ -92,7 +92,8 @@ def evaluate(
         print(json.dumps(found.json(), ensure_ascii=False))
     else:
         found.show(Console(highlight=False))
-    console.print(f"[bold green]done[/] {folder / 'evaluation.json'} and {folder / 'evaluation.md'}")
+    console.print("[bold green]done[/]", end=" ")
+    console.print(f"{folder / 'evaluation.json'} and {folder / 'evaluation.md'}", markup=False)
 
 
 def _named(models: list[str], before: str | None, base: str | None) -> list[tuple[str, Located]]:

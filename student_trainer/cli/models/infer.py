@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from student_trainer.cli.asking import progress_console
 from student_trainer.errors import ConfigError
@@ -88,7 +89,7 @@ def infer(
             console.print("interrupted; the same command goes on where it was", markup=False)
             raise SystemExit(130) from None
     there = f", {before:,} of them by an earlier call" if before else ""
-    console.print(f"[bold green]done[/] {len(asked):,} answers are in {out}{there}")
+    console.print(f"[bold green]done[/] {len(asked):,} answers are in {escape(str(out))}{there}")
 
 
 def _named(models: list[str], *, compare: bool, base: str | None) -> list[tuple[str, str]]:

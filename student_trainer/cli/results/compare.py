@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from student_trainer.cli.asking import ConfigFile, Overrides, going_on, progress_console
 from student_trainer.cli.frame.habits import ConfigCommand
@@ -113,7 +114,7 @@ def compare(
     if failed:
         names = ", ".join(f"{run_.name} seed {run_.seed}" for run_ in failed)
         console.print(
-            f"[bold red]not done:[/] {len(failed)} of {len(outcome.arms)} runs failed ({names}); the others are in"
+            f"[bold red]not done:[/] {len(failed)} of {len(outcome.arms)} runs failed ({escape(names)}); the others are in"
         )
         console.print(written, markup=False)
         raise typer.Exit(2)

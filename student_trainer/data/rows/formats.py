@@ -219,7 +219,7 @@ def read_rows(
             unused.update(_unused(row, FORMATS[name]))
     if not good:
         raise intake.all_bad(path or rows[0].file, intake.bad[before:])
-    intake.found(path or rows[0].file, len(good), name, unused)
+    intake.found(path or rows[0].file, [one.row for one in good], name, unused)
     return name, good
 
 

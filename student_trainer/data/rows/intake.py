@@ -45,6 +45,7 @@ class SourceFacts:
         format: what they were recognised as.
         read_as: how the file was read where its name says otherwise, else "".
         unused: fields that are neither used nor change the meaning, sorted.
+        fields: every field that a good row of it has, sorted.
     """
 
     path: str
@@ -52,6 +53,7 @@ class SourceFacts:
     format: str
     read_as: str = ""
     unused: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
 
     @property
     def told(self) -> str:
@@ -92,9 +94,12 @@ class Intake:
         if last is None or (last.file, last.line) != (error.file, error.line):  # both tasks of a trace may fail
             self.bad.append(BadRow(error.file, error.line, _reason(error), row))
 
-    def found(self, path: str, rows: int, format_name: str, unused: Iterable[str]) -> None:
-        """Notes what a source that was read holds."""
-        self.sources.append(SourceFacts(path, rows, format_name, self.read_as, tuple(sorted(unused))))
+    def found(self, path: str, rows: Sequence[Any], format_name: str, unused: Iterable[str]) -> None:
+        """Notes what a source holds that was read, from its good `Row`s."""
+        fields = sorted({str(field) for row in rows for field in row.fields})
+        self.sources.append(
+            SourceFacts(path, len(rows), format_name, self.read_as, tuple(sorted(unused)), tuple(fields))
+        )
         self.read_as = ""
 
     def all_bad(self, path: str, bad: Sequence[BadRow]) -> DataError:

@@ -97,9 +97,12 @@ def open_publishing(
         raise ConfigError("on_policy.publish needs a server: set the section teacher")
     check_mergeable(student)
     connect = partial(_client, replace(connections[0], name=settings.teacher), tell)
-    info = event_loop.run(_ask(connect, student, settings, tell))
+    info = event_loop.run(_ask(connect, student, settings))
     target = Target(settings.teacher, _tokenizer(student), connect)
     publishing = Publishing(settings, student, target, info)
+    if info.revision:
+        goes_on = "the run begins with its labels" if publishing.moves(session) else "the first of this run replaces it"
+        tell(f"teacher {info.name} holds a published revision already, {info.revision[:12]}; {goes_on}")
     if session is not None and publishing.moves(session):
         _check_labels(session, student)
         publishing = replace(publishing, target=replace(target, fits=partial(_check_head, session)))
@@ -123,9 +126,7 @@ def _tokenizer(student: Student) -> str:
     return tokenizer_sha256(student.tokenizer.backend_tokenizer.to_str())
 
 
-async def _ask(
-    connect: Callable[[], TeacherClient], student: Student, settings: PublishConfig, tell: Callable[[str], None]
-) -> TeacherInfo:
+async def _ask(connect: Callable[[], TeacherClient], student: Student, settings: PublishConfig) -> TeacherInfo:
     """The teacher, whose server says that it would take such a revision."""
     config = plain_config(student.causal_lm.config).to_diff_dict()
     config["architectures"] = [type(student.causal_lm).__name__]
@@ -143,8 +144,6 @@ async def _ask(
                 f"on_policy.publish.teacher={settings.teacher}: the server takes no revisions from this run (docs/operate/publishing.md); without on_policy.publish it trains"
             )
             raise
-    if info.revision:
-        tell(f"teacher {info.name} holds a published revision already, {info.revision[:12]}; the run begins with it")
     return info
 
 

@@ -71,6 +71,9 @@ def check_rollouts(
     settings, plan = config.on_policy, plan_of(config, order)
     if settings is None or plan is None:
         return
+    if settings.publish is not None and settings.publish.every > order.steps:
+        what = f"on_policy.publish.every={settings.publish.every:,} is more than the {order.steps:,} steps of the run"
+        yield Finding.good("on_policy.publish.every", what, f"{what}: nothing is published")
     if not plan.has_any:
         what = "on_policy.share: no sequence of the run is a rollout"
         yield Finding.good("on_policy.share", what, f"{what}: it is learned off-policy alone")

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from student_trainer.data.rows.formats import Turn
-from student_trainer.errors import DataError, RunError
+from student_trainer.errors import ConfigError, DataError, RunError
 from student_trainer.inference import by_file
 from student_trainer.inference.chat import Chat
 from student_trainer.inference.prompt_file import read_prompts
@@ -83,6 +83,15 @@ def student(adapter):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_prompt_that_is_too_long_is_named_before_the_first_answer(tmp_path, student):
+    (tmp_path / "q.txt").write_text("the cat\n" + "the cat " * 3000 + "\nthe dog\n")
+    with pytest.raises(ConfigError, match=r"q\.txt:2: a prompt of [0-9,]+ tokens and --max-new-tokens"):
+        by_file.answer_file(
+            read_prompts(str(tmp_path / "q.txt")), [student], SHORT, tmp_path / "a.jsonl", Console(quiet=True)
+        )
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_a_restart_goes_on_where_it_was(tmp_path, prompts, student, monkeypatch):

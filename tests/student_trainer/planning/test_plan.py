@@ -103,6 +103,9 @@ def test_the_command_shows_the_coverage_and_says_by_its_exit_code_whether_the_ru
     assert shown.exit_code == 0, shown.output
     for said in ("max_steps: 6", "ok   ", "1-1 of student tokens", "numbers kept", "groups of", "this run can start"):
         assert said in shown.stdout
+    odd = CliRunner().invoke(app, ["plan", str(path), "data.system_prompt='[INST] be [/b] nice'"])
+    assert odd.exit_code == 0 and "system_prompt: '[INST] be [/b] nice'" in odd.stdout, odd.output
+    assert "reason_prefix: '[reason] '" in odd.stdout, "the config as it is, not as markup"
     wrong = CliRunner().invoke(app, ["plan", str(path), "data.max_tokens=5"])
     assert wrong.exit_code == 2 and "this run cannot start" in wrong.stdout and "bad  " in wrong.stdout
 

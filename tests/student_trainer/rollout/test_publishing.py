@@ -4,6 +4,7 @@ import io
 import json
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from student_trainer.labels.lineage import REVISIONS_NAME, read_ledger
 from student_trainer.model.load import load_student
 from student_trainer.model.merged import MergedWriter, check_finite, check_mergeable, merged_state
 from student_trainer.rollout.publication.publisher import Publisher
+from student_trainer.training.on_policy.checks import check_rollouts
 from student_trainer.training.run import train
 from teacher_wire.core.errors import CapabilityError, ForbiddenError, MismatchError
 from tests.published import published_beside
@@ -274,3 +276,14 @@ def test_a_run_goes_on_with_its_own_revisions_and_with_no_others(
         again, live_after, used = ledger_of(tmp_path)
         assert again[0] == entries[0] and set(live) < set(live_after)
         assert sorted(used) == list(range(12)), "labels of steps made again are entered once more"
+
+
+def test_a_run_that_never_publishes_says_so():
+    config = parse_config(
+        {"model": {"path": "m"}, "data": {"train": ["r"]}, "teacher": {"address": "a:1"}, "run": {"output_dir": "o"},
+         "on_policy": {"share": 0, "publish": {"every": 7, "teacher": "me"}}}, "test",
+    )  # fmt: skip
+    for steps, told in ((6, True), (7, False)):
+        order = SimpleNamespace(batch_size=1, accumulation=1, steps=steps)
+        found = [one for one in check_rollouts(config, None, [], order, []) if one.setting == "on_policy.publish.every"]
+        assert bool(found) == told and all("nothing is published" in one.fix for one in found)

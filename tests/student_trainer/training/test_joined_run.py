@@ -444,6 +444,23 @@ def test_a_killed_process_ends_the_command_with_code_3_and_the_run_goes_on(
     check_ledger(config, config.run.output_dir)
 
 
+def test_a_field_of_tags_that_no_row_has_is_refused(tmp_path, model_factory, rows_file, fakes):
+    """Misspelt, it would give the rows of one teacher to another."""
+    rows = tmp_path / "tagged.jsonl"
+    lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    rows.write_text("".join(json.dumps({**row, "topic": "math"}) + "\n" for row in lines))
+    with serve(fakes["a"]) as a, serve(fakes["b"]) as b:
+        for field, said in (("topci", "did you mean topic"), ("zzz", "the rows have ")):
+            config = config_for(
+                tmp_path, model_factory("qwen2"), rows, {"a": a.address, "b": b.address},
+                own={"a": {"tags": ["math"]}, "b": {"tags": ["all"]}},
+                data={"tag_field": field, "train": [{"path": str(rows), "tags": ["all"]}]},
+            )  # fmt: skip
+            for _ in ("new", "kept"):  # the second time from the kept tokens
+                with pytest.raises(ConfigError, match=f"data.tag_field={field}: no row of data.train has .*{said}"):
+                    train(config, console=QUIET)
+
+
 def replace_delay(fake, delay_s):
     fake = replace(fake)
     fake.delay_s = delay_s

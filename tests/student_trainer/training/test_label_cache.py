@@ -255,11 +255,15 @@ def test_label_train_and_look_after_the_cache(call, config_file, fake, tmp_path)
     cache = ("--cache-dir", tmp_path / "cache")
     code, _, err = call("label", config_file)
     assert code == 0 and "done labels of" in err and "labels 100%" in err, err
+    assert "; 0% of the sequences were there before" in err, "the one that was tried first is no old one"
     calls = fake.calls
     code, _, err = call("label", config_file)
     assert code == 0 and "100% of the sequences were there before" in err and fake.calls == calls
-    code, _, err = call("train", config_file)
+    odd = tmp_path / "[/b]run"  # a name is text, and no markup of the console
+    code, _, err = call("train", config_file, f"run.output_dir={odd}")
     assert code == 0 and "tokens from disk, 0 from the teacher" in err and fake.calls == calls, err
+    assert f"model: {odd}/final" in err
+    odd.rename(tmp_path / "run")
     code, out, _ = call("cache", "stats", *cache)
     count = len(files_of(tmp_path))
     assert code == 0 and fake.teacher_info().fingerprint[:16] in out and "hidden" in out and f" {count} " in out
