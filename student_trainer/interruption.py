@@ -32,11 +32,10 @@ class _Interruption:
         self.word = bool(self.waits)
         return self.word
 
-    def end_wait(self) -> None:
-        self.waits -= 1
-        if self.word and not self.waits:
-            self.word = False
-            raise KeyboardInterrupt
+    def heard(self) -> bool:
+        """Whether there was a word for who waits; it is, once."""
+        word, self.word = self.word, False
+        return word
 
 
 _now = _Interruption()
@@ -52,22 +51,35 @@ def told_first(holder: Callable[[], bool]) -> Iterator[None]:
         _now.holders.remove(holder)
 
 
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """A block of the main thread that takes locks which other threads need: an interruption waits for its end, or for a wait in it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _now.waits += 1
+    try:
+        yield
+    finally:
+        _now.waits -= 1
+        if not _now.waits and _now.heard():
+            raise KeyboardInterrupt
+
+
 def patiently(is_over: Callable[[float], object]) -> None:
     """Waits until `is_over`, which gets the seconds that it may wait itself, says so; an interruption ends the wait of the main thread.
+
+    It must look at a state, as `Condition.wait_for` does: a notification that comes between two slices is heard by nobody.
 
     Raises:
         KeyboardInterrupt: between two calls of `is_over`.
     """
-    if threading.current_thread() is not threading.main_thread():
-        while not is_over(_SLICE_S):
+    is_main = threading.current_thread() is threading.main_thread()
+    with guarded():
+        while not (is_main and _now.word) and not is_over(_SLICE_S):
             pass
-        return
-    _now.waits += 1
-    try:
-        while not is_over(_SLICE_S) and not _now.word:
-            pass
-    finally:
-        _now.end_wait()
+        if is_main and _now.heard():
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """`python -m student_trainer.cli` is `student-trainer`; both begin here, so that Ctrl-C is one line from the first import on."""
 
+import signal
 import sys
 
 
@@ -10,8 +11,19 @@ def start() -> None:
 
         main()
     except KeyboardInterrupt:
+        _is_ending()
         print("student-trainer: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130:
+            _is_ending()
+        raise
+
+
+def _is_ending() -> None:
+    """From here on another word changes nothing: libraries take seconds to be unloaded, and would be torn."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from student_trainer.config.losses import as_used
 from student_trainer.errors import DataError
 from student_trainer.evaluation.outcome import (
     FILE_NAME,
@@ -133,6 +134,7 @@ def read_run(
 
 def changed(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `other` that are other than in `base`, with None for those that it lacks."""
+    base, other = as_used(base), as_used(other)
     keys = [*other, *(name for name in base if name not in other)]
     return {name: other.get(name) for name in keys if base.get(name) != other.get(name)}
 

@@ -92,7 +92,7 @@ class Showing:
         self._progress.update(
             self._task,
             completed=self._done + self._share,
-            description=escape(self._title),
+            description=self._title,
             runs=self._told_runs(),
             ends_s=None if left_s is None else time.monotonic() + left_s,
         )

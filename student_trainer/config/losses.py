@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -48,6 +49,25 @@ _PARAMETERS = {
     "normalization": ("jsd",),
     "clip": ("pg_rkl",),
 }
+
+
+OUTPUT_DEFAULTS: dict[str, Any] = {"beta": 0.5, "normalization": "paper"}
+
+
+def as_used(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run by dotted name, without parameters that its divergence does not have, and with its defaults for null.
+
+    Runs that were begun before these were refused have them all in run.json, whatever their divergence.
+    """
+    kind = settings.get("loss.output.divergence")
+    found = dict(settings)
+    for name, of in _PARAMETERS.items():
+        key = f"loss.output.{name}"
+        if kind not in of:
+            found.pop(key, None)
+        elif found.get(key) is None and name in OUTPUT_DEFAULTS:
+            found[key] = OUTPUT_DEFAULTS[name]
+    return found
 
 
 class OutputLossConfig(Settings):

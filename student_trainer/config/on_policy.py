@@ -62,7 +62,7 @@ class OnPolicyConfig(Settings):
         engine: `hf` samples in this process; `vllm` in a process of its own, which is given the weights every `sync_steps`.
         sync_steps: optimizer steps between two loads of the weights into the engine; above 1 only where max_staleness allows it.
         max_staleness: optimizer steps by which the weights of a rollout may be behind. 0 samples and trains in turn, reproducible to the
-            bit.
+            bit with `engine: hf` and a `deterministic` teacher.
         batch: sequences sampled at a time.
         on_failure: what happens to a prompt that gets no completion: `skip` learns from the row instead and counts it, `stop` ends the run
             with its name.

@@ -93,7 +93,7 @@ def load_data(
         data = build(config.train, intakes["train"])
         held_out = build(config.eval, intakes["eval"]) if config.eval else None
     if readers is not None and readers.tag_field is not None:
-        _check_field("data.tag_field", readers.tag_field, intakes["train"].sources)
+        check_field("data.tag_field", readers.tag_field, intakes["train"].sources)
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     for name, intake in intakes.items():
@@ -139,7 +139,7 @@ def load_run_data(
     )  # fmt: skip
 
 
-def _check_field(setting: str, field: str, sources: Sequence[SourceFacts]) -> None:
+def check_field(setting: str, field: str, sources: Sequence[SourceFacts]) -> None:
     """
     Raises:
         ConfigError: no row has the field: misspelt, it would give rows to other teachers than are meant.

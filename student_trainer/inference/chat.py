@@ -99,7 +99,7 @@ class Chat:
         in_block = False
         while True:
             try:
-                line = self.read("… " if lines or in_block else "> ")
+                line = self.read(("… " if lines or in_block else "> ") if sys.stdin.isatty() else "")
             except EOFError:
                 if sys.stdin.isatty():
                     self.out.print()

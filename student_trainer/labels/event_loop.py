@@ -7,7 +7,9 @@ under way loses events of the others too. So there is one loop, made when first 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Future, wait
 from functools import lru_cache
@@ -50,6 +52,7 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
         raise
 
 
-def wait_for(future: Future[Any]) -> None:
-    """Waits until `future` is over, however it ends; an interruption ends the wait."""
-    patiently(lambda slice_s: wait([future], slice_s).done)
+def wait_for(future: Future[Any], limit_s: float = math.inf) -> None:
+    """Waits until `future` is over, however it ends, or `limit_s` have passed; an interruption ends the wait."""
+    until = time.monotonic() + limit_s
+    patiently(lambda slice_s: wait([future], slice_s).done or time.monotonic() >= until)

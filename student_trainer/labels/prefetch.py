@@ -16,9 +16,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
-from student_trainer.interruption import patiently
+from student_trainer.interruption import guarded, patiently
 from student_trainer.labels import event_loop
 from student_trainer.labels.depth import Depth
 from student_trainer.labels.rows_on_device import with_checked_rows
@@ -118,6 +119,7 @@ class AheadFeed(Generic[Asked]):
     def _on_take(self, number: int, taken: Taken, began_s: float) -> None:
         """The answer has been taken; it was waited for since `began_s`, of the clock `time.perf_counter`."""
 
+    @guarded()
     def take(self, number: int) -> Taken:
         """The checked labels of request `number`; each can be taken once.
 
@@ -142,7 +144,7 @@ class AheadFeed(Generic[Asked]):
                     raise self._error
                 if self._closed:
                     raise CancelledRequestError("the feed was closed")
-                patiently(self._lock.wait)
+                patiently(partial(self._lock.wait_for, partial(self._is_decided, number)))
             promise = self._promises[number]
             self._taken.add(number)
         try:
@@ -162,14 +164,18 @@ class AheadFeed(Generic[Asked]):
         self._on_take(number, labels, started)
         return labels
 
+    def _is_decided(self, number: int) -> bool:
+        """Whether request `number` is under way, or will never be."""
+        return number in self._promises or number in self._taken or self._closed or self._error is not None
+
+    @guarded()
     def close(self) -> None:
         """Ends; open requests are taken back."""
         with self._lock:
             self._closed = True
             self._tell_all()
         self._on_close()
-        with contextlib.suppress(Exception):  # whoever needed an answer has been told
-            self._work.result(timeout=30)
+        event_loop.wait_for(self._work, limit_s=30)  # whoever needed an answer has been told
 
     def _tell_all(self) -> None:
         """Wakes whoever waits for a change; holds `_lock`."""

@@ -29,8 +29,8 @@ class RolloutExample(Example):
 
 
 def example_of(rollout: Rollout, row: Example | None = None) -> RolloutExample:
-    """The prompt and its completion, every token of which is a target and weighs as the row's own answer does; the last one of a completion
-    that was cut off weighs nothing.
+    """The prompt and its completion, every token of which is a target and weighs as the row's last answer does at its end (that of a trace
+    is the answer itself, behind the reasoning); the last one of a completion that was cut off weighs nothing.
 
     Args:
         rollout: the completion.
@@ -40,7 +40,7 @@ def example_of(rollout: Rollout, row: Example | None = None) -> RolloutExample:
     token_ids = np.concatenate([prompt.token_ids, rollout.token_ids]).astype(np.int32)
     loss_mask = np.zeros(token_ids.size, np.bool_)
     loss_mask[-tokens:] = True
-    own = row.weights[prompt.token_ids.size] if row is not None and row.weights is not None else np.float32(1)
+    own = np.float32(1) if row is None or row.weights is None else row.weights[np.flatnonzero(row.loss_mask)[-1]]
     weights = None
     if own != 1 or not rollout.finished:
         weights = np.full(token_ids.size, own, np.float32)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.errors import RolloutError
-from student_trainer.interruption import patiently
+from student_trainer.interruption import guarded, patiently
 from student_trainer.rollout.plan import RolloutPlan
 from student_trainer.rollout.prompts import Prompts
 from student_trainer.rollout.sample import Rollout, RolloutFailure, Sampler
@@ -63,6 +63,7 @@ class RolloutWriter:
         """Takes rollouts that were written before the run was interrupted; before the first `weights_are`."""
         self._written.update(pending)
 
+    @guarded()
     def weights_are(self, version: int, trained: Mapping[str, Tensor]) -> None:
         """The student has made `version` optimizer steps and these are its parameters; they are copied if they may change before they are read.
 
@@ -83,6 +84,7 @@ class RolloutWriter:
             self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
             self._thread.start()
 
+    @guarded()
     def take(self, step: int) -> Written:
         """The rollouts of a step, in the order of its places, once they are written; may be asked for again until the step is over.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from student_trainer.config.features import FeatureConfig
-from student_trainer.config.losses import LossConfig, OutputLossConfig, ScheduleConfig
+from student_trainer.config.losses import OUTPUT_DEFAULTS, LossConfig, OutputLossConfig, ScheduleConfig
 from student_trainer.config.on_policy import OnPolicyConfig, ShareConfig
 from student_trainer.config.teachers import ContextConfig, LabelConfig
 from student_trainer.findings import Finding
@@ -149,8 +149,8 @@ def divergence_of(output: OutputLossConfig) -> Divergence:
     """The divergence that a config names, with the default of its parameters; of `pg_rkl` the one that it estimates."""
     alpha = output.alpha if output.alpha is not None else (0.5 if output.divergence == "adaptive_kl" else 0.1)
     kind = "reverse_kl" if output.divergence == "pg_rkl" else output.divergence
-    beta = 0.5 if output.beta is None else output.beta
-    return Divergence(kind, beta, alpha, output.normalization or "paper")
+    beta = OUTPUT_DEFAULTS["beta"] if output.beta is None else output.beta
+    return Divergence(kind, beta, alpha, output.normalization or OUTPUT_DEFAULTS["normalization"])
 
 
 def policy_gradient_of(output: OutputLossConfig) -> PolicyGradient | None:

@@ -262,6 +262,7 @@ def _run(
         trainer.try_saving()
         if publisher and config.on_policy and config.on_policy.publish:
             trainer.add_callback(PublishAfterSteps(publisher, config.on_policy.publish.every, trainer.settle))
+            trainer.add_callback(trainer.pop_callback(trainer.stopping))  # the last one, as before
         layers = None
         if joined:
             learned = joined.of_features

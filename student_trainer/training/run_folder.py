@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from student_trainer.config.losses import as_used
 from student_trainer.config.run import TrainConfig, dump_config
 from student_trainer.config.teachers import LabelConfig, OneOfTeachersConfig
 from student_trainer.errors import RunError
@@ -273,7 +274,7 @@ def decisive(config: TrainConfig) -> dict[str, Any]:
     else:  # as runs had it that knew of one teacher
         del tree["teachers"], tree["combine"]
     walk(tree, "")
-    return flat
+    return as_used(flat)
 
 
 def _of_teacher(config: TrainConfig, teacher: OneOfTeachersConfig) -> dict[str, Any]:
@@ -295,6 +296,7 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], config: TrainCon
         config: the run, to say which of its settings decide what has changed.
     """
     setting = "run.output_dir"
+    before = before | {"settings": as_used(before["settings"])}
     keys = [
         key for key in sorted(before["settings"].keys() | now["settings"].keys()) if not _is_free(key)
     ]  # some became so

@@ -143,7 +143,6 @@ class DistillationTrainer(KeepingTrainer):
         for _ in range(num_batches):
             next(epoch_iterator)  # transformers counts them
         step = self.state.global_step
-        self.stopping.step_begins()
         with self.stopping.waiting():
             window = self._windows.window(step)
         assert (window.step, len(window.batches)) == (step, num_batches), "the window is of another step, or cut short"
@@ -271,7 +270,8 @@ class DistillationTrainer(KeepingTrainer):
         began_s = time.perf_counter()
         self.model.eval()
         try:
-            metrics = {f"eval_{name}": value for name, value in self._measure().items()}
+            with self.stopping.waiting(then_in_step=self.is_in_train):
+                metrics = {f"eval_{name}": value for name, value in self._measure().items()}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -71,12 +71,12 @@ def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on_to_the_same_bits(
     teachers, model_factory, rows_file, tmp_path, number
 ):
     """A run without `save_steps` would else lose everything; both ends write the same weights."""
-    steps = {**STEPS, "max_steps": 40, "save_steps": 0, "log_steps": 3, "eval_steps": 6}
+    steps = {**STEPS, "max_steps": 30, "save_steps": 0, "log_steps": 3, "eval_steps": 6}
     straight, broken = (
         write_config(tmp_path / name, model_factory("qwen2"), rows_file, teachers.address, train=steps)
         for name in ("straight", "broken")
     )
-    assert run_cli("train", straight).returncode == 0
+    assert run_student("train", straight).returncode == 0
     process = start_student("train", broken, "train.keep_checkpoints=3", stderr=subprocess.PIPE)
     log = tmp_path / "broken" / "run" / "train_log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 4):
@@ -87,7 +87,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on_to_the_same_bits(
     said = " ".join(stderr.split())
     (kept,) = (path for path in (tmp_path / "broken" / "run").glob("checkpoint-*"))
     assert f"{kept.name} is kept" in said and "train.keep_checkpoints=3 --resume" in said and "Traceback" not in said
-    resumed = run_cli("train", broken, "train.keep_checkpoints=3", "--resume")
+    resumed = run_student("train", broken, "train.keep_checkpoints=3", "--resume")
     assert resumed.returncode == 0 and f"resuming at step {kept.name.removeprefix('checkpoint-')}" in resumed.stderr
     assert adapter_hash(tmp_path / "broken" / "run") == adapter_hash(tmp_path / "straight" / "run")
     measured = [

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from student_trainer.config.run import TrainConfig
     from student_trainer.config.teachers import TeacherConfig
     from student_trainer.config.traces import TracesConfig
+    from student_trainer.data.rows.intake import SourceFacts
     from student_trainer.findings import Finding, Findings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -49,6 +50,7 @@ def check(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fals
 
 
 def _of_run(config: TrainConfig, resume: bool) -> list[Finding]:
+    from student_trainer.data.inputs import check_field
     from student_trainer.findings import Findings
     from student_trainer.training.checks import check_folder, check_settings
     from student_trainer.training.tracking.trackers import make_trackers
@@ -59,9 +61,17 @@ def _of_run(config: TrainConfig, resume: bool) -> list[Finding]:
     findings.add(check_folder(config, resume))
     _model(findings, config)
     findings.add(_device(config))
-    for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for number, source in enumerate(sources):
-            _source(findings, f"{name}[{number}]", source, config)
+    facts: list[SourceFacts] = []
+    for number, source in enumerate(config.data.train):
+        facts += _source(findings, f"data.train[{number}]", source, config)
+    if config.data.tag_field is not None and len(facts) == len(config.data.train):
+        findings.attempt(
+            "data.tag_field",
+            partial(check_field, "data.tag_field", config.data.tag_field, facts),
+            "rows have the field of tags",
+        )
+    for number, source in enumerate(config.data.eval):
+        _source(findings, f"data.eval[{number}]", source, config)
     for teacher in config.every_teacher:
         _teacher(findings, teacher)
     return findings.all
@@ -99,8 +109,13 @@ def _of_traces(config: TracesConfig) -> list[Finding]:
     return findings.all
 
 
-def _source(findings: Findings, name: str, source: SourceConfig, config: TrainConfig | None = None) -> None:
-    """Whether the rows of a source are there, and have a format if they are a run's; a hub id is left to `plan`, which may fetch it."""
+def _source(
+    findings: Findings, name: str, source: SourceConfig, config: TrainConfig | None = None
+) -> list[SourceFacts]:
+    """Whether the rows of a source are there; if they are a run's, whether they have a format, and what they hold.
+
+    A hub id is left to `plan`, which may fetch it.
+    """
     from student_trainer.data.inputs import source_of
     from student_trainer.data.rows.intake import Intake
     from student_trainer.data.rows.sources import HUB_ID, local_path, read_source
@@ -108,15 +123,15 @@ def _source(findings: Findings, name: str, source: SourceConfig, config: TrainCo
 
     made = findings.attempt(name, partial(source_of, source), f"{name} is a source")
     if made is None:
-        return
+        return []
     if HUB_ID.fullmatch(made.path) and not local_path(made.path).exists() and not Path(made.path).suffix:
-        return
+        return []
+    intake = Intake("refuse" if config is None else config.data.bad_rows)
 
     def read() -> None:
         if config is None:
             read_source(made)
             return
-        intake = Intake(config.data.bad_rows)
         asides = [context.field for context in (config.context, *config.contexts.values()) if context is not None]
         fields = frozenset([*asides, *([config.data.tag_field] if config.data.tag_field else [])])
         rows = [replace(row, beside=fields) for row in read_source(made, intake)]
@@ -124,6 +139,7 @@ def _source(findings: Findings, name: str, source: SourceConfig, config: TrainCo
         task_rows(rows, made.format, config.data.system_prompt or "", tasks, intake, made.path)
 
     findings.attempt(name, read, f"the rows of {made.path} can be read")
+    return intake.sources
 
 
 def _teacher(findings: Findings, teacher: TeacherConfig) -> None:

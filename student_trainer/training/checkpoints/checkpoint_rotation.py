@@ -109,6 +109,9 @@ class KeepingTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         newest = checkpoint.newest_whole(folder.parent)
         if step and newest != folder:
+            # Steps since the last entry of the log would be in none: the run that goes on knows nothing of them.
+            self.control.should_log, self.control.should_evaluate, self.control.should_save = True, False, False
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, 0, None, None)
             self._save_checkpoint(self.model, None)
         return folder if step else None
 

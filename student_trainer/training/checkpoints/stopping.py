@@ -6,18 +6,22 @@ In: an interruption (Ctrl-C, SIGTERM); out: whether the step goes on to its end 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from student_trainer.interruption import guarded
 from student_trainer.training.checkpoints.checkpoint_rotation import KeepingTrainer
+from student_trainer.training.run_folder import LOG_NAME
 
 
 class Stopping(TrainerCallback):
-    """The last of a trainer's callbacks. The first word lets a step end that is being computed, the second waits for nothing.
+    """The last of a trainer's callbacks. The first word lets a step end that is being computed, logged or kept; the second waits for nothing.
 
-    Between two steps, also while labels or rollouts are waited for and held-out rows measured, the first word too ends the run where it is.
+    While labels or rollouts are waited for and held-out rows measured, the first word too ends the run where it is.
 
     Args:
         measure: measures the held-out rows and logs the figures; called at the start of a run that was broken off where that was due.
@@ -33,31 +37,33 @@ class Stopping(TrainerCallback):
         self.words += 1
         return self._in_step and self.words == 1
 
-    def step_begins(self) -> None:
-        """What follows belongs to a step: until its end there is nothing that a checkpoint could hold."""
-        self._in_step = True
-
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A part of a step that has changed nothing yet, and may be long: who was asked before does not begin it."""
+    def waiting(self, *, then_in_step: bool = True) -> Iterator[None]:
+        """What may be long and changes nothing that a checkpoint holds: who was asked before does not begin it. What follows belongs to a
+        step, unless it is said otherwise: until the next wait there is nothing to be kept, or something is being written.
+        """
         self._in_step = False
         if self.words:
             raise KeyboardInterrupt
-        yield
-        self._in_step = True
+        with guarded():
+            yield
+        self._in_step = then_in_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes up for figures that the checkpoint's step should have and has not."""
         step = state.global_step
         if not step or args.eval_strategy == "no" or step % args.eval_steps:
             return
-        at_step = [entry for entry in state.log_history if entry.get("step") == step]
-        if not any(name.startswith("eval_") for entry in at_step for name in entry):
+        if any(_is_measured(entry, step) for entry in state.log_history):
+            return
+        made_up = [entry for entry in _entries(Path(args.output_dir) / LOG_NAME) if _is_measured(entry, step)]
+        if made_up:  # by an earlier resumption from the same checkpoint
+            state.log_history.append(made_up[0])
+        else:
             self._measure()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The entry of the log, a checkpoint and the end, if that was asked for; what is due to be measured waits for the run that goes on."""
-        self._in_step = False
         if self.words:
             control.should_log = control.should_save = True
             control.should_evaluate = False
@@ -65,7 +71,11 @@ class Stopping(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The end that was asked for; as an error, since transformers logs a summary of what ends well."""
         if self.words:
+            self._in_step = False
             raise KeyboardInterrupt
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._in_step = False
 
     def keep(self, trainer: KeepingTrainer, note: Callable[[str], None]) -> None:
         """Writes the checkpoint of an interrupted run, if that is possible and nobody asked twice.
@@ -77,3 +87,18 @@ class Stopping(TrainerCallback):
             return
         if kept := trainer.keep_last_step():
             note(f"{kept.name} is kept")
+
+
+def _is_measured(entry: dict[str, Any], step: int) -> bool:
+    """Whether an entry of the log holds the held-out figures of a step."""
+    return entry.get("step") == step and any(name.startswith("eval_") for name in entry)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """Those of a log that can be read; others are told of where it is cut."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            found += [entry] if isinstance(entry, dict) else []
+    return found

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from student_trainer import interruption
 from student_trainer.labels.device_transfer import LabelTensors
 from student_trainer.labels.prefetch import LabelFeed
 from student_trainer.labels.service import LabelService
@@ -217,3 +218,29 @@ def test_what_is_taken_has_been_prepared_by_the_feed():
     for name, tensor in expected.tensors.items():
         np.testing.assert_array_equal(taken.ready.named[name].numpy(), tensor.array)
     assert threading.main_thread() not in threads
+
+
+def test_a_failure_between_two_slices_of_a_wait_is_seen(monkeypatch):
+    """What wakes a thread is told once: who does not listen just then must look at what has become of its request."""
+    monkeypatch.setattr(interruption, "_SLICE_S", 0.0005)
+
+    def gone(number):
+        time.sleep(0.0005 * (number % 7))
+        raise ValueError("the rows are gone")
+
+    fake, ended = FakeTeacher(), []
+    with serve(fake) as server:
+
+        def take():
+            source = LabelService(lambda: TeacherClient(server.address), None).source(fake.teacher_info(), SPEC)
+            for first in range(40):
+                feed = LabelFeed(source, gone, first=first, count=41, max_bytes=1 << 30, max_batches=9)
+                with pytest.raises(ValueError, match="gone"):
+                    feed.take(first)
+                ended.append(first)
+                feed.close()
+
+        taker = threading.Thread(target=take, daemon=True)
+        taker.start()
+        taker.join(120)
+    assert len(ended) == 40, "a take waits for ever"

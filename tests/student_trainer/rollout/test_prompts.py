@@ -33,8 +33,10 @@ def rollout(prompt_ids, tokens=3, finished=True):
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("weight", [None, 1.0, 0.25])
 def test_a_rollout_weighs_as_the_answer_whose_place_it_takes(weight, finished):
-    """Of a row with two answers the last; an answer that was cut off is not taught to end there."""
-    weights = None if weight is None else [0, 3.0, 3.0, 0, weight, weight]
+    """Of a row with two answers the last, at its end: that of a trace begins with its markup, which weighs little. An answer that was cut
+    off is not taught to end there.
+    """
+    weights = None if weight is None else [0, 3.0, 3.0, 0, 0.0625, weight]
     row = example([0, 1, 1, 0, 1, 1], weights)
     found = example_of(rollout([0, 1, 2, 3], finished=finished), row)
     own = 1.0 if weight is None else weight

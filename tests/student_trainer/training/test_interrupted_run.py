@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from student_trainer.config.run import parse_config
+from student_trainer.errors import RunError
 from student_trainer.interruption import interrupted_in_order
 from student_trainer.rollout.engines.hf_sampler import HfSampler
 from student_trainer.training.checkpoints import checkpoint
@@ -19,6 +21,7 @@ from teacher_wire.testing.loopback import serve
 from tests.student_trainer.conftest import run_config
 from tests.student_trainer.training.test_train import adapter_hash, losses
 
+UNINTERRUPTED = {}
 HALF = {"share": 0.5, "max_new_tokens": 5}
 
 
@@ -48,7 +51,14 @@ def go(tmp_path, model_factory, rows_file, fake):
                 train(config, resume=resume, console=console, callbacks=callbacks)
             return config.run.output_dir
 
-        run.folder = tmp_path
+        def straight(**more):
+            """Losses and weights of the uninterrupted run, made once for all tests."""
+            if str(more) not in UNINTERRUPTED:
+                folder = run("straight", **more)
+                UNINTERRUPTED[str(more)] = losses(folder), adapter_hash(folder)
+            return UNINTERRUPTED[str(more)]
+
+        run.folder, run.straight = tmp_path, straight
         yield run
 
 
@@ -58,14 +68,14 @@ def kept(folder):
 
 @pytest.mark.parametrize("more", [{}, *({"on_policy": HALF | {"max_staleness": old}} for old in (0, 2))], ids=str)
 def test_a_step_that_is_being_computed_is_finished_and_kept(go, more):
-    straight, shown = go("straight", **more), Console(file=io.StringIO(), width=400)
+    straight, shown = go.straight(**more), Console(file=io.StringIO(), width=400)
     with pytest.raises(KeyboardInterrupt):
         go("broken", callbacks=[Words(3)], console=shown, **more)
     broken = go.folder / "broken"
     assert kept(broken) == ["checkpoint-4"] and not (broken / "final").exists()
     assert "checkpoint-4 is kept" in shown.file.getvalue()
     go("broken", resume=True, **more)
-    assert losses(broken) == losses(straight) and adapter_hash(broken) == adapter_hash(straight)
+    assert (losses(broken), adapter_hash(broken)) == straight
 
 
 @pytest.mark.parametrize("more", [{}, {"on_policy": HALF | {"max_staleness": 2}}], ids=str)
@@ -74,7 +84,7 @@ def test_while_labels_are_waited_for_nothing_more_is_waited_for(go, fake, monkey
     sample = HfSampler.sample
     monkeypatch.setattr(HfSampler, "sample", lambda self, prompts: time.sleep(1) or sample(self, prompts))
     more = more | {"feed": {"max_batches": 1}}
-    straight = go("straight", **more)
+    straight = go.straight(**more)
     score, calls, told = fake.score, fake.calls, []
 
     async def silent(call):
@@ -91,14 +101,91 @@ def test_while_labels_are_waited_for_nothing_more_is_waited_for(go, fake, monkey
     (name,) = kept(broken)
     assert 0 < checkpoint.step_of(broken / name) < 6
     go("broken", resume=True, **more)
-    assert losses(broken) == losses(straight) and adapter_hash(broken) == adapter_hash(straight)
+    assert (losses(broken), adapter_hash(broken)) == straight
+
+
+@pytest.mark.parametrize("of", ["loss", "eval_nll_per_token"])
+def test_an_entry_of_the_log_that_is_being_made_is_made(go, rows_file, of):
+    """The word comes while trackers are told: of the step, or of the held-out figures."""
+
+    class WhileLogged(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.global_step == 4 and of in logs:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    more = {"data": {"eval": [str(rows_file)]}, "train": {"save_steps": 0, "eval_steps": 2}}
+    with pytest.raises(KeyboardInterrupt):
+        go("broken", callbacks=[WhileLogged()], **more)
+    broken = go.folder / "broken"
+    assert kept(broken) == ["checkpoint-4"]
+    go("broken", resume=True, **more)
+    assert (losses(broken), adapter_hash(broken)) == go.straight(**more)
+
+
+def test_steps_since_the_last_entry_are_in_one(go, fake):
+    """Interrupted while labels are waited for, between two entries: what the next one would have been a mean of."""
+    more = {"train": {"save_steps": 0, "log_steps": 3}, "feed": {"max_batches": 1}}
+    (straight, weights), score, calls, told = go.straight(**more), fake.score, fake.calls, []
+
+    async def silent(call):
+        if fake.calls - calls < 12:  # two to see that it works; 5 steps of 2
+            return await score(call)
+        if not told:
+            told.append(os.kill(os.getpid(), signal.SIGINT))
+        return await asyncio.sleep(3600)
+
+    fake.score = silent
+    with pytest.raises(KeyboardInterrupt):
+        go("broken", **more)
+    fake.score, broken = score, go.folder / "broken"
+    (name,) = kept(broken)
+    at = checkpoint.step_of(broken / name)
+    assert 3 < at < 6
+    go("broken", resume=True, **more)
+    means = {entry["step"]: entry["loss"] for entry in losses(broken) if "loss" in entry}
+    assert list(means) == [3, at, 6] and adapter_hash(broken) == weights
+    whole = {entry["step"]: entry["loss"] for entry in straight if "loss" in entry}
+    assert means[3] == whole[3] and (at - 3) * means[at] + (6 - at) * means[6] == pytest.approx(3 * whole[6], rel=1e-5)
+
+
+def test_figures_are_made_up_for_once(go, rows_file):
+    """However often the run is taken up from the same checkpoint before it comes further."""
+    more = {"data": {"eval": [str(rows_file)]}, "train": {"save_steps": 0, "eval_steps": 2}}
+    for word in (Words(3), Words(4, words=2), Words(4, words=2)):
+        with pytest.raises(KeyboardInterrupt):
+            go("broken", resume=True, callbacks=[word], **more)
+    go("broken", resume=True, **more)
+    assert losses(go.folder / "broken") == go.straight(**more)[0]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "recorded", "goes_on"), [("forward_kl", 0.5, True), ("jsd", 0.5, True), ("jsd", 0.3, False)]
+)
+def test_a_run_begun_when_every_divergence_had_every_parameter_goes_on(go, divergence, recorded, goes_on):
+    more = {"loss": {"output": {"divergence": divergence}}}
+    with pytest.raises(KeyboardInterrupt):
+        go("broken", callbacks=[Words(3)], **more)
+    file = go.folder / "broken" / "run.json"
+    identity = json.loads(file.read_text())
+    identity["settings"] |= {
+        "loss.output.beta": recorded,
+        "loss.output.normalization": "paper",
+        "loss.output.alpha": None,
+    }
+    file.write_text(json.dumps(identity))
+    if not goes_on:
+        with pytest.raises(RunError, match=r"loss\.output\.beta: 0\.3 -> 0\.5"):
+            go("broken", resume=True, **more)
+        return
+    go("broken", resume=True, **more)
+    assert (losses(go.folder / "broken"), adapter_hash(go.folder / "broken")) == go.straight(**more)
 
 
 def test_who_asks_twice_waits_for_nothing(go):
     with pytest.raises(KeyboardInterrupt):
         go("broken", callbacks=[Words(3, words=2)])
     assert not kept(go.folder / "broken")
-    assert adapter_hash(go("broken", resume=True)) == adapter_hash(go("straight"))
+    assert adapter_hash(go("broken", resume=True)) == go.straight()[1]
 
 
 def test_an_interruption_before_the_first_step_leaves_no_folder(go):
@@ -116,7 +203,7 @@ def test_the_last_step_may_be_the_one(go):
         go("broken", callbacks=[Words(5)])
     broken = go.folder / "broken"
     assert kept(broken) == ["checkpoint-6"] and not (broken / "final").exists()
-    assert adapter_hash(go("broken", resume=True)) == adapter_hash(go("straight"))
+    assert adapter_hash(go("broken", resume=True)) == go.straight()[1]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_the_word_of_the_run(go, monkeypatch):
