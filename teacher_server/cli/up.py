@@ -17,6 +17,8 @@ from teacher_server.cli.asking import ConfigPath, Overrides
 from teacher_server.cli.journal import Journal, LogFormat
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from teacher_server.control.config_watch import ConfigFile
     from teacher_server.control.supervisor import Server
 
@@ -92,6 +94,8 @@ def serve_under_guard(
     handle(give_up)
     try:
         Lifeline(lifeline, told_to_stop, told_to_end)
+        if until_stdin_closes:
+            threading.Thread(target=_at_end_of_input, args=(told_to_stop,), daemon=True).start()
         file = ConfigFile(config, overrides)
         loaded = file.config
         from teacher_server.control.launch import running
@@ -103,8 +107,6 @@ def serve_under_guard(
             handle(lambda *_: stop.set())  # systemd sends SIGTERM to us as well as to the guard: one stop
             signal.signal(signal.SIGINT, end)
             serving.set()
-            if until_stdin_closes:
-                threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
             how = "TLS" if loaded.edge.tls else "plain text, loopback only"
             journal.say(f"ready on {loaded.edge.address} ({how})")
             while not stop.wait(_LOOK_S):
@@ -137,6 +139,10 @@ def _follow(file: ConfigFile, server: Server, journal: Journal) -> None:
     server.step()
 
 
-def _stop_at_end_of_input(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
-    stop.set()
+def _at_end_of_input(told_to_stop: Callable[[], None]) -> None:
+    """A parent that is gone while the server starts is not waited for either."""
+    while os.read(
+        sys.stdin.fileno(), 4096
+    ):  # without the lock of a stream, which the end of the interpreter would wait for
+        pass
+    told_to_stop()

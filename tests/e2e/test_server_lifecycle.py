@@ -4,6 +4,7 @@ import asyncio
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import psutil
@@ -68,6 +69,28 @@ def test_ctrl_c_during_load_ends_everything_and_the_port_is_free(tmp_path):
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections may still be remembered
         free.bind(("127.0.0.1", again.port))
         free.listen()
+
+
+def test_a_parent_that_is_gone_while_the_server_starts_is_not_waited_for(tmp_path):
+    """An embedded teacher's, killed without a word: nothing is started to its end for nobody, and nothing is left."""
+    (tmp_path / "server.yaml").write_text(yaml.safe_dump(server_config(FAKE)))
+    with (tmp_path / "log").open("w") as log:
+        command = [
+            sys.executable,
+            "-m",
+            "teacher_server.cli",
+            "up",
+            "--until-stdin-closes",
+            str(tmp_path / "server.yaml"),
+        ]
+        up = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    while "starting Ray" not in (tmp_path / "log").read_text() and up.poll() is None:
+        time.sleep(0.05)
+    below = psutil.Process(up.pid).children(recursive=True)
+    up.stdin.close()
+    assert up.wait(120) == 130
+    assert "ready on" not in (tmp_path / "log").read_text()
+    assert not psutil.wait_procs(below, timeout=10)[1]
 
 
 @pytest.mark.parametrize(

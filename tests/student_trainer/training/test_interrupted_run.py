@@ -82,7 +82,7 @@ def test_a_step_that_is_being_computed_is_finished_and_kept(go, more):
 def test_while_labels_are_waited_for_nothing_more_is_waited_for(go, fake, monkeypatch, more):
     """The last whole step is kept, with the rollouts of later ones, which are still being written."""
     sample = HfSampler.sample
-    monkeypatch.setattr(HfSampler, "sample", lambda self, prompts: time.sleep(1) or sample(self, prompts))
+    monkeypatch.setattr(HfSampler, "sample", lambda self, prompts: time.sleep(0.3) or sample(self, prompts))
     more = more | {"feed": {"max_batches": 1}}
     straight = go.straight(**more)
     score, calls, told = fake.score, fake.calls, []
