@@ -71,7 +71,9 @@ def test_sizes_are_checked_for_each(two):
 def test_labels_of_both_are_asked_for_and_kept(two, fake):
     config, other = two
     filled = label(config, Console(file=io.StringIO(), width=300))
-    assert fake.calls and other.calls and filled.usage.disk_sequences == 0, "the trial request of each is none from before"
+    assert fake.calls and other.calls and filled.usage.disk_sequences == 0, (
+        "the trial request of each is none from before"
+    )
     asked = fake.calls, other.calls
     again = label(config, Console(file=io.StringIO(), width=300))
     assert (fake.calls, other.calls) == asked and again.usage.teacher_tokens == 0
