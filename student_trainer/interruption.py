@@ -1,6 +1,6 @@
 """Ctrl-C and a scheduler's SIGTERM, for commands that end in order.
 
-In: a signal; out: KeyboardInterrupt where nothing is torn: later, by whoever took the word, or between two slices of a wait. Raised amid
+In: a signal; out: KeyboardInterrupt where nothing is torn: later, by whoever handles the signal, or between two slices of a wait. Raised amid
 a wait it could leave a lock taken that other threads need. Only commands install it: in other people's programs signals are theirs.
 Loads nothing.
 """
@@ -22,20 +22,20 @@ class _Interruption:
     def __init__(self) -> None:
         self.holders: list[Callable[[], bool]] = []
         self.waits = 0
-        self.word = False  # for who waits
+        self.pending = False  # a signal that the current wait has yet to notice
 
-    def came(self) -> bool:
-        """Whether somebody ends the command in order, soon."""
+    def arrived(self) -> bool:
+        """Whether the command will end in order by itself, soon."""
         taken = [holder() for holder in self.holders]
         if any(taken):
             return True
-        self.word = bool(self.waits)
-        return self.word
+        self.pending = bool(self.waits)
+        return self.pending
 
-    def heard(self) -> bool:
-        """Whether there was a word for who waits; it is, once."""
-        word, self.word = self.word, False
-        return word
+    def take_pending(self) -> bool:
+        """Whether a signal is pending; it no longer is."""
+        pending, self.pending = self.pending, False
+        return pending
 
 
 _now = _Interruption()
@@ -62,23 +62,23 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         _now.waits -= 1
-        if not _now.waits and _now.heard():
+        if not _now.waits and _now.take_pending():
             raise KeyboardInterrupt
 
 
 def patiently(is_over: Callable[[float], object]) -> None:
     """Waits until `is_over`, which gets the seconds that it may wait itself, says so; an interruption ends the wait of the main thread.
 
-    It must look at a state, as `Condition.wait_for` does: a notification that comes between two slices is heard by nobody.
+    It must look at a state, as `Condition.wait_for` does: a notification that comes between two slices is missed.
 
     Raises:
         KeyboardInterrupt: between two calls of `is_over`.
     """
     is_main = threading.current_thread() is threading.main_thread()
     with guarded():
-        while not (is_main and _now.word) and not is_over(_SLICE_S):
+        while not (is_main and _now.pending) and not is_over(_SLICE_S):
             pass
-        if is_main and _now.heard():
+        if is_main and _now.take_pending():
             raise KeyboardInterrupt
 
 
@@ -87,7 +87,7 @@ def interrupted_in_order(tell: Callable[[], None]) -> Iterator[None]:
     """SIGINT and SIGTERM raise KeyboardInterrupt in the block, at once or where it is safe soon; `tell` then says so, in a thread of its own."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        if not _now.came():
+        if not _now.arrived():
             raise KeyboardInterrupt
         # The main thread may hold the lock of the very stream that is written to, amid a write.
         threading.Thread(target=tell, daemon=True).start()

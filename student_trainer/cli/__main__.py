@@ -21,7 +21,7 @@ def start() -> None:
 
 
 def _is_ending() -> None:
-    """From here on another word changes nothing: libraries take seconds to be unloaded, and would be torn."""
+    """Ignores further signals: libraries take seconds to shut down, and a signal amid that is a traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

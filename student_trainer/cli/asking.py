@@ -73,7 +73,7 @@ def going_on(console: Console, command: str, config: Path, overrides: list[str] 
 
     def told() -> None:
         console.print(
-            "interrupted: ends in order, a run after its step and with a checkpoint; once more ends at once",
+            "interrupted: a run finishes its current step and writes a checkpoint first; interrupt again to stop at once",
             markup=False,
         )
 

@@ -25,9 +25,8 @@ from teacher_wire.core.errors import TeacherWireError
 START_LIMIT_S = 600.0
 _STOP_LIMIT_S = 60.0
 _KEPT_LOGS = 10
-_PORTS = range(
-    20_000, 32_768
-)  # above those that Ray gives its workers; Linux gives 32,768 and above to whoever asks for any
+# Above the ports that Ray gives its workers, below those that Linux hands out on request (32,768 and above).
+_PORTS = range(20_000, 32_768)
 _LOCAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -102,7 +101,7 @@ def free_port() -> int:
     """
     first = _first_local_port()
     tried = [port for port in _PORTS if port < first]
-    for port in random.sample(tried, min(100, len(tried))):
+    for port in random.SystemRandom().sample(tried, min(100, len(tried))):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

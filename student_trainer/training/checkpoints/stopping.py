@@ -19,23 +19,23 @@ from student_trainer.training.run_folder import LOG_NAME
 
 
 class Stopping(TrainerCallback):
-    """The last of a trainer's callbacks. The first word lets a step end that is being computed, logged or kept; the second waits for nothing.
+    """The last of a trainer's callbacks. The first signal lets the step finish that is being computed, logged or saved; the second stops at once.
 
-    While labels or rollouts are waited for and held-out rows measured, the first word too ends the run where it is.
+    While labels or rollouts are waited for and held-out rows measured, the first signal stops the run right away.
 
     Args:
         measure: measures the held-out rows and logs the figures; called at the start of a run that was broken off where that was due.
     """
 
     def __init__(self, measure: Callable[[], object]) -> None:
-        self.words = 0
+        self.signals = 0
         self._in_step = False
         self._measure = measure
 
     def asked(self) -> bool:
         """An interruption; whether the run ends by itself after the step it is in."""
-        self.words += 1
-        return self._in_step and self.words == 1
+        self.signals += 1
+        return self._in_step and self.signals == 1
 
     @contextlib.contextmanager
     def waiting(self, *, then_in_step: bool = True) -> Iterator[None]:
@@ -43,7 +43,7 @@ class Stopping(TrainerCallback):
         step, unless it is said otherwise: until the next wait there is nothing to be kept, or something is being written.
         """
         self._in_step = False
-        if self.words:
+        if self.signals:
             raise KeyboardInterrupt
         with guarded():
             yield
@@ -64,13 +64,13 @@ class Stopping(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The entry of the log, a checkpoint and the end, if that was asked for; what is due to be measured waits for the run that goes on."""
-        if self.words:
+        if self.signals:
             control.should_log = control.should_save = True
             control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The end that was asked for; as an error, since transformers logs a summary of what ends well."""
-        if self.words:
+        if self.signals:
             self._in_step = False
             raise KeyboardInterrupt
 
@@ -83,7 +83,7 @@ class Stopping(TrainerCallback):
         Raises:
             RunError, NonFiniteError: as any checkpoint.
         """
-        if self._in_step or self.words > 1:
+        if self._in_step or self.signals > 1:
             return
         if kept := trainer.keep_last_step():
             note(f"{kept.name} is kept")

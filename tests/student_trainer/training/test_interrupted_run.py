@@ -66,7 +66,33 @@ def kept(folder):
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("more", [{}, *({"on_policy": HALF | {"max_staleness": old}} for old in (0, 2))], ids=str)
+def silent_after(answers, go, fake, **more):
+    """The folder of a run that is interrupted when its teacher has stopped answering."""
+    score, calls, told = fake.score, fake.calls, []
+
+    async def silent(call):
+        if fake.calls - calls < answers:
+            return await score(call)
+        if not told:
+            told.append(os.kill(os.getpid(), signal.SIGINT))
+        return await asyncio.sleep(3600)
+
+    fake.score = silent
+    with pytest.raises(KeyboardInterrupt):
+        go("broken", **more)
+    fake.score = score
+    return go.folder / "broken"
+
+
+RELATIVES = [
+    {},
+    *({"on_policy": HALF | {"max_staleness": old}} for old in (0, 2)),
+    {"labels": {"transport": "top_k", "k": 12, "extra_ids": 4}},
+    {"train": {"save_steps": 0, "packing": True}},
+]
+
+
+@pytest.mark.parametrize("more", RELATIVES, ids=str)
 def test_a_step_that_is_being_computed_is_finished_and_kept(go, more):
     straight, shown = go.straight(**more), Console(file=io.StringIO(), width=400)
     with pytest.raises(KeyboardInterrupt):
@@ -85,19 +111,7 @@ def test_while_labels_are_waited_for_nothing_more_is_waited_for(go, fake, monkey
     monkeypatch.setattr(HfSampler, "sample", lambda self, prompts: time.sleep(0.3) or sample(self, prompts))
     more = more | {"feed": {"max_batches": 1}}
     straight = go.straight(**more)
-    score, calls, told = fake.score, fake.calls, []
-
-    async def silent(call):
-        if fake.calls - calls < 7:
-            return await score(call)
-        if not told:
-            told.append(os.kill(os.getpid(), signal.SIGINT))
-        return await asyncio.sleep(3600)
-
-    fake.score = silent
-    with pytest.raises(KeyboardInterrupt):
-        go("broken", **more)
-    fake.score, broken = score, go.folder / "broken"
+    broken = silent_after(7, go, fake, **more)
     (name,) = kept(broken)
     assert 0 < checkpoint.step_of(broken / name) < 6
     go("broken", resume=True, **more)
@@ -125,19 +139,8 @@ def test_an_entry_of_the_log_that_is_being_made_is_made(go, rows_file, of):
 def test_steps_since_the_last_entry_are_in_one(go, fake):
     """Interrupted while labels are waited for, between two entries: what the next one would have been a mean of."""
     more = {"train": {"save_steps": 0, "log_steps": 3}, "feed": {"max_batches": 1}}
-    (straight, weights), score, calls, told = go.straight(**more), fake.score, fake.calls, []
-
-    async def silent(call):
-        if fake.calls - calls < 12:  # two to see that it works; 5 steps of 2
-            return await score(call)
-        if not told:
-            told.append(os.kill(os.getpid(), signal.SIGINT))
-        return await asyncio.sleep(3600)
-
-    fake.score = silent
-    with pytest.raises(KeyboardInterrupt):
-        go("broken", **more)
-    fake.score, broken = score, go.folder / "broken"
+    straight, weights = go.straight(**more)
+    broken = silent_after(12, go, fake, **more)  # two to see that it works; 5 steps of 2
     (name,) = kept(broken)
     at = checkpoint.step_of(broken / name)
     assert 3 < at < 6
