@@ -160,9 +160,7 @@ def disk_trouble_named(what: str, way_out: Callable[[], str] = lambda: "make roo
     try:
         yield
     except OSError as error:
-        advice = (
-            "choose another folder, or make it one that can be written to" if error.errno in _NOT_OURS else way_out()
-        )
+        advice = "choose another folder, or make this one writable" if error.errno in _NOT_OURS else way_out()
         raise RunError(f"{what}: cannot be written: {error.strerror or error}; {advice}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # it loads no torch here

@@ -42,22 +42,20 @@ class ScheduleConfig(Settings):
         return self
 
 
-# What of `loss.output` only some divergences have.
+# Parameters of `loss.output` that only some divergences have, and what null stands for; the default of alpha differs by divergence.
 _PARAMETERS = {
     "beta": ("jsd",),
     "alpha": ("skew_kl", "skew_rkl", "adaptive_kl"),
     "normalization": ("jsd",),
     "clip": ("pg_rkl",),
 }
-
-
 OUTPUT_DEFAULTS: dict[str, Any] = {"beta": 0.5, "normalization": "paper"}
 
 
 def as_used(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a run by dotted name, without parameters that its divergence does not have, and with its defaults for null.
 
-    Runs that were begun before these were refused have them all in run.json, whatever their divergence.
+    A run.json of a version that did not refuse them holds all of them, whatever the divergence.
     """
     kind = settings.get("loss.output.divergence")
     found = dict(settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from student_trainer.inference import by_file
 from student_trainer.inference.chat import Chat
 from student_trainer.inference.prompt_file import read_prompts
 from student_trainer.inference.sampling import Sampling
-from student_trainer.inference.speakers import Opening, open_speakers
+from student_trainer.inference.speakers import Opening, TeacherSpeaker, open_speakers
 from tests.e2e.conftest import call_cli
 
 SHORT = Sampling(max_new_tokens=6)
@@ -92,6 +93,15 @@ def test_a_prompt_that_is_too_long_is_named_before_the_first_answer(tmp_path, st
             read_prompts(str(tmp_path / "q.txt")), [student], SHORT, tmp_path / "a.jsonl", Console(quiet=True)
         )
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_served_teachers_limit_names_the_prompt_too():
+    limits = SimpleNamespace(max_sequence_tokens=20)
+    speaker = TeacherSpeaker("big", SimpleNamespace(prompter=None, info=SimpleNamespace(limits=limits)))
+    sampling = Sampling(max_new_tokens=8)
+    speaker.check_room(12, sampling, "q.txt:1")
+    with pytest.raises(ConfigError, match=r"q\.txt:2: a prompt of 13 tokens .* more than the 20 that big takes"):
+        speaker.check_room(13, sampling, "q.txt:2")
 
 
 def test_a_restart_goes_on_where_it_was(tmp_path, prompts, student, monkeypatch):
