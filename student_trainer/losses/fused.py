@@ -41,16 +41,55 @@ def row_figures(
     `label_z_C`, the label's logit, is an argument because `z_CV` may hold -inf in its place.
     """
     lse_C, ahead_C = torch.empty_like(label_z_C), torch.empty_like(label_ids_C)
-    _launch(_row_figures, z_CV, z_CV, label_ids_C, label_z_C, lse_C, ahead_C, 1 / temperature)
+    _launch(_row_figures, z_CV, z_CV, label_ids_C, label_z_C, lse_C, lse_C, ahead_C, 1 / temperature, GIVEN=True)
     return lse_C, ahead_C
 
 
-def row_best(z_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of each row (-inf if every logit is), and int64, its likeliest id (the first of equal ones)."""
+def label_figures(z_CV: Tensor, label_ids_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of each row, log-probability of its label, and how many ids stand before that."""
+    lse_C, logp_C, ahead_C = z_CV.new_empty(len(z_CV)), z_CV.new_empty(len(z_CV)), torch.empty_like(label_ids_C)
+    _launch(_row_figures, z_CV, z_CV, label_ids_C, lse_C, lse_C, logp_C, ahead_C, 1.0, GIVEN=False)
+    return lse_C, logp_C, ahead_C
+
+
+def row_lse(z_CV: Tensor) -> Tensor:
+    """Log-sum-exp of each row; -inf if every logit is."""
     lse_C = z_CV.new_empty(len(z_CV))
-    best_C = torch.empty_like(lse_C, dtype=torch.long)
-    _launch(_row_best, z_CV, z_CV, lse_C, best_C)
-    return lse_C, best_C
+    _launch(_row_best, z_CV, z_CV, lse_C, lse_C, lse_C, lse_C, ALL=False)
+    return lse_C
+
+
+def row_best(z_CV: Tensor, label_ids_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of each row, log-probability of its label, and int64, its likeliest id (the first of equal ones)."""
+    lse_C, logp_C, best_C = z_CV.new_empty(len(z_CV)), z_CV.new_empty(len(z_CV)), torch.empty_like(label_ids_C)
+    _launch(_row_best, z_CV, z_CV, label_ids_C, lse_C, logp_C, best_C, ALL=True)
+    return lse_C, logp_C, best_C
+
+
+def worst_row(
+    row_N: Tensor,
+    served_lse_N: Tensor,
+    seen_lse_N: Tensor,
+    served_logp_N: Tensor,
+    seen_logp_N: Tensor,
+    limits: tuple[float, float, float, float],
+    gross: float,
+    skips_nan: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `Integrity` finds of its rows: float64 [7], rows out of tolerance, the worst one's number and four figures, and by how many tolerances it
+    is off; and [2], the first of these again, and 1 if the last is above `gross`.
+
+    Args:
+        limits: `lse_abs`, `lse_rel`, `logp_abs` and `logp_rel` of a `Tolerance`.
+        skips_nan: rows of which nothing is served are right.
+    """
+    told_9 = torch.empty(9, dtype=torch.float64, device=row_N.device)
+    with torch.cuda.device_of(row_N):
+        _worst_row[(1,)](
+            *(row_N, served_lse_N, seen_lse_N, served_logp_N, seen_logp_N, told_9, *limits, gross, len(row_N)),
+            SKIPS=skips_nan, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return told_9[:7], told_9[7:]
 
 
 def softmax_grad(
@@ -71,7 +110,7 @@ def divergence_grad(
     spec: Divergence,
     temperature: float,
     lse_at_one_C: Tensor,
-    label_ids_C: Tensor,
+    label_ids_C: Tensor | None,
     sft_scale_C: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -81,14 +120,14 @@ def divergence_grad(
         teacher_lse_C, lse_C: log-sum-exps of logits / temperature.
         kd_scale_C: what the derivative on z / tau is multiplied by, 1 / tau included.
         lse_at_one_C: of the student's logits at temperature 1, for the cross-entropy.
-        sft_scale_C: weight of the cross-entropy, or None.
+        label_ids_C, sft_scale_C: of the cross-entropy, its weight included, or None without one.
         dtype: of the gradient.
     Returns:
         loss_C in nats, without any factor; grad_CV, 0 where the divergence is infinite and has no derivative.
     """
     grad_CV, loss_C = empty_rows(z_CV.shape, dtype, z_CV.device), torch.empty_like(lse_C)
-    kind, beta = _as_mixture(spec)
-    norm = 1 / (beta * (1 - beta)) if kind == KINDS["jsd"] and spec.normalization == "unit" else 1.0
+    kind, beta, norm = as_mixture(spec)
+    label_ids_C = torch.empty_like(lse_C, dtype=torch.long) if label_ids_C is None else label_ids_C  # not read
     _launch(
         _divergence_grad,
         z_CV,
@@ -101,12 +140,14 @@ def divergence_grad(
     return loss_C, grad_CV
 
 
-def _as_mixture(spec: Divergence) -> tuple[int, float]:
-    """The kernel's number of a divergence and the share of the teacher in m; ends of `jsd` are the plain ones."""
+def as_mixture(spec: Divergence) -> tuple[int, float, float]:
+    """The kernel's number of a divergence, the share of the teacher in m, and a factor; ends of `jsd` are the plain ones."""
     if spec.kind == "jsd" and spec.beta in (0, 1):
-        return KINDS["forward_kl" if spec.beta == 0 else "reverse_kl"], 0.5
+        return KINDS["forward_kl" if spec.beta == 0 else "reverse_kl"], 0.5, 1.0
     shares = {"jsd": spec.beta, "skew_kl": spec.alpha, "skew_rkl": 1 - spec.alpha}
-    return KINDS[spec.kind], shares.get(spec.kind, 0.5)
+    beta = shares.get(spec.kind, 0.5)
+    is_unit = spec.kind == "jsd" and spec.normalization == "unit"
+    return KINDS[spec.kind], beta, 1 / (beta * (1 - beta)) if is_unit else 1.0
 
 
 def _launch(kernel: Any, z_CV: Tensor, *arguments: Any, **constants: Any) -> None:
@@ -130,11 +171,13 @@ if triton is not None:
 
     @triton.jit
     def _row_figures(
-        z_ptr, label_ptr, label_z_ptr, lse_ptr, ahead_ptr, scale, z_step, VOCAB: tl.constexpr, BLOCK: tl.constexpr
-    ):
+        z_ptr, label_ptr, label_z_ptr, lse_ptr, logp_ptr, ahead_ptr, scale, z_step,
+        VOCAB: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         z_ptr += row * z_step
-        label, label_z = tl.load(label_ptr + row), tl.load(label_z_ptr + row)
+        label = tl.load(label_ptr + row)
+        label_z = tl.load(label_z_ptr + row) if GIVEN else tl.load(z_ptr + label)
         top = -float("inf")
         total = 0.0
         ahead = 0
@@ -144,11 +187,17 @@ if triton is not None:
             before = (z > label_z) | ((z == label_z) & (ids < label))
             ahead += tl.sum(before.to(tl.int32))
             top, total = add_block(top, total, z * scale)
-        tl.store(lse_ptr + row, tl.log(total) + tl.where(top == -float("inf"), 0.0, top))
+        lse = tl.log(total) + tl.where(top == -float("inf"), 0.0, top)
+        if not GIVEN:
+            tl.store(logp_ptr + row, label_z - lse)
+        tl.store(lse_ptr + row, lse)
         tl.store(ahead_ptr + row, ahead)
 
     @triton.jit
-    def _row_best(z_ptr, lse_ptr, best_ptr, z_step, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    def _row_best(
+        z_ptr, label_ptr, lse_ptr, logp_ptr, best_ptr, z_step,
+        VOCAB: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         z_ptr += row * z_step
         top = -float("inf")
@@ -157,11 +206,49 @@ if triton is not None:
         for start in range(0, VOCAB, BLOCK):
             ids = start + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + ids, mask=ids < VOCAB, other=-float("inf"))
-            here = tl.max(z)
-            best = tl.where(here > top, tl.min(tl.where(z == here, ids, VOCAB)), best)
+            if ALL:
+                here = tl.max(z)
+                best = tl.where(here > top, tl.min(tl.where(z == here, ids, VOCAB)), best)
             top, total = add_block(top, total, z)
-        tl.store(lse_ptr + row, tl.log(total) + tl.where(top == -float("inf"), 0.0, top))
-        tl.store(best_ptr + row, best)
+        lse = tl.log(total) + tl.where(top == -float("inf"), 0.0, top)
+        tl.store(lse_ptr + row, lse)
+        if ALL:
+            tl.store(logp_ptr + row, tl.load(z_ptr + tl.load(label_ptr + row)) - lse)
+            tl.store(best_ptr + row, best)
+
+    @triton.jit
+    def _worst_row(
+        row_ptr, served_lse_ptr, seen_lse_ptr, served_logp_ptr, seen_logp_ptr, told_ptr,
+        lse_abs, lse_rel, logp_abs, logp_rel, gross, count, SKIPS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        failing = tl.zeros((), tl.int32)
+        worst = tl.full((), -1.0, tl.float32)
+        at_worst = tl.zeros((), tl.int32)
+        for start in range(0, count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < count
+            served = tl.load(served_lse_ptr + at, mask=inside, other=0.0)
+            size = tl.abs(served)
+            lse = tl.abs(tl.load(seen_lse_ptr + at, mask=inside, other=0.0) - served) / (lse_abs + lse_rel * size)
+            logp = tl.load(seen_logp_ptr + at, mask=inside, other=0.0)
+            logp = tl.abs(logp - tl.load(served_logp_ptr + at, mask=inside, other=0.0)) / (logp_abs + logp_rel * size)
+            error = tl.where((lse != lse) | (logp != logp), float("inf"), tl.maximum(lse, logp))  # NaN is never right
+            error = tl.where(inside, error, -1.0)
+            if SKIPS:
+                error = tl.where(served != served, 0.0, error)
+            failing += tl.sum((error > 1).to(tl.int32))
+            here = tl.max(error)
+            at_worst = tl.where(here > worst, tl.min(tl.where(error == here, at, count)), at_worst)
+            worst = tl.maximum(worst, here)
+        tl.store(told_ptr, failing.to(tl.float64))
+        tl.store(told_ptr + 1, tl.load(row_ptr + at_worst).to(tl.float64))
+        tl.store(told_ptr + 2, tl.load(served_lse_ptr + at_worst).to(tl.float64))
+        tl.store(told_ptr + 3, tl.load(seen_lse_ptr + at_worst).to(tl.float64))
+        tl.store(told_ptr + 4, tl.load(served_logp_ptr + at_worst).to(tl.float64))
+        tl.store(told_ptr + 5, tl.load(seen_logp_ptr + at_worst).to(tl.float64))
+        tl.store(told_ptr + 6, worst.to(tl.float64))
+        tl.store(told_ptr + 7, failing.to(tl.float64))
+        tl.store(told_ptr + 8, (worst > gross).to(tl.float64))
 
     @triton.jit
     def _softmax_grad(

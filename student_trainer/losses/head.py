@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from student_trainer.losses.matmul import project
+from student_trainer.losses.matmul import project, project_transposed
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +50,13 @@ class Head:
         """V."""
         return self.weight_VD.shape[0]
 
-    def logits(self, h_CD: Tensor) -> Tensor:
-        """Logits [C, V] at temperature 1 of states [C, D]; float64 if the states or the weight are, else float32. Not differentiable: see `pull_back_`."""
-        z_CV = project(h_CD, self.weight_VD)
+    def logits(self, h_CD: Tensor, transposed: bool = False) -> Tensor:
+        """Logits [C, V] at temperature 1 of states [C, D]; float64 if the states or the weight are, else float32. Not differentiable: see `pull_back_`.
+
+        Args:
+            transposed: with those of an id side by side in memory, in place of those of a row.
+        """
+        z_CV = project_transposed(h_CD, self.weight_VD).T if transposed else project(h_CD, self.weight_VD)
         if self.lora is not None:
             z_CV.add_(project(project(h_CD, self.lora.a_RD), self.lora.b_VR), alpha=self.lora.scaling)
         if self.bias_V is not None:

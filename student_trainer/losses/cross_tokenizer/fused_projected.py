@@ -17,7 +17,7 @@ from torch import Tensor
 from student_trainer.losses import fused
 from student_trainer.losses.cross_tokenizer import kernels
 from student_trainer.losses.cross_tokenizer.bridge import VocabularyClasses
-from student_trainer.losses.cross_tokenizer.projected import KeptClasses, safe_among_all, safe_among_kept
+from student_trainer.losses.cross_tokenizer.projected import KeptClasses, safe_among_kept
 from student_trainer.losses.divergence import divergence_and_grad
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import FullRows, TopKRows
@@ -29,13 +29,13 @@ class ClassGradient(NamedTuple):
     Attributes:
         grad_PK: with every factor in it.
         class_PK: the class logits, of the student's logits times `scale`.
-        class_V: int32, of each id.
+        coded_V: as of `SortedIds`.
         scale: 1 / temperature.
     """
 
     grad_PK: Tensor
     class_PK: Tensor
-    class_V: Tensor
+    coded_V: Tensor
     scale: float
 
 
@@ -67,7 +67,7 @@ def fused_projected_terms(
     tau = spec.temperature
     scale = tau**2 if spec.tau_squared else 1.0
     side = classes.of_student.sorted_ids
-    factor_P = coefficient_P * (scale / tau)
+    factor_P = coefficient_P if scale == tau else coefficient_P * (scale / tau)
     class_PK = kernels.sum_classes(z_CV, row_P, side, 1 / tau)
     if isinstance(rows, TopKRows):
         topk_logp_Pk, tail_logp_P = rows.bucket(z_CV.dtype)
@@ -79,22 +79,17 @@ def fused_projected_terms(
         assert teacher_lse_P is not None, "its logits have been looked at"
         teacher_PK = kernels.sum_classes(rows.logits_NV, None, classes.of_teacher.sorted_ids, 1 / tau)
         if tau != 1:
-            lse_P, teacher_lse_P = _lse(class_PK), _lse(teacher_PK)
-        safe_P = safe_among_all(teacher_PK, teacher_lse_P, classes)
-        factor_P = factor_P if safe_P is None else factor_P * safe_P
-        no_label_P = torch.zeros(len(class_PK), dtype=torch.long, device=class_PK.device)
+            lse_P, teacher_lse_P = fused.row_lse(class_PK), fused.row_lse(teacher_PK)
+        safe_P = None
+        if classes.giants is not None:
+            safe_P, factor_P = kernels.safe_factor(teacher_PK, teacher_lse_P, classes.giants, factor_P)
         loss_P, grad_PK = fused.divergence_grad(
             *(teacher_PK, teacher_lse_P, class_PK, lse_P, factor_P, spec.divergence, 1.0),
-            *(lse_P, no_label_P, None, class_PK.dtype),
+            *(lse_P, None, None, class_PK.dtype),
         )
     loss_P = loss_P if scale == 1 else loss_P * scale
-    loss_P = loss_P if safe_P is None else loss_P.masked_fill(~safe_P, 0)
-    return FusedProjected(loss_P, ClassGradient(grad_PK, class_PK, side.class_V, 1 / tau), safe_P)
-
-
-def _lse(z_PK: Tensor) -> Tensor:
-    """[P]."""
-    return fused.row_best(z_PK)[0]
+    loss_P = loss_P if safe_P is None else torch.where(safe_P, loss_P, 0.0)
+    return FusedProjected(loss_P, ClassGradient(grad_PK, class_PK, side.coded_V, 1 / tau), safe_P)
 
 
 def _bucket(
@@ -109,7 +104,7 @@ def _bucket(
     class_Pk, log_p_Pk, is_last_Pk = kept
     z_Pk = class_PK.gather(-1, class_Pk)
     class_PK.scatter_(-1, class_Pk, -torch.inf)
-    rest_P = _lse(class_PK)
+    rest_P = fused.row_lse(class_PK)
     # An outcome of probability 0 on both sides counts for nothing: so a class that is named again.
     loss_P, slope_Pk1 = divergence_and_grad(
         torch.cat([log_p_Pk.masked_fill(~is_last_Pk, -torch.inf), tail_logp_P[:, None]], -1),

@@ -33,14 +33,15 @@ class Gradients:
         return self.hidden_ND, self.weight_VD, self.bias_V, self.a_RD, self.b_VR
 
     def add(self, grad_CV: Tensor, h_CD: Tensor, index_C: Tensor | slice, head: Head) -> None:
-        """Adds a chunk's share; `grad_CV` is on h W^T (docs/concepts/method.md 3.2)."""
+        """Adds a chunk's share; `grad_CV` is on h W^T (docs/concepts/method.md 3.2). Rows beyond those of the index are made up: 0."""
         lora = head.lora
         if self.weight_VD is not None:
             add_outer(self.weight_VD, grad_CV, h_CD)
         if self.bias_V is not None:
             self.bias_V.add_(grad_CV.sum(0))
         if self.hidden_ND is not None:
-            self.hidden_ND[index_C] = project_back(grad_CV, head.weight_VD)
+            rows = slice(index_C.stop - index_C.start if isinstance(index_C, slice) else len(index_C))
+            self.hidden_ND[index_C] = project_back(grad_CV, head.weight_VD)[rows]
         if lora is None or (self.hidden_ND is None and self.a_RD is None and self.b_VR is None):
             return
         if self.b_VR is not None:
@@ -49,7 +50,7 @@ class Gradients:
         if self.a_RD is not None:
             add_outer(self.a_RD, grad_CR, h_CD)
         if self.hidden_ND is not None:
-            self.hidden_ND[index_C] += project_back(grad_CR, lora.a_RD)
+            self.hidden_ND[index_C] += project_back(grad_CR, lora.a_RD)[rows]
 
 
 class Attach(torch.autograd.Function):

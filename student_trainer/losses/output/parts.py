@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from student_trainer.errors import DataError
 from student_trainer.losses.cross_tokenizer.bridge import Bridge
 from student_trainer.losses.rows import TeacherRows
 from student_trainer.losses.term import JoinedLabels, TeacherShare
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}  # that losses are computed in
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +49,19 @@ class Joining:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Row numbers, on the host and on the device."""
+    """Row numbers, on the host and, sent there when that is first asked for, on the device."""
 
     host_P: np.ndarray
-    device_P: Tensor
+    device: torch.device
     is_rising: bool
 
     @classmethod
     def of(cls, host_P: np.ndarray, device: torch.device) -> Index:
-        is_rising = bool((np.diff(host_P) > 0).all())
-        return cls(host_P, on_device(torch.from_numpy(host_P), device), is_rising)
+        return cls(host_P, device, bool((np.diff(host_P) > 0).all()))
+
+    @cached_property
+    def device_P(self) -> Tensor:
+        return on_device(torch.from_numpy(self.host_P), self.device)
 
     def __len__(self) -> int:
         return len(self.host_P)
@@ -75,10 +82,8 @@ class LongGroups:
         first_G: on the host, the first of each group's rows among the M kept ones.
         student: all their rows among the M kept ones, group by group; those of group g begin at `student_start_G1[g]`, on the host.
         teacher: all their rows among the teacher's; likewise.
-        student_begin_G1, teacher_begin_G1: the same on the device.
-        student_group_F: int64, the group of each of the student's.
+        student_row_F, student_begin_G1, teacher_begin_G1: the same on the device.
         weight_G: sum over its rows of weight times share, in the dtype of the losses.
-        tokens_G: of the student, float64.
     """
 
     first_G: np.ndarray
@@ -86,11 +91,10 @@ class LongGroups:
     student_start_G1: np.ndarray
     teacher: Index
     teacher_start_G1: np.ndarray
+    student_row_F: Tensor
     student_begin_G1: Tensor
     teacher_begin_G1: Tensor
-    student_group_F: Tensor
     weight_G: Tensor
-    tokens_G: Tensor
 
     @classmethod
     def of(
@@ -104,21 +108,31 @@ class LongGroups:
         """From half-open ranges among the M kept rows and the teacher's; `weight_M` is float64, weight times share."""
         student_F, start_G1 = _flat(student_G2)
         teacher_F, teacher_start_G1 = _flat(teacher_G2)
-        tokens_G = np.diff(start_G1)
         before_M1 = np.concatenate([[0.0], np.cumsum(weight_M)])
         weight_G = before_M1[student_G2[:, 1]] - before_M1[student_G2[:, 0]]
+        there = on_device_together([student_F, start_G1, teacher_start_G1, weight_G.astype(_NUMPY[dtype])], device)
         return cls(
-            student_G2[:, 0],
-            Index.of(student_F, device),
-            start_G1,
-            Index.of(teacher_F, device),
-            teacher_start_G1,
-            on_device(torch.from_numpy(start_G1), device),
-            on_device(torch.from_numpy(teacher_start_G1), device),
-            on_device(torch.from_numpy(np.repeat(np.arange(len(tokens_G)), tokens_G)), device),
-            on_device(torch.from_numpy(weight_G).to(dtype), device),
-            on_device(torch.from_numpy(tokens_G.astype(np.float64)), device),
+            first_G=student_G2[:, 0],
+            student=Index.of(student_F, device),
+            student_start_G1=start_G1,
+            teacher=Index.of(teacher_F, device),
+            teacher_start_G1=teacher_start_G1,
+            student_row_F=there[0],
+            student_begin_G1=there[1],
+            teacher_begin_G1=there[2],
+            weight_G=there[3],
         )
+
+    @cached_property
+    def tokens_G(self) -> Tensor:
+        """float64, of the student."""
+        return on_device(torch.from_numpy(np.diff(self.student_start_G1).astype(np.float64)), self.weight_G.device)
+
+    @cached_property
+    def student_group_F(self) -> Tensor:
+        """int64, the group of each of the student's rows."""
+        group_F = np.repeat(np.arange(len(self)), np.diff(self.student_start_G1))
+        return on_device(torch.from_numpy(group_F), self.weight_G.device)
 
     def __len__(self) -> int:
         return len(self.first_G)
@@ -138,30 +152,46 @@ class TeacherPart:
     Attributes:
         name: in the config.
         rows: the teacher's.
-        labels_R: int64, the tokens that its rows describe, in its ids.
+        host_labels_R: int64, on the host, the tokens that its rows describe, in its ids.
         place: [P] among the M kept rows, rising: those that it has a distribution of.
         row: [P] of the teacher, likewise.
         weight_P: weight times share, in the dtype of the losses.
-        own_weight_P: float64, the weights alone.
+        host_weight_P: float64, on the host, the weights alone.
         share_M: float32, on the host, of all kept rows, those among them that it has no distribution of.
-        log_share_P: in the dtype of the losses.
         covered: weight of the kept rows that have its labels, by either way of comparison.
+        compared: of those among them that are compared row by row.
         bridge: to another tokenizer; None for the student's.
         groups: that are compared as a whole; None for the student's tokenizer.
     """
 
     name: str
     rows: TeacherRows
-    labels_R: Tensor
+    host_labels_R: np.ndarray
     place: Index
     row: Index
     weight_P: Tensor
-    own_weight_P: Tensor
+    host_weight_P: np.ndarray
     share_M: np.ndarray
-    log_share_P: Tensor
     covered: float
+    compared: float
     bridge: Bridge | None = None
     groups: LongGroups | None = None
+
+    @cached_property
+    def labels_R(self) -> Tensor:
+        """int64, `host_labels_R` on the device."""
+        return on_device(torch.from_numpy(self.host_labels_R), self.weight_P.device)
+
+    @cached_property
+    def own_weight_P(self) -> Tensor:
+        """float64, `host_weight_P` on the device."""
+        return on_device(torch.from_numpy(self.host_weight_P), self.weight_P.device)
+
+    @cached_property
+    def log_share_P(self) -> Tensor:
+        """In the dtype of the losses."""
+        log_share_P = np.log(self.share_M[self.place.host_P].astype(np.float64))
+        return on_device(torch.from_numpy(log_share_P).to(self.weight_P.dtype), self.weight_P.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,17 +246,18 @@ def _part(
     device: torch.device,
     dtype: torch.dtype,
 ) -> TeacherPart:
+    weight_P = kept.weight_M[place_P]
     return TeacherPart(
-        name,
-        rows,
-        on_device(labels_R, device),
-        Index.of(place_P, device),
-        Index.of(row_P, device),
-        on_device(torch.from_numpy(kept.weight_M[place_P] * share_M[place_P]).to(dtype), device),
-        on_device(torch.from_numpy(kept.weight_M[place_P]), device),
-        share_M,
-        on_device(torch.from_numpy(np.log(share_M[place_P].astype(np.float64))).to(dtype), device),
-        float(kept.weight_M[place_P].sum()),
+        name=name,
+        rows=rows,
+        host_labels_R=labels_R.numpy(),
+        place=Index.of(place_P, device),
+        row=Index.of(row_P, device),
+        weight_P=on_device(torch.from_numpy(weight_P * share_M[place_P]).to(dtype), device),
+        host_weight_P=weight_P,
+        share_M=share_M,
+        covered=float(weight_P.sum()),
+        compared=float(weight_P.sum()),
     )
 
 
@@ -305,3 +336,37 @@ def chunk_bounds(count: int, chunk_rows: int, groups: Sequence[LongGroups]) -> l
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """From the host to `device`, on its way when this returns."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def on_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Likewise of several arrays of one axis, in one transfer: a GPU's driver takes as long for a few numbers as for a thousand."""
+    if device.type != "cuda":
+        return [torch.from_numpy(array) for array in arrays]
+    host = torch.empty(sum(array.nbytes for array in arrays), dtype=torch.uint8, pin_memory=True)
+    pack(arrays, host.numpy())
+    return unpacked(arrays, host.to(device, non_blocking=True))
+
+
+def pack(arrays: Sequence[np.ndarray], into: np.ndarray) -> None:
+    """Writes several arrays of one axis into one of bytes, in the order of `_packing`."""
+    parts = [np.ascontiguousarray(arrays[at]).view(np.uint8) for at in _packing(arrays)]
+    np.concatenate([into[:0], *parts], out=into)
+
+
+def unpacked(arrays: Sequence[np.ndarray], there: Tensor) -> list[Tensor]:
+    """Tensors like `arrays` that share memory with `there`, in which they are packed."""
+    found: dict[int, Tensor] = {}
+    start = 0
+    for dtype, same in groupby(_packing(arrays), key=lambda at: arrays[at].dtype):
+        which = list(same)
+        sizes = [arrays[at].size for at in which]
+        stop = start + sum(sizes) * dtype.itemsize
+        pieces = there[start:stop].view(torch.from_numpy(np.empty(0, dtype)).dtype).split(sizes)
+        found |= dict(zip(which, pieces, strict=True))
+        start = stop
+    return [found[at] for at in range(len(arrays))]
+
+
+def _packing(arrays: Sequence[np.ndarray]) -> list[int]:
+    """Wider numbers first, so that all begin where they may; those of one kind one behind another."""
+    return sorted(range(len(arrays)), key=lambda at: (-arrays[at].itemsize, arrays[at].dtype.str))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import fused, matmul
+from student_trainer.losses.cross_tokenizer import transposed
 from student_trainer.losses.divergence import Divergence
 from student_trainer.losses.head import Head
-from student_trainer.losses.integrity import TeacherHeadMismatch
+from student_trainer.losses.integrity import BFLOAT16, Integrity, TeacherHeadMismatch
 from student_trainer.losses.output.loss import OutputLoss, output_loss
 from student_trainer.losses.output.policy_gradient import PolicyGradient
 from student_trainer.losses.output.spec import OutputLossSpec
@@ -104,6 +105,63 @@ def test_equal_logits_are_ordered_by_id() -> None:
     lse, ahead = fused.row_figures(z_CV, labels, z_CV[:, 0].contiguous())
     assert ahead.tolist() == [0, 2, 10]
     torch.testing.assert_close(lse, torch.full_like(lse, 11).log())
+
+
+@pytest.mark.parametrize("way", ["along rows", "across"])
+def test_figures_of_rows(way: str) -> None:
+    """Ties go to the first id, a row of -inf has no mass, a NaN stays in its row; as many ids as fill no block, and 64 rows."""
+    vocab = transposed.SPANS * transposed.IDS + 37
+    z_CV = torch.randn(64, vocab, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    z_CV[0] = 0.0
+    z_CV[1, 5:] = -torch.inf
+    z_CV[2, [7, vocab - 1]] = 30.0
+    z_CV[3] = -torch.inf
+    z_CV[4, 100] = torch.nan
+    labels = torch.arange(64, device=DEVICE) * 7 % vocab
+    z_VC = z_CV.T.contiguous()
+    figures, best, lse = (
+        (fused.label_figures(z_CV, labels), fused.row_best(z_CV, labels), fused.row_lse(z_CV))
+        if way == "along rows"
+        else (transposed.label_figures(z_VC, labels), transposed.row_best(z_VC, labels), transposed.lse(z_VC))
+    )
+    want_lse = z_CV.double().logsumexp(-1)
+    label_z = z_CV.gather(-1, labels[:, None])
+    ahead = ((z_CV > label_z) | ((z_CV == label_z) & (torch.arange(vocab, device=DEVICE) < labels[:, None]))).sum(-1)
+    for found in (figures[0], best[0], lse):
+        torch.testing.assert_close(found.double(), want_lse, rtol=1e-6, atol=1e-6, equal_nan=True)
+    whole = [row for row in range(64) if row not in (3, 4)]
+    for found in (figures[1], best[1]):
+        want = label_z[:, 0].double() - want_lse
+        torch.testing.assert_close(found.double()[whole], want[whole], rtol=1e-6, atol=2e-6)
+        assert found[4].isnan()
+    assert figures[2][whole].tolist() == ahead[whole].tolist()
+    assert best[2][whole].tolist() == z_CV.argmax(-1)[whole].tolist() and best[2][0] == 0 and best[2][2] == 7
+
+
+@pytest.mark.parametrize("checked", [None, 3])
+def test_the_worst_row(monkeypatch: pytest.MonkeyPatch, checked: int | None) -> None:
+    """As the plain comparison finds it: the first of equal ones, a NaN worst of all, rows without served figures right."""
+    rows = 2500  # several blocks
+    for case in ("right", "off", "NaN seen", "equal", "infinite"):
+        served, seen = (torch.randn(2, rows, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (0, 0))
+        if case == "off":
+            seen[0, [7, 2000]] += torch.tensor([0.5, 0.7], device=DEVICE)
+        if case == "NaN seen":
+            seen[1, 1500] = torch.nan
+        if case == "equal":
+            served[:], seen[:] = 1.0, 3.0
+        if case == "infinite":
+            served[0, 9] = -torch.inf
+        if checked is not None:
+            served[:, 1200:] = torch.nan
+        row_N = torch.arange(rows, device=DEVICE) + 100
+        evidence = (row_N, served[0], seen[0], served[1], seen[1])
+        found = [figure.tolist() for figure in Integrity(*evidence, BFLOAT16, checked)._figures()]
+        with monkeypatch.context() as patched:
+            patched.setattr(fused, "usable", lambda tensor: False)
+            want = [figure.tolist() for figure in Integrity(*evidence, BFLOAT16, checked)._figures()]
+        assert str(found[1]) == str(want[1]), case
+        torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(want[0]), rtol=1e-5, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "skew_kl"])

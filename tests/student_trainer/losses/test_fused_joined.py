@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import fused, matmul
+from student_trainer.losses.cross_tokenizer import transposed
 from student_trainer.losses.cross_tokenizer.bridge import Bridge, Groups, VocabularyClasses
 from student_trainer.losses.cross_tokenizer.fused_projected import fused_projected_terms
 from student_trainer.losses.cross_tokenizer.projected import projected_terms
 from student_trainer.losses.divergence import Divergence
-from student_trainer.losses.head import Head
+from student_trainer.losses.head import Head, Lora
+from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.losses.output.joined import kernels
+from student_trainer.losses.output.joined import loss as loss_module
 from student_trainer.losses.output.joined.evidence import opened
 from student_trainer.losses.output.joined.loss import JoinedLoss, joined_loss
 from student_trainer.losses.output.parts import Joining
@@ -59,10 +62,25 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(DEVICE, dtype) if tensor.is_floating_point() else tensor.to(DEVICE)
 
 
+def head_of(dtype: torch.dtype, is_whole: bool) -> Head:
+    """The student's, trained; with a bias, an adapter, a multiplier and a softcap if it is whole."""
+    trained = lambda tensor: _to(tensor, dtype).clone().requires_grad_()  # noqa: E731
+    if not is_whole:
+        return Head(trained(W.weight_VD))
+    generator = torch.Generator().manual_seed(5)
+    normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    lora = Lora(trained(normal(2, 6)), trained(normal(V, 2) * 0.3), 0.5)
+    return Head(trained(W.weight_VD), trained(normal(V)), 1.3, 20.0, lora)
+
+
 def both(
-    spec: OutputLossSpec, combine: str = "loss_sum", sampled: Tensor | None = None, **teachers: TeacherShare
+    spec: OutputLossSpec,
+    combine: str = "loss_sum",
+    sampled: Tensor | None = None,
+    is_whole: bool = False,
+    **teachers: TeacherShare,
 ) -> None:
-    """Holds the kernels' loss and gradient against the plain ones."""
+    """Holds the kernels' loss, figures and gradients against the plain ones."""
     found = []
     for dtype in (torch.float64, torch.float32):
         hidden = _to(W.hidden_ND, dtype).clone().requires_grad_()
@@ -74,24 +92,36 @@ def both(
                 bridge = replace(bridge, classes=classes)
             assert share.labels.output is not None
             there[name] = replace(share, labels=TeacherLabels(moved(share.labels.output, dtype), {}), bridge=bridge)
-        weights = (torch.arange(N) % 4).to(dtype)
-        head, labels = Head(_to(W.weight_VD, dtype)), JoinedLabels(there)
+        weights = ((torch.arange(N) % 4 + 0.5) * (torch.arange(N) != 6)).to(dtype)
+        head, labels = head_of(dtype, is_whole), JoinedLabels(there)
         joining = Joining(tuple(there), combine=combine)
-        loss: JoinedLoss = joined_loss(hidden, head, labels, joining, W.labels_N, weights, 7.0, spec, sampled)
+        sequence_N = np.arange(N) // 5
+        loss: JoinedLoss = joined_loss(
+            hidden, head, labels, joining, W.labels_N, weights, 7.0, spec, sampled, sequence_N
+        )
         for evidence in loss.integrity:
             evidence.check()
-        found.append((loss, torch.autograd.grad(loss.total, hidden)[0].double()))
-    (plain, plain_grad), (kernels, grad) = found
+        trained = [hidden, *(tensor for tensor in head.trained() if tensor is not None)]
+        found.append((loss, [grad.double() for grad in torch.autograd.grad(loss.total, trained)]))
+    (plain, plain_grads), (kernels, grads) = found
     torch.testing.assert_close(kernels.total.double(), plain.total, rtol=2e-5, atol=1e-6)
-    torch.testing.assert_close(grad, plain_grad, rtol=2e-4, atol=2e-5)
+    for grad, plain_grad in zip(grads, plain_grads, strict=True):
+        torch.testing.assert_close(grad, plain_grad, rtol=2e-4, atol=2e-5 * max(1.0, float(plain_grad.abs().max())))
     for name, value in vars(plain.parts).items():
         torch.testing.assert_close(getattr(kernels.parts, name), value, rtol=2e-5, atol=1e-5)
+    for teacher, figures in plain.by_teacher.items():
+        for name, value in vars(figures).items():
+            told = getattr(kernels.by_teacher[teacher], name)
+            torch.testing.assert_close(told, value, rtol=2e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "usable", lambda tensor: tensor.dtype == torch.float32)
     monkeypatch.setattr(matmul, "PADDED", ("cpu", "cuda"))  # rows begin at multiples of 64, wherever they are
+    if INTERPRETED:  # which takes as long for a program of few ids as for one of many
+        monkeypatch.setattr(transposed, "IDS", 256)
+        monkeypatch.setattr(transposed, "SPANS", 3)
 
 
 def share(rows: TeacherRows, part: float, some: np.ndarray | None = None) -> TeacherShare:
@@ -101,10 +131,11 @@ def share(rows: TeacherRows, part: float, some: np.ndarray | None = None) -> Tea
     return TeacherShare(TeacherLabels(rows.take(torch.from_numpy(some)), {}), share_N, row_M=some)
 
 
-def bridged(rows: TeacherRows, part: float) -> TeacherShare:
+def bridged(rows: TeacherRows, part: float, some: np.ndarray | None = None) -> TeacherShare:
     classes = VocabularyClasses(STUDENT_V, TEACHER_V, 3000)
     bridge = Bridge(classes, GROUPS, OTHER.labels_N, alm_temperature=20.0)
-    return TeacherShare(TeacherLabels(rows, {}), torch.full((N,), part), bridge=bridge)
+    share_N = torch.full((N,), part) if some is None else torch.zeros(N).index_fill_(0, torch.from_numpy(some), part)
+    return TeacherShare(TeacherLabels(rows, {}), share_N, bridge=bridge)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
@@ -131,11 +162,72 @@ def test_two_teachers_with_other_tokenizers(sft: float) -> None:
     both(spec, a=bridged(OTHER.hidden_rows(), 0.5), b=bridged(OTHER.topk_rows(64), 0.25))
 
 
+@pytest.mark.parametrize("rows", [1, 3, N])
+def test_chunks_of_several_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher of another tokenizer that sends logits and has no share of most rows, one of the student's, and another of another."""
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda *given: rows)
+    spec = OutputLossSpec(Divergence("jsd"), 1.7, kd_weight=0.7, sft_weight=0.3)
+    teachers = {
+        "a": bridged(OTHER.full_rows(), 0.5, np.array([0, 1, 2, 3, 4, 7, *range(10, N)])),
+        "b": share(W.hidden_rows(), 0.25, np.array([1, 2, 3, 9])),
+        "c": bridged(OTHER.hidden_rows(), 0.25, np.array([5, 7, 8, 9])),
+    }
+    both(spec, **teachers)
+
+
+@pytest.mark.parametrize("combine", ["loss_sum", "confidence"])
+def test_a_head_of_many_parts(combine: str) -> None:
+    spec = OutputLossSpec(Divergence("reverse_kl"), 0.7, tau_squared=True, chunk_bytes=12 * V * 9)
+    both(spec, combine, is_whole=True, a=share(W.hidden_rows(), 0.5), b=bridged(OTHER.hidden_rows(), 0.5))
+
+
+def test_a_wrong_row_of_a_teacher_is_named() -> None:
+    rows = replace(OTHER.hidden_rows(), hidden_ND=OTHER.teacher_hidden_ND.clone())
+    rows.hidden_ND[6] += 3.0
+    classes = VocabularyClasses(STUDENT_V.to(DEVICE), TEACHER_V.to(DEVICE), 3000)
+    wrong = bridged(moved(rows, torch.float32), 0.5)
+    assert wrong.bridge is not None
+    labels = JoinedLabels({"b": replace(wrong, bridge=replace(wrong.bridge, classes=classes))})
+    hidden = _to(W.hidden_ND, torch.float32).requires_grad_()
+    head, spec = Head(_to(W.weight_VD, torch.float32)), OutputLossSpec(chunk_bytes=12 * V * 7)
+    loss = joined_loss(hidden, head, labels, Joining(("b",)), W.labels_N, torch.ones(N), 7.0, spec)
+    with pytest.raises(TeacherHeadMismatch, match="row 6") as caught:
+        loss.integrity[0].check()
+    assert (caught.value.teacher, caught.value.row) == ("b", 6)
+
+
+def test_a_row_that_is_no_number_stays_alone() -> None:
+    """Rows lie side by side in memory; nothing passes from one to another."""
+    grads = []
+    for spoilt in (False, True):
+        hidden = _to(W.hidden_ND, torch.float32).clone()
+        if spoilt:
+            hidden[4] = torch.nan
+        hidden.requires_grad_()
+        share = bridged(moved(OTHER.hidden_rows(), torch.float32), 0.5)
+        assert share.bridge is not None
+        classes = VocabularyClasses(STUDENT_V.to(DEVICE), TEACHER_V.to(DEVICE), 3000)
+        labels = JoinedLabels({"b": replace(share, bridge=replace(share.bridge, classes=classes))})
+        head, spec = Head(_to(W.weight_VD, torch.float32)), OutputLossSpec(sft_weight=0.3)
+        loss = joined_loss(hidden, head, labels, Joining(("b",)), W.labels_N, torch.ones(N), 7.0, spec)
+        grads.append(torch.autograd.grad(loss.total, hidden)[0])
+    others = [row for row in range(N) if row not in (2, 3, 4)]  # these are one group
+    assert grads[1][4].isnan().all()
+    torch.testing.assert_close(grads[1][others], grads[0][others])
+
+
+def test_rows_of_a_teacher_that_are_not_used_may_hold_anything() -> None:
+    """Columns in which it has no row are filled with its first."""
+    rows = replace(OTHER.hidden_rows(), hidden_ND=OTHER.teacher_hidden_ND.clone())
+    rows.hidden_ND[0] = torch.nan
+    both(OutputLossSpec(), b=bridged(rows, 0.5, np.array([1, 2, 3, 4, 5])))
+
+
 def test_gradients_that_are_rounded_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head and states in bfloat16: what the products would round is written rounded."""
     monkeypatch.setattr(fused, "usable", lambda tensor: tensor.dtype != torch.float64)
-    written, plain_gradient = [], kernels.gradient
-    monkeypatch.setattr(kernels, "gradient", lambda *given: written.append(given[-1]) or plain_gradient(*given))
+    written, plain_gradient = [], transposed.gradient
+    monkeypatch.setattr(transposed, "gradient", lambda *given: written.append(given[-1]) or plain_gradient(*given))
     spec, found = OutputLossSpec(chunk_bytes=1, sft_weight=0.3), []
     for dtype in (torch.float64, torch.bfloat16):
         hidden = _to(W.hidden_ND.bfloat16(), dtype).clone().requires_grad_()

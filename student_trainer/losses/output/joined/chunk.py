@@ -9,7 +9,7 @@ Source: docs/concepts/method.md 3.2, 9.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,9 +32,10 @@ class Piece:
     Attributes:
         where: which of the C rows they are of.
         rows: the teacher's, without states; over its own ids.
-        coefficient_P: weight times share over the normalizer.
+        coefficient_P: kd_weight times weight times share over the normalizer.
         classes: of both vocabularies; None if the ids are the student's.
         lse_P: log-sum-exp of its logits at temperature 1, if that is known.
+        place_C: int64, of each of the C rows its number among the P, -1 for none; needed with classes, unless they are the same.
     """
 
     where: slice | Tensor
@@ -42,6 +43,7 @@ class Piece:
     coefficient_P: Tensor
     classes: VocabularyClasses | None = None
     lse_P: Tensor | None = None
+    place_C: Tensor | None = None
 
 
 class PieceFigures(NamedTuple):
@@ -66,7 +68,7 @@ class Chunk:
         z_CV: logits of the student; left as they are.
         label_ids_C: int64.
         sampled_logp_C: as in `chunk_terms`.
-        spec: what is computed.
+        spec: what is computed, with `kd_weight` 1 and `sft_weight` 0: both are in what is added.
         is_fused: with kernels in place of passes over [C, V].
         grad_dtype: that the gradient is rounded to before it is multiplied; used with kernels.
     """
@@ -81,17 +83,17 @@ class Chunk:
         grad_dtype: torch.dtype,
     ) -> None:
         self._z_CV, self._labels_C, self._sampled_C = z_CV, label_ids_C, sampled_logp_C
-        self._spec, self.is_fused, self._grad_dtype = replace(spec, sft_weight=0.0), is_fused, grad_dtype
+        self._spec, self.is_fused, self._grad_dtype = spec, is_fused, grad_dtype
         self._grad_CV: Tensor | None = None
         self._spread: tuple[ClassGradient, Tensor | None] | None = (
             None  # what is not yet in it, and the row of each of the C
         )
+        if is_fused:
+            self._lse_C, label_logp_C, ahead_C = fused.label_figures(z_CV, label_ids_C)
+            self.own = OwnFigures(label_logp_C, ahead_C)
+            return
         label_C1 = label_ids_C[:, None]
         label_z_C1 = z_CV.gather(-1, label_C1)
-        if is_fused:
-            self._lse_C, ahead_C = fused.row_figures(z_CV, label_ids_C, label_z_C1[:, 0])
-            self.own = OwnFigures(label_z_C1[:, 0] - self._lse_C, ahead_C)
-            return
         self._log_q_CV = z_CV.log_softmax(-1)
         ids_V = torch.arange(z_CV.shape[-1], device=z_CV.device)
         ahead_C = ((z_CV > label_z_C1) | ((z_CV == label_z_C1) & (ids_V < label_C1))).sum(-1)
@@ -108,14 +110,14 @@ class Chunk:
                 self._of(self.own.label_logp_C, piece), sampled_P, piece.rows, labels_P, z_PV.dtype,
                 self._spec.policy_gradient,
             )  # fmt: skip
-            slope_P1 = (found.slope_C * self._spec.kd_weight * piece.coefficient_P)[:, None]
+            slope_P1 = (found.slope_C * piece.coefficient_P)[:, None]
             grad_PV = self._probabilities(piece).mul_(-slope_P1).scatter_add_(-1, labels_P[:, None], slope_P1)
             self._add(grad_PV, piece)
             return PieceFigures(found.loss_C, found.clipped_C)
         if piece.classes is not None:
             assert isinstance(piece.rows, FullRows | TopKRows), "states are opened, and given rows refused"
-            log_q_PV, factor_P = self._of(self._log_q_CV, piece), self._spec.kd_weight * piece.coefficient_P
-            projected = projected_terms(z_PV, log_q_PV, piece.rows, piece.classes, factor_P, self._spec)
+            log_q_PV = self._of(self._log_q_CV, piece)
+            projected = projected_terms(z_PV, log_q_PV, piece.rows, piece.classes, piece.coefficient_P, self._spec)
             self._add(projected.grad_CV, piece)
             return PieceFigures(projected.loss_C, None, projected.safe_C)
         if self.is_fused and isinstance(piece.rows, FullRows):
@@ -125,7 +127,7 @@ class Chunk:
             self._add(grad_PV, piece)
             return PieceFigures(row.kd_C, None)
         kd_P, grad_PV, _ = kd_terms(z_PV, self._of(self._log_q_CV, piece), piece.rows, labels_P, self._spec)
-        self._add(grad_PV.mul_((self._spec.kd_weight * piece.coefficient_P)[:, None]), piece)
+        self._add(grad_PV.mul_(piece.coefficient_P[:, None]), piece)
         return PieceFigures(kd_P, None)
 
     def finish(self, scale_C: Tensor | None) -> Tensor:
@@ -152,16 +154,15 @@ class Chunk:
         assert isinstance(piece.rows, FullRows | TopKRows), "states are opened, and given rows refused"
         if self._spread is not None:
             self._grad_CV, self._spread = self._written(None, self._z_CV.dtype), None
-        row_P = place_C = None
-        if isinstance(piece.where, Tensor) or piece.where != slice(0, len(self._z_CV)):
-            every_C = torch.arange(len(self._z_CV), device=self._z_CV.device)
-            row_P = every_C[piece.where]
-            place_C = torch.full_like(every_C, -1).index_copy_(0, row_P, every_C[: len(row_P)])
+        row_P = None
+        if isinstance(piece.where, Tensor):
+            assert piece.place_C is not None, "some rows of the chunk have none"
+            row_P = piece.where
         found = fused_projected_terms(
             *(self._z_CV, row_P, self._of(self._lse_C, piece), piece.rows, piece.lse_P, classes),
-            *(self._spec.kd_weight * piece.coefficient_P, self._spec),
+            *(piece.coefficient_P, self._spec),
         )
-        self._spread = found.gradient, place_C
+        self._spread = found.gradient, piece.place_C
         return PieceFigures(found.loss_P, None, found.safe_P)
 
     def _add_full(self, piece: Piece, rows: FullRows, z_PV: Tensor, labels_P: Tensor) -> PieceFigures:
@@ -173,7 +174,7 @@ class Chunk:
         if tau != 1:
             tempered_P = fused.row_figures(z_PV, labels_P, lse_P, tau)[0]
         scale = tau**2 if self._spec.tau_squared else 1.0
-        kd_scale_P = self._spec.kd_weight * piece.coefficient_P * (scale / tau)
+        kd_scale_P = piece.coefficient_P if scale == tau else piece.coefficient_P * (scale / tau)
         loss_P, grad_PV = fused.divergence_grad(
             *(rows.logits_NV, teacher_lse_P, z_PV, tempered_P, kd_scale_P, self._spec.divergence, tau),
             *(lse_P, labels_P, None, z_PV.dtype),

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from student_trainer.losses.output.joined.agreement import agreements
-from student_trainer.losses.output.joined.evidence import Read
+from student_trainer.losses.output.joined.chunk import OwnFigures
+from student_trainer.losses.output.joined.evidence import Read, likeliest_of
 from student_trainer.losses.output.loss import LossParts
-from student_trainer.losses.output.parts import Joining, TeacherPart
+from student_trainer.losses.output.parts import Joining, TeacherPart, on_device_together
 from student_trainer.losses.output.spec import OutputLossSpec
 
 
@@ -41,8 +43,9 @@ class TeacherFigures:
     compared: Tensor
 
 
-def teacher_figures(part: TeacherPart, read: Read, sampled_M: Tensor | None, spec: OutputLossSpec) -> TeacherFigures:
+def teacher_figures(read: Read, sampled_M: Tensor | None, spec: OutputLossSpec) -> TeacherFigures:
     """Of one teacher that has answered; without what it has in common with others."""
+    part = read.part
     weight_P = part.weight_P.double()
     nothing = weight_P.new_zeros(())
     kd_sum = weight_P @ torch.cat(read.kd).double() if read.kd else nothing
@@ -51,44 +54,47 @@ def teacher_figures(part: TeacherPart, read: Read, sampled_M: Tensor | None, spe
             weight_P * 0 if sampled_M is None else weight_P.masked_fill(sampled_M[part.place.device_P].isnan(), 0)
         )
     alm_sum = alm_weights = nothing
-    if part.groups is not None and read.alm:
+    if part.groups is not None and read.alm_G is not None and len(part.groups):
         weight_G = part.groups.weight_G.double()
-        alm_sum, alm_weights = weight_G @ torch.cat(read.alm), weight_G.sum()
-    covered = torch.full_like(nothing, part.covered)
-    if read.safe:
-        safe_P = torch.cat(read.safe)
-        weight_P = weight_P.masked_fill(~safe_P, 0)
-        covered = covered - part.own_weight_P.masked_fill(safe_P, 0).sum()
-    return TeacherFigures(kd_sum, weight_P.sum(), alm_sum, alm_weights, covered, nothing, nothing)
+        alm_sum, alm_weights = weight_G @ read.alm_G, weight_G.sum()
+    if not read.safe:
+        return TeacherFigures(kd_sum, weight_P.sum(), alm_sum, alm_weights, nothing + part.covered, nothing, nothing)
+    safe_P = torch.cat(read.safe).double()
+    covered = part.own_weight_P @ safe_P + (part.covered - part.compared)
+    return TeacherFigures(kd_sum, weight_P @ safe_P, alm_sum, alm_weights, covered, nothing, nothing)
 
 
 def whole(
     kd_sum: Tensor,
     read: dict[str, Read],
-    parts: list[TeacherPart],
-    logp: list[Tensor],
-    ahead: list[Tensor],
+    own: OwnFigures | None,
     weights_M: Tensor,
     own_M: Tensor,
-    sampled_M: Tensor | None,
     spec: OutputLossSpec,
 ) -> LossParts:
-    """As with one teacher; `logp` and `ahead` are of each chunk."""
-    nothing = weights_M.new_zeros((), dtype=torch.float64)
-    weights, ce_weights = weights_M.double().sum(), own_M.double().sum()
-    kd_weights = weights if spec.policy_gradient is None else weights - ce_weights
-    ahead_M = torch.cat(ahead) if ahead else weights_M[:0]
+    """As with one teacher.
+
+    Args:
+        weights_M, own_M: on the host: weights, and those of the cross-entropy.
+    """
+    nothing, own_weight_M = torch.zeros_like(kd_sum), own_M.double()
+    known = np.array([weights_M.numel(), float(weights_M.double().sum()), float(own_weight_M.sum())])
+    (rows, weights, ce_weights), own_weight_M = on_device_together([known, own_weight_M.numpy()], kd_sum.device)
+    ce_sum = acc1_hits = acc3_hits = nothing
+    if own is not None:
+        ce_sum = own_weight_M @ -own.label_logp_C.double()
+        acc1_hits, acc3_hits = (own.ahead_C < 1).sum().double(), (own.ahead_C < 3).sum().double()
     return LossParts(
         kd_sum=kd_sum,
-        ce_sum=own_M.double() @ -torch.cat(logp).double() if logp else nothing,
-        acc1_hits=(ahead_M < 1).sum().double(),
-        acc3_hits=(ahead_M < 3).sum().double(),
-        rows=torch.full_like(nothing, float(weights_M.numel())),
+        ce_sum=ce_sum,
+        acc1_hits=acc1_hits,
+        acc3_hits=acc3_hits,
+        rows=rows,
         weights=weights,
-        kd_weights=kd_weights,
+        kd_weights=weights if spec.policy_gradient is None else weights - ce_weights,
         ce_weights=ce_weights,
         clipped=sum(
-            (p.weight_P.double() @ torch.cat(read[p.name].clipped).double() for p in parts if read[p.name].clipped),
+            (one.part.weight_P.double() @ torch.cat(one.clipped).double() for one in read.values() if one.clipped),
             nothing,
         ),
     )
@@ -103,7 +109,6 @@ def kd_of(part: TeacherPart, figures: TeacherFigures) -> Tensor:
 
 def by_teacher(
     joining: Joining,
-    parts: list[TeacherPart],
     figures: dict[str, TeacherFigures],
     read: dict[str, Read],
     count: int,
@@ -111,11 +116,14 @@ def by_teacher(
 ) -> dict[str, TeacherFigures]:
     """Of every teacher of the run: those that have not answered have figures of no rows."""
     nothing = torch.zeros((), dtype=torch.float64, device=device)
-    likeliest = {part.name: torch.cat(read[part.name].likeliest) for part in parts if read[part.name].likeliest}
-    agreeing = agreements(parts, likeliest, count, device)
+    agreeing: dict[str, tuple[Tensor, Tensor]] = {}
+    if len(read) > 1:
+        found = {name: likeliest_of(of_teacher) for name, of_teacher in read.items()}
+        likeliest = {name: best_P for name, best_P in found.items() if best_P is not None}
+        agreeing = agreements([of_teacher.part for of_teacher in read.values()], likeliest, count, device)
     told = {}
     for name in joining.teachers:
         agreed = agreeing.get(name, (nothing, nothing))
-        found = figures.get(name) or TeacherFigures(*[nothing] * 7)
-        told[name] = replace(found, agreeing=agreed[0], compared=agreed[1])
+        own = figures.get(name) or TeacherFigures(*[nothing] * 7)
+        told[name] = replace(own, agreeing=agreed[0], compared=agreed[1])
     return told

@@ -46,14 +46,14 @@ def gradient(
     """
     grad_CV = empty_rows(z_CV.shape, dtype, z_CV.device)
     rows, vocab = z_CV.shape
-    grad_PK, class_PK, class_V, scale = (z_CV, z_CV, z_CV, 1.0) if spread is None else spread
+    grad_PK, class_PK, coded_V, scale = (z_CV, z_CV, z_CV, 1.0) if spread is None else spread
     prior = z_CV if prior_CV is None else prior_CV
     matrices = z_CV, prior, grad_PK, class_PK, grad_CV
     assert all(there.stride(-1) == 1 for there in matrices), "kernels go along rows"
     with torch.cuda.device_of(z_CV):
         _gradient[((vocab + BLOCK - 1) // BLOCK, rows)](
             *(z_CV, lse_C, lse_C if scale_C is None else scale_C, label_ids_C, prior),
-            *(grad_PK, class_PK, class_V, label_ids_C if place_C is None else place_C, grad_CV, scale),
+            *(grad_PK, class_PK, coded_V, label_ids_C if place_C is None else place_C, grad_CV, scale),
             *(there.stride(0) for there in matrices),
             VOCAB=vocab, HARD=scale_C is not None, PRIOR=prior_CV is not None,
             SPREAD=spread is not None, PLACED=place_C is not None, BLOCK=BLOCK, num_warps=8,
@@ -61,7 +61,9 @@ def gradient(
     return grad_CV
 
 
-def group_slopes(
+def add_group_slopes(
+    slope_C: Tensor,
+    loss_G: Tensor,
     label_logp_C: Tensor,
     teacher_logp_F: Tensor,
     groups: LongGroups,
@@ -71,28 +73,25 @@ def group_slopes(
     factor_G: Tensor,
     temperature: float,
     smallest: float,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     """`likelihood.binarised` of some groups, from sums of their rows.
 
     Args:
+        slope_C: of the loss in -log q(label) of each row; theirs is added.
+        loss_G: float64, of all groups; theirs is written, without a factor.
         label_logp_C: log-probabilities of the labels under the student.
         teacher_logp_F: of the rows of these groups under the teacher, group by group.
         first, last: which groups.
         origin: number of the chunk's first row among the kept ones.
-        factor_G: what the slope of each is multiplied by.
+        factor_G: what the slope of each is multiplied by, of all groups.
         temperature, smallest: as in `binarised`.
-    Returns:
-        loss_G, float64, without a factor; [C], slope of the loss in -log q(label) of each row.
     """
-    slope_C = torch.zeros_like(label_logp_C)
-    loss_G = torch.empty(last - first, dtype=torch.float64, device=slope_C.device)
     with torch.cuda.device_of(slope_C):
         _group_slopes[(last - first,)](
-            *(label_logp_C, teacher_logp_F, groups.student.device_P, groups.student_begin_G1, groups.teacher_begin_G1),
+            *(label_logp_C, teacher_logp_F, groups.student_row_F, groups.student_begin_G1, groups.teacher_begin_G1),
             *(factor_G, loss_G, slope_C, first, origin, temperature, smallest),
             num_warps=1,
         )  # fmt: skip
-    return loss_G, slope_C
 
 
 if triton is not None:
@@ -118,9 +117,11 @@ if triton is not None:
         if SPREAD:
             place = tl.load(place_ptr + row) if PLACED else row
             there = inside & (place + tl.zeros((BLOCK,), tl.int64) >= 0)
-            column = tl.load(class_ptr + ids, mask=there, other=0)
-            whole = tl.load(whole_ptr + place * whole_step + column, mask=there, other=-float("inf"))
+            coded = tl.load(class_ptr + ids, mask=there, other=0)
+            column, has_others = coded >> 1, there & ((coded & 1) == 1)
             of_class = tl.load(class_grad_ptr + place * grad_step + column, mask=there, other=0.0)
+            whole = tl.load(whole_ptr + place * whole_step + column, mask=has_others, other=-float("inf"))
+            whole = tl.where(has_others, whole, z * tempered)  # its share is 1
             empty = whole == -float("inf")  # a class without mass has no gradient either
             grad += of_class * tl.where(empty, 0.0, tl.exp(z * tempered - tl.where(empty, 0.0, whole)))
         tl.store(out_ptr + row * out_step + ids, grad.to(out_ptr.dtype.element_ty), mask=inside)
@@ -130,8 +131,7 @@ if triton is not None:
         logp_ptr, teacher_ptr, row_ptr, begin_ptr, teacher_begin_ptr, factor_ptr, loss_ptr, slope_ptr,
         first, origin, temperature, smallest,
     ):  # fmt: skip
-        place = tl.program_id(0)
-        group = first + place
+        group = first + tl.program_id(0)
         begin, end = tl.load(begin_ptr + group), tl.load(begin_ptr + group + 1)
         logp = tl.zeros((), tl.float64)
         for f in range(begin, end):
@@ -144,8 +144,9 @@ if triton is not None:
         teacher = teacher / temperature
         a = tl.exp(teacher)
         rest = 1.0 - tl.exp(logp)
-        tl.store(loss_ptr + place, -(a * logp + (1.0 - a) * tl.log(rest)))
+        tl.store(loss_ptr + group, -(a * logp + (1.0 - a) * tl.log(rest)))
         slope = ((1.0 - a) - rest) / rest / temperature
-        factor = tl.load(factor_ptr + place)
+        factor = tl.load(factor_ptr + group)
         for f in range(begin, end):
-            tl.store(slope_ptr + tl.load(row_ptr + f) - origin, -slope.to(tl.float32) * factor)
+            there = slope_ptr + tl.load(row_ptr + f) - origin  # no row is in two groups
+            tl.store(there, tl.load(there) - slope.to(tl.float32) * factor)

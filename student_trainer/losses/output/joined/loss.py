@@ -24,13 +24,13 @@ from student_trainer.losses.integrity import Integrity
 from student_trainer.losses.matmul import wide
 from student_trainer.losses.output.chunks import has_kernel
 from student_trainer.losses.output.gradients import Attach, Gradients
-from student_trainer.losses.output.joined.adding import add, chunk_rows
+from student_trainer.losses.output.joined.adding import RowChunks, chunk_rows
 from student_trainer.losses.output.joined.checks import check_part
-from student_trainer.losses.output.joined.chunk import Chunk
 from student_trainer.losses.output.joined.confidence import by_confidence
 from student_trainer.losses.output.joined.evidence import Read, evidence_of
 from student_trainer.losses.output.joined.figures import TeacherFigures, by_teacher, kd_of, teacher_figures, whole
 from student_trainer.losses.output.joined.mixture import Mixture
+from student_trainer.losses.output.joined.transposed import TransposedChunks, serves
 from student_trainer.losses.output.loss import LossParts, check_sampled, check_values, narrow
 from student_trainer.losses.output.parts import Joining, Kept, chunk_bounds, on_device, part_of
 from student_trainer.losses.output.spec import OutputLossSpec
@@ -88,8 +88,8 @@ def joined_loss(
     for part in parts:
         check_part(part, head, spec, joining.combine)
     own_M = weights_M if sampled_M is None else weights_M.masked_fill(~sampled_M.isnan(), 0)  # of the data's tokens
-    index_M = None if count == weights_N.numel() else on_device(kept_M, device)  # all: slices, no copies
-    labels_M, weights_M, own_M = (on_device(there, device) for there in (labels_M, weights_M, own_M))
+    is_whole = count == weights_N.numel()
+    index_M = kept_M if is_whole else on_device(kept_M, device)
     sampled_M = None if sampled_M is None else on_device(sampled_M.to(dtype), device)
     is_fused = (
         dtype == torch.float32
@@ -99,44 +99,35 @@ def joined_loss(
     trained = (if_trained(student_hidden_ND), *head.trained())
     grad_dtype = torch.bfloat16 if narrow(student_hidden_ND, head) else dtype
     gradients = Gradients(*(None if t is None else torch.zeros_like(t, dtype=dtype) for t in trained))
-    read = {part.name: Read() for part in parts}
     mixture = Mixture(parts) if joining.combine == "prob_mix" else None
-    logp: list[Tensor] = []
-    ahead: list[Tensor] = []
     with torch.no_grad():
-        is_hard = spec.sft_weight > 0 or any(part.groups for part in parts)
-        hard_M = spec.sft_weight * (own_M.to(dtype) / normalizer)
         at_a_time = chunk_rows(parts, head, spec, mixture is not None, is_fused)
         if joining.combine == "confidence":
             sequence_M = None if sequence_N is None else sequence_N[kept.row_M]
             parts = by_confidence(parts, sequence_M, at_a_time, count, dtype)
         bounds = chunk_bounds(count, at_a_time, [p.groups for p in parts if p.groups is not None])
-        for start, stop in pairwise(bounds):
-            index_C = slice(start, stop) if index_M is None else index_M[start:stop]
-            h_CD, labels_C = student_hidden_ND[index_C], labels_M[start:stop]
-            z_CV = head.logits(h_CD)
-            sampled_C = None if sampled_M is None else sampled_M[start:stop]
-            chunk = Chunk(z_CV, labels_C, sampled_C, spec, is_fused, grad_dtype)
-            slope_C = hard_M[start:stop]
-            if mixture is not None:
-                mixture.add(chunk, read, (start, stop), head.vocab_rows, normalizer, dtype)
-            for part in parts if mixture is None else ():
-                of_groups_C = add(chunk, part, read[part.name], (start, stop), normalizer, spec, dtype)
-                slope_C = slope_C if of_groups_C is None else slope_C + of_groups_C
-            logp.append(chunk.own.label_logp_C)
-            ahead.append(chunk.own.ahead_C)
+        read = {part.name: Read.of(part, bounds, normalizer, spec) for part in parts}
+        host = bounds, labels_M.numpy(), own_M.numpy()
+        chunks: RowChunks | TransposedChunks
+        if is_fused and mixture is None and serves(parts, spec):
+            chunks = TransposedChunks(read, *host, normalizer, spec, grad_dtype, device)
+        else:
+            dtypes = dtype, grad_dtype
+            chunks = RowChunks(read, mixture, *host, sampled_M, normalizer, spec, is_fused, dtypes, device)
+        for number, (start, stop) in enumerate(pairwise(bounds)):
+            index_C = slice(start, stop) if is_whole else index_M[start:stop]  # of all: no copies
+            grad_CV, z_CV, h_CD = chunks.chunk(number, student_hidden_ND[index_C], head)
             if any(t is not None for t in trained):
-                grad_CV = chunk.finish(slope_C if is_hard else None)
                 gradients.add(head.pull_back_(grad_CV, z_CV), h_CD, index_C, head)
-                del grad_CV
-            del z_CV, chunk  # not held while the next chunk's are made
-        figures = {part.name: teacher_figures(part, read[part.name], sampled_M, spec) for part in parts}
+            del grad_CV, z_CV  # not held while the next chunk's are made
+        own = chunks.settle()
+        figures = {part.name: teacher_figures(read[part.name], sampled_M, spec) for part in parts}
         nothing = torch.zeros((), dtype=torch.float64, device=device)
         kd_sum = sum((kd_of(part, figures[part.name]) for part in parts), nothing)
         kd_sum = kd_sum if mixture is None else mixture.kd_sum(nothing)
-        losses = whole(kd_sum, read, parts, logp, ahead, weights_M, own_M, sampled_M, spec)
+        losses = whole(kd_sum, read, own, weights_M, own_M, spec)
         total = (spec.kd_weight * losses.kd_sum + spec.sft_weight * losses.ce_sum) / (normalizer if count else 1)
-        told = by_teacher(joining, parts, figures, read, count, device)
+        told = by_teacher(joining, figures, read, count, device)
     total = Attach.apply(total.to(dtype), *gradients.all(), *trained)
-    evidence = (evidence_of(part, read[part.name]) for part in parts)
+    evidence = (evidence_of(found) for found in read.values())
     return JoinedLoss(total, losses, told, tuple(found for found in evidence if found is not None))

@@ -8,7 +8,6 @@ Axes: C rows of a chunk, P of them that a teacher has, Q that any has, V ids.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,26 +37,29 @@ class Mixture:
         self,
         chunk: Chunk,
         read: dict[str, Read],
+        number: int,
         bounds: tuple[int, int],
         vocab_rows: int,
-        normalizer: float | Tensor,
+        factor: float | Tensor,
         dtype: torch.dtype,
     ) -> None:
-        """The mixture's part on one chunk, rows `bounds` of the micro-batch."""
+        """The mixture's part on one chunk, rows `bounds` of the micro-batch; `factor` is kd_weight over the normalizer."""
         start, stop = bounds
         mixed_CV: Tensor | None = None
         weight_C: Tensor | None = None
         has_C = np.zeros(stop - start, np.bool_)
         for part in self.parts:
-            first, last = (bisect_left(part.place.host_P, edge) for edge in bounds)
+            of_part = read[part.name]
+            first, last = of_part.place_B1[number : number + 2]
             if first == last:
                 continue
-            looked = read[part.name].look(part, [(part.row, first, last)], dtype)
-            read[part.name].note_likeliest(part, looked)
+            looked = of_part.look(number, dtype)
+            if looked.likeliest_P is not None:
+                of_part.likeliest.append(looked.likeliest_P)
             rows = looked.rows
             assert isinstance(rows, FullRows), "others are refused before"
             log_p_PV = rows.logits_NV.log_softmax(-1).add_(part.log_share_P[first:last, None])
-            where, weight_P = part.place.part(first, last, start), part.weight_P[first:last]
+            where, weight_P = of_part.where(number, stop - start), part.weight_P[first:last]
             has_C[part.place.host_P[first:last] - start] = True
             if mixed_CV is None or weight_C is None:
                 if last - first == stop - start:
@@ -72,7 +74,7 @@ class Mixture:
         some = Index.of(np.flatnonzero(has_C), mixed_CV.device)
         where = some.part(0, len(some))
         weight_Q, nothing_Q = weight_C[where], weight_C.new_zeros(len(some))
-        found = chunk.add(Piece(where, FullRows(mixed_CV[where], nothing_Q, nothing_Q), weight_Q / normalizer))
+        found = chunk.add(Piece(where, FullRows(mixed_CV[where], nothing_Q, nothing_Q), weight_Q * factor))
         self.kd.append(found.kd_P)
         self.weight.append(weight_Q)
 
