@@ -136,7 +136,7 @@ if triton is not None:
         base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
         return new_top, total * tl.exp(top - base) + tl.exp(z - base)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["row_ptr"])
     def _sum(
         z_ptr, row_ptr, ids_ptr, start_ptr, class_ptr, alone_ptr, out_ptr, z_step, out_step, scale,
         rows, alone, few, several, large,

@@ -354,5 +354,6 @@ if triton is not None:
             whole = tl.load(whole_ptr + line, mask=has_others, other=-float("inf"))
             whole = tl.where(has_others, whole, z * tempered)  # its share is 1
             empty = whole == -float("inf")  # a class without mass has no gradient either
-            grad += of_class * tl.where(empty, 0.0, tl.exp(z * tempered - tl.where(empty, 0.0, whole)))
+            share = tl.where(empty, 0.0, tl.exp(z * tempered - tl.where(empty, 0.0, whole)))
+            grad += tl.where(of_class == 0, 0.0, of_class * share)  # whatever the row holds
         tl.store(out_ptr + there, grad.to(out_ptr.dtype.element_ty), mask=inside)

@@ -23,6 +23,9 @@ from student_trainer.losses.cross_tokenizer.bridge import Bridge
 from student_trainer.losses.rows import TeacherRows
 from student_trainer.losses.term import JoinedLabels, TeacherShare
 
+_TOGETHER = (
+    16  # bytes, at multiples of which tensors of one transfer begin; a kernel is compiled again where they do not
+)
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}  # that losses are computed in
 
 
@@ -342,15 +345,22 @@ def on_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> li
     """Likewise of several arrays of one axis, in one transfer: a GPU's driver takes as long for a few numbers as for a thousand."""
     if device.type != "cuda":
         return [torch.from_numpy(array) for array in arrays]
-    host = torch.empty(sum(array.nbytes for array in arrays), dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True)
     pack(arrays, host.numpy())
     return unpacked(arrays, host.to(device, non_blocking=True))
 
 
+def packed_bytes(arrays: Sequence[np.ndarray]) -> int:
+    """That several arrays take, each filled up so that the next begins where kernels like a matrix to begin."""
+    return sum(array.nbytes + _filler(array) for array in arrays)
+
+
 def pack(arrays: Sequence[np.ndarray], into: np.ndarray) -> None:
     """Writes several arrays of one axis into one of bytes, in the order of `_packing`."""
-    parts = [np.ascontiguousarray(arrays[at]).view(np.uint8) for at in _packing(arrays)]
-    np.concatenate([into[:0], *parts], out=into)
+    parts = [into[:0]]
+    for at in _packing(arrays):
+        parts += [np.ascontiguousarray(arrays[at]).view(np.uint8), np.zeros(_filler(arrays[at]), np.uint8)]
+    np.concatenate(parts, out=into)
 
 
 def unpacked(arrays: Sequence[np.ndarray], there: Tensor) -> list[Tensor]:
@@ -359,14 +369,19 @@ def unpacked(arrays: Sequence[np.ndarray], there: Tensor) -> list[Tensor]:
     start = 0
     for dtype, same in groupby(_packing(arrays), key=lambda at: arrays[at].dtype):
         which = list(same)
-        sizes = [arrays[at].size for at in which]
+        sizes = [size for at in which for size in (arrays[at].size, _filler(arrays[at]) // dtype.itemsize)]
         stop = start + sum(sizes) * dtype.itemsize
         pieces = there[start:stop].view(torch.from_numpy(np.empty(0, dtype)).dtype).split(sizes)
-        found |= dict(zip(which, pieces, strict=True))
+        found |= dict(zip(which, pieces[::2], strict=True))
         start = stop
     return [found[at] for at in range(len(arrays))]
 
 
+def _filler(array: np.ndarray) -> int:
+    """Bytes."""
+    return -array.nbytes % _TOGETHER
+
+
 def _packing(arrays: Sequence[np.ndarray]) -> list[int]:
-    """Wider numbers first, so that all begin where they may; those of one kind one behind another."""
-    return sorted(range(len(arrays)), key=lambda at: (-arrays[at].itemsize, arrays[at].dtype.str))
+    """Those of one kind one behind another."""
+    return sorted(range(len(arrays)), key=lambda at: arrays[at].dtype.str)

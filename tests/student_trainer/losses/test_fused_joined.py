@@ -20,6 +20,7 @@ from student_trainer.losses.head import Head, Lora
 from student_trainer.losses.integrity import TeacherHeadMismatch
 from student_trainer.losses.output.joined import kernels
 from student_trainer.losses.output.joined import loss as loss_module
+from student_trainer.losses.output.joined import transposed as transposed_chunks
 from student_trainer.losses.output.joined.evidence import opened
 from student_trainer.losses.output.joined.loss import JoinedLoss, joined_loss
 from student_trainer.losses.output.parts import Joining
@@ -119,6 +120,7 @@ def both(
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "usable", lambda tensor: tensor.dtype == torch.float32)
     monkeypatch.setattr(matmul, "PADDED", ("cpu", "cuda"))  # rows begin at multiples of 64, wherever they are
+    monkeypatch.setattr(transposed_chunks, "COVERED", 0.0)  # four of the rows here are compared one by one
     if INTERPRETED:  # which takes as long for a program of few ids as for one of many
         monkeypatch.setattr(transposed, "IDS", 256)
         monkeypatch.setattr(transposed, "SPANS", 3)
@@ -221,6 +223,35 @@ def test_rows_of_a_teacher_that_are_not_used_may_hold_anything() -> None:
     rows = replace(OTHER.hidden_rows(), hidden_ND=OTHER.teacher_hidden_ND.clone())
     rows.hidden_ND[0] = torch.nan
     both(OutputLossSpec(), b=bridged(rows, 0.5, np.array([1, 2, 3, 4, 5])))
+
+
+def test_a_teacher_of_few_rows_goes_along_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In columns all rows of a chunk would be computed for it."""
+    asked: list[bool] = []
+    monkeypatch.setattr(transposed_chunks, "COVERED", 0.6)
+    plain_serves = transposed_chunks.serves
+    monkeypatch.setattr(loss_module, "serves", lambda *given: asked.append(plain_serves(*given)) or asked[-1])
+    both(OutputLossSpec(), b=bridged(OTHER.hidden_rows(), 0.5, np.array([1, 2, 3, 4, 5])))
+    both(OutputLossSpec(), a=share(W.hidden_rows(), 0.5), b=bridged(OTHER.hidden_rows(), 0.5))
+    monkeypatch.setattr(transposed_chunks, "COVERED", 0.2)
+    both(OutputLossSpec(), a=share(W.hidden_rows(), 0.5), b=bridged(OTHER.hidden_rows(), 0.5))
+    assert asked == [False, False, True]  # of the 19 rows 4 are compared one by one
+
+
+def test_a_row_without_a_share_has_no_gradient() -> None:
+    """Not even where its states are no numbers."""
+    hidden = _to(W.hidden_ND, torch.float32).clone()
+    hidden[7] = torch.nan
+    hidden.requires_grad_()
+    teacher = bridged(moved(OTHER.hidden_rows(), torch.float32), 0.5, np.array([0, 1, 5]))
+    assert teacher.bridge is not None
+    classes = VocabularyClasses(STUDENT_V.to(DEVICE), TEACHER_V.to(DEVICE), 3000)
+    groups = Groups(np.array([[0, 1], [1, 2], [5, 6]]), np.array([[0, 1], [1, 2], [3, 4]]))
+    bridge = replace(teacher.bridge, classes=classes, groups=groups)
+    head, labels = Head(_to(W.weight_VD, torch.float32)), JoinedLabels({"b": replace(teacher, bridge=bridge)})
+    loss = joined_loss(hidden, head, labels, Joining(("b",)), W.labels_N, torch.ones(N), 7.0, OutputLossSpec())
+    grad = torch.autograd.grad(loss.total, hidden)[0]
+    assert torch.isfinite(grad).all() and not grad[7].any() and grad[5].any()
 
 
 def test_gradients_that_are_rounded_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

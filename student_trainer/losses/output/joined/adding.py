@@ -76,8 +76,8 @@ class RowChunks:
         self._is_fused = is_fused
         self._own: list[OwnFigures] = []
 
-    def chunk(self, number: int, h_CD: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one chunk: gradient on the logits with every factor, logits, states."""
+    def chunk(self, number: int, h_CD: Tensor, head: Head, is_trained: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Of one chunk: gradient on the logits with every factor, None if nothing is trained; logits; states."""
         start, stop = self._bounds[number : number + 2]
         z_CV, slope_C = head.logits(h_CD), self._slope_M[start:stop]
         sampled_C = None if self._sampled_M is None else self._sampled_M[start:stop]
@@ -88,7 +88,7 @@ class RowChunks:
         for read in self._read.values() if self._mixture is None else ():
             add(chunk, read, number, slope_C, start, self._dtype)
         self._own.append(chunk.own)
-        return chunk.finish(slope_C if self._is_hard else None), z_CV, h_CD
+        return chunk.finish(slope_C if self._is_hard else None) if is_trained else None, z_CV, h_CD
 
     def settle(self) -> OwnFigures | None:
         """What was found of the student, row by row; None without a row."""

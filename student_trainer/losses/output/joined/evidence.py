@@ -108,9 +108,9 @@ class Read:
 
     @cached_property
     def rows(self) -> TeacherRows:
-        """The teacher's rows in the order in which they are read; logits, of which no second copy should be held, as they are."""
+        """The teacher's rows in the order in which they are read; states and logits, of which no second copy should be held, as they are."""
         rows = self.part.rows
-        return rows if isinstance(rows, FullRows) or not len(self.order) else rows.take(self._at_R)
+        return rows if isinstance(rows, HiddenRows | FullRows) or not len(self.order) else rows.take(self._at_R)
 
     @cached_property
     def labels_R(self) -> Tensor:
@@ -189,7 +189,7 @@ def evidence_of(read: Read) -> Integrity | None:
     if isinstance(rows, GivenRows) or not len(used):
         return None
     if isinstance(rows, TopKRows):
-        seen = rows.take(used.part(0, len(used))).seen(read.labels_R)
+        seen = read.rows.seen(read.labels_R)  # type: ignore[union-attr]  # these are such rows too
     else:
         seen = Seen(*(torch.cat(column) for column in zip(*read.seen, strict=True)))
     at_R = used.part(0, len(used))

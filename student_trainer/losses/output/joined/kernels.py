@@ -126,7 +126,9 @@ if triton is not None:
             grad += of_class * tl.where(empty, 0.0, tl.exp(z * tempered - tl.where(empty, 0.0, whole)))
         tl.store(out_ptr + row * out_step + ids, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @triton.jit(
+        do_not_specialize=["first", "origin"], do_not_specialize_on_alignment=["logp_ptr", "teacher_ptr", "slope_ptr"]
+    )
     def _group_slopes(
         logp_ptr, teacher_ptr, row_ptr, begin_ptr, teacher_begin_ptr, factor_ptr, loss_ptr, slope_ptr,
         first, origin, temperature, smallest,

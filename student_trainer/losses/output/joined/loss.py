@@ -109,15 +109,16 @@ def joined_loss(
         read = {part.name: Read.of(part, bounds, normalizer, spec) for part in parts}
         host = bounds, labels_M.numpy(), own_M.numpy()
         chunks: RowChunks | TransposedChunks
-        if is_fused and mixture is None and serves(parts, spec):
+        if is_fused and mixture is None and serves(parts, spec, count):
             chunks = TransposedChunks(read, *host, normalizer, spec, grad_dtype, device)
         else:
             dtypes = dtype, grad_dtype
             chunks = RowChunks(read, mixture, *host, sampled_M, normalizer, spec, is_fused, dtypes, device)
+        is_trained = any(t is not None for t in trained)
         for number, (start, stop) in enumerate(pairwise(bounds)):
             index_C = slice(start, stop) if is_whole else index_M[start:stop]  # of all: no copies
-            grad_CV, z_CV, h_CD = chunks.chunk(number, student_hidden_ND[index_C], head)
-            if any(t is not None for t in trained):
+            grad_CV, z_CV, h_CD = chunks.chunk(number, student_hidden_ND[index_C], head, is_trained)
+            if grad_CV is not None:
                 gradients.add(head.pull_back_(grad_CV, z_CV), h_CD, index_C, head)
             del grad_CV, z_CV  # not held while the next chunk's are made
         own = chunks.settle()

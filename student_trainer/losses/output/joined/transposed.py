@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,13 +28,16 @@ from student_trainer.losses.output.parts import TeacherPart, on_device_together
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import FullRows, HiddenRows, Seen
 
+COVERED = 0.75  # of the rows: all columns of a chunk are computed for each teacher, whether it has the row or not
 
-def serves(parts: Sequence[TeacherPart], spec: OutputLossSpec) -> bool:
-    """Whether kernels here know the losses of all these teachers, and one of them has another tokenizer."""
+
+def serves(parts: Sequence[TeacherPart], spec: OutputLossSpec, count: int) -> bool:
+    """Whether kernels here know the losses of all these teachers, one has another tokenizer, and most of the M rows (`count`) are compared one by one with each."""
     return (
         spec.policy_gradient is None
         and any(part.bridge is not None for part in parts)
         and all(isinstance(part.rows, HiddenRows | FullRows) for part in parts)
+        and all(len(part.place) >= COVERED * count for part in parts)
     )
 
 
@@ -94,18 +96,12 @@ class Columns:
         coefficient_P = self.read.coefficient_P if scale == 1 else self.read.coefficient_P * scale
         return coefficient_P.new_zeros(width).index_copy_(0, self.among_P, coefficient_P)
 
-    @cached_property
-    def _hidden_TD(self) -> Tensor:
-        rows = self.read.part.rows
-        assert isinstance(rows, HiddenRows)
-        return rows.hidden_ND[self.row_T]
-
     def logits(self, number: int) -> Tensor:
         """[V, columns of a chunk]."""
         start, stop = self.start_B1[number : number + 2]
         rows = self.read.part.rows
         if isinstance(rows, HiddenRows):
-            return rows.head.logits(self._hidden_TD[start:stop], transposed=True).T
+            return rows.head.logits(rows.hidden_ND[self.row_T[start:stop]], transposed=True).T.float()
         assert isinstance(rows, FullRows), "`serves` refuses others"
         return rows.logits_NV[self.row_T[start:stop]].float().T.contiguous()
 
@@ -185,8 +181,8 @@ class TransposedChunks:
         self._logp: list[Tensor] = []
         self._ahead: list[Tensor] = []
 
-    def chunk(self, number: int, h_CD: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one chunk: gradient on the logits with every factor, logits, states; each with the rows that are made up, whose gradient is 0."""
+    def chunk(self, number: int, h_CD: Tensor, head: Head, is_trained: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """As of `RowChunks`; each with the rows that are made up, whose gradient is 0."""
         start, stop = self._start_B1[number : number + 2]
         h_WD = torch.nn.functional.pad(h_CD, (0, 0, 0, stop - start - len(h_CD)))
         z_VW, labels_W = head.logits(h_WD, transposed=True).T, self._labels_S[start:stop]
@@ -196,21 +192,35 @@ class TransposedChunks:
         self._ahead.append(ahead_W)
         gradient = _Gradient(z_VW, lse_W, labels_W)
         for columns, factor_S in zip(self._columns, self._factor_S, strict=True):
-            first, last = columns.start_B1[number : number + 2]
-            if first == last:
-                continue
-            read = columns.read
-            teacher_VW = columns.logits(number)
-            figures = transposed.row_best(teacher_VW, columns.labels_T[first:last])
-            for kept, found_W in zip((columns.lse, columns.logp, columns.best), figures, strict=True):
-                kept.append(found_W)
-            if read.place_B1[number] < read.place_B1[number + 1]:
-                self._compare(columns, z_VW, lse_W, teacher_VW, figures[0], factor_S[start:stop], gradient)
-            if read.group_B1[number] < read.group_B1[number + 1]:
-                rows = self._bounds[number + 1] - self._bounds[number]
-                add_groups(True, logp_W, read, figures[1][rows:], number, slope_W, self._bounds[number])
-        grad_VW = gradient.written(slope_W if self._is_hard else None, self._grad_dtype)
-        return grad_VW.T, z_VW.T, h_WD
+            self._add(columns, number, z_VW, lse_W, logp_W, factor_S[start:stop], slope_W, gradient)
+        if not is_trained:
+            return None, z_VW.T, h_WD
+        return gradient.written(slope_W if self._is_hard else None, self._grad_dtype).T, z_VW.T, h_WD
+
+    def _add(
+        self,
+        columns: Columns,
+        number: int,
+        z_VW: Tensor,
+        lse_W: Tensor,
+        logp_W: Tensor,
+        factor_W: Tensor,
+        slope_W: Tensor,
+        gradient: _Gradient,
+    ) -> None:
+        """A teacher's rows of one chunk; its logits are held no longer."""
+        (first, last), read = columns.start_B1[number : number + 2], columns.read
+        if first == last:
+            return
+        teacher_VW = columns.logits(number)
+        figures = transposed.row_best(teacher_VW, columns.labels_T[first:last])
+        for kept, found_W in zip((columns.lse, columns.logp, columns.best), figures, strict=True):
+            kept.append(found_W)
+        if read.place_B1[number] < read.place_B1[number + 1]:
+            self._compare(columns, z_VW, lse_W, teacher_VW, figures[0], factor_W, gradient)
+        if read.group_B1[number] < read.group_B1[number + 1]:
+            begin, end = self._bounds[number : number + 2]
+            add_groups(True, logp_W, read, figures[1][end - begin :], number, slope_W, begin)
 
     def _compare(
         self,
