@@ -130,7 +130,7 @@ if triton is not None:
         tl.store(safe_factor_ptr + row, tl.where(is_safe, tl.load(factor_ptr + row), 0.0))
 
     @triton.jit
-    def _add(top, total, z):
+    def add_lanes(top, total, z):
         """The largest logit of each lane so far, and the sum of exp(logit - largest), with one more logit each."""
         new_top = tl.maximum(top, z)
         base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
@@ -195,7 +195,7 @@ if triton is not None:
             at = first + tl.arange(0, BLOCK)
             ids = tl.load(ids_ptr + at, mask=at < stop, other=0)
             z = tl.load(z_row_ptr + ids[None, :], mask=there & (at < stop)[None, :], other=-float("inf"))
-            top, total = _add(top, total, z * scale)
+            top, total = add_lanes(top, total, z * scale)
         highest = tl.max(top, 1)
         base = tl.where(highest == -float("inf"), 0.0, highest)
         whole = tl.log(tl.sum(total * tl.exp(top - base[:, None]), 1)) + highest
@@ -235,5 +235,5 @@ if triton is not None:
             own = inside & (j < size)
             ids = tl.load(ids_ptr + start + j, mask=own, other=0)
             z = tl.load(z_row_ptr + ids[None, :], mask=there & own[None, :], other=-float("inf"))
-            top, total = _add(top, total, z * scale)
+            top, total = add_lanes(top, total, z * scale)
         tl.store(out_row_ptr + column[None, :], tl.log(total) + top, mask=there & inside[None, :])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import fused
+from student_trainer.losses.cross_tokenizer import kernels
 from student_trainer.losses.cross_tokenizer.fused_projected import ClassGradient
 from student_trainer.losses.cross_tokenizer.kernels import SortedIds
 from student_trainer.losses.divergence import Divergence
@@ -154,13 +155,6 @@ def _spans(ids: int) -> tuple[int, int]:
 if triton is not None:
 
     @triton.jit
-    def _add(top, total, z):
-        """The largest logit of each lane so far, and the sum of exp(logit - largest), with one more logit each."""
-        new_top = tl.maximum(top, z)
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
-        return new_top, total * tl.exp(top - base) + tl.exp(z - base)
-
-    @triton.jit
     def _together(top, total):
         """Of all lanes of each row."""
         highest = tl.max(top, 0)
@@ -191,9 +185,9 @@ if triton is not None:
                 number += before.to(tl.int32)
             if KIND == 2:
                 number = tl.where(z > top, ids[:, None], number)
-                top, total = _add(top, total, z)
+                top, total = kernels.add_lanes(top, total, z)
             else:
-                top, total = _add(top, total, z * scale)
+                top, total = kernels.add_lanes(top, total, z * scale)
         at = tl.program_id(1) * width + place
         highest, whole = _together(top, total)
         tl.store(top_ptr + at, highest)
@@ -277,7 +271,7 @@ if triton is not None:
             at = first + tl.arange(0, IDS)
             ids = tl.load(ids_ptr + at, mask=at < stop, other=0).to(tl.int64)
             z = tl.load(z_ptr + ids[:, None] * z_step + place[None, :], mask=(at < stop)[:, None], other=-float("inf"))
-            top, total = _add(top, total, z * scale)
+            top, total = kernels.add_lanes(top, total, z * scale)
         highest, whole = _together(top, total)
         tl.store(out_ptr + column.to(tl.int64) * out_step + place, tl.log(whole) + highest)
 
@@ -298,7 +292,7 @@ if triton is not None:
             own = inside & (j < size)
             ids = tl.load(ids_ptr + start + j, mask=own, other=0).to(tl.int64)
             z = tl.load(z_ptr + ids[:, None] * z_step + place[None, :], mask=own[:, None], other=-float("inf"))
-            top, total = _add(top, total, z * scale)
+            top, total = kernels.add_lanes(top, total, z * scale)
         there = out_ptr + column.to(tl.int64)[:, None] * out_step + place[None, :]
         tl.store(there, tl.log(total) + top, mask=inside[:, None])
 

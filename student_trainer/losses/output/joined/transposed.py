@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,17 +29,35 @@ from student_trainer.losses.output.parts import TeacherPart, on_device_together
 from student_trainer.losses.output.spec import OutputLossSpec
 from student_trainer.losses.rows import FullRows, HiddenRows, Seen
 
-COVERED = 0.75  # of the rows: all columns of a chunk are computed for each teacher, whether it has the row or not
+COVERED = 0.75  # of the rows: all columns of a chunk are computed for each teacher, whether it describes the row or not
 
 
 def serves(parts: Sequence[TeacherPart], spec: OutputLossSpec, count: int) -> bool:
-    """Whether kernels here know the losses of all these teachers, one has another tokenizer, and most of the M rows (`count`) are compared one by one with each."""
+    """Whether kernels here know the losses of all these teachers, one has another tokenizer, and each describes most of the M rows (`count`)."""
     return (
         spec.policy_gradient is None
         and any(part.bridge is not None for part in parts)
         and all(isinstance(part.rows, HiddenRows | FullRows) for part in parts)
-        and all(len(part.place) >= COVERED * count for part in parts)
+        and all(_described(part) >= COVERED * count for part in parts)
     )
+
+
+def _described(part: TeacherPart) -> int:
+    """Rows that are compared with a teacher, one by one or in groups."""
+    return len(part.place) + (0 if part.groups is None else len(part.groups.student))
+
+
+class _Pair(NamedTuple):
+    """Logits of the student and of a teacher in the columns of a chunk, over their own ids; log-sum-exps at temperature 1; see `Columns.factor`.
+
+    The teacher may have columns beyond those of the student: rows of its groups.
+    """
+
+    z_VW: Tensor
+    lse_W: Tensor
+    teacher_VW: Tensor
+    teacher_lse_W: Tensor
+    factor_W: Tensor
 
 
 @dataclass(eq=False)
@@ -217,25 +236,17 @@ class TransposedChunks:
         for kept, found_W in zip((columns.lse, columns.logp, columns.best), figures, strict=True):
             kept.append(found_W)
         if read.place_B1[number] < read.place_B1[number + 1]:
-            self._compare(columns, z_VW, lse_W, teacher_VW, figures[0], factor_W, gradient)
+            self._compare(columns, _Pair(z_VW, lse_W, teacher_VW, figures[0], factor_W), gradient)
         if read.group_B1[number] < read.group_B1[number + 1]:
             begin, end = self._bounds[number : number + 2]
             add_groups(True, logp_W, read, figures[1][end - begin :], number, slope_W, begin)
 
-    def _compare(
-        self,
-        columns: Columns,
-        z_VW: Tensor,
-        lse_W: Tensor,
-        teacher_VW: Tensor,
-        teacher_lse_W: Tensor,
-        factor_W: Tensor,
-        gradient: _Gradient,
-    ) -> None:
+    def _compare(self, columns: Columns, pair: _Pair, gradient: _Gradient) -> None:
         """A teacher's rows of a chunk with the student's, over classes if its ids are others."""
         tau, bridge = self._spec.temperature, columns.read.part.bridge
         loss_scale = tau**2 if self._spec.tau_squared else 1.0
         if bridge is None:
+            z_VW, lse_W, teacher_VW, teacher_lse_W, factor_W = pair
             if tau != 1:
                 lse_W, teacher_lse_W = transposed.lse(z_VW, 1 / tau), transposed.lse(teacher_VW, 1 / tau)
             loss_W, grad_VW = transposed.divergence_grad(
@@ -243,25 +254,17 @@ class TransposedChunks:
             )
             gradient.add(grad_VW)
         else:
-            loss_W, safe_W = self._compare_classes(
-                bridge.classes, z_VW, lse_W, teacher_VW, teacher_lse_W, factor_W, gradient
-            )
+            loss_W, safe_W = self._compare_classes(bridge.classes, pair, gradient)
             if safe_W is not None:
                 columns.safe.append(safe_W)
                 loss_W = torch.where(safe_W, loss_W, 0.0)
         columns.loss.append(loss_W if loss_scale == 1 else loss_W * loss_scale)
 
     def _compare_classes(
-        self,
-        classes: VocabularyClasses,
-        z_VW: Tensor,
-        lse_W: Tensor,
-        teacher_VW: Tensor,
-        teacher_lse_W: Tensor,
-        factor_W: Tensor,
-        gradient: _Gradient,
+        self, classes: VocabularyClasses, pair: _Pair, gradient: _Gradient
     ) -> tuple[Tensor, Tensor | None]:
         """Loss of each row, and whether it is safe; see `projected_terms`."""
+        z_VW, lse_W, teacher_VW, teacher_lse_W, factor_W = pair
         tau, width, side = self._spec.temperature, z_VW.shape[1], classes.of_student.sorted_ids
         class_KW = transposed.sum_classes(z_VW, side, 1 / tau, width)
         teacher_KW = transposed.sum_classes(teacher_VW, classes.of_teacher.sorted_ids, 1 / tau, width)
