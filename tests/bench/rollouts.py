@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.bench.stacks import Stacks
 from tests.bench.table import show
 from tests.tiny import make_tokenizer
 
@@ -207,7 +208,7 @@ def pipeline(options: argparse.Namespace, folder: Path) -> Rows:
                 command = [
                     sys.executable, "-W", "ignore", "-m", "tests.bench.rollouts", "run", "--folder", str(folder), "--port", str(port), "--engine", engine, "--staleness",
                     str(staleness), "--steps", str(options.steps), "--batch", str(options.batch), "--new-tokens", str(options.new_tokens), "--prompt-tokens",
-                    str(options.prompt_tokens), "--sync-steps", str(options.sync_steps), "--out", str(out),
+                    str(options.prompt_tokens), "--sync-steps", str(options.sync_steps), "--out", str(out), *(["--stacks"] if options.stacks else []),
                 ]  # fmt: skip
                 env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[-1]} if gpus else {})}
                 with (folder / f"{engine}-{staleness}.log").open("w") as log:
@@ -248,6 +249,7 @@ def run(options: argparse.Namespace) -> None:
     from student_trainer.training import run as product
 
     times: list[float] = []
+    stacks = Stacks() if options.stacks else None
     plain = product.ConsoleProgress
 
     class Clocked(plain):  # type: ignore[misc,valid-type]
@@ -257,6 +259,13 @@ def run(options: argparse.Namespace) -> None:
             if torch.cuda.is_available() and state.global_step in (SKIPPED, state.max_steps):
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
+            if stacks is not None and state.global_step == SKIPPED:
+                stacks.begin()
+            if stacks is not None and state.global_step == state.max_steps:
+                kept = Path(os.environ.get("OUT", options.folder), f"stacks-{options.engine[0]}-{staleness}.json")
+                kept.write_text(
+                    json.dumps({"steps_s": np.diff(times).round(2).tolist(), "threads_s": stacks.end()}, indent=1)
+                )
             super().on_step_end(args, state, control, **kwargs)
 
     assert issubclass(plain, TrainerCallback)
@@ -335,6 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=12, help="timed steps of a run")
     parser.add_argument("--teacher-delay", type=float, default=0.0, help="seconds")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a run is given up")
+    parser.add_argument(
+        "--stacks",
+        action="store_true",
+        help="of `pipeline`: write where the threads of each run were in the timed steps into $OUT/stacks-*.json",
+    )
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--port", type=int)
     parser.add_argument("--out", type=Path)
