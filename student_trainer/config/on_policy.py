@@ -63,7 +63,10 @@ class OnPolicyConfig(Settings):
         sync_steps: optimizer steps between two loads of the weights into the engine; above 1 only where max_staleness allows it.
         max_staleness: optimizer steps by which the weights of a rollout may be behind. 0 samples and trains in turn, reproducible to the
             bit with `engine: hf` and a `deterministic` teacher.
-        batch: sequences sampled at a time.
+        batch: sequences sampled at a time; `auto` is 32, and with `engine: vllm` on a GPU as many of a step's as keep their keys and values
+            within a sixteenth of its memory, from 32 to 256.
+        device: number of the GPU that `engine: vllm` writes on, as this process counts them; null for the student's own, where writing and training
+            take turns.
         on_failure: what happens to a prompt that gets no completion: `skip` learns from the row instead and counts it, `stop` ends the run
             with its name.
         publish: publishes the student as a revision of a teacher of its server; null for not at all.
@@ -77,7 +80,8 @@ class OnPolicyConfig(Settings):
     engine: Literal["hf", "vllm"] = "hf"
     sync_steps: Positive = 1
     max_staleness: Annotated[int, Field(ge=0)] = 1
-    batch: Positive = 32
+    batch: Positive | Literal["auto"] = "auto"
+    device: Annotated[int, Field(ge=0)] | None = None
     on_failure: Literal["skip", "stop"] = "skip"
     publish: PublishConfig | None = None
 
@@ -91,6 +95,10 @@ class OnPolicyConfig(Settings):
 
     @model_validator(mode="after")
     def _told_by_the_engine(self) -> OnPolicyConfig:
+        if self.device is not None and self.engine != "vllm":
+            raise ValueError(
+                f"device={self.device} is for engine=vllm; engine={self.engine} writes where the student is"
+            )
         if self.engine == "vllm" and self.temperature != 1 and self.top_p != 1:
             raise ValueError(
                 f"temperature={self.temperature:g} and top_p={self.top_p:g} with engine=vllm: vLLM tells log-probabilities either before the "

@@ -3,7 +3,8 @@
 `engines`: completions of one batch of prompts by `hf` and by `vllm`, tokens per second, and seconds to take new weights; the ratio that issue 16 asks for is vllm / hf (>= 4 at
 1.5B shapes on a GPU). `pipeline`: the product's own run (`training.run.train`, share 1) with max_staleness 0 and above, seconds per step; the ratio to 0 is asked to be >= 1.5.
 Random weights that never end a completion: Qwen2.5-1.5B's shapes on a GPU (LoRA, bfloat16), a small model on the CPU (`--shape`). The teacher of `pipeline` is the
-student's base, served by the product's edge and engine in a process of its own; with several GPUs on the first one, the student on the last.
+student's base or one of other shapes (`--teacher-shape`), served by the product's edge and engine in a process of its own; with several GPUs on the first one, the student on
+the last.
 
     python -m tests.bench.rollouts engines [--shape 1.5b] [--batch 32 128] [--json]
     python -m tests.bench.rollouts pipeline [--shape cpu] [--staleness 0 1 2] [--engine hf vllm] [--teacher-delay 0.0] [--json]
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -38,14 +40,17 @@ from tests.tiny import make_tokenizer
 
 SHAPES: dict[str, dict[str, int]] = {
     "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, vocab_size=151_936),
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=151_936),
     "cpu": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=4_096),
     "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=300),
 }  # fmt: skip
 USUAL: dict[str, dict[str, int]] = {
     "1.5b": {"prompt_tokens": 128, "new_tokens": 256, "batch": 64},
+    "7b": {"prompt_tokens": 128, "new_tokens": 256, "batch": 64},
     "cpu": {"prompt_tokens": 32, "new_tokens": 48, "batch": 16},
     "tiny": {"prompt_tokens": 8, "new_tokens": 8, "batch": 4},
 }
+MICRO_BATCHES = 8  # of a step of `pipeline`
 SKIPPED = 3  # steps before the clock starts: they compile, record and fill the pipeline
 Rows = list[dict[str, object]]
 
@@ -70,7 +75,16 @@ def make_folder(shape: str, folder: Path) -> Path:
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     make_tokenizer(folder)
+    _fill_vocabulary(folder / "tokenizer.json", SHAPES[shape]["vocab_size"])
     return folder
+
+
+def _fill_vocabulary(file: Path, size: int) -> None:
+    """Words that no text has, so that the loss is over all ids of the shapes."""
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    words.update({f"<unused {number}>": number for number in range(len(words), size)})
+    file.write_text(json.dumps(tokenizer))
 
 
 def write_rows(file: Path, count: int, tokens: int) -> None:
@@ -194,23 +208,31 @@ def pipeline(options: argparse.Namespace, folder: Path) -> Rows:
         else [str(n) for n in range(torch.cuda.device_count())]
     )
     rows = folder / "rows.jsonl"
-    write_rows(rows, options.batch * 4, options.prompt_tokens)
+    write_rows(rows, options.batch * MICRO_BATCHES, options.prompt_tokens)
+    teaching = folder
+    if options.teacher_shape not in (None, options.shape):
+        teaching = make_folder(options.teacher_shape, folder / "teacher")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     teacher = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.bench.rollouts", "serve", "--folder", str(folder), "--port", str(port), "--teacher-delay", str(options.teacher_delay)],
+        [sys.executable, "-W", "ignore", "-m", "tests.bench.rollouts", "serve", "--folder", str(teaching), "--port", str(port), "--teacher-delay", str(options.teacher_delay)],
         env={**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {})},
     )  # fmt: skip
     try:
         for engine in options.engine:
             serial_s = 0.0
-            for staleness in options.staleness:
+            for place, staleness in itertools.product(options.rollouts_on, options.staleness):
+                apart = place == "teacher"
                 out = folder / f"{engine}-{staleness}.json"
                 out.unlink(missing_ok=True)
                 command = [
                     sys.executable, "-W", "ignore", "-m", "tests.bench.rollouts", "run", "--folder", str(folder), "--port", str(port), "--engine", engine, "--staleness",
                     str(staleness), "--steps", str(options.steps), "--batch", str(options.batch), "--new-tokens", str(options.new_tokens), "--prompt-tokens",
-                    str(options.prompt_tokens), "--sync-steps", str(options.sync_steps), "--out", str(out), *(["--stacks"] if options.stacks else []),
+                    str(options.prompt_tokens), "--sync-steps", str(options.sync_steps), "--out", str(out), *(["--stacks"] if options.stacks else []), *(["--rollouts-on", "teacher"] if apart else []),
                 ]  # fmt: skip
-                env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[-1]} if gpus else {})}
+                seen = ",".join(reversed(gpus)) if apart else gpus[-1] if gpus else None
+                env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": seen} if seen else {})}
                 with (folder / f"{engine}-{staleness}.log").open("w") as log:
                     code: int | str
                     try:
@@ -231,6 +253,7 @@ def pipeline(options: argparse.Namespace, folder: Path) -> Rows:
                 ratio = round(serial_s / figures["step_s"], 2) if serial_s else ""
                 found.add(
                     engine=engine,
+                    rollouts_on=place,
                     max_staleness=staleness,
                     faster=ratio,
                     **{name: round(value, 3) for name, value in figures.items()},
@@ -262,7 +285,10 @@ def run(options: argparse.Namespace) -> None:
             if stacks is not None and state.global_step == SKIPPED:
                 stacks.begin()
             if stacks is not None and state.global_step == state.max_steps:
-                kept = Path(os.environ.get("OUT", options.folder), f"stacks-{options.engine[0]}-{staleness}.json")
+                kept = Path(
+                    os.environ.get("OUT", options.folder),
+                    f"stacks-{options.engine[0]}-{options.rollouts_on[0]}-{staleness}.json",
+                )
                 kept.write_text(
                     json.dumps({"steps_s": np.diff(times).round(2).tolist(), "threads_s": stacks.end()}, indent=1)
                 )
@@ -281,9 +307,10 @@ def run(options: argparse.Namespace) -> None:
         "labels": {"transport": "hidden"},
         "loss": {"output": {"divergence": "jsd", "beta": 0.5}, "sft_weight": 0.0},
         "on_policy": {
-            "share": 1.0, "max_new_tokens": options.new_tokens, "max_staleness": staleness, "sync_steps": sync, "engine": options.engine[0], "batch": options.batch,
+            "share": 1.0, "max_new_tokens": options.new_tokens, "max_staleness": staleness, "sync_steps": sync, "engine": options.engine[0],
+            "device": 1 if options.rollouts_on == ["teacher"] else None,
         },
-        "train": {"batch_size": options.batch, "max_steps": steps, "learning_rate": 1e-5, "log_steps": steps, "deterministic": False},
+        "train": {"batch_size": options.batch, "accumulation": MICRO_BATCHES, "max_steps": steps, "learning_rate": 1e-5, "log_steps": steps, "deterministic": False},
     }  # fmt: skip
     shutil.rmtree(options.folder / "run", ignore_errors=True)
     folder = product.train(parse_config(tree, "bench")).output_dir
@@ -336,6 +363,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--batch", type=int, nargs="+", dest="batches", help="sequences at a time; of `pipeline` the first one"
     )
+    parser.add_argument(
+        "--teacher-shape", choices=sorted(SHAPES), help="of `pipeline`: the teacher's; the student's base if left out"
+    )
+    parser.add_argument(
+        "--rollouts-on",
+        nargs="+",
+        choices=["student", "teacher"],
+        default=["student"],
+        help="of `pipeline`: whose GPU they are written on",
+    )
     parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--repeat", type=int, default=2)
@@ -370,7 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = {"engines": engines, "pipeline": pipeline}[options.part](options, folder)
     if rows:
         told = f"{options.prompt_tokens} + {options.new_tokens} tokens"
-        told += f", {options.batch} sequences a step" if options.part == "pipeline" else ""
+        if options.part == "pipeline":
+            told += f", {MICRO_BATCHES} x {options.batch} sequences a step, teacher {options.teacher_shape or options.shape}"
         show(f"rollouts, {options.part}: {options.shape} shapes, {told}, {machine()}", rows, as_json=options.json)
 
 

@@ -30,6 +30,7 @@ from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPromp
 from student_trainer.schedules import uniforms
 
 SLOT_TOKENS = 1 << 20  # slots of the random stream that belong to one sample; more tokens than any completion has
+USUAL_BATCH = 32  # sequences at a time
 _PROBE_TOLERANCE = 1e-2  # of the largest logit: bfloat16 rounds to 2^-8
 
 
@@ -52,7 +53,7 @@ class Sampling:
     top_p: float = 1.0
     stop_ids: frozenset[int] = frozenset()
     likeliest: int = 0
-    batch: int = 32
+    batch: int = USUAL_BATCH
 
     def uniforms(self, prompts: Sequence[RolloutPrompt]) -> np.ndarray:
         """float64 [len(prompts), max_new_tokens], one for each token that may be drawn."""

@@ -6,7 +6,7 @@ In: a run's config and its student; out: a `Sampler`, tried before step 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,8 +14,8 @@ from student_trainer.config.on_policy import OnPolicyConfig
 from student_trainer.config.run import TrainConfig
 from student_trainer.errors import ConfigError
 from student_trainer.model.load import Student
-from student_trainer.rollout.engines.hf_sampler import HfSampler, Sampling
-from student_trainer.rollout.engines.vllm_engine import VllmSampler
+from student_trainer.rollout.engines.hf_sampler import USUAL_BATCH, HfSampler, Sampling
+from student_trainer.rollout.engines.vllm_engine import VllmSampler, device_of, usual_batch
 from student_trainer.rollout.sample import Sampler
 
 
@@ -29,6 +29,7 @@ class Writing:
         sampling: how tokens are drawn.
         vocab_rows: V, ids that may be drawn.
         longest: tokens of a sequence that the student can write; None if it knows no limit.
+        is_batch_free: `sampling.batch` may be another.
     """
 
     config: TrainConfig
@@ -36,6 +37,7 @@ class Writing:
     sampling: Sampling
     vocab_rows: int
     longest: int | None
+    is_batch_free: bool
 
 
 def _hf(writing: Writing) -> Sampler:
@@ -48,12 +50,21 @@ def _hf(writing: Writing) -> Sampler:
 def _vllm(writing: Writing) -> Sampler:
     config = writing.config
     longest = config.data.max_tokens + writing.sampling.max_new_tokens  # no prompt is longer than a row
+    longest = longest if writing.longest is None else min(longest, writing.longest)
+    narrowed = torch.bfloat16 if config.train.bf16 else None
+    sampling = writing.sampling
+    assert config.on_policy is not None
+    device = device_of(writing.student, config.on_policy.device)
+    if writing.is_batch_free:
+        fits = usual_batch(writing.student, narrowed, longest, device)
+        sampling = replace(sampling, batch=min(fits, config.train.batch_size * config.train.accumulation))
     return VllmSampler(
         writing.student,
-        writing.sampling,
+        sampling,
         writing.vocab_rows,
-        longest=longest if writing.longest is None else min(longest, writing.longest),
-        narrowed=torch.bfloat16 if config.train.bf16 else None,
+        longest=longest,
+        narrowed=narrowed,
+        device=device,
         threads=config.model.threads,
     )
 
@@ -85,6 +96,8 @@ def build_sampler(
         settings.top_p,
         stop_ids,
         config.labels.extra_ids,
-        settings.batch,
+        USUAL_BATCH if settings.batch == "auto" else settings.batch,
     )
-    return ENGINES[settings.engine](Writing(config, student, sampling, vocab_rows, student.outline.positions))
+    return ENGINES[settings.engine](
+        Writing(config, student, sampling, vocab_rows, student.outline.positions, settings.batch == "auto")
+    )

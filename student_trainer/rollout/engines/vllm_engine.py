@@ -27,15 +27,16 @@ from torch import Tensor
 from student_trainer.errors import ModelError, RolloutError
 from student_trainer.model.load import Student
 from student_trainer.model.merged import MergedWriter, merged_state
-from student_trainer.model.merged_file import MergedFile
 from student_trainer.model.quantized.weights import parameter_count
-from student_trainer.rollout.engines.hf_sampler import SLOT_TOKENS, Sampling
+from student_trainer.rollout.engines.hf_sampler import SLOT_TOKENS, USUAL_BATCH, Sampling
+from student_trainer.rollout.engines.merged_file import MergedFile
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 from student_trainer.schedules import uniforms
 
 _BLOCK = {"cuda": 16, "cpu": 128}  # tokens of vLLM's pages
 _WEIGHTS = "model.safetensors"
 _COMMAND = ("-m", "student_trainer.rollout.engines.vllm_worker")
+_MOST_AT_A_TIME = 256  # sequences; vLLM's host work for more takes longer than the device's
 _SAID = 600  # characters of its log in an error
 _PROBE_TOKENS = 8
 # Nats between the log-probabilities it tells and the student's own.
@@ -51,6 +52,7 @@ class VllmSampler:
         vocab_rows: V, ids that may be drawn: those that student, teacher and tokenizer share.
         longest: tokens of the longest prompt and its completion that memory is kept for.
         narrowed: dtype that the learner's passes are computed in by autocast, and vLLM's weights and passes; None for the student's own.
+        device: that vLLM writes on, of the student's kind; None for the student's own.
         threads: of torch, on a CPU.
         arguments: further ones of vLLM's `LLM`, for benches.
 
@@ -66,6 +68,7 @@ class VllmSampler:
         *,
         longest: int,
         narrowed: torch.dtype | None = None,
+        device: torch.device | None = None,
         threads: int = 1,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
@@ -80,7 +83,8 @@ class VllmSampler:
         self._sampling = sampling
         self._vocab_rows = vocab_rows
         self._longest = longest
-        self._dtype = narrowed or student.narrowed or next(student.causal_lm.parameters()).dtype
+        self._dtype = _dtype_of(student, narrowed)
+        self._device = device or student.outline.device
         self._arguments = self._usual_arguments() | dict(arguments or {})
         self._threads = threads
         self._process: subprocess.Popen[str] | None = None
@@ -256,18 +260,15 @@ class VllmSampler:
 
     def _usual_arguments(self) -> dict[str, Any]:
         """vLLM's, for this student: memory for `batch` sequences and no more, since the student trains beside it."""
-        device = self._student.outline.device.type
-        config = self._student.causal_lm.config.get_text_config()
-        block, batch = _BLOCK[device], self._sampling.batch
-        tokens = (batch + 1) * -(-self._longest // block) * block
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        device = self._device.type
+        batch = self._sampling.batch
+        sequence_bytes = _sequence_bytes(self._student, self._dtype, self._longest)
         usual = {
             "dtype": str(self._dtype).removeprefix("torch."),
             "max_model_len": self._longest,
             "max_num_seqs": batch,
             "max_num_batched_tokens": max(8192, self._longest),
-            "kv_cache_memory_bytes": 2 * config.num_hidden_layers * heads * width * self._dtype.itemsize * tokens,
+            "kv_cache_memory_bytes": (batch + 1) * sequence_bytes,
             "gpu_memory_utilization": 0.01,  # only asked for at the start; what it takes is said by kv_cache_memory_bytes
             "generation_config": "vllm",
             "logprobs_mode": "raw_logprobs" if self._sampling.temperature == 1 else "processed_logprobs",
@@ -279,7 +280,7 @@ class VllmSampler:
             # A seeded prompt that is computed in parts kills the engine on a CPU (vLLM 0.32).
             return usual | {"enforce_eager": True, "enable_chunked_prefill": False}
         # Whole decoding steps are captured without torch.compile, which takes a minute to start.
-        sizes = sorted({1, 2, 4, *range(8, batch, 8), batch})
+        sizes = sorted({1, 2, 4, *range(8, min(batch, 64), 8), *range(64, batch, 32), batch})
         return usual | {
             "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
         }
@@ -294,10 +295,9 @@ class VllmSampler:
             "OMP_NUM_THREADS": str(self._threads),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
-        device = self._student.outline.device
-        if device.type == "cuda":
+        if self._device.type == "cuda":
             seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-            number = device.index if device.index is not None else torch.cuda.current_device()
+            number = self._device.index if self._device.index is not None else torch.cuda.current_device()
             wanted["CUDA_VISIBLE_DEVICES"] = seen.split(",")[number] if seen else str(number)
         return {**os.environ, **wanted}
 
@@ -321,6 +321,49 @@ class VllmSampler:
             raise RolloutError(
                 f"on_policy.engine=vllm: the weights cannot be written into {self._folder}: {error}"
             ) from error
+
+
+def device_of(student: Student, number: int | None) -> torch.device:
+    """GPU `number`, or where the student is.
+
+    Raises:
+        RolloutError: there is no such GPU.
+    """
+    if number is None:
+        return student.outline.device
+    there = torch.cuda.device_count()
+    if number >= there:
+        raise RolloutError(
+            f"on_policy.device={number}: this process sees {there} GPUs" + (f", 0 to {there - 1}" if there else "")
+        )
+    return torch.device("cuda", number)
+
+
+def usual_batch(student: Student, narrowed: torch.dtype | None, longest: int, device: torch.device) -> int:
+    """How many sequences of `longest` tokens are written at a time: what a sixteenth of a GPU's memory holds keys and values of, within bounds.
+
+    Args: see `VllmSampler`.
+    """
+    if device.type != "cuda":
+        return USUAL_BATCH
+    room = torch.cuda.get_device_properties(device).total_memory // 16
+    return max(
+        USUAL_BATCH, min(_MOST_AT_A_TIME, room // _sequence_bytes(student, _dtype_of(student, narrowed), longest))
+    )
+
+
+def _dtype_of(student: Student, narrowed: torch.dtype | None) -> torch.dtype:
+    """Of vLLM's weights and passes."""
+    dtype: torch.dtype = narrowed or student.narrowed or next(student.causal_lm.parameters()).dtype
+    return dtype
+
+
+def _sequence_bytes(student: Student, dtype: torch.dtype, longest: int) -> int:
+    """Of the keys and values of one sequence, in whole pages."""
+    config, block = student.causal_lm.config.get_text_config(), _BLOCK[student.outline.device.type]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize * -(-longest // block) * block)
 
 
 class _GoneError(Exception):

@@ -19,7 +19,13 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from student_trainer.rollout.engines.mapped_weights import MappedWeights
+
+_mapped: list[MappedWeights] = []  # the file of weights, once there was one to load
 
 
 def main() -> None:
@@ -117,11 +123,19 @@ def _reload(worker: Any, file: str) -> None:
 
 
 def _weights(file: str) -> Iterator[tuple[str, Any]]:
+    """The tensors of a file, which is mapped once for as long as it is the same; vLLM copies them."""
+    import torch
     from safetensors import safe_open
 
+    from student_trainer.rollout.engines.mapped_weights import MappedWeights
+
+    if not _mapped or not _mapped[0].is_of(Path(file)):
+        _mapped.clear()
+        _mapped.append(MappedWeights(Path(file), registered=torch.cuda.is_available()))
+    there = _mapped[0].tensors
     with safe_open(file, framework="pt") as weights:
         for name in sorted(weights.keys()):  # those of a layer together
-            yield name, weights.get_tensor(name)
+            yield name, there[name] if name in there else weights.get_tensor(name)
 
 
 if __name__ == "__main__":

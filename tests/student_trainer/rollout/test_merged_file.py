@@ -8,7 +8,7 @@ from student_trainer.config.model import ModelConfig
 from student_trainer.errors import ModelError
 from student_trainer.model.load import load_student
 from student_trainer.model.merged import MergedWriter, merged_state
-from student_trainer.model.merged_file import MergedFile
+from student_trainer.rollout.engines.merged_file import MergedFile
 from tests.thorough import covering
 
 LORA = {"rank": 4, "target_modules": "all-linear"}

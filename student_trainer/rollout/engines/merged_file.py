@@ -6,7 +6,6 @@ Whoever reads it must not do so meanwhile.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from student_trainer.model.load import Student
 from student_trainer.model.merged import sources
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from student_trainer.rollout.engines.mapped_weights import MappedWeights
 
 
 class MergedFile:
@@ -24,11 +22,13 @@ class MergedFile:
 
     Args:
         student: whose model it is.
+        mapped: the file.
         placed: of each weight that training changes, its place in the file.
     """
 
-    def __init__(self, student: Student, placed: Mapping[str, Tensor]) -> None:
+    def __init__(self, student: Student, mapped: MappedWeights, placed: Mapping[str, Tensor]) -> None:
         self._student = student
+        self._mapped = mapped
         self._placed = placed
 
     @classmethod
@@ -39,23 +39,19 @@ class MergedFile:
         Raises:
             OSError: it cannot be opened.
         """
-        with file.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(length))
-        bytes_ = torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)
+        mapped = MappedWeights(file, registered=student.outline.device.type == "cuda")
         changing = {name: source for name, source in sources(student).items() if source.changes}
         placed = {}
         for name, source in changing.items():
-            there, own = header.get(name), source.shape
-            if there is None or there["dtype"] not in _DTYPES:
+            held, own = mapped.tensors.get(name), source.shape
+            if held is None:
                 continue
-            dtype, shape, (start, stop) = _DTYPES[there["dtype"]], torch.Size(there["shape"]), there["data_offsets"]
-            is_cut = shape[1:] == own[1:] and len(shape) > 0 and shape[0] < own[0]
-            if (shape == own or is_cut) and (8 + length + start) % dtype.itemsize == 0:
-                placed[name] = bytes_[8 + length + start : 8 + length + stop].view(dtype).view(shape)
+            is_cut = held.shape[1:] == own[1:] and held.dim() > 0 and held.shape[0] < own[0]
+            if held.shape == own or is_cut:
+                placed[name] = held
         tied = {changing[name].place for name in placed} - {None}  # of these the file has one name
         missing = [name for name in changing.keys() - placed.keys() if changing[name].place not in tied]
-        return None if missing else cls(student, placed)
+        return None if missing else cls(student, mapped, placed)
 
     @torch.no_grad()
     def update(self, trained: Mapping[str, Tensor]) -> None:
