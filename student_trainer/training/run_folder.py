@@ -53,7 +53,7 @@ _FREE = ("run.output_dir", "run.cache_dir", "teacher", "feed", "cache", "generat
          "model.compiled", "model.graphs", "train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints",
          "train.eval_batch_size", "train.nonfinite", "train.max_skipped", "train.best_metric", "train.packing", "train.project",
          "train.push_to_hub", "train.hub_id", "train.hub_private",
-         "labels.check", "on_policy.publish.on_failure", "when_missing")  # fmt: skip
+         "labels.check", "on_policy.batch", "on_policy.device", "on_policy.publish.on_failure", "when_missing")  # fmt: skip
 # Digests of an identity, what they are of, and the section of the settings that decides them.
 _DIGESTS = (
     ("data", "the training rows", "data"),

@@ -279,12 +279,12 @@ def run(options: argparse.Namespace) -> None:
         """Notes when each step is done on the device."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if torch.cuda.is_available() and state.global_step in (SKIPPED, state.max_steps):
+            if torch.cuda.is_available() and state.global_step in (SKIPPED, timed):
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
             if stacks is not None and state.global_step == SKIPPED:
                 stacks.begin()
-            if stacks is not None and state.global_step == state.max_steps:
+            if stacks is not None and state.global_step == timed:
                 kept = Path(
                     os.environ.get("OUT", options.folder),
                     f"stacks-{options.engine[0]}-{options.rollouts_on[0]}-{staleness}.json",
@@ -296,8 +296,9 @@ def run(options: argparse.Namespace) -> None:
 
     assert issubclass(plain, TrainerCallback)
     product.ConsoleProgress = Clocked  # type: ignore[misc]
-    steps = SKIPPED + options.steps
     staleness = options.staleness[0]
+    timed = SKIPPED + options.steps
+    steps = timed + staleness  # in the last ones nothing is written ahead any more, and they are faster
     sync = min(options.sync_steps, max(1, staleness))
     tree = {
         "run": {"output_dir": str(options.folder / "run"), "cache_dir": str(options.folder / "cache")},
@@ -317,7 +318,7 @@ def run(options: argparse.Namespace) -> None:
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     last = next(entry for entry in reversed(log) if "loss" in entry)
     found = {
-        "step_s": (times[-1] - times[SKIPPED - 1]) / options.steps, "waited_rollouts": last.get("rollout_wait_share", 0.0), "waited_labels": last["wait_share"],
+        "step_s": (times[timed - 1] - times[SKIPPED - 1]) / options.steps, "waited_rollouts": last.get("rollout_wait_share", 0.0), "waited_labels": last["wait_share"],
         "staleness": last["staleness"],
     }  # fmt: skip
     options.out.write_text(json.dumps(found))

@@ -262,7 +262,7 @@ class VllmSampler:
         """vLLM's, for this student: memory for `batch` sequences and no more, since the student trains beside it."""
         device = self._device.type
         batch = self._sampling.batch
-        sequence_bytes = _sequence_bytes(self._student, self._dtype, self._longest)
+        sequence_bytes = _sequence_bytes(self._student, self._dtype, self._longest, self._device)
         usual = {
             "dtype": str(self._dtype).removeprefix("torch."),
             "max_model_len": self._longest,
@@ -348,7 +348,8 @@ def usual_batch(student: Student, narrowed: torch.dtype | None, longest: int, de
         return USUAL_BATCH
     room = torch.cuda.get_device_properties(device).total_memory // 16
     return max(
-        USUAL_BATCH, min(_MOST_AT_A_TIME, room // _sequence_bytes(student, _dtype_of(student, narrowed), longest))
+        USUAL_BATCH,
+        min(_MOST_AT_A_TIME, room // _sequence_bytes(student, _dtype_of(student, narrowed), longest, device)),
     )
 
 
@@ -358,9 +359,9 @@ def _dtype_of(student: Student, narrowed: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def _sequence_bytes(student: Student, dtype: torch.dtype, longest: int) -> int:
+def _sequence_bytes(student: Student, dtype: torch.dtype, longest: int, device: torch.device) -> int:
     """Of the keys and values of one sequence, in whole pages."""
-    config, block = student.causal_lm.config.get_text_config(), _BLOCK[student.outline.device.type]
+    config, block = student.causal_lm.config.get_text_config(), _BLOCK[device.type]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize * -(-longest // block) * block)

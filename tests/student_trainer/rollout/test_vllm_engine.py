@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import time
+import types
 
 import numpy as np
 import psutil
@@ -14,7 +15,7 @@ from student_trainer.errors import RolloutError
 from student_trainer.model.load import load_student
 from student_trainer.rollout.engines import vllm_engine
 from student_trainer.rollout.engines.hf_sampler import Sampling
-from student_trainer.rollout.engines.vllm_engine import VllmSampler
+from student_trainer.rollout.engines.vllm_engine import VllmSampler, device_of, usual_batch
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 
 V = 290  # of the student's 300: the others must neither be drawn nor count
@@ -82,10 +83,43 @@ def test_it_writes_with_the_weights_it_was_given(model_factory):
             assert isinstance(failure, RolloutFailure) and word in failure.why
         again = sampler.sample(prompts[1:3])  # in other company
         assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in written[1:3]]
+        assert sampler._file is not None
+        sampler._file.update(shaken(student, 2))  # the engine has copies: it knows nothing of these before it is told
+        again = sampler.sample(prompts[1:3])
+        assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in written[1:3]]
+        sampler.load({name: p for name, p in student.model.named_parameters() if p.requires_grad}, 6)
+        (third,) = sampler.sample(prompts[1:2])
+        assert third.version == 6 and third.token_ids.tolist() != written[1].token_ids.tolist()
+        np.testing.assert_allclose(third.logp_n, own_logp(student, third, 0.8)[0], atol=1e-3)
     finally:
         sampler.close()
         sampler.close()
     assert not process.is_running() and not sampler._folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("gib", "dtype", "expected"),
+    [(1, None, 32), (24, None, 60), (24, torch.bfloat16, 120), (141, None, 256), (141, torch.bfloat16, 256)],
+)
+def test_a_gpu_keeps_a_sixteenth_of_its_memory_for_sequences(model_factory, monkeypatch, gib, dtype, expected):
+    """Two layers of two heads of 8, keys and values, float32: 256 bytes a token, in pages of 16 tokens."""
+    student = student_of(model_factory("llama"))
+    config = student.causal_lm.config
+    assert (config.num_hidden_layers, config.num_key_value_heads * config.head_dim) == (2, 16)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=gib << 30)
+    )
+    longest = (24 << 30) // 16 // 60 // 256 // 16 * 16 - 3  # just 60 of these in 24 GiB
+    assert usual_batch(student, dtype, longest, torch.device("cuda", 1)) == expected
+
+
+def test_a_gpu_that_is_not_there_is_named(model_factory, monkeypatch):
+    student = student_of(model_factory("qwen2"))
+    assert device_of(student, None) == student.outline.device
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of(student, 1) == torch.device("cuda", 1)
+    with pytest.raises(RolloutError, match=r"on_policy\.device=2: this process sees 2 GPUs, 0 to 1"):
+        device_of(student, 2)
 
 
 def stub(tmp_path, monkeypatch, body):

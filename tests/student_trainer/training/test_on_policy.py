@@ -132,6 +132,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(go, staleness, kept):
     assert adapter_hash(broken) == adapter_hash(straight)
 
 
+def test_a_resumed_run_may_write_another_number_at_a_time(go):
+    """It decides how fast, not what; and a run of a version whose default was another goes on."""
+    straight, seen = go("straight", on_policy=HALF, train={"keep_checkpoints": 9})
+    broken = shutil.copytree(straight, straight.parent / "broken")
+    take_back(broken, 4, 6)
+    _, again = go("broken", resume=True, on_policy=HALF | {"batch": 3}, train={"keep_checkpoints": 9})
+    assert names(again) == names(seen)[8:] and ledger(broken) == ledger(straight)
+
+
 def test_how_a_window_is_cut_changes_no_coin(go):
     found = {}
     for size, accumulation in ((1, 8), (2, 4), (4, 2)):
@@ -353,6 +362,8 @@ def test_garbage_is_warned_of_once(go):
             {"on_policy": {"share": 1.0, "engine": "vllm", "temperature": 0.5, "top_p": 0.9}},
             "temperature=0.5 and top_p=0.9 with engine=vllm: vLLM tells",
         ),
+        ({"on_policy": {"share": 1.0, "device": 1}}, "device=1 is for engine=vllm; engine=hf writes where"),
+        ({"on_policy": {"share": 1.0, "batch": "all"}}, "on_policy.batch"),
         ({"on_policy": {"share": 1.5}}, "on_policy.share"),
         ({"on_policy": {"share": {"warmup": 0.8, "ramp": 0.3}}}, "warmup=0.8 and ramp=0.3 are more than the run"),
         ({"on_policy": {"max_new_tokens": 1}}, "on_policy.max_new_tokens"),
