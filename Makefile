@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.installed-vllm
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Modules are compiled when they are first imported: all 27,000 at once take two minutes.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 PROTO_TOOLS := .tools/proto
 STUBS := proto/teacher_wire/v2/teacher.proto
 
@@ -21,9 +22,9 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@echo "== installing into $(VENV) (a few minutes, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lyceum needs Python 3.11 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --upgrade "pip>=25"
-	@$(PIP) install $$(grep '^torch==' deploy/constraints.txt)
-	@$(PIP) install --constraint deploy/constraints.txt --editable '.[dev]'
+	@$(INSTALL) --upgrade "pip>=25"
+	@$(INSTALL) $$(grep '^torch==' deploy/constraints.txt)
+	@$(INSTALL) --constraint deploy/constraints.txt --editable '.[dev]'
 	@touch $@
 
 # vLLM into the same environment. On a machine with CUDA its own requirements move two of our pins (fastapi, numpy; within our
@@ -34,9 +35,9 @@ $(VLLM_STAMP): $(STAMP) deploy/constraints-vllm.txt
 	@echo "== installing vLLM into $(VENV) (once)"
 	@if command -v nvidia-smi >/dev/null; then \
 	    grep -vE '^(fastapi|numpy)==' deploy/constraints.txt >$(VENV)/constraints-cuda.txt && \
-	    $(PIP) install --constraint $(VENV)/constraints-cuda.txt 'vllm==0.32.0'; \
+	    $(INSTALL) --constraint $(VENV)/constraints-cuda.txt 'vllm==0.32.0'; \
 	else \
-	    $(PIP) install --no-deps --requirement deploy/constraints-vllm.txt; \
+	    $(INSTALL) --no-deps --requirement deploy/constraints-vllm.txt; \
 	fi
 	@touch $@
 
@@ -96,7 +97,7 @@ export NO_MKDOCS_2_WARNING := 1
 $(DOCS_VENV)/.installed: pyproject.toml deploy/constraints-docs.txt
 	@echo "== installing mkdocs-material into $(DOCS_VENV) (once)"
 	@$(PYTHON) -m venv $(DOCS_VENV)
-	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --requirement deploy/constraints-docs.txt
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile --requirement deploy/constraints-docs.txt
 	@touch $@
 
 # Settings, errors, options, examples and numbers of the pages; tests/docs says when they are old.
@@ -119,7 +120,7 @@ schemas: # not of $(STAMP), as `stubs`
 $(PROTO_TOOLS):
 	@test -x $(BIN)/python || $(MAKE) setup
 	@echo "== installing the stub generator into $@"
-	@$(PIP) install --target $@.partial grpcio-tools==1.71.2 'protobuf==5.29.6' 'setuptools<81'
+	@$(INSTALL) --target $@.partial grpcio-tools==1.71.2 'protobuf==5.29.6' 'setuptools<81'
 	@mv $@.partial $@
 
 stubs: $(PROTO_TOOLS) # not of $(STAMP): in a second worktree with the same environment it would point the commands at this one

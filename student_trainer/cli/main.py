@@ -137,9 +137,11 @@ def _root(
 
 def main() -> None:
     """The console script: one line and an exit code for what is known to go wrong."""
+    from student_trainer.cli.frame.imports import leave_out_scikit_learn
     from student_trainer.errors import StudentError, exit_code_of
     from teacher_wire.core.errors import TeacherWireError
 
+    leave_out_scikit_learn()
     # It would say at every start of every command that an optional kernel for 4-bit weights on a CPU is not there.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:

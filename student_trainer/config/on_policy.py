@@ -63,8 +63,8 @@ class OnPolicyConfig(Settings):
         sync_steps: optimizer steps between two loads of the weights into the engine; above 1 only where max_staleness allows it.
         max_staleness: optimizer steps by which the weights of a rollout may be behind. 0 samples and trains in turn, reproducible to the
             bit with `engine: hf` and a `deterministic` teacher.
-        batch: sequences sampled at a time; `auto` is 32, and with `engine: vllm` on a GPU as many of a step's as keep their keys and values
-            within a sixteenth of its memory, from 32 to 256.
+        batch: sequences sampled at a time; `auto` is 32, and with `engine: vllm` on a GPU what a sixteenth of its memory holds keys and values
+            of, from 32 to 256; never more than a step has.
         device: number of the GPU that `engine: vllm` writes on, as this process counts them; null for the student's own, where writing and training
             take turns.
         on_failure: what happens to a prompt that gets no completion: `skip` learns from the row instead and counts it, `stop` ends the run

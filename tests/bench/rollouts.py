@@ -34,16 +34,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.bench.random_models import SHAPES, make_folder, write_rows
 from tests.bench.stacks import Stacks
 from tests.bench.table import show
-from tests.tiny import make_tokenizer
 
-SHAPES: dict[str, dict[str, int]] = {
-    "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, vocab_size=151_936),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=151_936),
-    "cpu": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=4_096),
-    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=300),
-}  # fmt: skip
 USUAL: dict[str, dict[str, int]] = {
     "1.5b": {"prompt_tokens": 128, "new_tokens": 256, "batch": 64},
     "7b": {"prompt_tokens": 128, "new_tokens": 256, "batch": 64},
@@ -53,53 +47,6 @@ USUAL: dict[str, dict[str, int]] = {
 MICRO_BATCHES = 8  # of a step of `pipeline`
 SKIPPED = 3  # steps before the clock starts: they compile, record and fill the pipeline
 Rows = list[dict[str, object]]
-
-
-def make_folder(shape: str, folder: Path) -> Path:
-    """Random weights as transformers draws them, in bfloat16 on a GPU; the ids of the tokenizer are below the vocabulary, and END is never drawn on purpose."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    config = Qwen2Config(
-        **SHAPES[shape],
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
-    make_tokenizer(folder)
-    _fill_vocabulary(folder / "tokenizer.json", SHAPES[shape]["vocab_size"])
-    return folder
-
-
-def _fill_vocabulary(file: Path, size: int) -> None:
-    """Words that no text has, so that the loss is over all ids of the shapes."""
-    tokenizer = json.loads(file.read_text())
-    words = tokenizer["model"]["vocab"]
-    words.update({f"<unused {number}>": number for number in range(len(words), size)})
-    file.write_text(json.dumps(tokenizer))
-
-
-def write_rows(file: Path, count: int, tokens: int) -> None:
-    """Conversations whose prompts have about so many tokens (bytes of letters that the tokenizer does not merge)."""
-    rng = np.random.default_rng(0)
-    letters = np.array(list("BCDFGJKLMNPQRSTVWXZ"))
-    with file.open("w") as out:
-        for _ in range(count):
-            text = "".join(rng.choice(letters, max(2, tokens - 6)))
-            out.write(
-                json.dumps(
-                    {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[:8]}]}
-                )
-                + "\n"
-            )
 
 
 def model_section(folder: Path) -> dict[str, Any]:
@@ -231,7 +178,7 @@ def pipeline(options: argparse.Namespace, folder: Path) -> Rows:
                     str(staleness), "--steps", str(options.steps), "--batch", str(options.batch), "--new-tokens", str(options.new_tokens), "--prompt-tokens",
                     str(options.prompt_tokens), "--sync-steps", str(options.sync_steps), "--out", str(out), *(["--stacks"] if options.stacks else []), *(["--rollouts-on", "teacher"] if apart else []),
                 ]  # fmt: skip
-                seen = ",".join(reversed(gpus)) if apart else gpus[-1] if gpus else None
+                seen = f"{gpus[-1]},{gpus[0]}" if apart else gpus[-1] if gpus else None
                 env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": seen} if seen else {})}
                 with (folder / f"{engine}-{staleness}.log").open("w") as log:
                     code: int | str
@@ -402,6 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part in ("run", "serve"):
         {"run": run, "serve": serve}[options.part](options)
         return
+    if "teacher" in options.rollouts_on and (torch.cuda.device_count() < 2 or "hf" in (options.engine or ["hf"])):
+        parser.error("--rollouts-on teacher needs --engine vllm and two GPUs")
     options.engine = options.engine or (["hf", "vllm"] if options.part == "engines" else ["hf"])
     with tempfile.TemporaryDirectory(prefix="lyceum-rollouts-") as work:
         folder = make_folder(options.shape, options.folder or Path(work))

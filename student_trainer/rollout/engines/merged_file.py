@@ -37,9 +37,9 @@ class MergedFile:
         architectures whose files hold experts apart.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: it cannot be opened or mapped.
         """
-        mapped = MappedWeights(file, registered=student.outline.device.type == "cuda")
+        mapped = MappedWeights(file)
         changing = {name: source for name, source in sources(student).items() if source.changes}
         placed = {}
         for name, source in changing.items():
@@ -51,7 +51,10 @@ class MergedFile:
                 placed[name] = held
         tied = {changing[name].place for name in placed} - {None}  # of these the file has one name
         missing = [name for name in changing.keys() - placed.keys() if changing[name].place not in tied]
-        return None if missing else cls(student, mapped, placed)
+        if missing:
+            return None
+        mapped.register()
+        return cls(student, mapped, placed)
 
     @torch.no_grad()
     def update(self, trained: Mapping[str, Tensor]) -> None:

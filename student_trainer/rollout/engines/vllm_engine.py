@@ -133,6 +133,7 @@ class VllmSampler:
             process.wait()
         if self._log is not None:
             self._log.close()
+        self._file = None  # its memory is given back with the folder
         self._removed()
 
     # ---------------------------------------------------------------- samples
@@ -304,8 +305,8 @@ class VllmSampler:
     def _write_weights(self, trained: Mapping[str, Tensor]) -> None:
         """Puts the student into the folder, from where it is loaded and a new process starts: whole at first, then what training changes, in its place."""
         try:
-            if self._file is not None:
-                self._file.update(trained)
+            if (held := self._file) is not None:  # `close` may come from another thread
+                held.update(trained)
                 return
             fresh = self._folder / "fresh"
             state = merged_state(self._student, trained, self._dtype)

@@ -2,7 +2,7 @@
 
 In: JSON lines on standard input, the first one how to start; out: a JSON line per request on what was standard output. All that vLLM
 prints goes to standard error. It ends when its input does, even amid a request, so that nothing outlives a trainer that was killed.
-Tried with vLLM 0.32; 0.25.1 has the same interfaces by its source.
+Tried with vLLM 0.32 on a CPU and 0.25.1 on GPUs.
 
     {"model": FOLDER, "arguments": {...}}                            -> {"ready": true, "max_model_len": ...}
     {"do": "load", "file": FILE}                                     -> {}
@@ -124,14 +124,14 @@ def _reload(worker: Any, file: str) -> None:
 
 def _weights(file: str) -> Iterator[tuple[str, Any]]:
     """The tensors of a file, which is mapped once for as long as it is the same; vLLM copies them."""
-    import torch
     from safetensors import safe_open
 
     from student_trainer.rollout.engines.mapped_weights import MappedWeights
 
-    if not _mapped or not _mapped[0].is_of(Path(file)):
-        _mapped.clear()
-        _mapped.append(MappedWeights(Path(file), registered=torch.cuda.is_available()))
+    if _mapped and _mapped[0].is_of(Path(file)):
+        _mapped[0].register()  # it is updated in its place, and loaded again and again
+    else:
+        _mapped[:] = [MappedWeights(Path(file))]
     there = _mapped[0].tensors
     with safe_open(file, framework="pt") as weights:
         for name in sorted(weights.keys()):  # those of a layer together

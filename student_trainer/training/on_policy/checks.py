@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 from student_trainer.config.on_policy import OnPolicyConfig
 from student_trainer.config.run import TrainConfig
@@ -35,7 +36,7 @@ def room_of(settings: OnPolicyConfig, positions: int | None, teachers: Sequence[
 
 
 def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
-    """What can be told from the config alone."""
+    """What can be told from the config and this machine alone."""
     if config.on_policy is None:
         return
     if not config.every_teacher:
@@ -49,6 +50,11 @@ def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
             "on_policy: needs loss.output, by which rollouts are learned from, and it is null",
             "set loss.output, or leave on_policy out",
         )
+        return
+    device, there = config.on_policy.device, torch.cuda.device_count()
+    if device is not None and device >= there:
+        what = f"on_policy.device={device}: this process sees {there} GPUs" + (f", 0 to {there - 1}" if there else "")
+        yield Finding.bad("on_policy.device", what, "set it to one of them, or to null for the student's own")
         return
     yield Finding.good("on_policy", "rollouts have a teacher and a loss")
 

@@ -285,6 +285,7 @@ def test_the_command(model_factory, tmp_path):
         assert isinstance(refused.exception, ConfigError) and words in str(refused.exception)
 
 
+@pytest.mark.thorough  # tests/deploy/test_journey.py has an export answered by vLLM, through our server
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
 @pytest.mark.skipif("LYCEUM_VLLM" not in os.environ, reason="starts vLLM: LYCEUM_VLLM=1")

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from student_trainer.config.model import ModelConfig
+from student_trainer.config.run import parse_config
 from student_trainer.errors import RolloutError
 from student_trainer.model.load import load_student
-from student_trainer.rollout.engines import vllm_engine
+from student_trainer.rollout.engines import registry, vllm_engine
 from student_trainer.rollout.engines.hf_sampler import Sampling
 from student_trainer.rollout.engines.vllm_engine import VllmSampler, device_of, usual_batch
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
@@ -120,6 +122,52 @@ def test_a_gpu_that_is_not_there_is_named(model_factory, monkeypatch):
     assert device_of(student, 1) == torch.device("cuda", 1)
     with pytest.raises(RolloutError, match=r"on_policy\.device=2: this process sees 2 GPUs, 0 to 1"):
         device_of(student, 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "windows", "batch", "device"),
+    [
+        ({}, (4, 3), 12, None),
+        ({}, (64, 8), 60, None),
+        ({"batch": 7}, (64, 8), 7, None),
+        ({"batch": 700, "device": 1}, (4, 3), 700, 1),
+    ],
+)
+def test_a_run_says_how_many_at_a_time_and_where(model_factory, tmp_path, monkeypatch, section, windows, batch, device):
+    """A GPU holds 60 here; what is written down is taken as it is."""
+    student = student_of(model_factory("qwen2"))
+    seen = {}
+    monkeypatch.setattr(registry, "VllmSampler", lambda *_, **named: seen.update(sampling=_[1], **named))
+    monkeypatch.setattr(registry, "usual_batch", lambda student, narrowed, longest, device: 60)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    tree = {
+        "run": {"output_dir": str(tmp_path / "run")}, "model": {"path": "here"}, "data": {"train": ["rows.jsonl"], "max_tokens": 50},
+        "teacher": {"address": "127.0.0.1:1"}, "on_policy": {"engine": "vllm", "max_new_tokens": 9} | section,
+        "train": {"batch_size": windows[0], "accumulation": windows[1]},
+    }  # fmt: skip
+    config = parse_config(tree, "test")
+    registry.build_sampler(config, config.on_policy, student, vocab_rows=V, stop_ids=frozenset())
+    assert seen["sampling"].batch == batch and seen["longest"] == 59
+    assert seen["device"] == (student.outline.device if device is None else torch.device("cuda", device))
+
+
+@pytest.mark.parametrize(("seen", "wanted"), [(None, "1"), ("3,5", "5"), ("GPU-aa,GPU-bb", "GPU-bb")])
+def test_its_process_sees_the_gpu_it_writes_on(model_factory, monkeypatch, seen, wanted):
+    sampler = VllmSampler.__new__(VllmSampler)
+    sampler._device, sampler._threads = torch.device("cuda", 1), 1
+    monkeypatch.setattr(os, "environ", {} if seen is None else {"CUDA_VISIBLE_DEVICES": seen})
+    assert sampler._environment()["CUDA_VISIBLE_DEVICES"] == wanted
+
+
+def test_a_closed_one_leaves_no_memory(model_factory, tmp_path, monkeypatch):
+    """Its file of weights is in memory, and stays there for as long as anybody has it mapped."""
+    stub(tmp_path, monkeypatch, "print(json.dumps({'ready': True}), flush=True); sys.stdin.readline()")
+    monkeypatch.setattr(VllmSampler, "_probe", lambda self: None)
+    sampler = VllmSampler(student_of(model_factory("qwen2"), lora={"rank": 4}), Sampling(0, 4), V, longest=32)
+    name = sampler._folder.name
+    assert name in Path("/proc/self/maps").read_text()
+    sampler.close()
+    assert name not in Path("/proc/self/maps").read_text() and not sampler._folder.exists()
 
 
 def stub(tmp_path, monkeypatch, body):

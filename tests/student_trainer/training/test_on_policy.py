@@ -133,12 +133,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(go, staleness, kept):
 
 
 def test_a_resumed_run_may_write_another_number_at_a_time(go):
-    """It decides how fast, not what; and a run of a version whose default was another goes on."""
+    """It decides how fast, not what; and a run of a version that had another default, and no GPU to choose, goes on."""
     straight, seen = go("straight", on_policy=HALF, train={"keep_checkpoints": 9})
     broken = shutil.copytree(straight, straight.parent / "broken")
     take_back(broken, 4, 6)
+    identity = json.loads((broken / "run.json").read_text())
+    assert not {"on_policy.batch", "on_policy.device"} & identity["settings"].keys()
+    identity["settings"]["on_policy.batch"] = 32
+    (broken / "run.json").write_text(json.dumps(identity))
     _, again = go("broken", resume=True, on_policy=HALF | {"batch": 3}, train={"keep_checkpoints": 9})
     assert names(again) == names(seen)[8:] and ledger(broken) == ledger(straight)
+    assert adapter_hash(broken) == adapter_hash(straight)
 
 
 def test_how_a_window_is_cut_changes_no_coin(go):
@@ -364,6 +369,10 @@ def test_garbage_is_warned_of_once(go):
         ),
         ({"on_policy": {"share": 1.0, "device": 1}}, "device=1 is for engine=vllm; engine=hf writes where"),
         ({"on_policy": {"share": 1.0, "batch": "all"}}, "on_policy.batch"),
+        (
+            {"on_policy": {"share": 1.0, "engine": "vllm", "device": 64}},
+            "on_policy.device=64: this process sees [0-9]+ GPUs",
+        ),
         ({"on_policy": {"share": 1.5}}, "on_policy.share"),
         ({"on_policy": {"share": {"warmup": 0.8, "ramp": 0.3}}}, "warmup=0.8 and ramp=0.3 are more than the run"),
         ({"on_policy": {"max_new_tokens": 1}}, "on_policy.max_new_tokens"),

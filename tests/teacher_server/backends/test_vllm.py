@@ -1,7 +1,7 @@
 """Real vLLM behind the backend: the same labels as transformers, texts that obey, nothing left behind, nothing that kills it.
 
 One engine a role, in float32 with a prefix cache, and one in bfloat16 without; the other two combinations have an engine of
-their own for one test each. `make test` installs vLLM; without it (a plain `pytest`) these tests are skipped.
+their own for one test each, in `make thorough`. `make test` installs vLLM; without it (a plain `pytest`) these tests are skipped.
 """
 
 import asyncio
@@ -167,6 +167,7 @@ def test_labels_equal_the_transformers_backends_row_for_row(wide, folder):
     assert_labels_equal(wide, folder, times=2)  # the second time every prefix is in the cache
 
 
+@pytest.mark.thorough
 def test_labels_equal_the_transformers_backends_without_a_prefix_cache(folder):
     with scoring(folder, "float32", prefix_caching=False) as model:
         assert_labels_equal(model, folder, times=1)
@@ -176,6 +177,7 @@ def test_in_bfloat16_without_a_prefix_cache_states_point_the_same_way(narrow, ca
     assert_states_point_the_same_way(narrow, calm, times=1)
 
 
+@pytest.mark.thorough
 def test_in_bfloat16_with_a_prefix_cache_states_point_the_same_way(calm):
     with scoring(calm, "bfloat16", prefix_caching=True) as model:
         assert_states_point_the_same_way(model, calm, times=2)
