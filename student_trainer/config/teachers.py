@@ -127,6 +127,9 @@ class TeacherConfig(Settings):
         return self
 
 
+_USUAL_K = 128
+
+
 class LabelConfig(Settings):
     """How labels travel (docs/concepts/method.md 2, 3).
 
@@ -134,7 +137,7 @@ class LabelConfig(Settings):
         transport: what travels: `hidden` is exact at every temperature; `top_k` sends k logits and the exact tail mass; `full` sends every
             logit, for small vocabularies; `given` sends the log-probability of each token alone, for `pg_rkl`; `auto` picks the exact
             transport that fits card and link.
-        k: entries kept by `top_k`.
+        k: entries kept by `top_k`, also where `auto` comes to it, or where held-out rows are measured by it.
         extra_ids: number of the student's own likeliest ids per row that `top_k` keeps too, for divergences that weigh by the student
             (reverse KL, JSD). They are known only once the student has seen the batch, so labels are not fetched ahead.
         compression: compression of `hidden`: int8 in blocks takes half the bytes (docs/concepts/method.md 3.4).
@@ -144,13 +147,15 @@ class LabelConfig(Settings):
     """
 
     transport: Literal["hidden", "top_k", "full", "given", "auto"] = "hidden"
-    k: Positive = 128
+    k: Positive = _USUAL_K
     extra_ids: Annotated[int, Field(ge=0)] = 0
     compression: Literal["none", "int8"] = "none"
     check: Literal["sampled", "all"] = "sampled"
 
     @model_validator(mode="after")
     def _fitting(self) -> LabelConfig:
+        if self.k != _USUAL_K and self.transport in ("hidden", "full"):
+            raise ValueError(f"k={self.k} belongs to transport top_k, not {self.transport}, which leaves no id out")
         if self.extra_ids and self.transport != "top_k":
             raise ValueError(f"extra_ids belong to transport top_k, not {self.transport}")
         if self.compression != "none" and self.transport != "hidden":

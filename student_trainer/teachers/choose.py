@@ -17,7 +17,6 @@ from teacher_wire.core.info import TeacherInfo
 from teacher_wire.score.signals import spec_of
 
 HEAD_SHARE = 0.25  # of the free memory: the rest is the student's activations and optimizer
-TOP_K = 128
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ def choose(
     *,
     softened: bool,
     on_samples: bool = False,
+    settings: LabelConfig | None = None,
 ) -> tuple[LabelConfig, str]:
     """The labels to ask for.
 
@@ -51,11 +51,12 @@ def choose(
         probe: of the link; None if the teacher offers no hidden states, or had them already.
         on_samples: whether the loss is a policy gradient, which reads the teacher's word on the sampled tokens alone.
         softened: whether the loss has a temperature other than 1, which only exact labels can serve.
+        settings: of `auto`; their `k` counts if it comes to `top_k`, their `check` if it comes to `hidden`.
 
     Raises:
         ConfigError: nothing this teacher offers can serve the loss on this card.
     """
-    offered = info.transports
+    offered, settings = info.transports, settings or LabelConfig(transport="auto")
     if on_samples and "given" in offered:
         given_row = spec_of("given", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
         return LabelConfig(transport="given"), f"pg_rkl needs no more of the teacher: {given_row} bytes per token"
@@ -72,10 +73,10 @@ def choose(
         if probe is not None and probe.transfer_s > max(probe.forward_s, 1e-9):
             ratio = probe.transfer_s / max(probe.forward_s, 1e-9)
             return (
-                LabelConfig(transport="hidden", compression="int8"),
+                LabelConfig(transport="hidden", compression="int8", check=settings.check),
                 f"{why}; int8, since the link is {ratio:.1f} times slower than the teacher",
             )
-        return LabelConfig(transport="hidden"), f"{why}; exact, {hidden_row:,} bytes per token"
+        return LabelConfig(transport="hidden", check=settings.check), f"{why}; exact, {hidden_row:,} bytes per token"
     missing = (
         "the teacher does not offer hidden states"
         if "hidden" not in offered
@@ -89,7 +90,7 @@ def choose(
         raise ConfigError(
             f"labels.transport=auto: {missing}, and nothing else that teacher {info.name!r} offers serves this loss"
         )
-    k = min(TOP_K, vocab_rows, info.limits.max_k)
+    k = min(settings.k, vocab_rows, info.limits.max_k)
     return LabelConfig(
         transport="top_k", k=k
     ), f"{missing}: top {k} with the exact tail mass, which is not exact but close at temperature 1"

@@ -264,8 +264,8 @@ class _Opening:
             return None
         if labels.transport == "auto":
             labels, why = await choose_labels(
-                client, self.service, info, self._rows(info), self.config, self.data, self.student.device, self.reading
-            )
+                client, self.service, info, self._rows(info), self.config, self.data, self.student.device, self.reading, labels
+            )  # fmt: skip
             of = f" of {self.reading.name}" if len(self.config.every_teacher) > 1 else ""
             self.console.print(f"labels{of} by {labels.transport}: {why}", markup=False)
         measuring = spec = None

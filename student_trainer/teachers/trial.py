@@ -58,8 +58,9 @@ async def choose_labels(
     data: TokenizedDataset,
     device: torch.device,
     reading: Reading,
+    settings: LabelConfig,
 ) -> tuple[LabelConfig, str]:
-    """The labels that `labels.transport: auto` stands for, and why: by the link, measured with one request, and the memory that is free.
+    """The labels that `settings`, whose transport is `auto`, stand for, and why: by the link, measured with one request, and the memory that is free.
 
     Raises:
         ConfigError: as `choose`.
@@ -79,7 +80,8 @@ async def choose_labels(
             probe = Probe(transfer_s=max(0.0, took_s - server_s), forward_s=timing.forward_us / 1e6)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     on_samples = config.loss.output is not None and config.loss.output.divergence == "pg_rkl"
-    return choose(info, rows, free, probe, softened=is_softened(config.loss), on_samples=on_samples)
+    softened = is_softened(config.loss)
+    return choose(info, rows, free, probe, softened=softened, on_samples=on_samples, settings=settings)
 
 
 def _probe(

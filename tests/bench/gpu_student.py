@@ -186,7 +186,7 @@ class Room:
             "model": {"path": "random", "gradient_checkpointing": True, "graphs": graphs},
             "data": {"train": ["random"]},
             "teacher": {"address": "127.0.0.1:1"},
-            "labels": {"transport": transport, "k": K},
+            "labels": {"transport": transport} | ({"k": K} if transport == "top_k" else {}),
             "loss": loss,
             "train": {"batch_size": SEQUENCES, "accumulation": 1, "max_steps": self.steps + SKIPPED, "bf16": True},
         }

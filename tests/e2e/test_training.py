@@ -44,7 +44,7 @@ STEPS = {"max_steps": 24, "batch_size": 2, "accumulation": 2, "save_steps": 3, "
 def test_killed_at_a_random_step_and_resumed(teachers, model_factory, rows_file, tmp_path, transport, kept):
     """With labels on disk (test_shared_training kills such a run too), and without: then it is the teacher that must answer the same again."""
     model = model_factory("qwen2")
-    labels = {"transport": transport, "k": 16}
+    labels = {"transport": transport} | ({"k": 16} if transport == "top_k" else {})
     sections = {"train": STEPS, "labels": labels, "cache": {"labels": kept}}
     straight = write_config(tmp_path / "straight", model, rows_file, teachers.address, **sections)
     done = run_student("train", straight)

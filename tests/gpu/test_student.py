@@ -229,7 +229,7 @@ def test_no_step_waits_for_the_device(tmp_path, folder, rows_file, teacher, tran
             rows_file,
             server.address,
             graphs=graphs,
-            labels={"transport": transport, "k": 20},
+            labels={"transport": transport} | ({"k": 20} if transport == "top_k" else {}),
             train={"max_steps": 40},
         )
         try:

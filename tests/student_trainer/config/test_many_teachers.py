@@ -1,6 +1,7 @@
 """The section `teachers`: what is refused by name, and that a list of one is the section `teacher`."""
 
 import pytest
+import yaml
 
 from student_trainer.config.run import TrainConfig, dump_config, parse_config
 from student_trainer.errors import ConfigError
@@ -44,11 +45,23 @@ def parsed(*teachers, **sections):
         ([], {"combine": "route", "teacher": {"address": "h:3"}}, "combine and when_missing belong to the section teachers"),
         ([A, {**B, "cross_tokenizer": {"min_coverage": 2}}], {}, r"cross_tokenizer\.min_coverage"),
         ([A, {**B, "when_missing": "drop"}], {}, r"teachers\.1\.when_missing"),
+        ([A, {**B, "labels": {"transport": "full", "k": 8}}], {}, r"teachers\.1\.labels.*k=8 belongs to transport top_k, not full"),
+        ([A, B], {"labels": {"k": 64}}, r"labels.*k=64 belongs to transport top_k, not hidden"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused_by_name(teachers, sections, told):
     with pytest.raises(ConfigError, match=told):
         parsed(*teachers, **sections)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{"k": 128}, {"transport": "auto", "k": 8}, {"transport": "given", "k": 8}, {"transport": "top_k", "k": 8}],
+)
+def test_where_k_may_count_it_may_be_said(labels):
+    """`auto` may come to `top_k`, held-out rows of a run by `given` are measured by it; 128 is what every saved config says."""
+    config = parse_config({**BASE, "teacher": {"address": "h:3"}, "labels": labels}, "test")
+    assert config.labels.k == labels["k"] and parse_config(yaml.safe_load(dump_config(config)), "again") == config
 
 
 def test_a_list_of_one_is_the_section_teacher():

@@ -137,7 +137,7 @@ def test_two_teachers_one_of_another_tokenizer(config_of, stranger, server):
             "cross_tokenizer": {"min_coverage": 0},
         },
     ]
-    config = config_of(teacher=None, teachers=teachers, labels={"transport": "hidden", "k": 8})
+    config = config_of(teacher=None, teachers=teachers, labels={"transport": "hidden"})
     result = train(config, console=Console(file=io.StringIO(), width=300))
     assert result.metrics["kl_to_near"] > 0 and any(
         "alm_loss.far" in entry and entry["kd_loss.near"] > 0 for entry in result.curve

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from student_trainer.config.teachers import LabelConfig
 from student_trainer.errors import ConfigError
 from student_trainer.teachers.choose import Probe, choose
 from teacher_wire.core.info import Limits
@@ -17,8 +18,9 @@ BIG = replace(  # Qwen2.5-7B
 FAST, SLOW = Probe(transfer_s=0.01, forward_s=0.1), Probe(transfer_s=0.5, forward_s=0.1)
 
 
-def pick(info=BIG, free=20 * GIB, probe=FAST, softened=False):
-    labels, why = choose(info, min(info.vocab_rows, 151_665), free, probe, softened=softened)
+def pick(info=BIG, free=20 * GIB, probe=FAST, softened=False, settings=None):
+    labels, why = choose(info, min(info.vocab_rows, 151_665), free, probe, softened=softened, settings=settings)
+    assert labels.check == (settings.check if settings and labels.transport == "hidden" else "sampled")
     return (labels.transport, labels.compression, labels.k if labels.transport == "top_k" else 0), why
 
 
@@ -29,6 +31,9 @@ def pick(info=BIG, free=20 * GIB, probe=FAST, softened=False):
         ({"softened": True}, ("hidden", "none", 0), "exact"),
         ({"probe": SLOW}, ("hidden", "int8", 0), "5.0 times slower"),
         ({"free": 2 * GIB}, ("top_k", "none", 128), "quarter of the 2,048 MiB"),
+        ({"free": 2 * GIB, "settings": LabelConfig(transport="auto", k=40)}, ("top_k", "none", 40), "top 40 with"),
+        ({"settings": LabelConfig(transport="auto", k=40, check="all")}, ("hidden", "none", 0), "exact"),
+        ({"probe": SLOW, "settings": LabelConfig(transport="auto", check="all")}, ("hidden", "int8", 0), "5.0 times"),
         ({"free": 2 * GIB, "softened": True}, ("full", "none", 0), "temperature"),
         ({"info": replace(BIG, transports=("top_k",)), "probe": None}, ("top_k", "none", 128), "does not offer"),
         ({"info": replace(BIG, vocab_rows=300, hidden_size=512)}, ("full", "none", 0), "every logit"),

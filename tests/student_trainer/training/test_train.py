@@ -52,7 +52,7 @@ def test_a_run_learns_and_leaves_a_model(config_of, labels, lora):
     model = {"lora": lora}
     config = config_of(
         model=model,
-        labels={"transport": transport, "k": 20},
+        labels={"transport": transport} | ({"k": 20} if transport == "top_k" else {}),
         loss={"output": {"divergence": divergence}, "sft_weight": 0.1},
         train={"max_steps": 12, "eval_steps": 6, "learning_rate": 5e-3},
     )
