@@ -163,8 +163,9 @@ async def test_tenants_are_written_for_by_weight(server):
             client = TeacherClient(server.address, credentials=Credentials(tenant=name), retry_for_s=60)
             client = await stack.enter_async_context(client)
             info = await client.teacher("scribe")
-            # Who is served more is sooner done: with as many calls as `light` there would be moments in which nothing of `heavy` waits.
-            writers = 4 if name == "light" else 12
+            # Who is served more is sooner done: with as many calls as `light` there would be moments in which nothing of `heavy` waits. On a slow
+            # host a call takes its time to begin anew.
+            writers = 8 if name == "light" else 24
             tasks += [asyncio.create_task(write(client, info, stop, tokens, name)) for _ in range(writers)]
         try:
             await until(lambda: tokens["light"] >= 40 * (NEW_TOKENS + 1))  # both are there, the queue is deep
