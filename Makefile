@@ -124,7 +124,7 @@ schemas: # not of $(STAMP), as `stubs`
 $(PROTO_TOOLS):
 	@test -x $(BIN)/python || $(MAKE) setup
 	@echo "== installing the stub generator into $@"
-	@$(INSTALL) --target $@.partial grpcio-tools==1.71.2 'protobuf==5.29.6' 'setuptools<81'
+	@$(INSTALL) --compile --target $@.partial grpcio-tools==1.71.2 'protobuf==5.29.6' 'setuptools<81'
 	@mv $@.partial $@
 
 stubs: $(PROTO_TOOLS) # not of $(STAMP): in a second worktree with the same environment it would point the commands at this one

@@ -155,7 +155,9 @@ class LabelConfig(Settings):
     @model_validator(mode="after")
     def _fitting(self) -> LabelConfig:
         if self.k != _USUAL_K and self.transport in ("hidden", "full"):
-            raise ValueError(f"k={self.k} belongs to transport top_k, not {self.transport}, which leaves no id out")
+            raise ValueError(
+                f"k={self.k} belongs to transport top_k, not {self.transport}, which leaves no id out: leave k out, or at {_USUAL_K}"
+            )
         if self.extra_ids and self.transport != "top_k":
             raise ValueError(f"extra_ids belong to transport top_k, not {self.transport}")
         if self.compression != "none" and self.transport != "hidden":

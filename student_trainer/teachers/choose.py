@@ -39,8 +39,8 @@ def choose(
     probe: Probe | None,
     *,
     softened: bool,
+    settings: LabelConfig,
     on_samples: bool = False,
-    settings: LabelConfig | None = None,
 ) -> tuple[LabelConfig, str]:
     """The labels to ask for.
 
@@ -51,15 +51,17 @@ def choose(
         probe: of the link; None if the teacher offers no hidden states, or had them already.
         on_samples: whether the loss is a policy gradient, which reads the teacher's word on the sampled tokens alone.
         softened: whether the loss has a temperature other than 1, which only exact labels can serve.
-        settings: of `auto`; their `k` counts if it comes to `top_k`, their `check` if it comes to `hidden`.
+        settings: of `auto`; their `k` counts if it comes to `top_k` or `given` (where it measures), their `check` if it comes to `hidden`.
 
     Raises:
         ConfigError: nothing this teacher offers can serve the loss on this card.
     """
-    offered, settings = info.transports, settings or LabelConfig(transport="auto")
+    offered = info.transports
     if on_samples and "given" in offered:
         given_row = spec_of("given", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
-        return LabelConfig(transport="given"), f"pg_rkl needs no more of the teacher: {given_row} bytes per token"
+        return LabelConfig(
+            transport="given", k=settings.k
+        ), f"pg_rkl needs no more of the teacher: {given_row} bytes per token"
     full_row = spec_of("full", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     hidden_row = spec_of("hidden", vocab_rows).row_bytes(info.hidden_size, info.value_bytes)
     if "full" in offered and full_row <= hidden_row:

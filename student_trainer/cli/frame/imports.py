@@ -5,8 +5,8 @@ With SciPy and pandas that is up to 2 s of every command's start. For processes 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -34,12 +34,13 @@ def leave_out_scikit_learn() -> None:
 
 def _answer_no() -> None:
     """Asks transformers whether it is there, while it is not; the answer is remembered."""
-    from transformers.utils import is_sklearn_available
-
     if _UNUSED in sys.modules:
         return
     sys.modules[_UNUSED] = None  # type: ignore[assignment]  # "not to be found", in Python's own words
     try:
-        is_sklearn_available()
+        with contextlib.suppress(ImportError):  # of a version that asks otherwise: then it is imported after all
+            from transformers.utils import is_sklearn_available
+
+            is_sklearn_available()
     finally:
         del sys.modules[_UNUSED]

@@ -15,7 +15,8 @@ from student_trainer.config.run import TrainConfig
 from student_trainer.errors import ConfigError
 from student_trainer.model.load import Student
 from student_trainer.rollout.engines.hf_sampler import USUAL_BATCH, HfSampler, Sampling
-from student_trainer.rollout.engines.vllm_engine import VllmSampler, device_of, usual_batch
+from student_trainer.rollout.engines.vllm_engine import VllmSampler
+from student_trainer.rollout.engines.vllm_room import device_of, usual_batch
 from student_trainer.rollout.sample import Sampler
 
 

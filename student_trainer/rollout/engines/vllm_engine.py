@@ -28,15 +28,14 @@ from student_trainer.errors import ModelError, RolloutError
 from student_trainer.model.load import Student
 from student_trainer.model.merged import MergedWriter, merged_state
 from student_trainer.model.quantized.weights import parameter_count
-from student_trainer.rollout.engines.hf_sampler import SLOT_TOKENS, USUAL_BATCH, Sampling
+from student_trainer.rollout.engines.hf_sampler import SLOT_TOKENS, Sampling
 from student_trainer.rollout.engines.merged_file import MergedFile
+from student_trainer.rollout.engines.vllm_room import dtype_of, sequence_bytes
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 from student_trainer.schedules import uniforms
 
-_BLOCK = {"cuda": 16, "cpu": 128}  # tokens of vLLM's pages
 _WEIGHTS = "model.safetensors"
 _COMMAND = ("-m", "student_trainer.rollout.engines.vllm_worker")
-_MOST_AT_A_TIME = 256  # sequences; vLLM's host work for more takes longer than the device's
 _SAID = 600  # characters of its log in an error
 _PROBE_TOKENS = 8
 # Nats between the log-probabilities it tells and the student's own.
@@ -83,7 +82,7 @@ class VllmSampler:
         self._sampling = sampling
         self._vocab_rows = vocab_rows
         self._longest = longest
-        self._dtype = _dtype_of(student, narrowed)
+        self._dtype = dtype_of(student, narrowed)
         self._device = device or student.outline.device
         self._arguments = self._usual_arguments() | dict(arguments or {})
         self._threads = threads
@@ -96,6 +95,7 @@ class VllmSampler:
         try:
             self._write_weights({name: p for name, p in student.model.named_parameters() if p.requires_grad})
             self._start()
+            self._try_loading()
             self._probe()
         except BaseException:
             self.close()
@@ -107,7 +107,7 @@ class VllmSampler:
             self._write_weights(weights)
         except RolloutError as error:
             raise RolloutError(f"weights of version {version}: {error}") from error
-        self._ask({"do": "load", "file": str(self._folder / _WEIGHTS)})
+        self._load()
         self.version = version
 
     def sample(self, prompts: Sequence[RolloutPrompt]) -> list[Rollout | RolloutFailure]:
@@ -177,6 +177,22 @@ class VllmSampler:
             return RolloutFailure(prompt, f"the student's logits after {place} tokens of its completion are not finite")
         likeliest = np.array(sample["likeliest"], np.int32) if self._sampling.likeliest else None
         return Rollout(prompt, ids_n, np.minimum(logp_n, 0.0), sample["finish"] == "stop", self.version, likeliest)
+
+    def _load(self) -> None:
+        """Has the weights taken that lie in the folder."""
+        self._ask({"do": "load", "file": str(self._folder / _WEIGHTS)})
+
+    def _try_loading(self) -> None:
+        """Has the first weights taken once more: an engine that writes and takes no new ones is to be known before step 0.
+
+        Raises:
+            RolloutError: it does not take them, as vLLM 0.32 on a CPU those of mixtures of experts.
+        """
+        try:
+            self._load()
+        except RolloutError as error:
+            what = f"as it was given the weights of {type(self._student.causal_lm).__name__} a second time"
+            raise RolloutError(f"{error} ({what}; set on_policy.engine=hf)") from error
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -263,13 +279,13 @@ class VllmSampler:
         """vLLM's, for this student: memory for `batch` sequences and no more, since the student trains beside it."""
         device = self._device.type
         batch = self._sampling.batch
-        sequence_bytes = _sequence_bytes(self._student, self._dtype, self._longest, self._device)
+        each_bytes = sequence_bytes(self._student, self._dtype, self._longest, self._device)
         usual = {
             "dtype": str(self._dtype).removeprefix("torch."),
             "max_model_len": self._longest,
             "max_num_seqs": batch,
             "max_num_batched_tokens": max(8192, self._longest),
-            "kv_cache_memory_bytes": (batch + 1) * sequence_bytes,
+            "kv_cache_memory_bytes": (batch + 1) * each_bytes,
             "gpu_memory_utilization": 0.01,  # only asked for at the start; what it takes is said by kv_cache_memory_bytes
             "generation_config": "vllm",
             "logprobs_mode": "raw_logprobs" if self._sampling.temperature == 1 else "processed_logprobs",
@@ -322,50 +338,6 @@ class VllmSampler:
             raise RolloutError(
                 f"on_policy.engine=vllm: the weights cannot be written into {self._folder}: {error}"
             ) from error
-
-
-def device_of(student: Student, number: int | None) -> torch.device:
-    """GPU `number`, or where the student is.
-
-    Raises:
-        RolloutError: there is no such GPU.
-    """
-    if number is None:
-        return student.outline.device
-    there = torch.cuda.device_count()
-    if number >= there:
-        raise RolloutError(
-            f"on_policy.device={number}: this process sees {there} GPUs" + (f", 0 to {there - 1}" if there else "")
-        )
-    return torch.device("cuda", number)
-
-
-def usual_batch(student: Student, narrowed: torch.dtype | None, longest: int, device: torch.device) -> int:
-    """How many sequences of `longest` tokens are written at a time: what a sixteenth of a GPU's memory holds keys and values of, within bounds.
-
-    Args: see `VllmSampler`.
-    """
-    if device.type != "cuda":
-        return USUAL_BATCH
-    room = torch.cuda.get_device_properties(device).total_memory // 16
-    return max(
-        USUAL_BATCH,
-        min(_MOST_AT_A_TIME, room // _sequence_bytes(student, _dtype_of(student, narrowed), longest, device)),
-    )
-
-
-def _dtype_of(student: Student, narrowed: torch.dtype | None) -> torch.dtype:
-    """Of vLLM's weights and passes."""
-    dtype: torch.dtype = narrowed or student.narrowed or next(student.causal_lm.parameters()).dtype
-    return dtype
-
-
-def _sequence_bytes(student: Student, dtype: torch.dtype, longest: int, device: torch.device) -> int:
-    """Of the keys and values of one sequence, in whole pages."""
-    config, block = student.causal_lm.config.get_text_config(), _BLOCK[device.type]
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize * -(-longest // block) * block)
 
 
 class _GoneError(Exception):

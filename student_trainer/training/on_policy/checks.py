@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from student_trainer.config.on_policy import OnPolicyConfig
 from student_trainer.config.run import TrainConfig
 from student_trainer.data.batch_plan import RunOrder
 from student_trainer.data.dataset import Example, TokenizedDataset
 from student_trainer.findings import Finding
+from student_trainer.rollout.engines.vllm_room import no_such_gpu
 from student_trainer.rollout.plan import RolloutPlan
 from student_trainer.rollout.prompts import Room, prompt_length
 from student_trainer.teachers.limits import check_groups
@@ -51,10 +51,8 @@ def check_on_policy(config: TrainConfig) -> Iterator[Finding]:
             "set loss.output, or leave on_policy out",
         )
         return
-    device, there = config.on_policy.device, torch.cuda.device_count()
-    if device is not None and device >= there:
-        what = f"on_policy.device={device}: this process sees {there} GPUs" + (f", 0 to {there - 1}" if there else "")
-        yield Finding.bad("on_policy.device", what, "set it to one of them, or to null for the student's own")
+    if missing := no_such_gpu(config.on_policy.device):
+        yield Finding.bad("on_policy.device", missing, "set it to one of them, or to null for the student's own")
         return
     yield Finding.good("on_policy", "rollouts have a teacher and a loss")
 

@@ -14,8 +14,8 @@ main.main()
 import transformers.generation.candidate_generator as candidates
 assert "sklearn" not in sys.modules and not candidates.is_sklearn_available()
 from sklearn.metrics import roc_curve
-assert len(sys.meta_path) == len({type(finder) if not isinstance(finder, type) else finder for finder in sys.meta_path})
 main.main()
+assert [type(finder).__name__ for finder in sys.meta_path].count("_Finder") == 1
 import importlib.util
 assert importlib.util.find_spec("sklearn") is not None
 """

@@ -17,7 +17,8 @@ from student_trainer.errors import RolloutError
 from student_trainer.model.load import load_student
 from student_trainer.rollout.engines import registry, vllm_engine
 from student_trainer.rollout.engines.hf_sampler import Sampling
-from student_trainer.rollout.engines.vllm_engine import VllmSampler, device_of, usual_batch
+from student_trainer.rollout.engines.vllm_engine import VllmSampler
+from student_trainer.rollout.engines.vllm_room import device_of, usual_batch
 from student_trainer.rollout.sample import Rollout, RolloutFailure, RolloutPrompt
 
 V = 290  # of the student's 300: the others must neither be drawn nor count
@@ -161,7 +162,11 @@ def test_its_process_sees_the_gpu_it_writes_on(model_factory, monkeypatch, seen,
 
 def test_a_closed_one_leaves_no_memory(model_factory, tmp_path, monkeypatch):
     """Its file of weights is in memory, and stays there for as long as anybody has it mapped."""
-    stub(tmp_path, monkeypatch, "print(json.dumps({'ready': True}), flush=True); sys.stdin.readline()")
+    stub(
+        tmp_path,
+        monkeypatch,
+        "print(json.dumps({'ready': True}), flush=True)\nfor _ in sys.stdin: print('{}', flush=True)",
+    )
     monkeypatch.setattr(VllmSampler, "_probe", lambda self: None)
     sampler = VllmSampler(student_of(model_factory("qwen2"), lora={"rank": 4}), Sampling(0, 4), V, longest=32)
     name = sampler._folder.name
@@ -190,6 +195,14 @@ def test_an_error_of_the_engine_keeps_its_sentence_and_leaves_nothing(model_fact
     with pytest.raises(RolloutError, match="ValueError: no such model"):
         VllmSampler(student_of(model_factory("qwen2")), Sampling(0, 4), V, longest=32)
     assert set(psutil.Process().children()) <= before
+
+
+def test_an_engine_that_takes_no_new_weights_is_told_of_before_step_0(model_factory, tmp_path, monkeypatch):
+    """As vLLM 0.32 on a CPU with a mixture of experts: it loads its file, and breaks at the next one."""
+    answer = "print(json.dumps({'error': 'RuntimeError: sizes differ'}), flush=True)"
+    stub(tmp_path, monkeypatch, f"print(json.dumps({{'ready': True}}), flush=True)\nfor _ in sys.stdin: {answer}")
+    with pytest.raises(RolloutError, match=r"sizes differ \(as it was given the weights of Qwen2ForCausalLM a second"):
+        VllmSampler(student_of(model_factory("qwen2")), Sampling(0, 4), V, longest=32)
 
 
 def test_a_process_that_dies_twice_ends_the_run(model_factory, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from teacher_wire.core.info import Limits
 from teacher_wire.testing.fake_teacher import FakeTeacher
 
 GIB = 2**30
+AUTO = LabelConfig(transport="auto")
 BIG = replace(  # Qwen2.5-7B
     FakeTeacher().teacher_info(),
     dtype="bfloat16", vocab_rows=152_064, hidden_size=3584, limits=Limits(32768, 65536, 1024, 4096, 64 << 20),
@@ -18,9 +19,9 @@ BIG = replace(  # Qwen2.5-7B
 FAST, SLOW = Probe(transfer_s=0.01, forward_s=0.1), Probe(transfer_s=0.5, forward_s=0.1)
 
 
-def pick(info=BIG, free=20 * GIB, probe=FAST, softened=False, settings=None):
+def pick(info=BIG, free=20 * GIB, probe=FAST, softened=False, settings=AUTO):
     labels, why = choose(info, min(info.vocab_rows, 151_665), free, probe, softened=softened, settings=settings)
-    assert labels.check == (settings.check if settings and labels.transport == "hidden" else "sampled")
+    assert labels.check == (settings.check if labels.transport == "hidden" else "sampled")
     return (labels.transport, labels.compression, labels.k if labels.transport == "top_k" else 0), why
 
 
@@ -48,3 +49,10 @@ def test_the_choice_and_its_reason(changes, expected, reason):
 def test_what_cannot_be_served_is_refused():
     with pytest.raises(ConfigError, match=r"auto.*quarter"):
         pick(info=replace(BIG, transports=("top_k", "hidden")), free=2 * GIB, softened=True)
+
+
+def test_a_policy_gradient_keeps_the_number_that_held_out_rows_are_measured_with():
+    info = replace(BIG, transports=("given", "top_k"))
+    settings = LabelConfig(transport="auto", k=40)
+    labels, _ = choose(info, 300, GIB, None, softened=False, settings=settings, on_samples=True)
+    assert (labels.transport, labels.k) == ("given", 40)
